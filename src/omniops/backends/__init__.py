@@ -1,0 +1,28 @@
+"""The kernels, one folder a device, one file an operator: a file of the same name holds its kernels in each folder.
+
+A folder says in its ``__init__`` which dispatch key it serves (DISPATCH_KEY), in which dtypes (DTYPES), what it is
+(TITLE), whether it can serve on this machine (AVAILABLE) and, where it cannot, what would change that (REMEDY). Its
+kernels get checked arguments that are not empty, return a new tensor made with ``empty``, and are imported when first
+called.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from omniops.backends import cpu, cuda, mps, reference
+
+BACKENDS = (reference, cpu, cuda, mps)
+
+
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A result of the given shape, with the dtype, device and memory format of ``like``; its contents are undefined."""
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=memory_format(like))
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """channels_last for a tensor that is stored so and not otherwise, else contiguous."""
+    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last

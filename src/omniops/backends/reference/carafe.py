@@ -1,0 +1,96 @@
+"""CARAFE in plain PyTorch; ``omniops.ops.carafe`` has the formula.
+
+Each function is differentiable by autograd to any order, and loops over the k*k taps: a tap is a strided slice of the
+padded features, so that no copy of the features is made for it. The letters are n batch, g group, c channel of the
+group, y and x centres, a and b the result's place in its centre's block.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omniops.backends import memory_format
+
+
+def carafe(
+    features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int, stride: int
+) -> Tensor:
+    """(N, C, H, W), (N, G*k*k, H*s/t, W*s/t) -> (N, C, H*s/t, W*s/t)."""
+    n, c = features.shape[:2]
+    weights = _blocks(masks, group_size, scale_factor).unflatten(2, (kernel_size, kernel_size))
+    padded = _padded(features, kernel_size, group_size)
+    out = weights.new_zeros(
+        (n, group_size, c // group_size, *weights.shape[4:]), dtype=_accumulator(features)
+    )
+    for u in range(kernel_size):
+        for v in range(kernel_size):
+            tap = _tap(padded, u, v, weights, stride)[..., :, None, :, None]
+            out.addcmul_(tap.to(out.dtype), weights[:, :, None, u, v].to(out.dtype))
+    return _finish(out.flatten(5, 6).flatten(3, 4).flatten(1, 2), features)
+
+
+def carafe_backward_features(
+    grad: Tensor,
+    masks: Tensor,
+    height: int,
+    width: int,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
+    stride: int,
+) -> Tensor:
+    """(N, C, H*s/t, W*s/t), (N, G*k*k, H*s/t, W*s/t) -> (N, C, H, W)."""
+    n, c = grad.shape[:2]
+    pad = kernel_size // 2
+    weights = _blocks(masks, group_size, scale_factor).unflatten(2, (kernel_size, kernel_size))
+    blocks = _blocks(grad, group_size, scale_factor).to(_accumulator(grad))
+    padded = blocks.new_zeros((n, group_size, c // group_size, height + 2 * pad, width + 2 * pad))
+    for u in range(kernel_size):
+        for v in range(kernel_size):
+            tap = torch.einsum("ngcyaxb,ngyaxb->ngcyx", blocks, weights[:, :, u, v].to(blocks.dtype))
+            _tap(padded, u, v, weights, stride).add_(tap)
+    out = padded[..., pad : pad + height, pad : pad + width].flatten(1, 2)
+    return _finish(out, grad)
+
+
+def carafe_backward_masks(
+    grad: Tensor, features: Tensor, kernel_size: int, group_size: int, scale_factor: int, stride: int
+) -> Tensor:
+    """(N, C, H*s/t, W*s/t), (N, C, H, W) -> (N, G*k*k, H*s/t, W*s/t)."""
+    blocks = _blocks(grad, group_size, scale_factor).to(_accumulator(grad))
+    padded = _padded(features, kernel_size, group_size)
+    taps = [
+        torch.einsum("ngcyaxb,ngcyx->ngyaxb", blocks, _tap(padded, u, v, blocks, stride).to(blocks.dtype))
+        for u in range(kernel_size)
+        for v in range(kernel_size)
+    ]
+    out = torch.stack(taps, dim=2).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    return _finish(out, grad)
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _blocks(tensor: Tensor, group_size: int, scale_factor: int) -> Tensor:
+    """(N, G*c, y*s, x*s) -> (N, G, c, y, s, x, s)."""
+    n, channels, height, width = tensor.shape
+    s = scale_factor
+    return tensor.reshape(n, group_size, channels // group_size, height // s, s, width // s, s)
+
+
+def _padded(features: Tensor, kernel_size: int, group_size: int) -> Tensor:
+    """(N, G*c, H, W) -> (N, G, c, H + 2p, W + 2p), zero outside the map."""
+    n, c, h, w = features.shape
+    pad = kernel_size // 2
+    return F.pad(features, (pad, pad, pad, pad)).reshape(n, group_size, c // group_size, h + 2 * pad, w + 2 * pad)
+
+
+def _tap(padded: Tensor, u: int, v: int, blocks: Tensor, stride: int) -> Tensor:
+    """The view (N, G, c, y, x) of the padded features that tap (u, v) sees from the centres of ``blocks``."""
+    y, x = blocks.shape[-4], blocks.shape[-2]
+    return padded[..., u : u + (y - 1) * stride + 1 : stride, v : v + (x - 1) * stride + 1 : stride]
+
+
+def _finish(result: Tensor, like: Tensor) -> Tensor:
+    return result.to(like.dtype).contiguous(memory_format=memory_format(like))

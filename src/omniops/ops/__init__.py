@@ -1,0 +1,1 @@
+"""The operators, one file each: checks, schema, fake kernel, autograd, autocast and the public function."""

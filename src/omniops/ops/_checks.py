@@ -1,0 +1,55 @@
+"""Errors that name the argument, what came and what was expected, in the same words on every device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def tensor(**arguments: Any) -> None:
+    """Raise TypeError for an argument that is not a tensor."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def integer(**arguments: Any) -> None:
+    """Raise TypeError for an argument that is not an int, ValueError for one below 1."""
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def four_dimensional(**arguments: Tensor) -> None:
+    """Raise ValueError for a tensor that is not (N, C, H, W)."""
+    for name, value in arguments.items():
+        if value.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions (N, C, H, W), got shape {tuple(value.shape)}")
+
+
+def alike(**arguments: Tensor) -> None:
+    """Raise for tensors that are not of one supported floating dtype (TypeError) on one device (ValueError)."""
+    (first_name, first), *others = arguments.items()
+    if first.dtype not in FLOATING:
+        raise TypeError(f"{first_name} must be float64, float32, float16 or bfloat16, got {_dtype(first)}")
+    for name, value in others:
+        if value.device != first.device:
+            raise ValueError(
+                f"{name} must be on the device of {first_name}, {first.device}, got {value.device}: "
+                f"move it there with {name}.to({first_name}.device)"
+            )
+        if value.dtype != first.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first_name}, {_dtype(first)}, got {_dtype(value)}: "
+                f"convert it with {name}.to({first_name}.dtype), or run under torch.autocast"
+            )
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
