@@ -1,0 +1,39 @@
+# make demo, make test: each sets up .venv first, and does nothing twice.
+PYTHON ?= python3
+# The torch that the development environment is tested with; any torch that pyproject.toml admits will do.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: demo test lint bench clean
+.DEFAULT_GOAL := test
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("omniops needs Python 3.10 or newer; make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# The build runs without isolation so that a second run finds CMake's cache where it left it.
+$(INSTALLED): $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
+	$(BIN)/python -m pip install --quiet '$(TORCH)' 'scikit-build-core>=0.11,<2' 'nanobind>=2.7,<4' ninja cmake
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/omniops demo --out demo/demo.png
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/carafe.py
+
+clean:
+	rm -rf $(VENV) build dist demo
