@@ -1,0 +1,36 @@
+"""What CARAFE's Triton kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load(pointers, inside, has_channel, WHOLE: tl.constexpr, EVEN_C: tl.constexpr):
+    """Load with zero outside; WHOLE says that nothing is outside, EVEN_C that every channel of the tile exists."""
+    if WHOLE and EVEN_C:
+        return tl.load(pointers)
+    if WHOLE:
+        return tl.load(pointers, mask=has_channel, other=0.0)
+    if EVEN_C:
+        return tl.load(pointers, mask=inside, other=0.0)
+    return tl.load(pointers, mask=inside & has_channel, other=0.0)
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr, dtype: tl.constexpr):
+    """COUNT tiles of zeros, in float64 for float64 and else in float32."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros(SHAPE, tl.float64 if dtype == tl.float64 else tl.float32),)
+    return tiles
+
+
+@triton.jit
+def decode(parts, tiles_y, tiles_x, groups):
+    """This program's part, tile row, tile column, group and batch; the parts of a tile are neighbours, for L2."""
+    program = tl.program_id(0)
+    tile = program // parts
+    batch = tile // tiles_x // tiles_y
+    return program % parts, tile // tiles_x % tiles_y, tile % tiles_x, batch % groups, (batch // groups).to(tl.int64)
