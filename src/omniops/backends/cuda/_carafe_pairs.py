@@ -3,11 +3,13 @@
 What bounds CARAFE on these GPUs is the traffic between the L1 cache and the registers. Here a thread owns two
 neighbouring centres (or pixels), so that whatever it reads lies in aligned pairs of features and quads of results or
 weights, one wide load each, and a column read once serves both. Per row of taps (k = 5) and channel that is 3 loads for
-40 products, where one centre a thread takes 9 loads for 20. The other conventions are those of ``carafe.py``.
+40 products, where a centre a thread takes 5 loads for 20. The other conventions are those of ``carafe.py``.
 
-A tile is (C, TILE): channels by pairs, threads along TILE alone, so that pairs and quads are split within a thread. What
-must be known to be even is passed halved, what must be a multiple of four is passed quartered. ``left`` and ``zero``
-hide better alignment than that from the compiler, which would else lay out some loads differently from others.
+A tile is (WARPS, TILE): a warp a row, a pair of pixels a thread (TILE = TILE_Y * TILE_X = 32), so that pairs and quads
+are split within a thread. The warps of a program work on the same pixels, for different channels or taps, and so find
+in the L1 cache what the first of them read; a thread's channels and results are the elements of a tuple. What must be
+known to be even is passed halved, what must be a multiple of four is passed quartered. ``left`` and ``zero`` hide better
+alignment than that from the compiler, which would else lay out some loads differently from others.
 """
 
 from __future__ import annotations
@@ -19,30 +21,30 @@ from omniops.backends.cuda._carafe_tiles import decode, load, zeros
 
 
 @triton.jit
-def _split_pair(pair, ROWS: tl.constexpr, TILE: tl.constexpr):
-    return tl.split(tl.reshape(pair, (ROWS, TILE, 2)))
+def _split_pair(pair, WARPS: tl.constexpr, TILE: tl.constexpr):
+    return tl.split(tl.reshape(pair, (WARPS, TILE, 2)))
 
 
 @triton.jit
-def _split_quad(quad, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """(ROWS, 4 * TILE) to four (ROWS, TILE): centre 0 b 0, centre 0 b 1, centre 1 b 0, centre 1 b 1."""
-    even, odd = tl.split(tl.reshape(quad, (ROWS, TILE, 2, 2)))
+def _split_quad(quad, WARPS: tl.constexpr, TILE: tl.constexpr):
+    """(WARPS, 4 * TILE) to four (WARPS, TILE): centre 0 b 0, centre 0 b 1, centre 1 b 0, centre 1 b 1."""
+    even, odd = tl.split(tl.reshape(quad, (WARPS, TILE, 2, 2)))
     first_even, second_even = tl.split(even)
     first_odd, second_odd = tl.split(odd)
     return first_even, first_odd, second_even, second_odd
 
 
 @triton.jit
-def _join_quad(first_even, first_odd, second_even, second_odd, ROWS: tl.constexpr, TILE: tl.constexpr):
+def _join_quad(first_even, first_odd, second_even, second_odd, WARPS: tl.constexpr, TILE: tl.constexpr):
     even = tl.join(first_even, second_even)
     odd = tl.join(first_odd, second_odd)
-    return tl.reshape(tl.join(even, odd), (ROWS, 4 * TILE))
+    return tl.reshape(tl.join(even, odd), (WARPS, 4 * TILE))
 
 
 @triton.jit
 def _columns(
     features, y, x, height, width, has_channel, dtype: tl.constexpr,
-    K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, EVEN_C: tl.constexpr,
+    K: tl.constexpr, WARPS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, EVEN_C: tl.constexpr,
 ):  # fmt: skip
     """The features of one row under the taps of a pair of centres: element v + p + SKIP is tap v's of centre p."""
     PAD: tl.constexpr = K // 2
@@ -50,29 +52,37 @@ def _columns(
     for d in tl.static_range((PAD + PAD % 2 + PAD + 3) // 2):
         inside = (y >= 0) & (y < height) & (x + 2 * d >= 0) & (x + 2 * d < width)
         pair = load(features + 2 * d, inside, has_channel, WHOLE, EVEN_C).to(dtype)
-        even, odd = _split_pair(pair, ROWS, TILE)
+        even, odd = _split_pair(pair, WARPS, TILE)
         columns = columns + (even, odd)
     return columns
 
 
 @triton.jit
 def _forward_taps(
-    acc, features, masks, y, x, height, width, has_channel, has_result, f_sh, m_sc, m_sh,
-    K: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, EVEN_C: tl.constexpr,
+    acc, features, masks, y, x, first, channels, height, width, has_result, f_sc, f_sh, m_sc, m_sh,
+    K: tl.constexpr, WARPS: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
+    EVEN_C: tl.constexpr,
 ):  # fmt: skip
     SKIP: tl.constexpr = K // 2 % 2
     for u in range(K):
-        columns = _columns(
-            features + u * f_sh, y + u, x, height, width, has_channel, acc[0].dtype, K, BLOCK_C, TILE, WHOLE, EVEN_C
-        )
+        weights = ()
         for v in tl.static_range(K):
-            sums = ()
             for a in tl.static_range(2):
                 quad = tl.load(masks + ((u * K + v) * m_sc + a * m_sh), mask=has_result, other=0.0).to(acc[0].dtype)
-                weights = _split_quad(quad, 1, TILE)
+                weights = weights + _split_quad(quad, WARPS, TILE)
+        sums = ()
+        for i in tl.static_range(BLOCK_C):
+            columns = _columns(
+                features + (i * WARPS * f_sc + u * f_sh), y + u, x, height, width, first + i * WARPS < channels,
+                acc[0].dtype, K, WARPS, TILE, WHOLE, EVEN_C,
+            )  # fmt: skip
+            for a in tl.static_range(2):
                 for pb in tl.static_range(4):
-                    sums = sums + (tl.fma(columns[v + SKIP + pb // 2], weights[pb], acc[4 * a + pb]),)
-            acc = sums
+                    total = acc[(i * 2 + a) * 4 + pb]
+                    for v in tl.static_range(K):
+                        total = tl.fma(columns[v + SKIP + pb // 2], weights[(v * 2 + a) * 4 + pb], total)
+                    sums = sums + (total,)
+        acc = sums
     return acc
 
 
@@ -80,17 +90,17 @@ def _forward_taps(
 def forward(
     features, masks, out, groups, channels, height, width, left, zero, f_sn, f_sc, f_sh, m_sn, m_sc, m_sh,
     o_sn, o_sc, o_sh,
-    K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
+    K: tl.constexpr, WARPS: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
     EVEN_C: tl.constexpr,
 ):  # fmt: skip
-    """A program: CHUNK channels of a group at TILE_Y x TILE_X pairs of centres, BLOCK_C at a time."""
+    """A program: BLOCK_C * WARPS channels of a group at TILE_Y x TILE_X pairs of centres."""
     TILE: tl.constexpr = TILE_Y * TILE_X
     width = width * 2
     f_sn, f_sc, f_sh = f_sn * 2, f_sc * 2, f_sh * 2
     m_sn, m_sc, m_sh = m_sn * 4, m_sc * 4, m_sh * 4
     o_sn, o_sc, o_sh = o_sn * 4, o_sc * 4, o_sh * 4
     chunk, tile_y, tile_x, group, n = decode(
-        tl.cdiv(channels, CHUNK), tl.cdiv(height, TILE_Y), tl.cdiv(width, 2 * TILE_X), groups
+        tl.cdiv(channels, BLOCK_C * WARPS), tl.cdiv(height, TILE_Y), tl.cdiv(width, 2 * TILE_X), groups
     )
     top = tile_y * TILE_Y - K // 2  # where tap (0, 0) of the tile's corner falls, the column rounded down to even
     start_x = tile_x * (2 * TILE_X) - left * 2
@@ -101,69 +111,85 @@ def forward(
     row = tile_y * TILE_Y + lane // (4 * TILE_X)
     j = tile_x * (4 * TILE_X) + lane % (4 * TILE_X) + zero * 4
     has_result = (row < height) & (j < 2 * width)
-    masks += n * m_sn + (group * K * K).to(tl.int64) * m_sc + ((2 * row).to(tl.int64) * m_sh + j)
-    features += n * f_sn + (group * channels).to(tl.int64) * f_sc + (y.to(tl.int64) * f_sh + x)
-    out += n * o_sn + (group * channels).to(tl.int64) * o_sc + ((2 * row).to(tl.int64) * o_sh + j)
+    i = (2 * row).to(tl.int64)
+    first = chunk * (BLOCK_C * WARPS) + tl.arange(0, WARPS)[:, None]
+    channel = (group * channels + first).to(tl.int64)
+    masks += n * m_sn + (group * K * K).to(tl.int64) * m_sc + (i * m_sh + j + first * 0)
+    features += n * f_sn + channel * f_sc + (y.to(tl.int64) * f_sh + x)
+    out += n * o_sn + channel * o_sc + (i * o_sh + j)
     bottom = top + TILE_Y + K - 1
     whole = (top >= 0) & (start_x >= 0) & (bottom <= height) & (start_x + 2 * TILE_X + K + 1 <= width)
-    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, channels), BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)[:, None]
-        has_channel = c < channels
-        pointers = features + c.to(tl.int64) * f_sc
-        acc = zeros(8, (BLOCK_C, TILE), out.dtype.element_ty)
-        if whole:
-            acc = _forward_taps(
-                acc, pointers, masks, y, x, height, width, has_channel, has_result, f_sh, m_sc, m_sh,
-                K, BLOCK_C, TILE, True, EVEN_C,
-            )  # fmt: skip
-        else:
-            acc = _forward_taps(
-                acc, pointers, masks, y, x, height, width, has_channel, has_result, f_sh, m_sc, m_sh,
-                K, BLOCK_C, TILE, False, EVEN_C,
-            )  # fmt: skip
+    acc = zeros(8 * BLOCK_C, (WARPS, TILE), out.dtype.element_ty)
+    if whole:
+        acc = _forward_taps(
+            acc, features, masks, y, x, first, channels, height, width, has_result, f_sc, f_sh, m_sc, m_sh,
+            K, WARPS, TILE, BLOCK_C, True, EVEN_C,
+        )  # fmt: skip
+    else:
+        acc = _forward_taps(
+            acc, features, masks, y, x, first, channels, height, width, has_result, f_sc, f_sh, m_sc, m_sh,
+            K, WARPS, TILE, BLOCK_C, False, EVEN_C,
+        )  # fmt: skip
+    for c in tl.static_range(BLOCK_C):
         for a in tl.static_range(2):
-            quad = _join_quad(acc[4 * a], acc[4 * a + 1], acc[4 * a + 2], acc[4 * a + 3], BLOCK_C, TILE)
-            target = out + (c.to(tl.int64) * o_sc + a * o_sh)
-            tl.store(target, quad.to(out.dtype.element_ty), mask=has_result & has_channel)
+            quad = _join_quad(
+                acc[(c * 2 + a) * 4], acc[(c * 2 + a) * 4 + 1], acc[(c * 2 + a) * 4 + 2], acc[(c * 2 + a) * 4 + 3],
+                WARPS, TILE,
+            )  # fmt: skip
+            target = out + (c * WARPS * o_sc + a * o_sh)
+            tl.store(target, quad.to(out.dtype.element_ty), mask=has_result & (first + c * WARPS < channels))
 
 
 @triton.jit
 def _features_row(
-    acc, grad, masks, u, row, j, height, width, has_channel, m_sc,
-    K: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr, EVEN_C: tl.constexpr,
+    acc, grad, masks, u, row, j, first, channels, height, width, g_sc, m_sc,
+    K: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr,
+    EVEN_C: tl.constexpr,
 ):  # fmt: skip
-    """What one row of results gives to R x 2 pixels; element 2 * r + p of ``acc`` is row r, pixel p."""
+    """What one row of results gives to R x 2 pixels; element 2 * (R * c + r) + p of ``acc`` is row r, pixel p."""
     PAD: tl.constexpr = K // 2
     REACH: tl.constexpr = (PAD + 1) // 2  # pairs of centres to either side
     for step in tl.static_range(2 * REACH + 1):
         q = 4 * (step - REACH)
         inside = (row >= 0) & (row < height) & (j + q >= 0) & (j + q < 2 * width)
-        values = _split_quad(load(grad + q, inside, has_channel, False, EVEN_C).to(acc[0].dtype), BLOCK_C, TILE)
-        for v in tl.static_range(K):
-            # The centre at 2 * (step - REACH) + h beside the pixel pair sees pixel p through tap v = p - that + PAD.
-            if v - PAD + 2 * (step - REACH) >= -1 and v - PAD + 2 * (step - REACH) <= 1:
-                for r in tl.static_range(R):
-                    seen = inside & (u + r >= 0) & (u + r < K)
-                    quad = tl.load(masks + (((u + r) * K + v) * m_sc + q), mask=seen, other=0.0).to(acc[0].dtype)
-                    weights = _split_quad(quad, 1, TILE)
-                    sums = ()
-                    for rp in tl.static_range(2 * R):
-                        total = acc[rp]
-                        for hb in tl.static_range(4):
-                            if rp // 2 == r and rp % 2 == v - PAD + 2 * (step - REACH) + hb // 2:
-                                total = tl.fma(values[hb], weights[hb], total)
-                        sums = sums + (total,)
-                    acc = sums
+        # The centre at 2 * (step - REACH) + h beside the pixel pair sees pixel p through tap v = p - that + PAD: for
+        # each p and h, elements (p, h, b) of row r are the weights of that tap, or nothing where there is none.
+        weights = ()
+        for r in tl.static_range(R):
+            seen = inside & (u + r >= 0) & (u + r < K)
+            for p in tl.static_range(2):
+                for h in tl.static_range(2):
+                    v = p - 2 * (step - REACH) - h + PAD
+                    quad = tl.zeros((WARPS, 4 * TILE), masks.dtype.element_ty)
+                    if v >= 0 and v < K:
+                        quad = tl.load(masks + (((u + r) * K + v) * m_sc + q), mask=seen, other=0.0)
+                    b0b1 = _split_quad(quad.to(acc[0].dtype), WARPS, TILE)
+                    weights = weights + (b0b1[2 * h], b0b1[2 * h + 1])
+        sums = ()
+        for c in tl.static_range(BLOCK_C):
+            has_channel = first + c * WARPS < channels
+            quad = load(grad + (c * WARPS * g_sc + q), inside, has_channel, False, EVEN_C)
+            values = _split_quad(quad.to(acc[0].dtype), WARPS, TILE)
+            for r in tl.static_range(R):
+                for p in tl.static_range(2):
+                    total = acc[2 * (R * c + r) + p]
+                    for h in tl.static_range(2):
+                        v = p - 2 * (step - REACH) - h + PAD
+                        if v >= 0 and v < K:
+                            for b in tl.static_range(2):
+                                total = tl.fma(values[2 * h + b], weights[8 * r + 4 * p + 2 * h + b], total)
+                    sums = sums + (total,)
+        acc = sums
     return acc
 
 
 @triton.jit(do_not_specialize=["zero"])
 def backward_features(
     grad, masks, out, groups, channels, height, width, zero, g_sn, g_sc, g_sh, m_sn, m_sc, m_sh, o_sn, o_sc, o_sh,
-    K: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr,
+    K: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr, EVEN_C: tl.constexpr,
 ):  # fmt: skip
-    """A program: CHUNK channels of a group at TILE_Y * R rows of TILE_X pairs of pixels, BLOCK_C at a time.
+    """A program: BLOCK_C * WARPS channels of a group at TILE_Y * R rows of TILE_X pairs of pixels.
 
     A thread owns R pairs above each other, and a gradient is loaded once for all that it reaches of them.
     """
@@ -173,45 +199,44 @@ def backward_features(
     m_sn, m_sc, m_sh = m_sn * 4, m_sc * 4, m_sh * 4
     o_sn, o_sc, o_sh = o_sn * 2, o_sc * 2, o_sh * 2
     chunk, tile_y, tile_x, group, n = decode(
-        tl.cdiv(channels, CHUNK), tl.cdiv(height, TILE_Y * R), tl.cdiv(width, 2 * TILE_X), groups
+        tl.cdiv(channels, BLOCK_C * WARPS), tl.cdiv(height, TILE_Y * R), tl.cdiv(width, 2 * TILE_X), groups
     )
     lane = tl.arange(0, 4 * TILE)[None, :]
     centre = (tile_y * TILE_Y + lane // (4 * TILE_X)) * R + K // 2
     j = tile_x * (4 * TILE_X) + lane % (4 * TILE_X) + zero * 4
-    masks += n * m_sn + (group * K * K).to(tl.int64) * m_sc + j
-    grad += n * g_sn + (group * channels).to(tl.int64) * g_sc + j
     lane = tl.arange(0, 2 * TILE)[None, :]
     y = (tile_y * TILE_Y + lane // (2 * TILE_X)) * R
     x = tile_x * (2 * TILE_X) + lane % (2 * TILE_X) + zero * 2
-    out += n * o_sn + (group * channels).to(tl.int64) * o_sc + (y.to(tl.int64) * o_sh + x)
-    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, channels), BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)[:, None]
-        has_channel = c < channels
-        acc = zeros(2 * R, (BLOCK_C, TILE), out.dtype.element_ty)
-        for u in range(1 - R, K):
-            for a in range(2):
-                # The centre row that sees row y through tap row u sees row y + r through tap row u + r.
-                i = (2 * (centre - u) + a).to(tl.int64)
-                acc = _features_row(
-                    acc, grad + (c.to(tl.int64) * g_sc + i * g_sh), masks + i * m_sh, u, centre - u, j, height, width,
-                    has_channel, m_sc, K, R, BLOCK_C, TILE, EVEN_C,
-                )  # fmt: skip
+    first = chunk * (BLOCK_C * WARPS) + tl.arange(0, WARPS)[:, None]
+    channel = (group * channels + first).to(tl.int64)
+    masks += n * m_sn + (group * K * K).to(tl.int64) * m_sc + (j + first * 0)
+    grad += n * g_sn + channel * g_sc + j
+    out += n * o_sn + channel * o_sc + (y.to(tl.int64) * o_sh + x)
+    acc = zeros(2 * R * BLOCK_C, (WARPS, TILE), out.dtype.element_ty)
+    for u in range(1 - R, K):
+        for a in range(2):
+            # The centre row that sees row y through tap row u sees row y + r through tap row u + r.
+            i = (2 * (centre - u) + a).to(tl.int64)
+            acc = _features_row(
+                acc, grad + i * g_sh, masks + i * m_sh, u, centre - u, j, first, channels, height, width, g_sc, m_sc,
+                K, R, WARPS, TILE, BLOCK_C, EVEN_C,
+            )  # fmt: skip
+    for c in tl.static_range(BLOCK_C):
         for r in tl.static_range(R):
-            pair = tl.reshape(tl.join(acc[2 * r], acc[2 * r + 1]), (BLOCK_C, 2 * TILE))
-            target = out + (c.to(tl.int64) * o_sc + r * o_sh)
-            stored = (y + r < height) & (x < width) & has_channel
-            tl.store(target, pair.to(out.dtype.element_ty), mask=stored)
+            pair = tl.reshape(tl.join(acc[2 * (R * c + r)], acc[2 * (R * c + r) + 1]), (WARPS, 2 * TILE))
+            stored = (y + r < height) & (x < width) & (first + c * WARPS < channels)
+            tl.store(out + (c * WARPS * o_sc + r * o_sh), pair.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["left", "zero"])
 def backward_masks(
     grad, features, out, groups, channels, height, width, left, zero, g_sn, g_sc, g_sh, f_sn, f_sc, f_sh,
     o_sn, o_sc, o_sh,
-    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
+    K: tl.constexpr, WARPS: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
 ):  # fmt: skip
     """A program: all taps of a group at TILE_Y x TILE_X pairs of centres; a warp takes a row of taps.
 
-    Tile (ROWS, TILE), ROWS being k padded to a power of two: the warps read the same gradients, which the L1 cache
+    Tile (WARPS, TILE), ROWS being k padded to a power of two: the warps read the same gradients, which the L1 cache
     gives to all but the first. BLOCK_C, a divisor of the channels, are unrolled, to have their loads in flight together.
     """
     TILE: tl.constexpr = TILE_Y * TILE_X
@@ -221,7 +246,7 @@ def backward_masks(
     g_sn, g_sc, g_sh = g_sn * 4, g_sc * 4, g_sh * 4
     o_sn, o_sc, o_sh = o_sn * 4, o_sc * 4, o_sh * 4
     _, tile_y, tile_x, group, n = decode(1, tl.cdiv(height, TILE_Y), tl.cdiv(width, 2 * TILE_X), groups)
-    u = tl.arange(0, ROWS)[:, None]
+    u = tl.arange(0, WARPS)[:, None]
     lane = tl.arange(0, 2 * TILE)[None, :]
     y = tile_y * TILE_Y + lane // (2 * TILE_X) + u - K // 2
     x = tile_x * (2 * TILE_X) + lane % (2 * TILE_X) - left * 2
@@ -233,16 +258,14 @@ def backward_masks(
     grad += n * g_sn + (group * channels).to(tl.int64) * g_sc + (i * g_sh + j + u * 0)
     features += n * f_sn + (group * channels).to(tl.int64) * f_sc + (y.to(tl.int64) * f_sh + x)
     out += n * o_sn + (group * K * K + u * K).to(tl.int64) * o_sc + (i * o_sh + j)
-    # Rows of no tap read nothing: their y is moved out of the map.
-    y = tl.where(u < K, y, -1)
-    acc = zeros(8 * K, (ROWS, TILE), out.dtype.element_ty)
+    acc = zeros(8 * K, (WARPS, TILE), out.dtype.element_ty)
     for _start in range(0, channels, BLOCK_C):
         for _step in tl.static_range(BLOCK_C):
-            columns = _columns(features, y, x, height, width, None, acc[0].dtype, K, ROWS, TILE, False, True)
+            columns = _columns(features, y, x, height, width, u < K, acc[0].dtype, K, WARPS, TILE, False, False)
             sums = ()
             for a in tl.static_range(2):
                 quad = tl.load(grad + a * g_sh, mask=has_result, other=0.0).to(acc[0].dtype)
-                values = _split_quad(quad, ROWS, TILE)
+                values = _split_quad(quad, WARPS, TILE)
                 for v in tl.static_range(K):
                     for pb in tl.static_range(4):
                         sums = sums + (tl.fma(columns[v + SKIP + pb // 2], values[pb], acc[(a * K + v) * 4 + pb]),)
@@ -253,6 +276,6 @@ def backward_masks(
         for v in tl.static_range(K):
             quad = _join_quad(
                 acc[(a * K + v) * 4], acc[(a * K + v) * 4 + 1], acc[(a * K + v) * 4 + 2], acc[(a * K + v) * 4 + 3],
-                ROWS, TILE,
+                WARPS, TILE,
             )  # fmt: skip
             tl.store(out + (v * o_sc + a * o_sh), quad.to(out.dtype.element_ty), mask=has_result)

@@ -27,16 +27,15 @@ def carafe(
     out = empty((n, c, *masks.shape[2:]), like=features)
     channels, rows, columns = c // group_size, masks.shape[2] // scale_factor, masks.shape[3] // scale_factor
     if _in_pairs(kernel_size, scale_factor, stride, fine=(features,), coarse=(masks, out)):
-        tile_y, tile_x = _tile(height, width // 2, 128)
-        block_c = _block(channels, 4)
-        chunk = block_c * 8
+        tile_y, tile_x = _tile(height, width // 2, 32)
+        warps, block_c = 4, 8
         programs = n * group_size * triton.cdiv(height, tile_y) * triton.cdiv(width, 2 * tile_x)
         with torch.cuda.device_of(features):
-            _carafe_pairs.forward[(programs * triton.cdiv(channels, chunk),)](
+            _carafe_pairs.forward[(programs * triton.cdiv(channels, warps * block_c),)](
                 features, masks, out, group_size, channels, height, width // 2, (kernel_size // 2 + 1) // 2, 0,
                 *_halves(features), *_quarters(masks), *_quarters(out),
-                K=kernel_size, CHUNK=chunk, BLOCK_C=block_c, TILE_Y=tile_y, TILE_X=tile_x,
-                EVEN_C=channels % block_c == 0, num_warps=4,
+                K=kernel_size, WARPS=warps, BLOCK_C=block_c, TILE_Y=tile_y, TILE_X=tile_x,
+                EVEN_C=channels % (warps * block_c) == 0, num_warps=warps,
             )  # fmt: skip
         return out
     lines = scale_factor if scale_factor <= 4 else 1
@@ -72,16 +71,15 @@ def carafe_backward_features(
     channels, rows, columns = c // group_size, grad.shape[2] // scale_factor, grad.shape[3] // scale_factor
     if _in_pairs(kernel_size, scale_factor, stride, fine=(out,), coarse=(grad, masks)):
         r = 2
-        tile_y, tile_x = _tile(triton.cdiv(height, r), width // 2, 128)
-        block_c = _block(channels, 4)
-        chunk = block_c * 8
+        tile_y, tile_x = _tile(triton.cdiv(height, r), width // 2, 32)
+        warps, block_c = 4, 8
         programs = n * group_size * triton.cdiv(height, tile_y * r) * triton.cdiv(width, 2 * tile_x)
         with torch.cuda.device_of(grad):
-            _carafe_pairs.backward_features[(programs * triton.cdiv(channels, chunk),)](
+            _carafe_pairs.backward_features[(programs * triton.cdiv(channels, warps * block_c),)](
                 grad, masks, out, group_size, channels, height, width // 2, 0,
                 *_quarters(grad), *_quarters(masks), *_halves(out),
-                K=kernel_size, R=r, CHUNK=chunk, BLOCK_C=block_c, TILE_Y=tile_y, TILE_X=tile_x,
-                EVEN_C=channels % block_c == 0, num_warps=4,
+                K=kernel_size, R=r, WARPS=warps, BLOCK_C=block_c, TILE_Y=tile_y, TILE_X=tile_x,
+                EVEN_C=channels % (warps * block_c) == 0, num_warps=warps,
             )  # fmt: skip
         return out
     sp = triton.next_power_of_2(scale_factor)
@@ -115,7 +113,7 @@ def carafe_backward_masks(
             _carafe_pairs.backward_masks[(programs,)](
                 grad, features, out, group_size, channels, height, width // 2, (kernel_size // 2 + 1) // 2, 0,
                 *_quarters(grad), *_halves(features), *_quarters(out),
-                K=kernel_size, ROWS=warps, BLOCK_C=math.gcd(channels, 4), TILE_Y=tile_y, TILE_X=tile_x, num_warps=warps,
+                K=kernel_size, WARPS=warps, BLOCK_C=math.gcd(channels, 4), TILE_Y=tile_y, TILE_X=tile_x, num_warps=warps,
             )  # fmt: skip
         return out
     lines = scale_factor if scale_factor <= 4 else 1
