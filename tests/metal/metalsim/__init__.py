@@ -1,0 +1,1 @@
+"""What the Metal emulator and the CUDA shim share, and the emulator's run-time library."""

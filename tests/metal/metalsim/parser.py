@@ -1,0 +1,555 @@
+"""A front end for the Metal Shading Language: finds the kernels of a source and rewrites what C++ lacks.
+
+``parse`` takes preprocessed text and returns a ``Shader``: its kernels with the roles of their parameters, its
+threadgroup variables, and the tokens in which ``Shader.render`` replaces
+
+- attributes (``[[buffer(0)]]``, ``[[kernel]]``, ...) and the word ``kernel`` by nothing: they have been read here;
+- floating literals without a suffix by float ones, as Metal has no double, and ``1.0h`` by ``half(1.0f)``;
+- ``float4(a, b)`` and ``vec<T, 2>(a, b)`` by ``metal::make<float4>(a, b)``;
+- declarations of threadgroup variables by what the back end wants there.
+
+Line breaks stay where they are, so that the lines of diagnostics are those of the source.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+MAX_BUFFERS = 31
+
+# Attribute of a parameter -> its dimensions: a scalar, or up to three axes.
+BUILTINS = {
+    "thread_position_in_grid": 3,
+    "threadgroup_position_in_grid": 3,
+    "thread_position_in_threadgroup": 3,
+    "threads_per_threadgroup": 3,
+    "threadgroups_per_grid": 3,
+    "threads_per_grid": 3,
+    "thread_index_in_threadgroup": 1,
+    "thread_index_in_simdgroup": 1,
+    "simdgroup_index_in_threadgroup": 1,
+    "simdgroups_per_threadgroup": 1,
+    "threads_per_simdgroup": 1,
+}
+
+# Metal is C++14 without these.
+REFUSED = {
+    "double": "Metal has no double",
+    "virtual": "Metal has no virtual functions",
+    "dynamic_cast": "Metal has no dynamic_cast",
+    "typeid": "Metal has no typeid",
+    "new": "Metal has no new",
+    "delete": "Metal has no delete",
+    "try": "Metal has no exceptions",
+    "catch": "Metal has no exceptions",
+    "throw": "Metal has no exceptions",
+    "goto": "Metal has no goto",
+    "thread_local": "Metal has no thread_local",
+    "asm": "Metal has no asm",
+}
+
+ADDRESS_SPACES = {"device", "constant", "threadgroup", "thread"}
+_SCALARS = ("bool", "char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "half", "bfloat", "float")
+_VECTORS = {f"{scalar}{n}" for scalar in _SCALARS for n in (2, 3, 4)}
+_ATOMICS = {"atomic_int", "atomic_uint", "atomic_float", "atomic_bool", "atomic_ulong"}
+_PACKED = {f"packed_{vector}" for vector in _VECTORS}
+_ALIASES = {"size_t", "int8_t", "uint8_t", "int16_t", "uint16_t", "int32_t", "uint32_t", "int64_t", "uint64_t"}
+_BUILTIN_TYPES = {*_SCALARS, *_VECTORS, *_ATOMICS, *_PACKED, *_ALIASES}
+
+_TOKEN = re.compile(
+    r"""
+      (?P<space>\s+|//[^\n]*|/\*.*?\*/)
+    | (?P<directive>^[ \t]*\#(?:[^\n\\]|\\.|\\\n)*)
+    | (?P<string>"(?:[^"\\\n]|\\.)*")
+    | (?P<char>'(?:[^'\\\n]|\\.)*')
+    | (?P<number>\.?[0-9](?:[eEpP][+-]|[0-9a-zA-Z_.'])*)
+    | (?P<name>[A-Za-z_]\w*)
+    | (?P<mark>::|->|<<=|>>=|<=|>=|==|!=|&&|\|\||\+\+|--|[-+*/%&|^]=|.)
+    """,
+    re.VERBOSE | re.MULTILINE | re.DOTALL,
+)
+_LINE_MARKER = re.compile(r"\s*#\s*(?:line\s+)?(\d+)")
+_FLOAT = re.compile(r"(?:\d[\d']*\.[\d']*|\.\d[\d']*|\d[\d']*(?=[eE]))(?:[eE][+-]?\d+)?")
+
+
+class CompileError(RuntimeError):
+    """The source is not what Metal accepts."""
+
+
+@dataclass
+class Token:
+    kind: str
+    text: str
+    line: int
+    replacement: str | None = None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A kernel's parameter: bound to the buffer of that index, or a builtin such as thread_position_in_grid."""
+
+    name: str
+    declaration: str
+    buffer: int | None
+    builtin: str | None
+
+    @property
+    def constant(self) -> bool:
+        return "constant" in self.declaration.split()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a host can launch: ``function`` is ``name`` or, for a template, ``name<arguments>``."""
+
+    host_name: str
+    function: str
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def buffers(self) -> list[Parameter]:
+        return sorted((p for p in self.parameters if p.buffer is not None), key=lambda p: p.buffer or 0)
+
+
+@dataclass(frozen=True)
+class ThreadgroupVariable:
+    """``threadgroup type name[d0][d1];`` in a kernel's body; dimensions are the text in brackets."""
+
+    type: str
+    name: str
+    dimensions: str
+    site: int
+
+
+@dataclass
+class Shader:
+    tokens: list[Token]
+    kernels: list[Kernel] = field(default_factory=list)
+    # (first token, last token, variables) of each declaration.
+    declarations: list[tuple[int, int, list[ThreadgroupVariable]]] = field(default_factory=list)
+    # (first token, last token) of each explicit instantiation of a kernel.
+    instantiations: list[tuple[int, int]] = field(default_factory=list)
+    # The token that each function begins with, behind its template header.
+    functions: list[int] = field(default_factory=list)
+
+    def render(
+        self,
+        declare: Callable[[ThreadgroupVariable], str],
+        function: str = "",
+        instantiations: bool = True,
+        words: Mapping[str, str] = MappingProxyType({}),
+    ) -> str:
+        """The source as C++, each threadgroup variable declared as the back end wants it.
+
+        ``function`` is put before each function, and ``words`` are replaced. Without ``instantiations`` those of
+        kernels are left out.
+        """
+        texts = [
+            words.get(token.text, token.text) if token.replacement is None else token.replacement
+            for token in self.tokens
+        ]
+        for first, last, variables in self.declarations:
+            _replace(texts, first, last, " ".join(declare(variable) for variable in variables))
+        for first in self.functions:
+            texts[first] = function + texts[first]
+        for first, last in [] if instantiations else self.instantiations:
+            _replace(texts, first, last, "")
+        return "".join(texts)
+
+
+def _replace(texts: list[str], first: int, last: int, text: str) -> None:
+    """Put ``text`` in the place of texts [first, last], and keep the number of lines."""
+    newlines = "".join(re.sub(r"[^\n]", "", part) for part in texts[first : last + 1])
+    texts[first] = text + newlines
+    texts[first + 1 : last + 1] = [""] * (last - first)
+
+
+def parse(text: str) -> Shader:
+    """Parse preprocessed Metal source. Raises CompileError with the line where it is not Metal."""
+    return _Parser(text).parse()
+
+
+def _tokenise(text: str) -> list[Token]:
+    tokens, line = [], 1
+    for match in _TOKEN.finditer(text):
+        kind = match.lastgroup or "mark"
+        tokens.append(Token(kind, match.group(), line))
+        marker = _LINE_MARKER.match(match.group()) if kind == "directive" else None
+        line = int(marker.group(1)) - 1 if marker else line + match.group().count("\n")
+    return tokens
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self.tokens = _tokenise(text)
+        # Positions of the tokens that mean something; everything below walks these.
+        self.code = [i for i, token in enumerate(self.tokens) if token.kind not in ("space", "directive")]
+        self.definitions: dict[str, tuple[Parameter, ...]] = {}
+        self.shader = Shader(self.tokens)
+
+    def parse(self) -> Shader:
+        self._refuse_words()
+        self._attributes = self._take_attributes()
+        self._functions()
+        self._address_spaces()
+        self._literals()
+        self._constructors()
+        return self.shader
+
+    # Access by position among the code tokens.
+
+    def _text(self, at: int) -> str:
+        return self.tokens[self.code[at]].text if 0 <= at < len(self.code) else ""
+
+    def _fail(self, at: int, message: str) -> CompileError:
+        return CompileError(f"line {self.tokens[self.code[min(at, len(self.code) - 1)]].line}: {message}")
+
+    def _close(self, at: int, pairs: str = "()[]{}") -> int:
+        """The position of the bracket that closes the one at ``at``."""
+        depth = 0
+        for i in range(at, len(self.code)):
+            text = self._text(i)
+            if len(text) == 1 and text in pairs:
+                depth += 1 if pairs.index(text) % 2 == 0 else -1
+                if depth == 0:
+                    return i
+        raise self._fail(at, f"'{self._text(at)}' is never closed")
+
+    def _source(self, first: int, last: int) -> str:
+        """The text of code tokens [first, last), a space between them."""
+        return " ".join(self._text(i) for i in range(first, last))
+
+    # The passes.
+
+    def _refuse_words(self) -> None:
+        for at, i in enumerate(self.code):
+            token = self.tokens[i]
+            if token.kind == "name" and token.text in REFUSED:
+                raise self._fail(at, REFUSED[token.text])
+            if token.text == "[" and self._text(at + 1) != "[" and self._text(at - 1) in ("=", "(", ",", "return"):
+                raise self._fail(at, "Metal has no lambdas")
+
+    def _take_attributes(self) -> dict[int, list[tuple[str, str]]]:
+        """Remove every [[...]] from the code; the (name, argument) pairs, by the position of the token that follows."""
+        attributes: dict[int, list[tuple[str, str]]] = {}
+        code: list[int] = []
+        at = 0
+        while at < len(self.code):
+            if self._text(at) != "[" or self._text(at + 1) != "[":
+                code.append(self.code[at])
+                at += 1
+                continue
+            end = self._close(at, "[]")
+            i = at + 2
+            while i < end - 1:
+                name, argument = self._text(i), ""
+                if self._text(i + 1) == "(":
+                    close = self._close(i + 1)
+                    argument = " ".join(self._text(j) for j in range(i + 2, close))
+                    i = close
+                attributes.setdefault(len(code), []).append((name, argument))
+                i += 2  # past the name or the bracket, and a comma
+            for j in range(at, end + 1):
+                self.tokens[self.code[j]].replacement = ""
+            at = end + 1
+        self.code = code
+        return attributes
+
+    def _attributes_in(self, first: int, last: int) -> list[tuple[str, str]]:
+        return [pair for i in range(first, last + 1) for pair in self._attributes.get(i, [])]
+
+    def _functions(self) -> None:
+        """Walk the declarations outside functions; structs and namespaces are walked into."""
+        at = statement = 0  # where the walk is, and where the declaration that it is in began
+        while at < len(self.code):
+            text = self._text(at)
+            if text == "template":
+                at = statement = self._template(at)
+            elif text == "kernel" or ("kernel", "") in self._attributes.get(at, []):
+                at = statement = self._definition(at, template=False)
+            elif text == "(" and self._is_function(statement, at):
+                self.shader.functions.append(self.code[statement])
+                at = statement = self._end_of_function(at)
+            elif text in ("(", "[") or (text == "{" and not self._is_scope(at)):
+                at = self._close(at) + 1
+            else:
+                at += 1
+                if text in (";", "{", "}") or (
+                    text == ":" and self._text(at - 2) in ("public", "private", "protected")
+                ):
+                    statement = at
+        names = [kernel.host_name for kernel in self.shader.kernels]
+        for name in names:
+            if names.count(name) > 1:
+                raise CompileError(f"two kernels have the host name {name!r}")
+
+    def _is_function(self, statement: int, parenthesis: int) -> bool:
+        """Whether the parenthesis opens the parameters of the function that the declaration declares."""
+        if self._text(statement) in ("using", "typedef", "static_assert", ""):
+            return False
+        words = [self._text(i) for i in range(statement, parenthesis)]
+        if "operator" in words:
+            return words[-1] != "operator"  # operator()(...): the second pair
+        return (
+            "=" not in words and words[-1].isidentifier() and words[-1] not in ("alignas", "decltype", "__attribute__")
+        )
+
+    def _end_of_function(self, parenthesis: int) -> int:
+        """The position behind a function, of which ``parenthesis`` opens the parameters."""
+        at = self._close(parenthesis) + 1
+        while self._text(at) not in ("{", ";", ":"):
+            at = self._close(at) + 1 if self._text(at) == "(" else at + 1
+        if self._text(at) == ":":  # a constructor's initialisers
+            while self._text(at) in (":", ","):
+                while self._text(at) not in ("(", "{"):
+                    at += 1
+                at = self._close(at) + 1
+        if self._text(at) == ";":
+            return at + 1
+        self._refuse_threadgroup_variables(at, self._close(at))
+        return self._close(at) + 1
+
+    def _is_scope(self, brace: int) -> bool:
+        """Whether the brace opens a namespace or a class, not a function's body or an initialiser."""
+        i = brace - 1
+        while i >= 0 and self._text(i) not in (";", "}", "{", ")"):
+            if self._text(i) in ("namespace", "struct", "class", "union", "enum"):
+                return True
+            i -= 1
+        return False
+
+    def _template(self, at: int) -> int:
+        if self._text(at + 1) == "<":
+            after = self._close(at + 1, "<>") + 1
+            head = after
+            while self._text(head) not in (";", "{", "(", ""):
+                if self._text(head) == "kernel" or ("kernel", "") in self._attributes.get(head, []):
+                    return self._definition(after, template=True)
+                head += 1
+            return after
+        end = at
+        while self._text(end) not in (";", ""):
+            end += 1
+        attributes = self._attributes_in(at, end)
+        words = {self._text(i) for i in range(at, end)}
+        if "kernel" not in words and ("kernel", "") not in attributes:
+            return end + 1
+        host_name = next((argument for name, argument in attributes if name == "host_name"), None)
+        if host_name is None:
+            raise self._fail(at, 'an explicit instantiation of a kernel needs [[host_name("...")]]')
+        self._blank_kernel(at, end)
+        self.shader.instantiations.append((self.code[at], self.code[min(end, len(self.code) - 1)]))
+        close = next((i for i in range(at, end) if self._text(i) == "(" and self._text(i - 1) != "decltype"), end)
+        if any(self._text(i) == "decltype" for i in range(at, end)):
+            # template decltype(name<arguments>) name<arguments>;
+            opening = next(i for i in range(at, end) if self._text(i) == "decltype")
+            first = self._close(opening + 1) + 1
+            function = self._source(first, end)
+        else:
+            void = next((i for i in range(at, close) if self._text(i) == "void"), None)
+            if void is None:
+                raise self._fail(at, "a kernel returns void")
+            function = self._source(void + 1, close)
+        name = function.split("<")[0].strip()
+        if name not in self.definitions:
+            raise self._fail(at, f"no template kernel {name!r} has been defined before this instantiation")
+        self._add("".join(re.findall(r'"([^"]*)"', host_name)), function, self.definitions[name], at)
+        return end + 1
+
+    def _blank_kernel(self, first: int, last: int) -> None:
+        for i in range(first, last):
+            if self._text(i) == "kernel":
+                self.tokens[self.code[i]].replacement = ""
+
+    def _definition(self, at: int, template: bool) -> int:
+        opening = at
+        while self._text(opening) != "(":
+            opening += 1
+            if opening >= len(self.code):
+                raise self._fail(at, "a kernel without parameters")
+        attributes = dict(self._attributes_in(at, opening))
+        host_name = "".join(re.findall(r'"([^"]*)"', attributes.get("host_name", "")))
+        self._blank_kernel(at, opening)
+        self.shader.functions.append(self.code[at])
+        name, result = self._text(opening - 1), self._text(opening - 2)
+        if result != "void":
+            raise self._fail(at, f"kernel {name!r} must return void")
+        close = self._close(opening)
+        parameters = tuple(self._parameters(name, opening, close))
+        if self._text(close + 1) != "{":
+            return close + 1
+        self.definitions[name] = parameters
+        if not template:
+            self._add(host_name or name, name, parameters, at)
+        end = self._close(close + 1)
+        self._threadgroup_variables(close + 1, end)
+        return end + 1
+
+    def _add(self, host_name: str, function: str, parameters: tuple[Parameter, ...], at: int) -> None:
+        indices = sorted(p.buffer for p in parameters if p.buffer is not None)
+        if indices != list(range(len(indices))):
+            raise self._fail(at, f"kernel {host_name!r} declares buffers {indices}: arguments bind to 0, 1, 2, ...")
+        if len(indices) > MAX_BUFFERS:
+            raise self._fail(at, f"kernel {host_name!r} declares {len(indices)} buffers, Metal has {MAX_BUFFERS}")
+        self.shader.kernels.append(Kernel(host_name, function, parameters))
+
+    def _parameters(self, kernel: str, opening: int, close: int) -> Iterator[Parameter]:
+        starts = [opening + 1]
+        depth = 0
+        for i in range(opening + 1, close):
+            text = self._text(i)
+            depth += (text in "([{<") - (text in ")]}>") if len(text) == 1 else 0
+            if text == "," and depth == 0:
+                starts.append(i + 1)
+        ends = [*(start - 1 for start in starts[1:]), close]
+        positions: dict[str, str] = {}
+        automatic = 0
+        for first, last in zip(starts, ends, strict=True):
+            words = range(first, last)
+            if not words:
+                continue
+            declaration = self._source(first, last)
+            name = self._text(words[-1])
+            attributes = self._attributes_in(first, last)
+            buffer = builtin = None
+            for attribute, argument in attributes:
+                if attribute == "buffer":
+                    if not argument.isdigit():
+                        raise self._fail(first, f"kernel {kernel!r}: [[buffer({argument})]] is not a number")
+                    buffer = int(argument)
+                elif attribute in BUILTINS:
+                    builtin = attribute
+                    positions[attribute] = self._text(words[0])
+                elif attribute == "threadgroup":
+                    raise self._fail(first, f"kernel {kernel!r}: PyTorch sets no dynamic threadgroup memory ({name})")
+                else:
+                    raise self._fail(first, f"kernel {kernel!r}: unknown attribute [[{attribute}]] of {name}")
+            if buffer is None and builtin is None:
+                if not {"device", "constant"} & {self._text(i) for i in words}:
+                    raise self._fail(first, f"kernel {kernel!r}: {name} is neither a buffer nor has an attribute")
+                buffer, automatic = automatic, automatic + 1
+            yield Parameter(name, declaration, buffer, builtin)
+        if automatic and any(a == "buffer" for a, _ in self._attributes_in(opening, close)):
+            raise self._fail(opening, f"kernel {kernel!r}: give every buffer its [[buffer(n)]] or none")
+        self._check_positions(kernel, opening, positions)
+
+    def _check_positions(self, kernel: str, at: int, positions: dict[str, str]) -> None:
+        """Metal wants the same number of axes of all positions, and the same type of those of one kind."""
+        axes = {a: (int(t[-1]) if t[-1] in "234" else 1) for a, t in positions.items() if BUILTINS[a] == 3}
+        if len(set(axes.values())) > 1:
+            raise self._fail(at, f"kernel {kernel!r}: positions and sizes must have as many axes each, got {positions}")
+        for pair in (
+            ("thread_position_in_grid", "threads_per_grid"),
+            ("thread_position_in_threadgroup", "threads_per_threadgroup"),
+        ):
+            if len({positions[a] for a in pair if a in positions}) > 1:
+                raise self._fail(at, f"kernel {kernel!r}: {' and '.join(pair)} must have one type")
+        for attribute, word in positions.items():
+            scalar = word if word.endswith("_t") else word.rstrip("234")
+            known = scalar in ("uint", "ushort", "uint32_t", "uint16_t")
+            if not known or (BUILTINS[attribute] == 1 and word != scalar):
+                raise self._fail(at, f"kernel {kernel!r}: [[{attribute}]] cannot be {word}")
+
+    def _threadgroup_statements(self, opening: int, close: int) -> Iterator[tuple[int, int]]:
+        """(first, semicolon) of the statements in a body which declare threadgroup variables, not pointers."""
+        for i in range(opening + 1, close):
+            if self._text(i) == "threadgroup" and self._text(i - 1) in ("{", "}", ";"):
+                end = i
+                while self._text(end) != ";":
+                    end += 1
+                name = next((j for j in range(i, end) if self._text(j) in ("[", "=", ",")), end)
+                if not {"*", "&"} & {self._text(j) for j in range(i, name)}:
+                    yield i, end
+
+    def _refuse_threadgroup_variables(self, opening: int, close: int) -> None:
+        for first, _ in self._threadgroup_statements(opening, close):
+            raise self._fail(first, "threadgroup variables can be declared in kernels only")
+
+    def _threadgroup_variables(self, opening: int, close: int) -> None:
+        site = 0
+        for first, end in self._threadgroup_statements(opening, close):
+            # The type ends where the first declarator begins: the name before '[' or ',' or the end, outside <>.
+            declarators: list[list[int]] = [[]]
+            depth = 0
+            for i in range(first + 1, end):
+                text = self._text(i)
+                if text == "=":
+                    raise self._fail(i, "a threadgroup variable cannot be initialised")
+                depth += (text in "(<[") - (text in ")>]") if len(text) == 1 else 0
+                if text == "," and depth == 0:
+                    declarators.append([])
+                else:
+                    declarators[-1].append(i)
+            head = declarators[0]
+            depth = 0
+            name_at = head[-1]
+            for i in head:
+                text = self._text(i)
+                depth += (text == "<") - (text == ">")
+                if text == "[" and depth == 0:
+                    name_at = i - 1
+                    break
+            kind = " ".join(self._text(i) for i in head if i < name_at)
+            declarators[0] = [i for i in head if i >= name_at]
+            variables = []
+            for declarator in declarators:
+                dimensions = " ".join(self._text(i) for i in declarator[1:])
+                variables.append(ThreadgroupVariable(kind, self._text(declarator[0]), dimensions, site))
+                site += 1
+            self.shader.declarations.append((self.code[first], self.code[end], variables))
+
+    def _address_spaces(self) -> None:
+        """Metal wants an address space on every pointer and reference, ``thread`` too."""
+        types = set(_BUILTIN_TYPES)
+        for i in range(len(self.code)):
+            if self._text(i) in ("typename", "class", "struct") and self._text(i + 1).isidentifier():
+                types.add(self._text(i + 1))
+        for i in range(len(self.code)):
+            if self._text(i) not in types or self._text(i - 1) in (".", "->", "typename", "class", "struct"):
+                continue
+            before, after = i - 1, i + 1
+            while self._text(after) in ADDRESS_SPACES | {"const", "volatile"}:
+                after += 1
+            if self._text(after) not in ("*", "&"):
+                continue
+            while self._text(before) in ("const", "volatile", "metal", "::", "constexpr", "static"):
+                before -= 1
+            words = {self._text(j) for j in range(before, after)}
+            if not words & ADDRESS_SPACES:
+                mark = "pointer" if self._text(after) == "*" else "reference"
+                raise self._fail(i, f"a {mark} to {self._text(i)} needs an address space: device, constant, ...")
+
+    def _literals(self) -> None:
+        for at, i in enumerate(self.code):
+            token = self.tokens[i]
+            if token.kind != "number" or token.text[:2].lower() in ("0x", "0b"):
+                continue
+            match = _FLOAT.match(token.text)
+            if match is None:
+                if token.text.lower().endswith("h"):
+                    raise self._fail(at, f"{token.text}: the suffix h needs a decimal point")
+                continue
+            number, suffix = match.group(), token.text[match.end() :]
+            if suffix in ("", "f", "F"):
+                token.replacement = f"{number}f"
+            elif suffix in ("h", "H"):
+                token.replacement = f"half({number}f)"
+            elif suffix in ("bf", "BF"):
+                token.replacement = f"bfloat({number}f)"
+            else:
+                raise self._fail(at, f"{token.text} is no Metal literal")
+
+    def _constructors(self) -> None:
+        """``float4(...)`` in an expression: C++ has no vector constructors of several arguments."""
+        for at in range(len(self.code)):
+            if self._text(at) in _VECTORS and self._text(at + 1) == "(" and self._text(at + 2) not in ("&", "*"):
+                self.tokens[self.code[at]].replacement = f"metal::make<{self._text(at)}>"
+            elif self._text(at) == "vec" and self._text(at + 1) == "<":
+                close = self._close(at + 1, "<>")
+                if self._text(close + 1) == "(" and self._text(close + 2) not in ("&", "*"):
+                    qualifier = "" if self._text(at - 1) == "::" else "metal::"
+                    self.tokens[self.code[at]].replacement = f"{qualifier}make<metal::vec"
+                    self.tokens[self.code[close]].replacement = ">>"

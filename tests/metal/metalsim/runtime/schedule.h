@@ -1,0 +1,36 @@
+// The threads of a group as fibers of one OS thread: deterministic, in an order shuffled by a seed.
+#pragma once
+
+#include "memory.h"
+
+struct Position {
+  uint32_t thread_position_in_grid[3];
+  uint32_t threadgroup_position_in_grid[3];
+  uint32_t thread_position_in_threadgroup[3];
+  uint32_t threads_per_threadgroup[3];
+  uint32_t threadgroups_per_grid[3];
+  uint32_t threads_per_grid[3];
+  uint32_t thread_index_in_threadgroup[3];
+  uint32_t thread_index_in_simdgroup[3];
+  uint32_t simdgroup_index_in_threadgroup[3];
+  uint32_t simdgroups_per_threadgroup[3];
+  uint32_t threads_per_simdgroup[3];
+};
+
+using Kernel = void (*)(const Position*, const uint64_t* buffers);
+
+// The running thread, as memory sees it.
+struct Self {
+  uint32_t thread;  // index in the group
+  uint32_t group;   // index in the grid
+  uint32_t simdgroup;
+  uint32_t threadgroup_epoch;
+  uint32_t device_epoch;
+  uint32_t threadgroup_simd_epoch;
+  uint32_t device_simd_epoch;
+};
+const Self& schedule_self();
+bool schedule_running();
+
+// Ends the launch with a message; never returns to the kernel.
+[[noreturn]] void fail(uint32_t line, const char* format, ...) __attribute__((format(printf, 2, 3)));

@@ -1,0 +1,180 @@
+"""Runs the same Metal sources on an NVIDIA GPU: ``compile_shader`` once more, through nvcc.
+
+The launch code that ships then works on CUDA tensors, on PyTorch's current stream. Everything that a launch needs
+travels in the kernel's parameters, so launches can be timed and captured in CUDA graphs. The libraries are kept under
+build/, and where one is there already, no compiler is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from metalsim import parser, preprocess, toolchain
+from metalsim.arguments import BufferType, Inline, bind, dispatch
+
+HERE = Path(__file__).parent / "metalsim"
+ARCHITECTURE = os.environ.get("METAL_CUDA_ARCHITECTURE", "sm_90")
+# 128 registers a thread, so that 512 threads find room on a multiprocessor, as they do on an Apple GPU's core.
+_FLAGS = (f"-arch={ARCHITECTURE}", "-std=c++17", "-O3", "-lineinfo", "-maxrregcount=128", "-shared", "-Xcompiler", "-fPIC")
+_MAX_INLINE_BYTES = 2048
+_MAX_BUFFERS = 31
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("threads", ctypes.c_uint32 * 3),
+        ("inline_mask", ctypes.c_uint32),
+        ("buffers", ctypes.c_uint64 * _MAX_BUFFERS),
+        ("padding", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint8 * _MAX_INLINE_BYTES),
+    )
+
+
+class _Parameter(ctypes.Structure):
+    _fields_ = (
+        ("element", ctypes.c_char),
+        ("writable", ctypes.c_bool),
+        ("reference", ctypes.c_bool),
+        ("size", ctypes.c_uint32),
+    )
+
+
+def compile_shader(source: str) -> Library:
+    """Compile Metal source for the GPU, as ``torch.mps.compile_shader``. Raises CompileError."""
+    return Library(source)
+
+
+class Library:
+    """The kernels of one source, as attributes by their host names."""
+
+    def __init__(self, source: str) -> None:
+        library = ctypes.CDLL(str(_compile(source)))
+        listed = ctypes.cast(library.shim_kernels, ctypes.POINTER(ctypes.c_char_p))[0]
+        described = json.loads(listed)
+        self._kernels = {name: Kernel(library, i, name, buffers) for i, (name, buffers) in enumerate(described)}
+
+    def __getattr__(self, name: str) -> Kernel:
+        kernels = self.__dict__.get("_kernels", {})
+        if name not in kernels:
+            raise AttributeError(f"no kernel {name!r}; the source has {', '.join(kernels)}")
+        return kernels[name]
+
+    def __dir__(self) -> list[str]:
+        return list(self._kernels)
+
+
+class Kernel:
+    """One kernel; calling it launches it on PyTorch's current stream."""
+
+    def __init__(self, library: ctypes.CDLL, index: int, name: str, buffers: list[tuple[str, bool]]) -> None:
+        self.name = name
+        self._launch = getattr(library, f"shim_launch_{index}")
+        self._launch.argtypes = (ctypes.POINTER(_Launch), *(ctypes.POINTER(ctypes.c_uint32),) * 2, ctypes.c_void_p)
+        self._launch.restype = ctypes.c_char_p
+        parameters = (_Parameter * max(len(buffers), 1)).in_dll(library, f"shim_parameters_{index}")
+        self.parameters = [
+            BufferType(parameter, c.element.decode(), constant, c.writable, c.reference, c.size)
+            for (parameter, constant), c in zip(buffers, parameters, strict=False)
+        ]
+
+    def __call__(
+        self,
+        *args: object,
+        threads: int | Sequence[int] | None = None,
+        group_size: int | Sequence[int] | None = None,
+        arg_casts: str | Mapping[int, str] | None = None,
+    ) -> None:
+        """Launch the kernel. TypeError or ValueError for wrong arguments, RuntimeError when CUDA refuses the launch."""
+        grid = dispatch(self.name, args, threads, group_size)
+        launch = _Launch((ctypes.c_uint32 * 3)(*grid.threads))
+        used = 0
+        for i, value in enumerate(bind(self.name, args, arg_casts, self.parameters)):
+            if isinstance(value, Inline):
+                if used + len(value.data) > _MAX_INLINE_BYTES:
+                    raise ValueError(f"kernel {self.name}: the shim takes {_MAX_INLINE_BYTES} bytes of Python values")
+                ctypes.memmove(ctypes.addressof(launch.bytes) + used, value.data, len(value.data))
+                launch.inline_mask |= 1 << i
+                launch.buffers[i] = used
+                used = (used + len(value.data) + 15) // 16 * 16
+            elif value.device.type != "cuda":
+                raise TypeError(f"kernel {self.name}, argument {i}: the shim runs on CUDA tensors, got {value.device}")
+            else:
+                launch.buffers[i] = value.data_ptr()
+        groups = [-(-n // size) for n, size in zip(grid.threads, grid.group_size, strict=True)]
+        if max(groups[1:]) > 65535:
+            raise ValueError(
+                f"kernel {self.name}: CUDA has at most 65535 groups on the second and third axis: {groups}"
+            )
+        error = self._launch(
+            ctypes.byref(launch),
+            (ctypes.c_uint32 * 3)(*groups),
+            (ctypes.c_uint32 * 3)(*grid.group_size),
+            torch.cuda.current_stream().cuda_stream,
+        )
+        if error:
+            raise RuntimeError(f"kernel {self.name}: {error.decode()}")
+
+
+def _compile(source: str) -> Path:
+    inputs = [source, *_FLAGS, HERE / "include", *HERE.glob("*.py"), Path(__file__)]
+    return toolchain.cached("shim.so", inputs, lambda path: _build(source, path))
+
+
+def _build(source: str, path: Path) -> None:
+    plain = path.with_suffix(".cpp")
+
+    def run_preprocessor(text: str) -> str:
+        plain.write_text(text)
+        command = ("nvcc", "-E", "-x", "c++", "-std=c++14", *preprocess.DEFINITIONS, str(plain))
+        return toolchain.run(command).stdout
+
+    shader = parser.parse(preprocess.preprocess(source, run_preprocessor))
+    unit = path.with_suffix(".cu")
+    unit.write_text(_translation_unit(shader))
+    include = str(HERE / "include" / "cuda")
+    toolchain.run(("nvcc", *_FLAGS, "-I", include, str(unit), "-o", str(path)))
+
+
+def _translation_unit(shader: parser.Shader) -> str:
+    def declare(variable: parser.ThreadgroupVariable) -> str:
+        return f"__shared__ {variable.type} {variable.name}{variable.dimensions};"
+
+    spaces = {"device": "", "constant": "const", "threadgroup": "", "thread": ""}
+    body = shader.render(declare, function="__device__ ", instantiations=False, words=spaces)
+    parts = ["#include <metal_stdlib>\nnamespace metal {\n", body, "\n}  // namespace metal\n"]
+    for i, kernel in enumerate(shader.kernels):
+        function = f"metal::{kernel.function}"
+        kind = f"shim_function_{i}"
+        parts.append(f"using {kind} = metal::host::Kernel<decltype(&{function})>;\n")
+        rows = [f"{kind}::BufferAt<{kernel.parameters.index(p)}>::parameter" for p in kernel.buffers]
+        parts.append(
+            f'extern "C" const metal::host::Parameter shim_parameters_{i}[] = {{{", ".join(rows) or "{}"}}};\n'
+        )
+        arguments = [
+            f"{kind}::BufferAt<{n}>::from("
+            f"metal::host::{'constant' if p.constant else 'device'}_address(launch, {p.buffer}))"
+            if p.buffer is not None
+            else f"{kind}::BuiltinAt<{n}>::from(position.{p.builtin})"
+            for n, p in enumerate(kernel.parameters)
+        ]
+        parts.append(
+            f'extern "C" __global__ void {kernel.host_name}(const __grid_constant__ metal::host::Launch launch) {{\n'
+            "  metal::host::Position position;\n"
+            "  if (!position.begin(launch)) return;\n"
+            f"  {function}({', '.join(arguments)});\n}}\n"
+            f'extern "C" const char* shim_launch_{i}(const metal::host::Launch* launch, const unsigned* groups, '
+            "const unsigned* size, cudaStream_t stream) {\n"
+            "  const dim3 grid(groups[0], groups[1], groups[2]), block(size[0], size[1], size[2]);\n"
+            f"  {kernel.host_name}<<<grid, block, 0, stream>>>"
+            "(*launch);\n"
+            "  const cudaError_t error = cudaGetLastError();\n"
+            "  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);\n}\n"
+        )
+    described = [[k.host_name, [[p.name, p.constant] for p in k.buffers]] for k in shader.kernels]
+    parts.append(f'extern "C" const char* const shim_kernels = R"json({json.dumps(described)})json";\n')
+    return "".join(parts)

@@ -1,0 +1,273 @@
+"""The shipped Metal kernels of CARAFE and the code that launches them, in the emulator, against the float64 oracle."""
+
+import re
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import emulator
+import pytest
+import torch
+from torch import Tensor
+
+from omniops.backends import memory_format, mps
+from omniops.backends.mps import carafe as metal
+from omniops.backends.mps._library import METAL_TYPES, library
+from omniops.backends.reference import carafe as reference
+
+SOURCE = (Path(metal.__file__).parent / "carafe.metal").read_text(encoding="utf-8")
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+OPERATORS = ("carafe", "carafe_backward_features", "carafe_backward_masks")
+
+dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=METAL_TYPES.get)
+operators = pytest.mark.parametrize("operator", OPERATORS)
+
+# N, C, H, W, kernel_size, group_size, scale_factor, stride
+GENERAL = [(2, 6, 5, 7, k, 2, s, t) for k, s, t in product((1, 3, 5, 7), (1, 2, 3, 4), (1, 2, 3))] + [
+    (1, 1, 1, 1, 5, 1, 2, 1),
+    (1, 19, 3, 70, 5, 1, 3, 2),
+    (3, 12, 33, 1, 3, 3, 2, 3),
+    (1, 8, 1, 37, 7, 8, 4, 1),
+    (2, 17, 6, 5, 9, 1, 2, 1),
+]
+DOUBLING = [
+    (n, c, h, w, k, g, 2, 1)
+    for k in (3, 5)
+    for n, c, h, w, g in (
+        (1, 8, 1, 1, 1),
+        (1, 9, 1, 37, 1),
+        (1, 11, 37, 1, 1),
+        (1, 8, 2, 2, 1),
+        (2, 20, 5, 6, 2),
+        (1, 21, 6, 7, 1),
+        (2, 8, 3, 35, 1),
+        (1, 24, 4, 34, 3),
+    )
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.mps, "compile_shader", emulator.compile_shader)
+        library.cache_clear()
+        yield
+    library.cache_clear()
+
+
+def inputs(
+    operator: str, dtype: torch.dtype, case: tuple[int, ...], device: str = "cpu"
+) -> tuple[list[Tensor], list[int]]:
+    """The tensors of an operator, and what it takes after them."""
+    n, c, h, w, k, g, s, t = case
+    rows, columns = -(-h // t) * s, -(-w // t) * s
+    shapes = {"features": (n, c, h, w), "masks": (n, g * k * k, rows, columns), "grad": (n, c, rows, columns)}
+    names, extent = {
+        "carafe": (("features", "masks"), []),
+        "carafe_backward_features": (("grad", "masks"), [h, w]),
+        "carafe_backward_masks": (("grad", "features"), []),
+    }[operator]
+    generator = torch.Generator().manual_seed(sum(case))
+    tensors = [
+        torch.empty(shapes[name], dtype=dtype, device=device)
+        if device == "meta"
+        else torch.randn(shapes[name], generator=generator).to(dtype)
+        for name in names
+    ]
+    return tensors, [*extent, k, g, s, t]
+
+
+def run(operator: str, tensors: list[Tensor], numbers: list[int]) -> Tensor:
+    """The Metal kernel's result, every element of which it has written."""
+    with emulator.poisoned():
+        result: Tensor = getattr(metal, operator)(*tensors, *numbers)
+        if memory_format(result) == torch.contiguous_format:  # else PyTorch has made a copy
+            emulator.assert_written(result)
+        return result.clone()
+
+
+def check(operator: str, tensors: list[Tensor], numbers: list[int]) -> None:
+    result = run(operator, tensors, numbers)
+    expected = getattr(reference, operator)(*(tensor.double() for tensor in tensors), *numbers)
+    assert result.dtype == tensors[0].dtype
+    assert result.shape == expected.shape
+    assert memory_format(result) == memory_format(tensors[0])
+    error = (result.double() - expected).abs().max() / expected.abs().max()
+    assert error < TOLERANCES[result.dtype]
+
+
+@dtypes
+@operators
+@pytest.mark.parametrize("case", GENERAL, ids=str)
+def test_every_kernel_size_scale_and_stride(operator: str, dtype: torch.dtype, case: tuple[int, ...]) -> None:
+    check(operator, *inputs(operator, dtype, case))
+
+
+@dtypes
+@operators
+@pytest.mark.parametrize("case", DOUBLING, ids=str)
+def test_doubling(operator: str, dtype: torch.dtype, case: tuple[int, ...]) -> None:
+    check(operator, *inputs(operator, dtype, case))
+
+
+@dtypes
+@pytest.mark.parametrize("case", [(2, 20, 5, 6, 5, 2, 2, 1), (1, 13, 3, 9, 3, 1, 2, 1)], ids=str)
+@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+def test_channels_split_among_lanes(
+    splits: int, dtype: torch.dtype, case: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metal, "MAX_SPLITS", splits)
+    check("carafe_backward_masks", *inputs("carafe_backward_masks", dtype, case))
+
+
+def sliced(tensor: Tensor) -> Tensor:
+    """The same values, one element into a larger storage and with gaps between rows."""
+    n, c, h, w = tensor.shape
+    return torch.full((n + 1, c, h, w + 3), torch.nan, dtype=tensor.dtype)[1:, :, :, 1 : w + 1].copy_(tensor)
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    """The same values, contiguous, one element into a larger storage."""
+    storage = torch.full((tensor.numel() + 2,), torch.nan, dtype=tensor.dtype)
+    return storage[1:-1].view(tensor.shape).copy_(tensor)
+
+
+LAYOUTS = {
+    "channels_last": lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda tensor: tensor.transpose(2, 3).contiguous().transpose(2, 3),
+    "sliced": sliced,
+    "shifted": shifted,
+    "expanded": lambda tensor: tensor[:, :1, :, :1].expand(tensor.shape),
+}
+
+
+@operators
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("other", ["contiguous", "as the first"])
+@pytest.mark.parametrize("case", [(2, 16, 5, 6, 5, 2, 2, 1), (2, 4, 5, 7, 3, 2, 1, 2)], ids=str)
+def test_layouts(operator: str, layout: str, other: str, case: tuple[int, ...]) -> None:
+    (first, second), numbers = inputs(operator, torch.float16, case)
+    change = LAYOUTS[layout]
+    check(operator, [change(first), second if other == "contiguous" else change(second)], numbers)
+
+
+@operators
+@pytest.mark.parametrize(
+    "case", [(1, 21, 6, 7, 5, 1, 2, 1), (1, 16, 3, 34, 5, 2, 2, 1), (2, 5, 6, 7, 3, 1, 3, 2)], ids=str
+)
+def test_the_order_of_threads_changes_no_bit(operator: str, case: tuple[int, ...]) -> None:
+    tensors, numbers = inputs(operator, torch.float32, case)
+    first, second = (run(operator, tensors, numbers) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@operators
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "case", [(1, 20, 6, 8, 5, 2, 2, 1), (1, 9, 5, 7, 3, 1, 2, 1), (2, 6, 6, 7, 5, 2, 3, 2)], ids=str
+)
+def test_what_is_not_finite_spoils_only_what_depends_on_it(operator: str, poison: float, case: tuple[int, ...]) -> None:
+    tensors, numbers = inputs(operator, torch.float32, case)
+    for i, place in product(range(2), ((0, 0, 0, 0), (0, -1, -1, -1), (0, 0, 2, -1))):
+        spoilt = tensors.copy()
+        spoilt[i] = tensors[i].clone()
+        spoilt[i][place] = poison
+        result = run(operator, spoilt, numbers)
+        finite = getattr(reference, operator)(*(tensor.double() for tensor in tensors), *numbers)
+        ones = [torch.ones_like(tensor) for tensor in tensors]
+        ones[i].zero_()[place] = 1
+        depends = getattr(reference, operator)(*ones, *numbers) != 0
+        assert not result[depends].isfinite().any()
+        torch.testing.assert_close(result[~depends].double(), finite[~depends], rtol=1e-5, atol=1e-5)
+
+
+class Recorder:
+    """Stands in for the library and keeps the launches."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, list[int], tuple[int, ...], tuple[int, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def launch(*args: Any, threads: tuple[int, ...], group_size: tuple[int, ...], arg_casts: Any) -> None:
+            assert arg_casts == {3: "int32"}
+            self.launches.append((name, args[3], threads, group_size))
+
+        return launch
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(metal, "library", lambda name: recorder)
+    return recorder
+
+
+def test_the_cases_above_launch_every_kernel(recorder: Recorder) -> None:
+    for operator, dtype, case in product(OPERATORS, TOLERANCES, GENERAL + DOUBLING):
+        tensors, numbers = inputs(operator, dtype, case, device="meta")
+        getattr(metal, operator)(*tensors, *numbers)
+    assert {launch[0] for launch in recorder.launches} == set(dir(library("carafe")))
+
+
+@operators
+@pytest.mark.parametrize(
+    "case",
+    [
+        (1, 8, 1, 2**25 - 1, 5, 1, 2, 1),
+        (1, 8, 2**25 - 1, 1, 5, 1, 2, 1),
+        (1, 8, 1, 2**26 - 1, 5, 1, 2, 1),
+        (1, 8, 2**13 - 1, 2**13 - 1, 5, 1, 2, 1),
+        (1, 2**31 - 1, 1, 1, 5, 1, 2, 1),
+        (1, 2**26, 3, 3, 5, 2**22, 2, 1),
+        (2**20, 2**11 - 1, 1, 1, 1, 2**11 - 1, 1, 1),
+        (1, 1, 2**28 - 1, 1, 7, 1, 1, 1),
+        (1, 1, 2**14, 2**14 - 1, 1, 1, 1, 3),
+        (1, 1, 1, 2**20, 1, 1, 2**4 - 1, 1),
+        (1, 1, 1, 1, 46339, 1, 1, 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_largest_sizes_fit_the_grid_and_32_bits(operator: str, case: tuple[int, ...], recorder: Recorder) -> None:
+    tensors, numbers = inputs(operator, torch.float32, case, device="meta")
+    getattr(metal, operator)(*tensors, *numbers)
+    ((_, sizes, threads, group_size),) = recorder.launches
+    assert all(0 < size < 2**31 for size in sizes)
+    # Metal counts threads of an axis in 32 bits, and the kernels take them, whole groups of them, as int.
+    assert all(-(-axis // group) * group <= 2**31 for axis, group in zip(threads, group_size, strict=True))
+    assert torch.tensor(group_size).prod() <= 256
+
+
+@operators
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ((1, 8, 2**14, 2**14, 5, 1, 1, 2), r"features must have H \* W below 2\*\*28"),
+        ((1, 8, 2**13, 2**13, 5, 1, 2, 1), r"(masks|grad) must have H \* W below 2\*\*28"),
+        ((2, 2**30, 1, 1, 5, 1, 1, 1), r"(features|grad) must have N \* C below 2\*\*31"),
+        ((1, 1, 1, 1, 46341, 1, 1, 1), r"masks must have N \* C below 2\*\*31"),
+    ],
+    ids=str,
+)
+def test_sizes_beyond_32_bits_are_refused_by_name(
+    operator: str, case: tuple[int, ...], message: str, recorder: Recorder
+) -> None:
+    tensors, numbers = inputs(operator, torch.float32, case, device="meta")
+    with pytest.raises(ValueError, match=message):
+        getattr(metal, operator)(*tensors, *numbers)
+    assert not recorder.launches
+
+
+def test_the_source_is_ascii() -> None:
+    # PyTorch hands it to the compiler as ASCII, and a source that is not becomes nothing.
+    assert SOURCE.isascii()
+
+
+@pytest.mark.parametrize("name", ["CHANNELS", "ROWS", "TAPS", "SIMD"])
+def test_the_launch_code_and_the_kernels_agree(name: str) -> None:
+    (value,) = re.findall(rf"constant constexpr int {name} = (\d+);", SOURCE)
+    assert int(value) == getattr(metal, name)
+
+
+def test_every_dtype_of_the_backend_has_kernels() -> None:
+    assert set(METAL_TYPES) == set(mps.DTYPES) == set(TOLERANCES)
