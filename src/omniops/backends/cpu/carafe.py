@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omniops import _C
+import omniops._C as _C
 from omniops.backends import empty, memory_format
 
 _DTYPES = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from omniops.backends.cuda._carafe_tiles import decode, load, zeros
+from omniops.backends.cuda._carafe_tiles import decode, load, wide, zeros
 
 # Taps of a row are unrolled at compile time up to this kernel size.
 _UNROLLED = tl.constexpr(7)
@@ -65,6 +65,7 @@ def forward(
 
     A feature is loaded once for its centre's ROWS * s results, a weight once for the thread's channels.
     """
+    f_sh, m_sc, m_sh = wide(f_sh), wide(m_sc), wide(m_sh)
     TILE: tl.constexpr = TILE_Y * TILE_X
     chunks = tl.cdiv(channels, CHUNK)
     part, tile_y, tile_x, group, n = decode(
@@ -164,6 +165,7 @@ def backward_features(
     order (SP is s padded to a power of two); b is summed at the end. A gradient is loaded once for the R pixels above
     each other that it reaches, a weight once for the thread's channels.
     """
+    m_sc = wide(m_sc)
     LANES: tl.constexpr = TILE_Y * TILE_X * SP
     chunk, tile_y, tile_x, group, n = decode(
         tl.cdiv(channels, CHUNK), tl.cdiv(height, TILE_Y * R), tl.cdiv(width, TILE_X), groups
@@ -242,6 +244,7 @@ def backward_masks(
     A lane is a column of results. A gradient is loaded once for the taps, a feature once for the ROWS. The channels are
     summed in steps of BLOCK_C, whose own sum comes last.
     """
+    f_sh, g_sh, o_sc, o_sh = wide(f_sh), wide(g_sh), wide(o_sc), wide(o_sh)
     LANES: tl.constexpr = TILE_Y * TILE_J
     parts = tl.cdiv(K * K, TAPS)
     part, tile_y, tile_j, group, n = decode(

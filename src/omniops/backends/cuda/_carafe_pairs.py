@@ -21,6 +21,13 @@ from omniops.backends.cuda._carafe_tiles import decode, load, zeros
 
 
 @triton.jit
+def _times(FACTOR: tl.constexpr, first, second, third):
+    """Three strides passed divided by FACTOR, in 64 bits, as what they are multiplied with may exceed 32."""
+    factor = tl.full((), FACTOR, tl.int64)
+    return first * factor, second * factor, third * factor
+
+
+@triton.jit
 def _split_pair(pair, WARPS: tl.constexpr, TILE: tl.constexpr):
     return tl.split(tl.reshape(pair, (WARPS, TILE, 2)))
 
@@ -90,17 +97,17 @@ def _forward_taps(
 def forward(
     features, masks, out, groups, channels, height, width, left, zero, f_sn, f_sc, f_sh, m_sn, m_sc, m_sh,
     o_sn, o_sc, o_sh,
-    K: tl.constexpr, WARPS: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
-    EVEN_C: tl.constexpr,
+    K: tl.constexpr, WARPS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr, EVEN_C: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_C * WARPS channels of a group at TILE_Y x TILE_X pairs of centres."""
     TILE: tl.constexpr = TILE_Y * TILE_X
     width = width * 2
-    f_sn, f_sc, f_sh = f_sn * 2, f_sc * 2, f_sh * 2
-    m_sn, m_sc, m_sh = m_sn * 4, m_sc * 4, m_sh * 4
-    o_sn, o_sc, o_sh = o_sn * 4, o_sc * 4, o_sh * 4
+    f_sn, f_sc, f_sh = _times(2, f_sn, f_sc, f_sh)
+    m_sn, m_sc, m_sh = _times(4, m_sn, m_sc, m_sh)
+    o_sn, o_sc, o_sh = _times(4, o_sn, o_sc, o_sh)
     chunk, tile_y, tile_x, group, n = decode(
-        tl.cdiv(channels, BLOCK_C * WARPS), tl.cdiv(height, TILE_Y), tl.cdiv(width, 2 * TILE_X), groups
+        tl.cdiv(channels, CHUNK), tl.cdiv(height, TILE_Y), tl.cdiv(width, 2 * TILE_X), groups
     )
     top = tile_y * TILE_Y - K // 2  # where tap (0, 0) of the tile's corner falls, the column rounded down to even
     start_x = tile_x * (2 * TILE_X) - left * 2
@@ -112,32 +119,33 @@ def forward(
     j = tile_x * (4 * TILE_X) + lane % (4 * TILE_X) + zero * 4
     has_result = (row < height) & (j < 2 * width)
     i = (2 * row).to(tl.int64)
-    first = chunk * (BLOCK_C * WARPS) + tl.arange(0, WARPS)[:, None]
-    channel = (group * channels + first).to(tl.int64)
-    masks += n * m_sn + (group * K * K).to(tl.int64) * m_sc + (i * m_sh + j + first * 0)
-    features += n * f_sn + channel * f_sc + (y.to(tl.int64) * f_sh + x)
-    out += n * o_sn + channel * o_sc + (i * o_sh + j)
+    warp = tl.arange(0, WARPS)[:, None]
+    masks += n * m_sn + (group * K * K).to(tl.int64) * m_sc + (i * m_sh + j + warp * 0)
+    features += n * f_sn + (group * channels).to(tl.int64) * f_sc + (y.to(tl.int64) * f_sh + x)
+    out += n * o_sn + (group * channels).to(tl.int64) * o_sc + (i * o_sh + j)
     bottom = top + TILE_Y + K - 1
     whole = (top >= 0) & (start_x >= 0) & (bottom <= height) & (start_x + 2 * TILE_X + K + 1 <= width)
-    acc = zeros(8 * BLOCK_C, (WARPS, TILE), out.dtype.element_ty)
-    if whole:
-        acc = _forward_taps(
-            acc, features, masks, y, x, first, channels, height, width, has_result, f_sc, f_sh, m_sc, m_sh,
-            K, WARPS, TILE, BLOCK_C, True, EVEN_C,
-        )  # fmt: skip
-    else:
-        acc = _forward_taps(
-            acc, features, masks, y, x, first, channels, height, width, has_result, f_sc, f_sh, m_sc, m_sh,
-            K, WARPS, TILE, BLOCK_C, False, EVEN_C,
-        )  # fmt: skip
-    for c in tl.static_range(BLOCK_C):
-        for a in tl.static_range(2):
-            quad = _join_quad(
-                acc[(c * 2 + a) * 4], acc[(c * 2 + a) * 4 + 1], acc[(c * 2 + a) * 4 + 2], acc[(c * 2 + a) * 4 + 3],
-                WARPS, TILE,
+    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, channels), BLOCK_C * WARPS):
+        first = start + warp
+        acc = zeros(8 * BLOCK_C, (WARPS, TILE), out.dtype.element_ty)
+        if whole:
+            acc = _forward_taps(
+                acc, features + first.to(tl.int64) * f_sc, masks, y, x, first, channels, height, width, has_result, f_sc, f_sh, m_sc, m_sh,
+                K, WARPS, TILE, BLOCK_C, True, EVEN_C,
             )  # fmt: skip
-            target = out + (c * WARPS * o_sc + a * o_sh)
-            tl.store(target, quad.to(out.dtype.element_ty), mask=has_result & (first + c * WARPS < channels))
+        else:
+            acc = _forward_taps(
+                acc, features + first.to(tl.int64) * f_sc, masks, y, x, first, channels, height, width, has_result, f_sc, f_sh, m_sc, m_sh,
+                K, WARPS, TILE, BLOCK_C, False, EVEN_C,
+            )  # fmt: skip
+        for c in tl.static_range(BLOCK_C):
+            for a in tl.static_range(2):
+                quad = _join_quad(
+                    acc[(c * 2 + a) * 4], acc[(c * 2 + a) * 4 + 1], acc[(c * 2 + a) * 4 + 2], acc[(c * 2 + a) * 4 + 3],
+                    WARPS, TILE,
+                )  # fmt: skip
+                target = out + ((first + c * WARPS).to(tl.int64) * o_sc + a * o_sh)
+                tl.store(target, quad.to(out.dtype.element_ty), mask=has_result & (first + c * WARPS < channels))
 
 
 @triton.jit
@@ -156,7 +164,8 @@ def _features_row(
         # each p and h, elements (p, h, b) of row r are the weights of that tap, or nothing where there is none.
         weights = ()
         for r in tl.static_range(R):
-            seen = inside & (u + r >= 0) & (u + r < K)
+            tap = row * 0 + (u + r)  # lanes, as the interpreter's `&` needs them
+            seen = inside & (tap >= 0) & (tap < K)
             for p in tl.static_range(2):
                 for h in tl.static_range(2):
                     v = p - 2 * (step - REACH) - h + PAD
@@ -195,9 +204,9 @@ def backward_features(
     """
     TILE: tl.constexpr = TILE_Y * TILE_X
     width = width * 2
-    g_sn, g_sc, g_sh = g_sn * 4, g_sc * 4, g_sh * 4
-    m_sn, m_sc, m_sh = m_sn * 4, m_sc * 4, m_sh * 4
-    o_sn, o_sc, o_sh = o_sn * 2, o_sc * 2, o_sh * 2
+    g_sn, g_sc, g_sh = _times(4, g_sn, g_sc, g_sh)
+    m_sn, m_sc, m_sh = _times(4, m_sn, m_sc, m_sh)
+    o_sn, o_sc, o_sh = _times(2, o_sn, o_sc, o_sh)
     chunk, tile_y, tile_x, group, n = decode(
         tl.cdiv(channels, BLOCK_C * WARPS), tl.cdiv(height, TILE_Y * R), tl.cdiv(width, 2 * TILE_X), groups
     )
@@ -213,14 +222,14 @@ def backward_features(
     grad += n * g_sn + channel * g_sc + j
     out += n * o_sn + channel * o_sc + (y.to(tl.int64) * o_sh + x)
     acc = zeros(2 * R * BLOCK_C, (WARPS, TILE), out.dtype.element_ty)
-    for u in range(1 - R, K):
-        for a in range(2):
-            # The centre row that sees row y through tap row u sees row y + r through tap row u + r.
-            i = (2 * (centre - u) + a).to(tl.int64)
-            acc = _features_row(
-                acc, grad + i * g_sh, masks + i * m_sh, u, centre - u, j, first, channels, height, width, g_sc, m_sc,
-                K, R, WARPS, TILE, BLOCK_C, EVEN_C,
-            )  # fmt: skip
+    for ua in range(2 * (K + R - 1)):
+        # The centre row that sees row y through tap row u sees row y + r through tap row u + r.
+        u = ua // 2 + 1 - R
+        i = (2 * (centre - u) + ua % 2).to(tl.int64)
+        acc = _features_row(
+            acc, grad + i * g_sh, masks + i * m_sh, u, centre - u, j, first, channels, height, width, g_sc, m_sc,
+            K, R, WARPS, TILE, BLOCK_C, EVEN_C,
+        )  # fmt: skip
     for c in tl.static_range(BLOCK_C):
         for r in tl.static_range(R):
             pair = tl.reshape(tl.join(acc[2 * (R * c + r)], acc[2 * (R * c + r) + 1]), (WARPS, 2 * TILE))
@@ -230,52 +239,56 @@ def backward_features(
 
 @triton.jit(do_not_specialize=["left", "zero"])
 def backward_masks(
-    grad, features, out, groups, channels, height, width, left, zero, g_sn, g_sc, g_sh, f_sn, f_sc, f_sh,
+    grad, features, out, batches, groups, channels, height, width, left, zero, g_sn, g_sc, g_sh, f_sn, f_sc, f_sh,
     o_sn, o_sc, o_sh,
     K: tl.constexpr, WARPS: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
 ):  # fmt: skip
-    """A program: all taps of a group at TILE_Y x TILE_X pairs of centres; a warp takes a row of taps.
+    """A program: WARPS units of work; a unit is a row of taps and a row of results at a tile of pairs of centres.
 
-    Tile (WARPS, TILE), ROWS being k padded to a power of two: the warps read the same gradients, which the L1 cache
-    gives to all but the first. BLOCK_C, a divisor of the channels, are unrolled, to have their loads in flight together.
+    The units of a tile are neighbours and read the same gradients. BLOCK_C, a divisor of the channels, are unrolled, to
+    have their loads in flight together.
     """
     TILE: tl.constexpr = TILE_Y * TILE_X
     SKIP: tl.constexpr = K // 2 % 2
     width = width * 2
-    f_sn, f_sc, f_sh = f_sn * 2, f_sc * 2, f_sh * 2
-    g_sn, g_sc, g_sh = g_sn * 4, g_sc * 4, g_sh * 4
-    o_sn, o_sc, o_sh = o_sn * 4, o_sc * 4, o_sh * 4
-    _, tile_y, tile_x, group, n = decode(1, tl.cdiv(height, TILE_Y), tl.cdiv(width, 2 * TILE_X), groups)
-    u = tl.arange(0, WARPS)[:, None]
+    f_sn, f_sc, f_sh = _times(2, f_sn, f_sc, f_sh)
+    g_sn, g_sc, g_sh = _times(4, g_sn, g_sc, g_sh)
+    o_sn, o_sc, o_sh = _times(4, o_sn, o_sc, o_sh)
+    tiles_y = tl.cdiv(height, TILE_Y)
+    tiles_x = tl.cdiv(width, 2 * TILE_X)
+    unit = tl.program_id(0) * WARPS + tl.arange(0, WARPS)[:, None]
+    tile = unit // (2 * K)
+    a = unit // K % 2
+    u = unit % K
+    tile_x = tile % tiles_x
+    tile_y = tile // tiles_x % tiles_y
+    group = tile // tiles_x // tiles_y % groups
+    n = (tile // tiles_x // tiles_y // groups).to(tl.int64)
+    in_use = n < batches
     lane = tl.arange(0, 2 * TILE)[None, :]
     y = tile_y * TILE_Y + lane // (2 * TILE_X) + u - K // 2
     x = tile_x * (2 * TILE_X) + lane % (2 * TILE_X) - left * 2
     lane = tl.arange(0, 4 * TILE)[None, :]
     row = tile_y * TILE_Y + lane // (4 * TILE_X)
     j = tile_x * (4 * TILE_X) + lane % (4 * TILE_X) + zero * 4
-    has_result = (row < height) & (j < 2 * width) & (u < K)
-    i = (2 * row).to(tl.int64)
-    grad += n * g_sn + (group * channels).to(tl.int64) * g_sc + (i * g_sh + j + u * 0)
+    has_result = (row < height) & (j < 2 * width) & in_use
+    i = (2 * row + a).to(tl.int64)
+    grad += n * g_sn + (group * channels).to(tl.int64) * g_sc + (i * g_sh + j)
     features += n * f_sn + (group * channels).to(tl.int64) * f_sc + (y.to(tl.int64) * f_sh + x)
     out += n * o_sn + (group * K * K + u * K).to(tl.int64) * o_sc + (i * o_sh + j)
-    acc = zeros(8 * K, (WARPS, TILE), out.dtype.element_ty)
+    acc = zeros(4 * K, (WARPS, TILE), out.dtype.element_ty)
     for _start in range(0, channels, BLOCK_C):
         for _step in tl.static_range(BLOCK_C):
-            columns = _columns(features, y, x, height, width, u < K, acc[0].dtype, K, WARPS, TILE, False, False)
+            columns = _columns(features, y, x, height, width, in_use, acc[0].dtype, K, WARPS, TILE, False, False)
+            quad = tl.load(grad, mask=has_result, other=0.0).to(acc[0].dtype)
+            values = _split_quad(quad, WARPS, TILE)
             sums = ()
-            for a in tl.static_range(2):
-                quad = tl.load(grad + a * g_sh, mask=has_result, other=0.0).to(acc[0].dtype)
-                values = _split_quad(quad, WARPS, TILE)
-                for v in tl.static_range(K):
-                    for pb in tl.static_range(4):
-                        sums = sums + (tl.fma(columns[v + SKIP + pb // 2], values[pb], acc[(a * K + v) * 4 + pb]),)
+            for v in tl.static_range(K):
+                for pb in tl.static_range(4):
+                    sums = sums + (tl.fma(columns[v + SKIP + pb // 2], values[pb], acc[4 * v + pb]),)
             acc = sums
             features += f_sc
             grad += g_sc
-    for a in tl.static_range(2):
-        for v in tl.static_range(K):
-            quad = _join_quad(
-                acc[(a * K + v) * 4], acc[(a * K + v) * 4 + 1], acc[(a * K + v) * 4 + 2], acc[(a * K + v) * 4 + 3],
-                WARPS, TILE,
-            )  # fmt: skip
-            tl.store(out + (v * o_sc + a * o_sh), quad.to(out.dtype.element_ty), mask=has_result)
+    for v in tl.static_range(K):
+        quad = _join_quad(acc[4 * v], acc[4 * v + 1], acc[4 * v + 2], acc[4 * v + 3], WARPS, TILE)
+        tl.store(out + v * o_sc, quad.to(out.dtype.element_ty), mask=has_result)

@@ -19,6 +19,12 @@ def load(pointers, inside, has_channel, WHOLE: tl.constexpr, EVEN_C: tl.constexp
 
 
 @triton.jit
+def wide(stride):
+    """A stride in 64 bits, as what it is multiplied with may exceed 32."""
+    return stride * tl.full((), 1, tl.int64)
+
+
+@triton.jit
 def zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr, dtype: tl.constexpr):
     """COUNT tiles of zeros, in float64 for float64 and else in float32."""
     tiles = ()

@@ -5,7 +5,8 @@ and s = 2 every feature takes part in a hundred products. So each kernel keeps i
 taps (or the channels), and shares a loaded value among as many products as the registers allow. A result belongs to one
 program, whose order of summation is fixed: no atomics, the same bits every run.
 
-``_carafe_any`` holds the kernels for every case, ``_carafe_pairs`` the faster ones of the common case.
+``_carafe_any`` holds the kernels for every case, ``_carafe_pairs`` the faster ones of the common case. The sizes of
+tiles and the limits on registers below were measured on an H200: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from omniops.backends import empty
 from omniops.backends.cuda import _carafe_any, _carafe_pairs
 
+
 def carafe(
     features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int, stride: int
 ) -> Tensor:
@@ -28,20 +30,24 @@ def carafe(
     channels, rows, columns = c // group_size, masks.shape[2] // scale_factor, masks.shape[3] // scale_factor
     if _in_pairs(kernel_size, scale_factor, stride, fine=(features,), coarse=(masks, out)):
         tile_y, tile_x = _tile(height, width // 2, 32)
-        warps, block_c = 4, 8
+        warps, block_c = 2, 8
+        chunk = 2 * warps * block_c
         programs = n * group_size * triton.cdiv(height, tile_y) * triton.cdiv(width, 2 * tile_x)
         with torch.cuda.device_of(features):
-            _carafe_pairs.forward[(programs * triton.cdiv(channels, warps * block_c),)](
+            _carafe_pairs.forward[(programs * triton.cdiv(channels, chunk),)](
                 features, masks, out, group_size, channels, height, width // 2, (kernel_size // 2 + 1) // 2, 0,
-                *_halves(features), *_quarters(masks), *_quarters(out),
-                K=kernel_size, WARPS=warps, BLOCK_C=block_c, TILE_Y=tile_y, TILE_X=tile_x,
-                EVEN_C=channels % (warps * block_c) == 0, num_warps=warps,
+                *_divided(features, 2), *_divided(masks, 4), *_divided(out, 4),
+                K=kernel_size, WARPS=warps, CHUNK=chunk, BLOCK_C=block_c, TILE_Y=tile_y, TILE_X=tile_x,
+                EVEN_C=channels % (warps * block_c) == 0, num_warps=warps, maxnreg=168,
             )  # fmt: skip
         return out
+    features, masks = _addressable(features), _addressable(masks)
     lines = scale_factor if scale_factor <= 4 else 1
-    tile_y, tile_x = _tile(rows, columns, 64)
-    block_c = _block(channels, max(1, 16 * 4 // (lines * scale_factor)))
-    chunk = block_c * 4
+    by_channel = out.stride(1) == 1  # channels_last
+    warps, lanes, sums = (4, 4, 16) if by_channel else (2, 32, 32)
+    tile_y, tile_x = _tile(rows, columns, lanes)
+    block_c = _block(channels, sums * 32 * warps // (lanes * triton.next_power_of_2(lines * scale_factor)))
+    chunk = block_c if by_channel else 8 * block_c
     parts = triton.cdiv(channels, chunk) * (scale_factor // lines)
     programs = n * group_size * triton.cdiv(rows, tile_y) * triton.cdiv(columns, tile_x) * parts
     with torch.cuda.device_of(features):
@@ -50,7 +56,7 @@ def carafe(
             *features.stride(), *masks.stride(), *out.stride(),
             K=kernel_size, S=scale_factor, T=stride, ROWS=lines, CHUNK=chunk, BLOCK_C=block_c,
             TILE_Y=tile_y, TILE_X=tile_x, EVEN_C=channels % block_c == 0,
-            PAIRS=scale_factor == 2 and out.stride(3) == 1, num_warps=4,
+            PAIRS=scale_factor == 2 and out.stride(3) == 1, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -69,31 +75,33 @@ def carafe_backward_features(
     n, c = grad.shape[:2]
     out = empty((n, c, height, width), like=grad)
     channels, rows, columns = c // group_size, grad.shape[2] // scale_factor, grad.shape[3] // scale_factor
+    r = 2
     if _in_pairs(kernel_size, scale_factor, stride, fine=(out,), coarse=(grad, masks)):
-        r = 2
         tile_y, tile_x = _tile(triton.cdiv(height, r), width // 2, 32)
         warps, block_c = 4, 8
         programs = n * group_size * triton.cdiv(height, tile_y * r) * triton.cdiv(width, 2 * tile_x)
         with torch.cuda.device_of(grad):
             _carafe_pairs.backward_features[(programs * triton.cdiv(channels, warps * block_c),)](
                 grad, masks, out, group_size, channels, height, width // 2, 0,
-                *_quarters(grad), *_quarters(masks), *_halves(out),
+                *_divided(grad, 4), *_divided(masks, 4), *_divided(out, 2),
                 K=kernel_size, R=r, WARPS=warps, BLOCK_C=block_c, TILE_Y=tile_y, TILE_X=tile_x,
-                EVEN_C=channels % (warps * block_c) == 0, num_warps=warps,
+                EVEN_C=channels % (warps * block_c) == 0, num_warps=warps, maxnreg=168,
             )  # fmt: skip
         return out
+    grad, masks = _addressable(grad), _addressable(masks)
     sp = triton.next_power_of_2(scale_factor)
-    r = 4
-    tile_y, tile_x = _tile(triton.cdiv(height, r), width, max(1, 64 // sp))
-    block_c = _block(channels, 16)
-    chunk = block_c * 4
+    by_channel = out.stride(1) == 1
+    warps, lanes = (2, 4) if by_channel else (4, 64)
+    tile_y, tile_x = _tile(triton.cdiv(height, r), width, max(1, lanes // sp))
+    block_c = _block(channels, 128 if by_channel else 16)
+    chunk = block_c if by_channel else 4 * block_c
     programs = n * group_size * triton.cdiv(height, tile_y * r) * triton.cdiv(width, tile_x)
     with torch.cuda.device_of(grad):
         _carafe_any.backward_features[(programs * triton.cdiv(channels, chunk),)](
             grad, masks, out, group_size, channels, height, width, rows, columns, kernel_size // 2,
             *grad.stride(), *masks.stride(), *out.stride(),
             K=kernel_size, S=scale_factor, T=stride, SP=sp, R=r, CHUNK=chunk, BLOCK_C=block_c,
-            TILE_Y=tile_y, TILE_X=tile_x, EVEN_C=channels % block_c == 0, num_warps=4,
+            TILE_Y=tile_y, TILE_X=tile_x, EVEN_C=channels % block_c == 0, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -107,26 +115,30 @@ def carafe_backward_masks(
     channels, rows, columns = c // group_size, grad.shape[2] // scale_factor, grad.shape[3] // scale_factor
     if _in_pairs(kernel_size, scale_factor, stride, fine=(features,), coarse=(grad, out)):
         tile_y, tile_x = _tile(height, width // 2, 32)
-        warps = triton.next_power_of_2(kernel_size)
-        programs = n * group_size * triton.cdiv(height, tile_y) * triton.cdiv(width, 2 * tile_x)
+        warps = 2
+        units = n * group_size * triton.cdiv(height, tile_y) * triton.cdiv(width, 2 * tile_x) * 2 * kernel_size
         with torch.cuda.device_of(grad):
-            _carafe_pairs.backward_masks[(programs,)](
-                grad, features, out, group_size, channels, height, width // 2, (kernel_size // 2 + 1) // 2, 0,
-                *_quarters(grad), *_halves(features), *_quarters(out),
-                K=kernel_size, WARPS=warps, BLOCK_C=math.gcd(channels, 4), TILE_Y=tile_y, TILE_X=tile_x, num_warps=warps,
+            _carafe_pairs.backward_masks[(triton.cdiv(units, warps),)](
+                grad, features, out, n, group_size, channels, height, width // 2, (kernel_size // 2 + 1) // 2, 0,
+                *_divided(grad, 4), *_divided(features, 2), *_divided(out, 4),
+                K=kernel_size, WARPS=warps, BLOCK_C=math.gcd(channels, 8), TILE_Y=tile_y, TILE_X=tile_x,
+                num_warps=warps, maxnreg=128,
             )  # fmt: skip
         return out
+    grad, features = _addressable(grad), _addressable(features)
     lines = scale_factor if scale_factor <= 4 else 1
-    taps = min(kernel_size**2, 50 // lines)
-    tile_y, tile_j = _tile(rows, columns * scale_factor, 128)
+    taps = min(kernel_size**2, max(1, 10 // lines))
+    by_channel = grad.stride(1) == 1
+    tile_y, tile_j = _tile(rows, columns * scale_factor, 4 if by_channel else 32)
+    block_c = _block(channels, 32) if by_channel else 1
     parts = triton.cdiv(kernel_size**2, taps) * (scale_factor // lines)
     programs = n * group_size * triton.cdiv(rows, tile_y) * triton.cdiv(columns * scale_factor, tile_j) * parts
     with torch.cuda.device_of(grad):
         _carafe_any.backward_masks[(programs,)](
             grad, features, out, group_size, channels, height, width, rows, columns, kernel_size // 2,
             *grad.stride(), *features.stride(), *out.stride(),
-            K=kernel_size, S=scale_factor, T=stride, ROWS=lines, TAPS=taps, BLOCK_C=1,
-            TILE_Y=tile_y, TILE_J=tile_j, EVEN_C=True, num_warps=4,
+            K=kernel_size, S=scale_factor, T=stride, ROWS=lines, TAPS=taps, BLOCK_C=block_c,
+            TILE_Y=tile_y, TILE_J=tile_j, EVEN_C=channels % block_c == 0, num_warps=1,
         )  # fmt: skip
     return out
 
@@ -152,20 +164,22 @@ def _aligned(tensor: Tensor, count: int) -> bool:
     )
 
 
-def _halves(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(stride // 2 for stride in tensor.stride()[:3])
+def _divided(tensor: Tensor, by: int) -> tuple[int, ...]:
+    """The strides of N, C and H, divided by what they are known to be multiples of."""
+    return tuple(stride // by for stride in tensor.stride()[:3])
 
 
-def _quarters(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(stride // 4 for stride in tensor.stride()[:3])
+def _addressable(tensor: Tensor) -> Tensor:
+    """The tensor, copied if a row of it spans more than the kernels' 32-bit columns reach."""
+    return tensor if tensor.shape[3] * tensor.stride(3) < 2**31 else tensor.contiguous()
 
 
 def _tile(rows: int, columns: int, size: int) -> tuple[int, int]:
-    """A tile of ``size`` lanes: a warp wide where the map is, and never much wider than the map."""
-    tile_x = min(32, size, triton.next_power_of_2(columns))
+    """Rows and columns of a tile of ``size`` lanes: 16 wide where the map is, as a square tile reads fewer borders."""
+    tile_x = min(16 if rows > 1 else 32, size, triton.next_power_of_2(columns))
     return size // tile_x, tile_x
 
 
 def _block(channels: int, most: int) -> int:
     """The channels of a tile: a power of two, no more than there are."""
-    return min(most, triton.next_power_of_2(channels))
+    return max(1, min(most, triton.next_power_of_2(channels)))

@@ -1,0 +1,261 @@
+"""What is particular to the C++ kernels: threads, fork, instruction sets, 64-bit indices. tests/backends/test_carafe.py
+holds them against the reference; run as a program, this file does so briefly for the instruction set it finds.
+"""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from omniops.backends import reference
+from omniops.backends.reference import carafe as oracle
+
+_C = pytest.importorskip("omniops._C", reason="omniops was installed without a C++ compiler: there are no CPU kernels")
+from omniops.backends.cpu import carafe as cpu  # noqa: E402  the module is there
+
+FORMATS = (torch.contiguous_format, torch.channels_last)
+OPERATORS = ("carafe", "carafe_backward_features", "carafe_backward_masks")
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+# kernel_size, group_size, scale_factor, stride
+SETTINGS = ((5, 1, 2, 1), (3, 2, 2, 1), (5, 2, 1, 2), (7, 1, 3, 1), (3, 1, 3, 2), (1, 1, 1, 1), (3, 2, 1, 4))
+
+
+def arguments(operator, shape, settings, dtype=torch.float32, memory_format=torch.contiguous_format, seed=0):
+    """What the backends' function ``operator`` takes, for features of the given shape."""
+    generator = torch.Generator().manual_seed(seed)
+    kernel_size, group_size, scale_factor, stride = settings
+    n, c, h, w = shape
+    height, width = math.ceil(h / stride) * scale_factor, math.ceil(w / stride) * scale_factor
+
+    def normal(*size):
+        values = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+        return values.contiguous(memory_format=memory_format)
+
+    features, grad = normal(*shape), normal(n, c, height, width)
+    masks = normal(n, group_size * kernel_size**2, height, width)
+    return {
+        "carafe": (features, masks, *settings),
+        "carafe_backward_features": (grad, masks, h, w, *settings),
+        "carafe_backward_masks": (grad, features, *settings),
+    }[operator]
+
+
+def error(operator, args):
+    """The greatest difference from the oracle in float64, relative to the result's scale."""
+    expected = getattr(oracle, operator)(*(arg.double() if isinstance(arg, torch.Tensor) else arg for arg in args))
+    result = getattr(cpu, operator)(*args)
+    assert result.shape == expected.shape
+    assert result.dtype == args[0].dtype
+    return ((result.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def check_every_kernel():
+    for dtype, tolerance in TOLERANCES.items():
+        for memory_format in FORMATS:
+            for settings in SETTINGS:
+                # 70 channels: whole blocks, whole vectors and a rest, in each instruction set.
+                for shape in ((1, 70, 5, 7), (2, 4, 9, 37)):
+                    for operator in OPERATORS:
+                        args = arguments(operator, shape, settings, dtype, memory_format)
+                        found = error(operator, args)
+                        assert found <= tolerance, (operator, dtype, memory_format, settings, shape, found)
+
+
+@pytest.fixture
+def set_num_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_each_instruction_set_agrees_with_the_oracle(instruction_set):
+    if INSTRUCTION_SETS.index(instruction_set) > INSTRUCTION_SETS.index(_C.instruction_set()):
+        pytest.skip(f"this processor or build has no {instruction_set}")
+    environment = {**os.environ, "OMNIOPS_CPU_CAPABILITY": instruction_set}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [instruction_set]
+
+
+def test_every_format_and_dtype_is_served_by_this_backend():
+    assert cpu.carafe.__module__ == "omniops.backends.cpu.carafe"
+    assert set(cpu._DTYPES) == set(reference.DTYPES)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_half_rounds_to_the_nearest_once(operator):
+    # With one tap and one channel each result is one product, exact in float32.
+    for dtype in (torch.float16, torch.bfloat16):
+        for memory_format in FORMATS:
+            first, second, *rest = arguments(operator, (1, 1, 16, 40), (1, 1, 1, 1), dtype, memory_format)
+            # Small enough that products are subnormal in float16, too.
+            first = first * torch.logspace(-8, 0, 40, 10).to(dtype)
+            expected = (first.float() * second.float()).to(dtype)
+            torch.testing.assert_close(getattr(cpu, operator)(first, second, *rest), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_number_passes_unchanged(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    features = every.reshape(1, 1, 256, 256)
+    for memory_format in FORMATS:
+        out = cpu.carafe(
+            features.expand(1, 8, 256, 256).contiguous(memory_format=memory_format),
+            torch.ones(1, 1, 256, 256, dtype=dtype),
+            1,
+            1,
+            1,
+            1,
+        )
+        for channel in out[0]:
+            torch.testing.assert_close(channel, features[0, 0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_float16_overflows_to_infinity():
+    features = torch.full((1, 1, 1, 4), 256.0, dtype=torch.float16)
+    masks = torch.tensor([255.75, 255.9, 256.0, -256.0], dtype=torch.float16).reshape(1, 1, 1, 4)
+    expected = (features.float() * masks.float()).to(torch.float16)
+    assert torch.equal(cpu.carafe(features, masks, 1, 1, 1, 1), expected)
+    assert expected.isinf().any()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_number_of_threads_does_not_change_a_bit(operator, memory_format, set_num_threads):
+    args = arguments(operator, (2, 96, 40, 60), (5, 2, 2, 1), memory_format=memory_format)
+    results = []
+    for threads in (1, 2, 3, 16):
+        set_num_threads(threads)
+        results.append(getattr(cpu, operator)(*args))
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+def test_the_number_of_threads_is_that_of_torch(monkeypatch, set_num_threads):
+    asked = []
+    monkeypatch.setattr(cpu._C, "carafe", lambda *args: asked.append(args[-1]))
+    for threads in (1, 3):
+        set_num_threads(threads)
+        cpu.carafe(*arguments("carafe", (1, 4, 5, 6), (3, 1, 2, 1)))
+    assert asked == [1, 3]
+
+
+def test_many_python_threads_at_once(set_num_threads):
+    set_num_threads(2)
+    work = [
+        (operator, arguments(operator, (1, 32, 30, 40), (5, 1, 2, 1), memory_format=memory_format, seed=seed))
+        for operator in OPERATORS
+        for memory_format in FORMATS
+        for seed in range(4)
+    ]
+    expected = [getattr(cpu, operator)(*args) for operator, args in work]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda item: getattr(cpu, item[0])(*item[1]), work))
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+def test_the_interpreter_runs_on_meanwhile(set_num_threads):
+    set_num_threads(1)
+    args = arguments("carafe", (1, 64, 128, 128), (15, 1, 2, 1))
+    started, done = threading.Event(), threading.Event()
+
+    def call():
+        started.set()
+        cpu.carafe(*args)
+        done.set()
+
+    worker = threading.Thread(target=call)
+    worker.start()
+    started.wait()
+    steps = 0
+    while not done.is_set():
+        steps += 1
+    worker.join()
+    assert steps > 1000
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_a_forked_child_computes_too(set_num_threads):
+    set_num_threads(2)
+    work = [(operator, arguments(operator, (1, 32, 40, 40), (5, 1, 2, 1))) for operator in OPERATORS]
+    expected = [getattr(cpu, operator)(*args) for operator, args in work]
+    busy = threading.Event()
+    other = threading.Thread(target=lambda: [cpu.carafe(*work[0][1]) for _ in range(200) if not busy.is_set()])
+    other.start()  # so that the fork falls into a call
+    try:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # a child that hangs ends as a failure
+            # NumPy compares, for PyTorch's own thread pool need not survive a fork.
+            results = [getattr(cpu, operator)(*args) for operator, args in work]
+            same = all(np.array_equal(r.numpy(), e.numpy()) for r, e in zip(results, expected, strict=True))
+            os._exit(0 if same else 1)
+    finally:
+        busy.set()
+        other.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_memory_that_cannot_be_had_is_an_error():
+    value = torch.ones(1)
+    for operator in OPERATORS:
+        for channels_last in (False, True):
+            with pytest.raises(MemoryError):
+                # Scratch memory for a kernel of this size is more than there are addresses. Nothing is read before.
+                getattr(_C, operator)(*(value.data_ptr(),) * 3, _C.Dtype.float32, channels_last, 1, 1, 1, 1,
+                                      3_000_001, 1, 1, 1, 4)  # fmt: skip
+
+
+def untouched(shape):
+    """A float16 tensor of zeros that takes address space, but memory only where it is written."""
+    return torch.from_numpy(np.zeros(shape, dtype=np.float16))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_features_beyond_two_to_the_31(channels_last):
+    height, width, stride = 65536, 32769 + 1024, 4096
+    features = untouched((1, height, width, 1) if channels_last else (1, 1, height, width))
+    features = features.permute(0, 3, 1, 2) if channels_last else features
+    assert features.numel() > 2**31
+    features[0, 0, ::stride, ::stride] = torch.arange(1, 16 * 9 + 1).reshape(16, 9)
+    masks = torch.full((1, 1, 16, 9), 2.0, dtype=torch.float16)
+    out = cpu._run(_C.carafe, features, masks, torch.empty_like(masks), (1, 1, height, width, 1, 1, 1, stride))
+    assert torch.equal(out, 2 * features[:, :, ::stride, ::stride])
+
+
+def test_channels_beyond_two_to_the_31():
+    channels = 2**16 + 1
+    grad, features = untouched((1, channels, 256, 128)), untouched((1, channels, 256, 128))
+    assert grad.numel() > 2**31
+    grad[0, -1], features[0, -1] = 2, torch.arange(256)[:, None]
+    out = cpu.carafe_backward_masks(grad, features, 1, 1, 1, 1)
+    assert torch.equal(out[0, 0], 2 * features[0, -1])
+
+
+def test_the_module_knows_nothing_of_torch():
+    sources = Path(__file__).parents[2] / "csrc"
+    included = re.findall(r'#include [<"](.+)[>"]', "".join(path.read_text() for path in sorted(sources.iterdir())))
+    assert "nanobind/nanobind.h" in included
+    assert not [header for header in included if re.match(r"(torch|ATen|c10|caffe2|pybind11)\b", header)]
+    module = Path(_C.__file__).read_bytes()
+    assert not [name for name in (b"libtorch", b"libc10", b"_ZN2at", b"_ZN3c10", b"_ZN5torch") if name in module]
+
+
+if __name__ == "__main__":
+    check_every_kernel()
+    print(_C.instruction_set())
