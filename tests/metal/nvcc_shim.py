@@ -20,7 +20,16 @@ from metalsim.arguments import BufferType, Inline, bind, dispatch
 HERE = Path(__file__).parent / "metalsim"
 ARCHITECTURE = os.environ.get("METAL_CUDA_ARCHITECTURE", "sm_90")
 # 128 registers a thread, so that 512 threads find room on a multiprocessor, as they do on an Apple GPU's core.
-_FLAGS = (f"-arch={ARCHITECTURE}", "-std=c++17", "-O3", "-lineinfo", "-maxrregcount=128", "-shared", "-Xcompiler", "-fPIC")
+_FLAGS = (
+    f"-arch={ARCHITECTURE}",
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",
+    "-maxrregcount=128",
+    "-shared",
+    "-Xcompiler",
+    "-fPIC",
+)
 _MAX_INLINE_BYTES = 2048
 _MAX_BUFFERS = 31
 

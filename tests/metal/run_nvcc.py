@@ -113,14 +113,17 @@ def seconds(launches: Sequence[Callable[[], object]], repeats: int = 30) -> tupl
     return median, high - low
 
 
-def time(path: str | None) -> None:
-    """Print and write a row for each operator and dtype: time, bytes at least moved, floor, ratio."""
+def copy_bandwidth() -> float:
+    """Bytes read and written a second, by an elementwise kernel: in a graph, copy_ is the slower copy engine's."""
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
-    # An elementwise kernel: in a graph, copy_ would be the slower copy engine's.
-    copy, _ = seconds([lambda: torch.neg(source, out=target)] * 4)
-    bandwidth = 2 * source.numel() * source.element_size() / copy
-    del source, target
+    median, _ = seconds([lambda: torch.neg(source, out=target)] * 4)
+    return 2 * source.numel() * source.element_size() / median
+
+
+def time(path: str | None) -> None:
+    """Print and write a row for each operator and dtype: time, bytes at least moved, floor, ratio."""
+    bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
     rows = []
     for dtype in (torch.float32, torch.float16):

@@ -46,7 +46,9 @@ def define(schema: str, *, file: str, result_shape: Callable[..., Sequence[int]]
     return operator
 
 
-def _kernel(backend: ModuleType, file: str, name: str, result_shape: Callable[..., Sequence[int]]) -> Callable[..., Tensor]:
+def _kernel(
+    backend: ModuleType, file: str, name: str, result_shape: Callable[..., Sequence[int]]
+) -> Callable[..., Tensor]:
     """The operator on one backend: checked, empty inputs answered, the kernel's file imported when first called."""
     kernel: Callable[..., Tensor] | None = None
 

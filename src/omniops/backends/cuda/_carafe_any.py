@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# (Triton's language, not Python's)
 """CARAFE's Triton kernels for any kernel size, scale, stride, groups and memory layout.
 
 Tiles are (C, LANE): channels of a group by pixels. Results that share what they load (the s*s results of a centre, the
@@ -61,9 +63,10 @@ def forward(
     K: tl.constexpr, S: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, EVEN_C: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """A program: CHUNK channels of a group at TILE_Y x TILE_X centres, BLOCK_C at a time, ROWS of the s rows of results.
+    """A program: CHUNK channels of a group at TILE_Y x TILE_X centres, BLOCK_C at a time.
 
-    A feature is loaded once for its centre's ROWS * s results, a weight once for the thread's channels.
+    It computes ROWS of the s rows of results. A feature is loaded once for its centre's ROWS * s results, a weight once
+    for the thread's channels.
     """
     f_sh, m_sc, m_sh = wide(f_sh), wide(m_sc), wide(m_sh)
     TILE: tl.constexpr = TILE_Y * TILE_X

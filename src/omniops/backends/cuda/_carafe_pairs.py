@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# (Triton's language, not Python's)
 """CARAFE's Triton kernels for twofold upsampling of maps of even width, stored row by row: the common case, and faster.
 
 What bounds CARAFE on these GPUs is the traffic between the L1 cache and the registers. Here a thread owns two
@@ -8,8 +10,8 @@ weights, one wide load each, and a column read once serves both. Per row of taps
 A tile is (WARPS, TILE): a warp a row, a pair of pixels a thread (TILE = TILE_Y * TILE_X = 32), so that pairs and quads
 are split within a thread. The warps of a program work on the same pixels, for different channels or taps, and so find
 in the L1 cache what the first of them read; a thread's channels and results are the elements of a tuple. What must be
-known to be even is passed halved, what must be a multiple of four is passed quartered. ``left`` and ``zero`` hide better
-alignment than that from the compiler, which would else lay out some loads differently from others.
+known to be even is passed halved, what must be a multiple of four is passed quartered. ``left`` and ``zero`` hide
+better alignment than that from the compiler, which would else lay out some loads differently from others.
 """
 
 from __future__ import annotations
@@ -127,15 +129,16 @@ def forward(
     whole = (top >= 0) & (start_x >= 0) & (bottom <= height) & (start_x + 2 * TILE_X + K + 1 <= width)
     for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, channels), BLOCK_C * WARPS):
         first = start + warp
+        pointers = features + first.to(tl.int64) * f_sc
         acc = zeros(8 * BLOCK_C, (WARPS, TILE), out.dtype.element_ty)
         if whole:
             acc = _forward_taps(
-                acc, features + first.to(tl.int64) * f_sc, masks, y, x, first, channels, height, width, has_result, f_sc, f_sh, m_sc, m_sh,
+                acc, pointers, masks, y, x, first, channels, height, width, has_result, f_sc, f_sh, m_sc, m_sh,
                 K, WARPS, TILE, BLOCK_C, True, EVEN_C,
             )  # fmt: skip
         else:
             acc = _forward_taps(
-                acc, features + first.to(tl.int64) * f_sc, masks, y, x, first, channels, height, width, has_result, f_sc, f_sh, m_sc, m_sh,
+                acc, pointers, masks, y, x, first, channels, height, width, has_result, f_sc, f_sh, m_sc, m_sh,
                 K, WARPS, TILE, BLOCK_C, False, EVEN_C,
             )  # fmt: skip
         for c in tl.static_range(BLOCK_C):

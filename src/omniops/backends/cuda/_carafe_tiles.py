@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# (Triton's language, not Python's)
 """What CARAFE's Triton kernels share."""
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """CARAFE in Triton: chooses and launches the kernels; ``omniops.ops.carafe`` has the formula.
 
-What bounds CARAFE on these GPUs is less the bytes of the device's memory than the loads through the L1 cache: with k = 5
-and s = 2 every feature takes part in a hundred products. So each kernel keeps its results in registers, walks the k*k
-taps (or the channels), and shares a loaded value among as many products as the registers allow. A result belongs to one
-program, whose order of summation is fixed: no atomics, the same bits every run.
+What bounds CARAFE on these GPUs is less the bytes of the device's memory than the loads through the L1 cache: with
+k = 5 and s = 2 every feature takes part in a hundred products. So each kernel keeps its results in registers, walks the
+k*k taps (or the channels), and shares a loaded value among as many products as the registers allow. A result belongs to
+one program, whose order of summation is fixed: no atomics, the same bits every run.
 
 ``_carafe_any`` holds the kernels for every case, ``_carafe_pairs`` the faster ones of the common case. The sizes of
 tiles and the limits on registers below were measured on an H200: docs/benchmarks.md.
@@ -176,10 +176,11 @@ def _addressable(tensor: Tensor) -> Tensor:
 
 def _tile(rows: int, columns: int, size: int) -> tuple[int, int]:
     """Rows and columns of a tile of ``size`` lanes: 16 wide where the map is, as a square tile reads fewer borders."""
-    tile_x = min(16 if rows > 1 else 32, size, triton.next_power_of_2(columns))
+    tile_x: int = min(16 if rows > 1 else 32, size, triton.next_power_of_2(columns))
     return size // tile_x, tile_x
 
 
 def _block(channels: int, most: int) -> int:
     """The channels of a tile: a power of two, no more than there are."""
-    return max(1, min(most, triton.next_power_of_2(channels)))
+    block: int = max(1, min(most, triton.next_power_of_2(channels)))
+    return block

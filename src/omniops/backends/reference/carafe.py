@@ -19,9 +19,7 @@ def carafe(
     n, c = features.shape[:2]
     weights = _blocks(masks, group_size, scale_factor).unflatten(2, (kernel_size, kernel_size))
     padded = _padded(features, kernel_size, group_size)
-    out = weights.new_zeros(
-        (n, group_size, c // group_size, *weights.shape[4:]), dtype=_accumulator(features)
-    )
+    out = weights.new_zeros((n, group_size, c // group_size, *weights.shape[4:]), dtype=_accumulator(features))
     for u in range(kernel_size):
         for v in range(kernel_size):
             tap = _tap(padded, u, v, weights, stride)[..., :, None, :, None]

@@ -1,0 +1,307 @@
+"""``omniops bench``: how fast is every operator on this machine, beside what a user would call instead?"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.progress import Progress
+from rich.table import Table
+
+from omniops import device as devices
+from omniops.cli import timing
+from omniops.cli.cases import CASES
+from omniops.cli.cases._types import DIRECTIONS, FLOOR, FORWARD, OURS, Contender, Shape
+from omniops.cli.common import (
+    CommandError,
+    DeviceOption,
+    choose_device,
+    dtype_name,
+    output,
+    progress,
+    require_picture_path,
+    require_pictures,
+    require_writable,
+)
+from omniops.cli.doctor import machine, serving, versions
+from omniops.cli.timing import CALL, GRAPH
+
+
+@dataclass(frozen=True)
+class Result:
+    """The times of one contender in one setting, in milliseconds."""
+
+    operator: str
+    shape: Shape
+    dtype: str
+    direction: str
+    contender: str
+    mode: str
+    """ "call" or "graph", as ``timing.METHOD`` has it, or "" for the byte floor and for times from elsewhere."""
+    median_ms: float | None
+    lower_quartile_ms: float | None = None
+    upper_quartile_ms: float | None = None
+    samples: int = 0
+    measured: bool = True
+    """False for the byte floor, which is computed, and for times that were not taken in this run."""
+    error: str = ""
+    """Why there is no time."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal in one setting: the time of omniops over the other's, and whether that is small enough."""
+
+    operator: str
+    goal: str
+    shape: Shape
+    dtype: str
+    mode: str
+    against: str
+    at_most: float
+    ratio: float
+    met: bool
+
+
+def bench(
+    operator: Annotated[str | None, typer.Argument(metavar="[OP]", help="One operator; all without it.")] = None,
+    device: DeviceOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them there: .png, .svg.")] = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option(
+            "--beside", metavar="FILE", help="Times of another run, written by --json, to stand beside these."
+        ),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=0.0, help="Time spent on each measurement.")
+    ] = 0.5,
+    quick: Annotated[bool, typer.Option("--quick", help="One tiny shape: does it run at all?")] = False,
+) -> None:
+    """Time every operator beside what you would call instead, and beside the time that moving its bytes takes.
+
+    Contenders take turns, so that whatever disturbs the machine disturbs them all alike. Times are medians, with the
+    quartiles in brackets.
+
+    Example: omniops bench carafe --device cpu --json carafe.json --plot carafe.png
+    """
+    cases = {case.NAME: case for case in CASES}
+    if operator is not None and operator not in cases:
+        raise CommandError(f"unknown operator {operator!r}: there are {', '.join(cases)}")
+    chosen = choose_device(device)
+    require_writable(json_file)
+    require_picture_path(plot)
+    if plot is not None:
+        require_pictures()
+    others, origin = ([], "") if beside is None else _read(beside, devices.title(chosen))
+    selected = list(cases.values()) if operator is None else [cases[operator]]
+
+    torch.manual_seed(0)
+    with progress() as bar:
+        bandwidth = _bandwidth(chosen, quick)
+        results = list(_measure(selected, chosen, seconds, quick, bandwidth, bar))
+    settings = {_setting(result) for result in results}
+    results += [other for other in others if _setting(other) in settings]
+    origin = origin if any(other in results for other in others) else ""
+    verdicts = list(_verdicts(selected, results, chosen))
+
+    console = output()
+    console.print(f"{devices.title(chosen)}: a copy reads and writes {bandwidth / 1e9:.0f} GB/s")
+    for table in _tables(results):
+        console.print(table)
+    if origin:
+        console.print(f"* {origin}", markup=False, soft_wrap=True)
+    if verdicts:
+        console.print(_goals(verdicts))
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    report = {
+        "date": date,
+        "command": _command(),
+        "device": devices.title(chosen),
+        "hardware": {**machine(), "threads": torch.get_num_threads()},
+        "versions": {**versions(), "cuda": torch.version.cuda},
+        "method": {mode: text for mode, text in timing.METHOD.items() if any(mode == each.mode for each in results)},
+        "copy_bytes_per_second": bandwidth,
+        "origin_of_what_was_not_measured": origin,
+        "results": [asdict(result) for result in results],
+        "goals": [asdict(verdict) for verdict in verdicts],
+    }
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        from omniops.cli.bench_plot import draw
+
+        draw(results, f"{devices.title(chosen)}, torch {torch.__version__}, {date[:10]}", origin, plot)
+
+
+def _measure(
+    cases: list[ModuleType], device: torch.device, seconds: float, quick: bool, bandwidth: float, bar: Progress
+) -> Iterator[Result]:
+    settings = [
+        (case, shape, dtype)
+        for case in cases
+        for shape in case.shapes(device.type, quick)
+        for dtype in serving(case.NAME, device.type).DTYPES
+        if dtype != torch.float64
+    ]
+    task = bar.add_task("", total=len(settings) * len(DIRECTIONS))
+    for case, shape, dtype in settings:
+        setting = (case.NAME, shape, dtype_name(dtype))
+        contenders: list[Contender] = list(case.contenders(shape, dtype, device))
+        for direction in DIRECTIONS:
+            bar.update(task, description=f"{case.NAME} {shape} {dtype_name(dtype)} {direction}")
+            calls: dict[tuple[str, str], timing.Call] = {}
+            for each in contenders:
+                call = each.forward if direction == FORWARD else each.both
+                mode = CALL
+                try:
+                    call()
+                    calls[each.name, CALL] = call
+                    if device.type == "cuda":
+                        mode = GRAPH
+                        calls[each.name, GRAPH] = timing.captured(call)
+                except (RuntimeError, NotImplementedError) as error:
+                    reason = str(error).strip().partition("\n")[0]
+                    yield Result(*setting, direction, each.name, mode, None, error=reason)
+            for (name, mode), times in timing.milliseconds(calls, device, seconds).items():
+                lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
+                yield Result(*setting, direction, name, mode, median, lower, upper, len(times))
+            floor = case.traffic(shape)[direction] * dtype.itemsize / bandwidth * 1e3
+            yield Result(*setting, direction, FLOOR, "", floor, measured=False)
+            bar.advance(task)
+
+
+def _bandwidth(device: torch.device, quick: bool) -> float:
+    size = 2**28 if device.type == "cpu" else 2**30
+    if quick:
+        size = 2**24
+    memory = devices.memory(device)
+    return timing.copy_bandwidth(device, size if memory is None else min(size, memory // 8))
+
+
+def _read(path: Path, device: str) -> tuple[list[Result], str]:
+    """The results of another run, if it was on the same kind of device, and where they are from."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        rows = [{**row, "shape": tuple(row["shape"]), "measured": False} for row in report["results"]]
+        others = [Result(**row) for row in rows if row["contender"] != FLOOR]
+        origin = report.get(
+            "origin", f"not measured in this run, but with {report.get('command')} on {report.get('date')}"
+        )
+    except OSError as error:
+        raise CommandError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CommandError(f"cannot read {path}: not a file that omniops bench --json wrote") from None
+    return (others, origin) if report.get("device") == device else ([], "")
+
+
+def _setting(result: Result) -> tuple[str, Shape, str, str]:
+    return result.operator, result.shape, result.dtype, result.direction
+
+
+def _verdicts(cases: list[ModuleType], results: list[Result], device: torch.device) -> Iterator[Verdict]:
+    """Each goal in each setting that was measured. A time of this run comes before one from elsewhere."""
+    for case in cases:
+        for goal in case.GOALS:
+            if goal.device_type != device.type:
+                continue
+            for ours in results:
+                if (ours.operator, ours.direction, ours.contender) != (case.NAME, goal.direction, OURS):
+                    continue
+                if ours.shape not in goal.shapes or not ours.measured or ours.median_ms is None:
+                    continue
+                theirs = [
+                    each
+                    for each in results
+                    if _setting(each) == (case.NAME, ours.shape, ours.dtype, goal.against_direction)
+                    and each.contender.partition(",")[0] == goal.against
+                    and each.mode in (ours.mode, "")
+                    and each.median_ms
+                ]
+                for other in sorted(theirs, key=lambda each: not each.measured)[:1]:
+                    ratio = ours.median_ms / (other.median_ms or 0)
+                    yield Verdict(
+                        case.NAME, goal.text, ours.shape, ours.dtype, ours.mode, _label(other), goal.at_most, ratio,
+                        ratio <= goal.at_most,
+                    )  # fmt: skip
+
+
+def _label(result: Result) -> str:
+    """The contender's name, starred where its time is from elsewhere."""
+    return result.contender if result.measured or result.contender == FLOOR else f"{result.contender}*"
+
+
+def _tables(results: list[Result]) -> Iterator[Table]:
+    """A table for each operator and shape: contenders down, directions and modes across."""
+    modes = [mode for mode in timing.METHOD if any(result.mode == mode for result in results)]
+    for operator, shape in dict.fromkeys((result.operator, result.shape) for result in results):
+        here = [result for result in results if (result.operator, result.shape) == (operator, shape)]
+        table = Table(
+            "dtype",
+            "",
+            title=f"{operator} {shape}: ms (quartiles) and how many times omniops'",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+        )
+        columns = [(direction, mode) for direction in DIRECTIONS for mode in modes]
+        for direction, mode in columns:
+            table.add_column(direction if len(modes) == 1 else f"{direction}, {mode}", justify="right", no_wrap=True)
+        for dtype in dict.fromkeys(result.dtype for result in here):
+            names = dict.fromkeys(_label(result) for result in here if result.dtype == dtype)
+            for name in names:
+                cells = []
+                for direction, mode in columns:
+                    row = {
+                        _label(result): result
+                        for result in here
+                        if (result.dtype, result.direction) == (dtype, direction) and result.mode in (mode, "")
+                    }
+                    cells.append(_cell(row.get(name), row.get(OURS)))
+                table.add_row(dtype if name == next(iter(names)) else "", name, *cells)
+            table.add_section()
+        yield table
+
+
+def _cell(result: Result | None, ours: Result | None) -> str:
+    if result is None or result.median_ms is None:
+        return "" if result is None else "cannot run"
+    cell = f"{result.median_ms:.3g}"
+    if result.lower_quartile_ms is not None:
+        cell += f" ({result.lower_quartile_ms:.3g}-{result.upper_quartile_ms:.3g})"
+    if ours is not None and ours.median_ms:
+        cell += f" {result.median_ms / ours.median_ms:5.2f}x"
+    return cell
+
+
+def _goals(verdicts: list[Verdict]) -> Table:
+    table = Table("goal", "shape", "dtype", "", "its time x, at most", "measured", "", box=SIMPLE_HEAD)
+    for verdict in verdicts:
+        table.add_row(
+            f"{verdict.operator}: {verdict.goal}",
+            str(verdict.shape),
+            verdict.dtype,
+            verdict.mode,
+            f"{verdict.at_most:.3g}",
+            f"{verdict.ratio:.3g}",
+            "[green]met[/]" if verdict.met else "[bold red]missed[/]",
+        )
+    return table
+
+
+def _command() -> str:
+    program = Path(sys.argv[0])
+    name = f"python {os.path.relpath(program)}" if program.suffix == ".py" else program.name
+    return f"{name} {shlex.join(sys.argv[1:])}"

@@ -1,0 +1,88 @@
+"""The picture of ``omniops bench``: bars of time, a row of panels for each operator and shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+
+from omniops.cli.cases._types import DIRECTIONS, FLOOR, OURS
+from omniops.cli.timing import CALL, GRAPH
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from omniops.cli.bench import Result
+
+_COLOURS = {"float32": "#1f5fa8", "float16": "#e07b28", "bfloat16": "#5a9a57"}
+_SPARE_COLOUR = "#7f7f7f"
+
+
+def draw(results: list[Result], subtitle: str, origin: str, path: Path) -> None:
+    """Draw the medians, with the quartiles as whiskers and the byte floor as a mark; on CUDA those of the graphs."""
+    mode = GRAPH if any(result.mode == GRAPH for result in results) else CALL
+    shown = [result for result in results if result.mode in (mode, "") and result.median_ms is not None]
+    rows = list(dict.fromkeys((result.operator, result.shape) for result in shown))
+    bars = (
+        max(len({result.contender for result in shown if (result.operator, result.shape) == row}) for row in rows) - 1
+    )
+    dtypes = list(dict.fromkeys(result.dtype for result in shown))
+    height = 0.9 + 0.21 * (len(dtypes) + 0.8) * bars
+    figure = Figure(figsize=(12, 1.1 + height * len(rows)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(rows), len(DIRECTIONS), squeeze=False)
+    for (operator, shape), axes in zip(rows, panels, strict=True):
+        for direction, axis in zip(DIRECTIONS, axes, strict=True):
+            here = [
+                each for each in shown if (each.operator, each.shape, each.direction) == (operator, shape, direction)
+            ]
+            _panel(axis, here, dtypes)
+            axis.set_title(f"{operator} {shape}, {direction}", fontsize=10, loc="left")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    what = "kernels' own time" if mode == GRAPH else "time of a call"
+    figure.suptitle(f"{what[0].upper()}{what[1:]}, median and quartiles, less is better\n{subtitle}", fontsize=11)
+    if origin:
+        figure.supxlabel(f"* {origin}", fontsize=8)
+    figure.savefig(path)
+
+
+def _panel(axis: Axes, results: list[Result], dtypes: list[str]) -> None:
+    names = list(dict.fromkeys(each.contender for each in results if each.contender != FLOOR))
+    step = len(dtypes) + 0.8
+    longest = max((each.median_ms or 0 for each in results), default=1)
+    for i, dtype in enumerate(dtypes):
+        colour = _COLOURS.get(dtype, _SPARE_COLOUR)
+        for each in results:
+            if each.dtype != dtype or each.median_ms is None:
+                continue
+            if each.contender == FLOOR:
+                y = names.index(OURS) * step + i
+                axis.plot(
+                    [each.median_ms] * 2, [y - 0.6, y + 0.6], color="black", lw=1.6, label=FLOOR if i == 0 else None
+                )
+                continue
+            y = names.index(each.contender) * step + i
+            whiskers = None
+            if each.lower_quartile_ms is not None and each.upper_quartile_ms is not None:
+                whiskers = [[each.median_ms - each.lower_quartile_ms], [each.upper_quartile_ms - each.median_ms]]
+            axis.barh(
+                y, each.median_ms, 0.85, xerr=whiskers, ecolor="#333333", color=colour if each.measured else "white",
+                edgecolor=colour, hatch=None if each.measured else "////",
+                label=dtype if each.contender == OURS else None,
+            )  # fmt: skip
+            axis.annotate(
+                f"{each.median_ms:.3g} ms", (max(each.median_ms, each.upper_quartile_ms or 0), y), xytext=(4, 0),
+                textcoords="offset points", va="center", fontsize=7.5,
+            )  # fmt: skip
+    starred = {each.contender for each in results if not each.measured}
+    axis.set_yticks(
+        [i * step + (len(dtypes) - 1) / 2 for i in range(len(names))],
+        [f"{name}*" if name in starred else name for name in names],
+        fontsize=9,
+    )
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    axis.set_xlim(right=longest * 3)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,73 @@
+"""The parts of a case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FORWARD = "forward"
+BOTH = "forward + backward"
+DIRECTIONS = (FORWARD, BOTH)
+
+OURS = "omniops"
+FLOOR = "byte floor"
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One call of an operator, and who knows the right answer."""
+
+    label: str
+    """The shape in words."""
+    operator: Callable[..., Tensor]
+    """The public function, of the inputs alone."""
+    oracle: Callable[..., Tensor]
+    """The same in plain PyTorch, differentiable: called with float64 inputs on the CPU."""
+    inputs: dict[str, Tensor]
+    """Name and value, float64 on the CPU, in the memory layout that the operator shall get."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What a user could call, ready to be timed."""
+
+    name: str
+    forward: Callable[[], object]
+    both: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """omniops takes at most ``at_most`` times as long as ``against`` does."""
+
+    text: str
+    device_type: str
+    direction: str
+    against: str
+    against_direction: str
+    at_most: float
+    shapes: tuple[Shape, ...]
+
+
+def contender(name: str, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Contender:
+    """A function whose backward is autograd's: ``both`` runs it and the gradients of all its inputs."""
+    leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+    grad: Tensor | None = None
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function(*inputs)
+
+    def both() -> tuple[Tensor, ...]:
+        nonlocal grad
+        result = function(*leaves)
+        if grad is None:
+            grad = torch.randn_like(result)
+        return torch.autograd.grad(result, leaves, grad)
+
+    return Contender(name, forward, both)

@@ -1,0 +1,98 @@
+"""What the commands share: errors, output, progress, and the options that several of them take."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from omniops import device as devices
+
+# Outside a terminal rich would wrap tables at 80 columns, whatever reads them.
+_PIPED_WIDTH = 140
+
+
+class CommandError(Exception):
+    """Ends the command with one line: status 2 says that it was used wrongly, 1 that it failed."""
+
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="D", help="cpu, cuda, cuda:1, mps, ...", show_default="the GPU where there is one"
+    ),
+]
+
+
+def choose_device(name: str | None) -> torch.device:
+    """``omniops.device.choose``, its errors as the command's."""
+    try:
+        device = devices.choose(name)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def output() -> Console:
+    """Where results go: coloured and as wide as the terminal, plain in a pipe or a file."""
+    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
+
+
+def progress() -> Progress:
+    """A progress bar, beside the results on stderr and gone at the end."""
+    return Progress(
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def require_pictures() -> None:
+    """Raise before the long work starts where the extra that draws pictures is missing."""
+    for module, package in (("PIL", "pillow"), ("matplotlib", "matplotlib")):
+        if find_spec(module) is None:
+            raise CommandError(
+                f"pictures need {package}, which is not installed: pip install 'omniops[pictures]'", status=1
+            )
+
+
+def require_writable(path: Path | None) -> None:
+    """Raise before the long work starts where its result could not be written to ``path``; make its folder."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise CommandError(f"cannot write {path}: it is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from None
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CommandError(f"cannot write {path}: permission denied")
+
+
+def require_picture_path(path: Path | None) -> None:
+    """As ``require_writable``, and raise for a name whose ending is no picture format's."""
+    if path is not None and path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"):
+        raise CommandError(f"cannot write {path}: a picture's name ends with .png, .jpg, .pdf, .svg or .webp")
+    require_writable(path)

@@ -1,0 +1,101 @@
+"""Times of calls on a device, taken in turns so that whatever disturbs the machine disturbs all alike."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+
+from omniops.device import synchronize
+
+Call = Callable[[], object]
+
+CALL, GRAPH = "call", "graph"
+
+METHOD = {
+    CALL: "One call as a user makes it, from an idle device to its end: Python's and the launch's time included.",
+    GRAPH: "Replay of a CUDA graph of the call: the kernels' own time.",
+}
+
+_ROUNDS = 100
+_FEWEST_ROUNDS = 3
+_WARM_UP_SECONDS = 0.3
+
+
+def milliseconds(
+    calls: dict[tuple[str, str], Call], device: torch.device, seconds: float
+) -> dict[tuple[str, str], list[float]]:
+    """Time calls in turns, each for about ``seconds``: at least 3 times, at most 100. Keys are (name, CALL or GRAPH).
+
+    On CUDA the time lies between two events, and the L2 cache is flushed before each call.
+    """
+    once = _cuda_events(device) if device.type == "cuda" else _wall_clock(device)
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    spent = dict.fromkeys(calls, 0.0)
+    for key, call in calls.items():
+        started = perf_counter()
+        while perf_counter() - started < min(_WARM_UP_SECONDS, seconds):
+            once(call, key[1])
+    for turn in range(_ROUNDS):
+        for key, call in calls.items():
+            if turn < _FEWEST_ROUNDS or spent[key] < seconds:
+                started = perf_counter()
+                times[key].append(once(call, key[1]))
+                spent[key] += perf_counter() - started
+    return times
+
+
+def captured(call: Call) -> Call:
+    """The replay of a CUDA graph of the call."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    """Bytes read and written a second by a copy of ``size`` bytes, which should be far more than the caches hold."""
+    source = torch.zeros(size // 4, device=device)
+    target = torch.empty_like(source)
+    times = milliseconds({("copy", GRAPH): lambda: target.copy_(source)}, device, seconds=1.0)["copy", GRAPH]
+    return 2 * size / (statistics.median(times) / 1e3)
+
+
+def _wall_clock(device: torch.device) -> Callable[[Call, str], float]:
+    def once(call: Call, mode: str) -> float:
+        synchronize(device)
+        started = perf_counter()
+        call()
+        synchronize(device)
+        return (perf_counter() - started) * 1e3
+
+    return once
+
+
+def _cuda_events(device: torch.device) -> Callable[[Call, str], float]:
+    properties = torch.cuda.get_device_properties(device)
+    flush = torch.empty(8 * properties.L2_cache_size, dtype=torch.int8, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+
+    def once(call: Call, mode: str) -> float:
+        torch.cuda.synchronize(device)
+        flush.zero_()
+        if mode == CALL:
+            # A call starts from an idle device. A replay is queued behind the flush instead, so that the time of
+            # launching it is hidden.
+            torch.cuda.synchronize(device)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(start.elapsed_time(end))
+
+    return once

@@ -1,0 +1,64 @@
+"""What is particular to NVIDIA GPUs; needs one. Its kernels against the oracle are in test_carafe.py."""
+
+import pytest
+import torch
+
+import omniops
+from omniops.backends.reference import carafe as reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+def test_in_a_cuda_graph():
+    features = torch.randn(1, 32, 10, 12, device="cuda", requires_grad=True)
+    masks = torch.randn(1, 25, 20, 24, device="cuda", requires_grad=True)
+
+    def step():
+        result = omniops.carafe(features, masks, 5, 1, 2)
+        return result, *torch.autograd.grad(result.square().sum(), (features, masks))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        features.normal_()
+        masks.normal_()
+    graph.replay()
+    for replayed, expected in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("width", [8192, 8193])
+def test_more_than_two_to_the_31_elements(layout, width):
+    """Results and masks of more than 2**31 elements, in every kernel; the last rows are compared, where wrapping shows."""
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of free GPU memory")
+    height, rows = 8192, 6
+    features = torch.randn(1, 9, height, width, device="cuda", dtype=torch.float16).to(memory_format=layout)
+    masks = torch.randn(1, 9, 2 * height, 2 * width, device="cuda", dtype=torch.float16).to(memory_format=layout)
+    assert masks.numel() > 2**31
+    result = omniops.carafe(features, masks, 3, 1, 2)
+    end = reference.carafe(features[:, :, -rows:], masks[:, :, -2 * rows :], 3, 1, 2, 1)
+    torch.testing.assert_close(result[:, :, -2:], end[:, :, -2:], rtol=2e-3, atol=2e-3)
+    end = reference.carafe_backward_features(
+        result[:, :, -2 * rows :], masks[:, :, -2 * rows :], rows, width, 3, 1, 2, 1
+    )
+    by_features = torch.ops.omniops.carafe_backward_features(result, masks, height, width, 3, 1, 2, 1)
+    torch.testing.assert_close(by_features[:, :, -2:], end[:, :, -2:], rtol=1e-2, atol=0.1)
+    del by_features, masks
+    end = reference.carafe_backward_masks(result[:, :, -2 * rows :], features[:, :, -rows:], 3, 1, 2, 1)
+    by_masks = torch.ops.omniops.carafe_backward_masks(result, features, 3, 1, 2, 1)
+    torch.testing.assert_close(by_masks[:, :, -2:], end[:, :, -2:], rtol=1e-2, atol=0.1)
+
+
+def test_on_a_device_that_is_not_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    features, masks = torch.randn(1, 8, 4, 4, device="cuda:1"), torch.randn(1, 9, 8, 8, device="cuda:1")
+    expected = reference.carafe(features, masks, 3, 1, 2, 1)
+    torch.testing.assert_close(omniops.carafe(features, masks, 3, 1, 2), expected)

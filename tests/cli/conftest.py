@@ -1,0 +1,48 @@
+"""Runs the command in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from omniops.cli import main
+
+
+@dataclass
+class Run:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def omniops(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> Run:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        captured = capsys.readouterr()
+        code = ended.value.code
+        if isinstance(code, str):
+            return Run(1, captured.out, f"{captured.err}{code}\n")
+        return Run(int(code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def fails(omniops: Callable[..., Run]) -> Callable[..., str]:
+    """Run what shall fail with that status and one line, and return the line."""
+
+    def run(*arguments: str, status: int) -> str:
+        result = omniops(*arguments)
+        assert result.status == status
+        assert result.out == ""
+        (line,) = result.err.splitlines()
+        assert line.startswith("omniops: error: ")
+        return line
+
+    return run

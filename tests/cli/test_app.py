@@ -1,0 +1,90 @@
+"""The command as a whole: help, missing extras, what it imports."""
+
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = ("doctor", "selftest", "bench", "demo")
+
+
+def test_help_names_every_command(omniops):
+    result = omniops("--help")
+    assert result.status == 0
+    assert all(command in result.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example(omniops, command):
+    result = omniops(command, "--help")
+    assert result.status == 0
+    assert f"Example: omniops {command}" in result.out
+
+
+def test_an_unknown_command_is_wrong_use(omniops):
+    result = omniops("fly")
+    assert result.status == 2
+    assert "fly" in result.err
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_a_missing_extra_is_named_with_its_command(package):
+    result = _python(f"import sys; sys.modules[{package!r}] = None; from omniops.cli import main; main(['doctor'])")
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"omniops: error: the command needs {package}, which is not installed: pip install 'omniops[cli]'\n"
+    )
+
+
+def test_help_imports_nothing_heavy():
+    result = _python(
+        "import sys\n"
+        "from omniops.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print({'matplotlib', 'PIL', 'triton'} & set(sys.modules), file=sys.stderr)"
+    )
+    assert result.stderr == "set()\n"
+
+
+@pytest.mark.parametrize(("module", "package"), [("PIL", "pillow"), ("matplotlib", "matplotlib")])
+@pytest.mark.parametrize("arguments", [("demo", "--out"), ("bench", "--quick", "--plot")])
+def test_pictures_missing_is_named_before_the_work(fails, monkeypatch, tmp_path, module, package, arguments):
+    monkeypatch.setitem(sys.modules, module, None)
+    line = fails(*arguments, str(tmp_path / "picture.png"), status=1)
+    assert line.endswith(f"pictures need {package}, which is not installed: pip install 'omniops[pictures]'")
+
+
+@pytest.mark.parametrize("command", ["selftest", "bench", "demo"])
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_an_unknown_device_is_refused(fails, command, device):
+    line = fails(command, "--device", device, status=2)
+    assert f"device {device!r}" in line
+    assert "found here are cpu" in line
+
+
+@pytest.mark.parametrize(("command", "option"), [("demo", "--out"), ("bench", "--json"), ("bench", "--plot")])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(fails, tmp_path, command, option):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    assert fails(command, option, str(tmp_path / "folder.png"), status=2).endswith("it is a folder")
+    assert "cannot write" in fails(command, option, str(tmp_path / "file" / "below.png"), status=2)
+
+
+@pytest.mark.parametrize(("command", "option"), [("demo", "--out"), ("bench", "--plot")])
+def test_a_picture_of_unknown_format_is_refused(fails, tmp_path, command, option):
+    assert "a picture's name ends with .png" in fails(command, option, str(tmp_path / "picture.txt"), status=2)
+
+
+def test_an_interrupt_ends_without_a_traceback(omniops, monkeypatch):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("omniops.device.found", interrupt)
+    result = omniops("selftest")
+    assert result.status == 130
+    assert "Traceback" not in result.err
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

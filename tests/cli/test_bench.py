@@ -1,0 +1,162 @@
+"""omniops bench: figures, goals and files."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from omniops.cli import bench, timing
+from omniops.cli.cases import carafe as case
+from omniops.cli.cases._types import BOTH, DIRECTIONS, FLOOR, FORWARD, OURS
+from omniops.device import title
+
+CPU = torch.device("cpu")
+SHAPE = (1, 256, 100, 152)
+QUICK = ("--quick", "--seconds", "0", "--device", "cpu")
+
+
+def test_quick_writes_the_figures_and_the_plot(omniops, tmp_path):
+    result = omniops(
+        "bench", "carafe", *QUICK, "--json", str(tmp_path / "new" / "c.json"), "--plot", str(tmp_path / "c.png")
+    )
+    assert result.status == 0
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "new" / "c.json").read_text())
+    assert {"date", "command", "device", "hardware", "versions", "method", "copy_bytes_per_second", "goals"} < set(
+        report
+    )
+    assert report["device"] == title(CPU)
+    assert report["versions"]["torch"] == torch.__version__
+    rows = report["results"]
+    assert {row["contender"] for row in rows} == {OURS, FLOOR, "reference kernels", "unfold + einsum", "bilinear"}
+    assert {row["dtype"] for row in rows} == {"float32", "float16", "bfloat16"}
+    assert {row["direction"] for row in rows} == set(DIRECTIONS)
+    for row in rows:
+        assert row["measured"] == (row["contender"] != FLOOR)
+        if row["measured"] and not row["error"]:
+            assert 0 < row["lower_quartile_ms"] <= row["median_ms"] <= row["upper_quartile_ms"]
+            assert row["samples"] >= 3
+        assert row["contender"] in result.out
+
+
+def test_the_script_is_the_command_with_the_published_times(monkeypatch, capsys):
+    script = Path(__file__).parents[2] / "benchmarks" / "carafe.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *QUICK])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not ended.value.code
+    assert "unfold + einsum" in capsys.readouterr().out
+    published, origin = bench._read(script.with_name("mmcv_h200.json"), "NVIDIA H200")
+    assert "not measured in this run" in origin
+    assert len(published) == 12
+    assert not any(row.measured for row in published)
+
+
+def test_another_runs_times_stand_beside_marked(omniops, tmp_path):
+    other = {"operator": "carafe", "shape": [1, 16, 12, 16], "dtype": "float32", "direction": FORWARD, "mode": "call"}
+    rows = [
+        {**other, "contender": "mmcv", "median_ms": 123.25},
+        {**other, "contender": "x", "shape": [7, 7, 7, 7], "median_ms": 1},
+    ]
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"device": title(CPU), "origin": "from elsewhere", "results": rows}))
+    result = omniops("bench", *QUICK, "--beside", str(path), "--json", str(tmp_path / "c.json"))
+    assert result.status == 0
+    assert "mmcv*" in result.out
+    assert "* from elsewhere" in result.out
+    report = json.loads((tmp_path / "c.json").read_text())
+    (row,) = [row for row in report["results"] if row["contender"] == "mmcv"]
+    assert not row["measured"]
+    path.write_text(json.dumps({"device": "another", "results": rows}))
+    assert "mmcv*" not in omniops("bench", *QUICK, "--beside", str(path)).out
+
+
+def test_wrong_use(fails, tmp_path):
+    assert fails("bench", "fly", status=2).endswith("unknown operator 'fly': there are carafe")
+    assert "cannot read" in fails("bench", *QUICK, "--beside", str(tmp_path / "none.json"), status=2)
+    (tmp_path / "odd.json").write_text("[1]")
+    assert "not a file that omniops bench" in fails("bench", *QUICK, "--beside", str(tmp_path / "odd.json"), status=2)
+
+
+def test_goals_are_judged_by_the_ratio_in_the_same_setting():
+    def result(contender, direction, median, dtype="float32", shape=SHAPE):
+        return bench.Result("carafe", shape, dtype, direction, contender, "call", median)
+
+    results = [
+        result(OURS, FORWARD, 4.0),
+        result(OURS, BOTH, 31.0),
+        result("bilinear", FORWARD, 5.0),
+        result("bilinear", BOTH, 10.0),
+        result(OURS, FORWARD, 1.0, dtype="float16"),
+        result(OURS, FORWARD, 1.0, shape=(1, 1, 1, 1)),
+        result("bilinear", FORWARD, 1.0, shape=(1, 1, 1, 1)),
+    ]
+    verdicts = {(v.goal, v.dtype): (v.ratio, v.met) for v in bench._verdicts([case], results, CPU)}
+    assert verdicts == {
+        ("forward no slower than bilinear", "float32"): (0.8, True),
+        ("both ways at most 3x bilinear both ways", "float32"): (3.1, False),
+        ("both ways at most 3x bilinear forward", "float32"): (6.2, False),
+    }
+
+
+def test_a_time_of_this_run_comes_before_a_published_one():
+    shape = (2, 256, 100, 152)
+    ours = bench.Result("carafe", shape, "float32", FORWARD, OURS, "graph", 0.08)
+    published = bench.Result("carafe", shape, "float32", FORWARD, "mmcv, published", "", 0.815, measured=False)
+    here = bench.Result("carafe", shape, "float32", FORWARD, "mmcv", "graph", 0.4)
+    (only,) = bench._verdicts([case], [ours, published], torch.device("cuda"))
+    assert (only.against, only.met) == ("mmcv, published*", True)
+    (only,) = bench._verdicts([case], [ours, published, here], torch.device("cuda"))
+    assert (only.against, only.met) == ("mmcv", False)
+
+
+def test_a_contender_that_cannot_run_is_reported(omniops, monkeypatch):
+    def refuse(features, masks):
+        raise NotImplementedError("not for this dtype\nat all")
+
+    monkeypatch.setattr(case, "_unfold_einsum", refuse)
+    result = omniops("bench", *QUICK)
+    assert result.status == 0
+    assert "cannot run" in result.out
+
+
+def test_the_byte_floor_counts_what_design_counts():
+    n, c, h, w = 2, 256, 100, 152
+    traffic = case.traffic((n, c, h, w))
+    assert traffic[FORWARD] * 4 / 4.25e12 * 1e3 == pytest.approx(0.040, rel=0.02)
+    assert traffic[BOTH] > 2 * traffic[FORWARD]
+
+
+def test_every_contender_computes_the_same():
+    torch.manual_seed(0)
+    made = {each.name: each for each in case.contenders((1, 16, 12, 16), torch.float64, CPU)}
+    exact = made["reference kernels"].forward()
+    for name in (OURS, "unfold + einsum"):
+        torch.testing.assert_close(made[name].forward(), exact)
+        assert [tuple(gradient.shape) for gradient in made[name].both()] == [(1, 16, 12, 16), (1, 25, 24, 32)]
+
+
+def test_contenders_take_turns_and_slow_ones_get_fewer():
+    order = []
+    clock = {"now": 0.0}
+
+    def call(name, cost):
+        def run():
+            order.append(name)
+            clock["now"] += cost
+
+        return run
+
+    calls = {("fast", timing.CALL): call("fast", 0.001), ("slow", timing.CALL): call("slow", 1.0)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "perf_counter", lambda: clock["now"])
+        times = timing.milliseconds(calls, CPU, seconds=0.0201)
+    fast, slow = times["fast", timing.CALL], times["slow", timing.CALL]
+    assert (len(fast), len(slow)) == (21, 3)
+    assert slow == pytest.approx([1000] * 3)
+    assert order[-(3 * 2 + 18) : -18] == ["fast", "slow"] * 3

@@ -1,0 +1,47 @@
+"""omniops doctor: it says what the dispatcher does."""
+
+import numpy
+import pytest
+import torch
+
+import omniops as package
+from omniops.backends import cpu, cuda, mps, reference
+from omniops.cli import doctor
+from omniops.cli.cases import CASES
+
+
+def test_it_shows_versions_devices_and_kernels(omniops):
+    result = omniops("doctor")
+    assert result.status == 0
+    for word in (torch.__version__, numpy.__version__, *doctor.operators(), cuda.TITLE, mps.TITLE, reference.TITLE):
+        assert str(word) in result.out
+    assert ("The C++ kernels are not built" in result.out) == (not cpu.AVAILABLE)
+
+
+def test_it_knows_every_operator_and_so_do_selftest_and_bench():
+    assert package.carafe.__name__ in doctor.operators()
+    assert [case.NAME for case in CASES] == doctor.operators()
+
+
+def test_what_serves_is_what_the_dispatcher_calls(monkeypatch):
+    assert doctor.serving("carafe", "cpu") is (cpu if cpu.AVAILABLE else reference)
+    assert doctor.serving("carafe", "cuda") is (cuda if cuda.AVAILABLE else reference)
+    assert doctor.serving("carafe", "xpu") is reference
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    assert doctor.serving("carafe", "cpu") is reference
+
+
+@pytest.mark.parametrize(("backend", "device_type"), [(cpu, "cpu"), (cuda, "cuda"), (mps, "mps")])
+def test_what_is_missing_comes_with_its_remedy(omniops, monkeypatch, backend, device_type):
+    for each in (cpu, cuda, mps):
+        monkeypatch.setattr(each, "AVAILABLE", each is not backend)
+    (sentence,) = doctor.missing([device_type])
+    assert f"the reference kernels serve {'the CPU' if backend is cpu else device_type}" in sentence
+    assert backend.REMEDY in sentence
+
+
+def test_without_the_compiled_module_it_says_so_in_a_sentence(omniops, monkeypatch):
+    monkeypatch.setattr(cpu, "AVAILABLE", False)
+    result = omniops("doctor")
+    assert result.status == 0
+    assert "The C++ kernels are not built, so the reference kernels serve the CPU: " in result.out

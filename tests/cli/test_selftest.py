@@ -1,0 +1,113 @@
+"""omniops selftest: it passes where the kernels are right, and fails where one is planted that is not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from omniops.cli.cases import carafe as case
+from omniops.cli.selftest import TOLERANCES, Worst, errors
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Replace what every check calls."""
+
+    def replace(wrong):
+        original = case.checks
+
+        def checks():
+            for check in original():
+                yield dataclasses.replace(check, operator=wrong(check.operator))
+
+        monkeypatch.setattr(case, "checks", checks)
+
+    return replace
+
+
+def test_this_machine_passes(omniops):
+    result = omniops("selftest", "--device", "cpu")
+    assert result.status == 0
+    assert all(f"{dtype}".removeprefix("torch.") in result.out for dtype in TOLERANCES)
+    assert "gradient of features" in result.out
+    assert "WRONG" not in result.out
+
+
+def _slightly_off(operator):
+    return lambda features, masks: operator(features, masks) * (1 + 1e-4)
+
+
+def _nan_at_a_corner(operator):
+    def wrong(features, masks):
+        corner = torch.ones_like(operator(features, masks))
+        corner[..., -1, -1] = float("nan")
+        return operator(features, masks) * corner
+
+    return wrong
+
+
+def _raises(operator):
+    def wrong(features, masks):
+        raise RuntimeError("no such kernel\nwith details")
+
+    return wrong
+
+
+@pytest.mark.parametrize("wrong", [_slightly_off, _nan_at_a_corner, _raises])
+def test_a_planted_wrong_kernel_fails(omniops, plant, wrong):
+    plant(wrong)
+    result = omniops("selftest", "--device", "cpu")
+    assert result.status == 1
+    assert "WRONG" in result.out
+    assert "results are wrong" in result.err
+    assert ("RuntimeError: no such kernel" in result.out) == (wrong is _raises)
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, result):
+        return result.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.roll(1, -1)
+
+
+def test_a_right_result_with_a_wrong_gradient_fails():
+    check = next(case.checks())
+    operator = check.operator
+    wrong = dataclasses.replace(check, operator=lambda *inputs: _WrongGradient.apply(operator(*inputs)))
+    found = errors(wrong, torch.float32, CPU)
+    assert found["result"] < TOLERANCES[torch.float32]
+    assert found["gradient of features"] > 0.1
+    assert found["gradient of masks"] > 0.1
+
+
+def test_a_result_of_another_shape_or_dtype_is_wrong():
+    check = next(case.checks())
+    operator = check.operator
+    wider = dataclasses.replace(check, operator=lambda *inputs: operator(*inputs).double())
+    assert errors(wider, torch.float32, CPU)["result"] == float("inf")
+
+
+def test_the_checks_cover_what_goes_wrong():
+    shapes = [check.inputs["features"].shape for check in case.checks()]
+    labels = " ".join(check.label for check in case.checks())
+    assert any(h % 2 and w % 2 for _, _, h, w in shapes)
+    assert all(word in labels for word in ("channels_last", "transposed", "down", "G4", "up 3", "k1 ", "k9"))
+    channels_last = [c for c in case.checks() if c.label.endswith("channels_last")]
+    assert all(c.inputs["features"].is_contiguous(memory_format=torch.channels_last) for c in channels_last)
+
+
+def test_the_worst_error_stays():
+    worst = Worst()
+    for error, label in ((0.0, "none"), (2.0, "large"), (1.0, "small")):
+        worst.add(error, label)
+    assert worst == Worst(2.0, "large")
+    worst.add(float("nan"), "nan")
+    worst.add(3.0, "later")
+    assert worst == Worst(float("inf"), "nan")
