@@ -35,7 +35,7 @@ def test_in_a_cuda_graph():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("width", [8192, 8193])
 def test_more_than_two_to_the_31_elements(layout, width):
-    """Results and masks of more than 2**31 elements, in every kernel; the last rows are compared, where wrapping shows."""
+    """Masks and results of more than 2**31 elements; the last rows are compared, where wrapping would show."""
     if torch.cuda.mem_get_info()[0] < 60 * 2**30:
         pytest.skip("needs 60 GiB of free GPU memory")
     height, rows = 8192, 6

@@ -152,11 +152,15 @@ def test_contenders_take_turns_and_slow_ones_get_fewer():
 
         return run
 
-    calls = {("fast", timing.CALL): call("fast", 0.001), ("slow", timing.CALL): call("slow", 1.0)}
+    calls = {("fast", timing.CALL): call("fast", 0.001), ("slow", timing.CALL): call("slow", 1.5)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "perf_counter", lambda: clock["now"])
         times = timing.milliseconds(calls, CPU, seconds=0.0201)
+        once = timing.milliseconds(calls, CPU, seconds=0.0201, slow={"slow"})
+        assert timing.warm_up(calls["slow", timing.CALL], CPU, seconds=0)
+        assert not timing.warm_up(calls["fast", timing.CALL], CPU, seconds=0.01)
     fast, slow = times["fast", timing.CALL], times["slow", timing.CALL]
     assert (len(fast), len(slow)) == (21, 3)
-    assert slow == pytest.approx([1000] * 3)
-    assert order[-(3 * 2 + 18) : -18] == ["fast", "slow"] * 3
+    assert len(once["slow", timing.CALL]) == 1
+    assert slow == pytest.approx([1500] * 3)
+    assert order[:6] == ["fast", "slow"] * 3

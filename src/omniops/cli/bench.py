@@ -28,6 +28,7 @@ from omniops.cli.common import (
     CommandError,
     DeviceOption,
     choose_device,
+    digits,
     dtype_name,
     output,
     progress,
@@ -94,7 +95,7 @@ def bench(
     """Time every operator beside what you would call instead, and beside the time that moving its bytes takes.
 
     Contenders take turns, so that whatever disturbs the machine disturbs them all alike. Times are medians, with the
-    quartiles in brackets.
+    quartiles in brackets; what takes over a second is timed once.
 
     Example: omniops bench carafe --device cpu --json carafe.json --plot carafe.png
     """
@@ -164,11 +165,13 @@ def _measure(
         for direction in DIRECTIONS:
             bar.update(task, description=f"{case.NAME} {shape} {dtype_name(dtype)} {direction}")
             calls: dict[tuple[str, str], timing.Call] = {}
+            slow: set[str] = set()
             for each in contenders:
                 call = each.forward if direction == FORWARD else each.both
                 mode = CALL
                 try:
-                    call()
+                    if timing.warm_up(call, device, seconds / 2):
+                        slow.add(each.name)
                     calls[each.name, CALL] = call
                     if device.type == "cuda":
                         mode = GRAPH
@@ -176,12 +179,19 @@ def _measure(
                 except (RuntimeError, NotImplementedError) as error:
                     reason = str(error).strip().partition("\n")[0]
                     yield Result(*setting, direction, each.name, mode, None, error=reason)
-            for (name, mode), times in timing.milliseconds(calls, device, seconds).items():
-                lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
-                yield Result(*setting, direction, name, mode, median, lower, upper, len(times))
+            for (name, mode), times in timing.milliseconds(calls, device, seconds, slow).items():
+                lower, upper = _quartiles(times)
+                yield Result(*setting, direction, name, mode, statistics.median(times), lower, upper, len(times))
             floor = case.traffic(shape)[direction] * dtype.itemsize / bandwidth * 1e3
             yield Result(*setting, direction, FLOOR, "", floor, measured=False)
             bar.advance(task)
+
+
+def _quartiles(times: list[float]) -> tuple[float, float] | tuple[None, None]:
+    if len(times) == 1:
+        return None, None
+    lower, _, upper = statistics.quantiles(times, n=4, method="inclusive")
+    return lower, upper
 
 
 def _bandwidth(device: torch.device, quick: bool) -> float:
@@ -278,9 +288,9 @@ def _tables(results: list[Result]) -> Iterator[Table]:
 def _cell(result: Result | None, ours: Result | None) -> str:
     if result is None or result.median_ms is None:
         return "" if result is None else "cannot run"
-    cell = f"{result.median_ms:.3g}"
-    if result.lower_quartile_ms is not None:
-        cell += f" ({result.lower_quartile_ms:.3g}-{result.upper_quartile_ms:.3g})"
+    cell = digits(result.median_ms)
+    if result.lower_quartile_ms is not None and result.upper_quartile_ms is not None:
+        cell += f" ({digits(result.lower_quartile_ms)}-{digits(result.upper_quartile_ms)})"
     if ours is not None and ours.median_ms:
         cell += f" {result.median_ms / ours.median_ms:5.2f}x"
     return cell

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from omniops.cli.cases._types import DIRECTIONS, FLOOR, OURS
+from omniops.cli.common import digits
 from omniops.cli.timing import CALL, GRAPH
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _panel(axis: Axes, results: list[Result], dtypes: list[str]) -> None:
                 label=dtype if each.contender == OURS else None,
             )  # fmt: skip
             axis.annotate(
-                f"{each.median_ms:.3g} ms", (max(each.median_ms, each.upper_quartile_ms or 0), y), xytext=(4, 0),
+                f"{digits(each.median_ms)} ms", (max(each.median_ms, each.upper_quartile_ms or 0), y), xytext=(4, 0),
                 textcoords="offset points", va="center", fontsize=7.5,
             )  # fmt: skip
     starred = {each.contender for each in results if not each.measured}

@@ -51,6 +51,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def digits(number: float) -> str:
+    """Three digits, or all before the point: 0.00789, 12.3, 1234."""
+    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
+
+
 def output() -> Console:
     """Where results go: coloured and as wide as the terminal, plain in a pipe or a file."""
     return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)

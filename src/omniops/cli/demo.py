@@ -239,7 +239,7 @@ def _train(
                 started = perf_counter()
                 loss = F.mse_loss(each.network(crops), crops)
                 each.optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 nn.utils.clip_grad_norm_(each.network.parameters(), GRADIENT_NORM)
                 each.optimizer.step()
                 each.schedule.step()

@@ -91,12 +91,12 @@ def selftest(device: DeviceOption = None) -> None:
 
 def errors(check: Check, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """The largest error of the result and of each gradient, relative to the largest right value."""
-    inputs = [tensor.to(device, dtype).requires_grad_() for tensor in check.inputs.values()]
+    inputs = [tensor.to(dtype).to(device).requires_grad_() for tensor in check.inputs.values()]
     exact_inputs = [tensor.detach().cpu().double().requires_grad_() for tensor in inputs]
     result = check.operator(*inputs)
     exact = check.oracle(*exact_inputs)
     generator = torch.Generator().manual_seed(0)
-    grad = torch.randn(exact.shape, dtype=torch.float64, generator=generator).to(device, dtype)
+    grad = torch.randn(exact.shape, dtype=torch.float64, generator=generator).to(dtype).to(device)
     gradients = torch.autograd.grad(result, inputs, grad)
     exact_gradients = torch.autograd.grad(exact, exact_inputs, grad.cpu().double())
     found = {"result": _error(result, exact, dtype, device)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from time import perf_counter
 
 import torch
@@ -21,26 +21,36 @@ METHOD = {
 
 _ROUNDS = 100
 _FEWEST_ROUNDS = 3
-_WARM_UP_SECONDS = 0.3
+_SLOW_SECONDS = 1.0
+
+
+def warm_up(call: Call, device: torch.device, seconds: float) -> bool:
+    """Run the call once, and again for about ``seconds``; say whether it is slow: whether a run takes over a second."""
+    started = perf_counter()
+    while True:
+        before = perf_counter()
+        call()
+        synchronize(device)
+        now = perf_counter()
+        if now - started >= seconds:
+            return now - before > _SLOW_SECONDS
 
 
 def milliseconds(
-    calls: dict[tuple[str, str], Call], device: torch.device, seconds: float
+    calls: dict[tuple[str, str], Call], device: torch.device, seconds: float, slow: Container[str] = ()
 ) -> dict[tuple[str, str], list[float]]:
-    """Time calls in turns, each for about ``seconds``: at least 3 times, at most 100. Keys are (name, CALL or GRAPH).
+    """Time calls in turns, each for about ``seconds``: 3 to 100 times. Keys are (name, CALL or GRAPH).
 
-    On CUDA the time lies between two events, and the L2 cache is flushed before each call.
+    The slow ones, by name, are timed once, so that what nobody would use does not eat the time of the rest. On CUDA the
+    time lies between two events, and the L2 cache is flushed before each call.
     """
     once = _cuda_events(device) if device.type == "cuda" else _wall_clock(device)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     spent = dict.fromkeys(calls, 0.0)
-    for key, call in calls.items():
-        started = perf_counter()
-        while perf_counter() - started < min(_WARM_UP_SECONDS, seconds):
-            once(call, key[1])
     for turn in range(_ROUNDS):
         for key, call in calls.items():
-            if turn < _FEWEST_ROUNDS or spent[key] < seconds:
+            fewest = 1 if key[0] in slow else _FEWEST_ROUNDS
+            if turn < fewest or spent[key] < seconds:
                 started = perf_counter()
                 times[key].append(once(call, key[1]))
                 spent[key] += perf_counter() - started
@@ -49,7 +59,7 @@ def milliseconds(
 
 def captured(call: Call) -> Call:
     """The replay of a CUDA graph of the call."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -83,7 +93,7 @@ def _wall_clock(device: torch.device) -> Callable[[Call, str], float]:
 def _cuda_events(device: torch.device) -> Callable[[Call, str], float]:
     properties = torch.cuda.get_device_properties(device)
     flush = torch.empty(8 * properties.L2_cache_size, dtype=torch.int8, device=device)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def once(call: Call, mode: str) -> float:
         torch.cuda.synchronize(device)

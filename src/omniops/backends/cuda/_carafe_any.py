@@ -62,13 +62,15 @@ def forward(
     f_sn, f_sc, f_sh, f_sw, m_sn, m_sc, m_sh, m_sw, o_sn, o_sc, o_sh, o_sw,
     K: tl.constexpr, S: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, EVEN_C: tl.constexpr, PAIRS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program: CHUNK channels of a group at TILE_Y x TILE_X centres, BLOCK_C at a time.
 
     It computes ROWS of the s rows of results. A feature is loaded once for its centre's ROWS * s results, a weight once
     for the thread's channels.
     """
-    f_sh, m_sc, m_sh = wide(f_sh), wide(m_sc), wide(m_sh)
+    if WIDE:
+        f_sh, m_sc, m_sh = wide(f_sh), wide(m_sc), wide(m_sh)
     TILE: tl.constexpr = TILE_Y * TILE_X
     chunks = tl.cdiv(channels, CHUNK)
     part, tile_y, tile_x, group, n = decode(
@@ -161,6 +163,7 @@ def backward_features(
     g_sn, g_sc, g_sh, g_sw, m_sn, m_sc, m_sh, m_sw, o_sn, o_sc, o_sh, o_sw,
     K: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, EVEN_C: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program: CHUNK channels of a group at TILE_Y*R x TILE_X pixels, BLOCK_C at a time.
 
@@ -168,7 +171,8 @@ def backward_features(
     order (SP is s padded to a power of two); b is summed at the end. A gradient is loaded once for the R pixels above
     each other that it reaches, a weight once for the thread's channels.
     """
-    m_sc = wide(m_sc)
+    if WIDE:
+        m_sc = wide(m_sc)
     LANES: tl.constexpr = TILE_Y * TILE_X * SP
     chunk, tile_y, tile_x, group, n = decode(
         tl.cdiv(channels, CHUNK), tl.cdiv(height, TILE_Y * R), tl.cdiv(width, TILE_X), groups
@@ -241,13 +245,15 @@ def backward_masks(
     g_sn, g_sc, g_sh, g_sw, f_sn, f_sc, f_sh, f_sw, o_sn, o_sc, o_sh, o_sw,
     K: tl.constexpr, S: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_J: tl.constexpr, EVEN_C: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program: TAPS taps at TILE_Y rows of centres x TILE_J columns of results, ROWS of the s rows of results.
 
     A lane is a column of results. A gradient is loaded once for the taps, a feature once for the ROWS. The channels are
     summed in steps of BLOCK_C, whose own sum comes last.
     """
-    f_sh, g_sh, o_sc, o_sh = wide(f_sh), wide(g_sh), wide(o_sc), wide(o_sh)
+    if WIDE:
+        f_sh, g_sh, o_sc, o_sh = wide(f_sh), wide(g_sh), wide(o_sc), wide(o_sh)
     LANES: tl.constexpr = TILE_Y * TILE_J
     parts = tl.cdiv(K * K, TAPS)
     part, tile_y, tile_j, group, n = decode(

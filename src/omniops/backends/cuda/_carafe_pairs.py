@@ -19,14 +19,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from omniops.backends.cuda._carafe_tiles import decode, load, zeros
+from omniops.backends.cuda._carafe_tiles import decode, load, wide, zeros
 
 
 @triton.jit
-def _times(FACTOR: tl.constexpr, first, second, third):
-    """Three strides passed divided by FACTOR, in 64 bits, as what they are multiplied with may exceed 32."""
-    factor = tl.full((), FACTOR, tl.int64)
-    return first * factor, second * factor, third * factor
+def _times(FACTOR: tl.constexpr, first, second, third, WIDE: tl.constexpr):
+    """Three strides that were passed divided by FACTOR; WIDE says that 32 bits do not hold what they will point to."""
+    if WIDE:
+        return wide(first) * FACTOR, wide(second) * FACTOR, wide(third) * FACTOR
+    return first * FACTOR, second * FACTOR, third * FACTOR
 
 
 @triton.jit
@@ -100,14 +101,14 @@ def forward(
     features, masks, out, groups, channels, height, width, left, zero, f_sn, f_sc, f_sh, m_sn, m_sc, m_sh,
     o_sn, o_sc, o_sh,
     K: tl.constexpr, WARPS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr,
-    TILE_X: tl.constexpr, EVEN_C: tl.constexpr,
+    TILE_X: tl.constexpr, EVEN_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_C * WARPS channels of a group at TILE_Y x TILE_X pairs of centres."""
     TILE: tl.constexpr = TILE_Y * TILE_X
     width = width * 2
-    f_sn, f_sc, f_sh = _times(2, f_sn, f_sc, f_sh)
-    m_sn, m_sc, m_sh = _times(4, m_sn, m_sc, m_sh)
-    o_sn, o_sc, o_sh = _times(4, o_sn, o_sc, o_sh)
+    f_sn, f_sc, f_sh = _times(2, f_sn, f_sc, f_sh, WIDE)
+    m_sn, m_sc, m_sh = _times(4, m_sn, m_sc, m_sh, WIDE)
+    o_sn, o_sc, o_sh = _times(4, o_sn, o_sc, o_sh, WIDE)
     chunk, tile_y, tile_x, group, n = decode(
         tl.cdiv(channels, CHUNK), tl.cdiv(height, TILE_Y), tl.cdiv(width, 2 * TILE_X), groups
     )
@@ -199,7 +200,7 @@ def _features_row(
 def backward_features(
     grad, masks, out, groups, channels, height, width, zero, g_sn, g_sc, g_sh, m_sn, m_sc, m_sh, o_sn, o_sc, o_sh,
     K: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr,
-    TILE_X: tl.constexpr, EVEN_C: tl.constexpr,
+    TILE_X: tl.constexpr, EVEN_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_C * WARPS channels of a group at TILE_Y * R rows of TILE_X pairs of pixels.
 
@@ -207,9 +208,9 @@ def backward_features(
     """
     TILE: tl.constexpr = TILE_Y * TILE_X
     width = width * 2
-    g_sn, g_sc, g_sh = _times(4, g_sn, g_sc, g_sh)
-    m_sn, m_sc, m_sh = _times(4, m_sn, m_sc, m_sh)
-    o_sn, o_sc, o_sh = _times(2, o_sn, o_sc, o_sh)
+    g_sn, g_sc, g_sh = _times(4, g_sn, g_sc, g_sh, WIDE)
+    m_sn, m_sc, m_sh = _times(4, m_sn, m_sc, m_sh, WIDE)
+    o_sn, o_sc, o_sh = _times(2, o_sn, o_sc, o_sh, WIDE)
     chunk, tile_y, tile_x, group, n = decode(
         tl.cdiv(channels, BLOCK_C * WARPS), tl.cdiv(height, TILE_Y * R), tl.cdiv(width, 2 * TILE_X), groups
     )
@@ -245,6 +246,7 @@ def backward_masks(
     grad, features, out, batches, groups, channels, height, width, left, zero, g_sn, g_sc, g_sh, f_sn, f_sc, f_sh,
     o_sn, o_sc, o_sh,
     K: tl.constexpr, WARPS: tl.constexpr, BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program: WARPS units of work; a unit is a row of taps and a row of results at a tile of pairs of centres.
 
@@ -254,9 +256,9 @@ def backward_masks(
     TILE: tl.constexpr = TILE_Y * TILE_X
     SKIP: tl.constexpr = K // 2 % 2
     width = width * 2
-    f_sn, f_sc, f_sh = _times(2, f_sn, f_sc, f_sh)
-    g_sn, g_sc, g_sh = _times(4, g_sn, g_sc, g_sh)
-    o_sn, o_sc, o_sh = _times(4, o_sn, o_sc, o_sh)
+    f_sn, f_sc, f_sh = _times(2, f_sn, f_sc, f_sh, WIDE)
+    g_sn, g_sc, g_sh = _times(4, g_sn, g_sc, g_sh, WIDE)
+    o_sn, o_sc, o_sh = _times(4, o_sn, o_sc, o_sh, WIDE)
     tiles_y = tl.cdiv(height, TILE_Y)
     tiles_x = tl.cdiv(width, 2 * TILE_X)
     unit = tl.program_id(0) * WARPS + tl.arange(0, WARPS)[:, None]

@@ -38,7 +38,8 @@ def carafe(
                 features, masks, out, group_size, channels, height, width // 2, (kernel_size // 2 + 1) // 2, 0,
                 *_divided(features, 2), *_divided(masks, 4), *_divided(out, 4),
                 K=kernel_size, WARPS=warps, CHUNK=chunk, BLOCK_C=block_c, TILE_Y=tile_y, TILE_X=tile_x,
-                EVEN_C=channels % (warps * block_c) == 0, num_warps=warps, maxnreg=168,
+                EVEN_C=channels % (warps * block_c) == 0, WIDE=_wide(features, masks, out), num_warps=warps,
+                maxnreg=168,
             )  # fmt: skip
         return out
     features, masks = _addressable(features), _addressable(masks)
@@ -56,7 +57,7 @@ def carafe(
             *features.stride(), *masks.stride(), *out.stride(),
             K=kernel_size, S=scale_factor, T=stride, ROWS=lines, CHUNK=chunk, BLOCK_C=block_c,
             TILE_Y=tile_y, TILE_X=tile_x, EVEN_C=channels % block_c == 0,
-            PAIRS=scale_factor == 2 and out.stride(3) == 1, num_warps=warps,
+            PAIRS=scale_factor == 2 and out.stride(3) == 1, WIDE=_wide(features, masks, out), num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -85,7 +86,7 @@ def carafe_backward_features(
                 grad, masks, out, group_size, channels, height, width // 2, 0,
                 *_divided(grad, 4), *_divided(masks, 4), *_divided(out, 2),
                 K=kernel_size, R=r, WARPS=warps, BLOCK_C=block_c, TILE_Y=tile_y, TILE_X=tile_x,
-                EVEN_C=channels % (warps * block_c) == 0, num_warps=warps, maxnreg=168,
+                EVEN_C=channels % (warps * block_c) == 0, WIDE=_wide(grad, masks, out), num_warps=warps, maxnreg=168,
             )  # fmt: skip
         return out
     grad, masks = _addressable(grad), _addressable(masks)
@@ -101,7 +102,7 @@ def carafe_backward_features(
             grad, masks, out, group_size, channels, height, width, rows, columns, kernel_size // 2,
             *grad.stride(), *masks.stride(), *out.stride(),
             K=kernel_size, S=scale_factor, T=stride, SP=sp, R=r, CHUNK=chunk, BLOCK_C=block_c,
-            TILE_Y=tile_y, TILE_X=tile_x, EVEN_C=channels % block_c == 0, num_warps=warps,
+            TILE_Y=tile_y, TILE_X=tile_x, EVEN_C=channels % block_c == 0, WIDE=_wide(grad, masks, out), num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -122,7 +123,7 @@ def carafe_backward_masks(
                 grad, features, out, n, group_size, channels, height, width // 2, (kernel_size // 2 + 1) // 2, 0,
                 *_divided(grad, 4), *_divided(features, 2), *_divided(out, 4),
                 K=kernel_size, WARPS=warps, BLOCK_C=math.gcd(channels, 8), TILE_Y=tile_y, TILE_X=tile_x,
-                num_warps=warps, maxnreg=128,
+                WIDE=_wide(grad, features, out), num_warps=warps, maxnreg=128,
             )  # fmt: skip
         return out
     grad, features = _addressable(grad), _addressable(features)
@@ -138,7 +139,7 @@ def carafe_backward_masks(
             grad, features, out, group_size, channels, height, width, rows, columns, kernel_size // 2,
             *grad.stride(), *features.stride(), *out.stride(),
             K=kernel_size, S=scale_factor, T=stride, ROWS=lines, TAPS=taps, BLOCK_C=block_c,
-            TILE_Y=tile_y, TILE_J=tile_j, EVEN_C=channels % block_c == 0, num_warps=1,
+            TILE_Y=tile_y, TILE_J=tile_j, EVEN_C=channels % block_c == 0, WIDE=_wide(grad, features, out), num_warps=1,
         )  # fmt: skip
     return out
 
@@ -167,6 +168,14 @@ def _aligned(tensor: Tensor, count: int) -> bool:
 def _divided(tensor: Tensor, by: int) -> tuple[int, ...]:
     """The strides of N, C and H, divided by what they are known to be multiples of."""
     return tuple(stride // by for stride in tensor.stride()[:3])
+
+
+def _wide(*tensors: Tensor) -> bool:
+    """Whether offsets need 64 bits within an image too; in 32 the kernels are faster."""
+    return any(
+        sum((size - 1) * step for size, step in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)) >= 2**31
+        for tensor in tensors
+    )
 
 
 def _addressable(tensor: Tensor) -> Tensor:
