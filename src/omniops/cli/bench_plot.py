@@ -40,7 +40,7 @@ def draw(results: list[Result], subtitle: str, origin: str, path: Path) -> None:
             _panel(axis, here, dtypes)
             axis.set_title(f"{operator} {shape}, {direction}", fontsize=10, loc="left")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, fontsize=9)
     what = "kernels' own time" if mode == GRAPH else "time of a call"
     figure.suptitle(f"{what[0].upper()}{what[1:]}, median and quartiles, less is better\n{subtitle}", fontsize=11)
     if origin:
