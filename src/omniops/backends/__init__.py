@@ -2,7 +2,7 @@
 
 A folder says in its ``__init__`` which dispatch key it serves (DISPATCH_KEY), in which dtypes (DTYPES), what it is
 (TITLE), whether it can serve on this machine (AVAILABLE) and, where it cannot, what would change that (REMEDY). Its
-kernels get checked arguments that are not empty, return a new tensor made with ``empty``, and are imported when first
+kernels get checked arguments that are not empty, return new tensors made with ``empty``, and are imported when first
 called.
 """
 
@@ -16,9 +16,10 @@ from omniops.backends import cpu, cuda, mps, reference
 BACKENDS = (reference, cpu, cuda, mps)
 
 
-def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A result of the given shape, with the dtype, device and memory format of ``like``; its contents are undefined."""
-    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=memory_format(like))
+    layout = memory_format(like) if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:

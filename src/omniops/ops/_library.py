@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,25 +18,33 @@ _LIBRARY = torch.library.Library("omniops", "DEF")
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "ipu", "xla", "maia", "privateuseone")
 
 
-def define(schema: str, *, file: str, result_shape: Callable[..., Sequence[int]]) -> Any:
+class Result(NamedTuple):
+    """What one result of an operator is like: device and memory format are those of ``like``, and the dtype too."""
+
+    shape: Sequence[int]
+    like: Tensor
+    dtype: torch.dtype | None = None
+    """Where it is not that of ``like``."""
+
+
+def define(schema: str, *, file: str, results: Callable[..., Sequence[Result]]) -> Any:
     """Define ``omniops::<schema>`` with its kernels, fake kernel and autocast, and return the operator.
 
     Args:
-        schema: the operator's schema. Its first argument is a tensor, which gives the result's dtype, device and
-            memory format; arguments have no defaults.
+        schema: the operator's schema; arguments have no defaults.
         file: the file of that name in each backend holds the kernel, a function named as the operator is.
-        result_shape: called with the operator's arguments before any kernel; raises for wrong ones and returns the
-            shape of the result.
+        results: called with the operator's arguments before any kernel; raises for wrong ones and says what the
+            results will be.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     operator = getattr(torch.ops.omniops, name).default
     for backend in BACKENDS:
         if backend.AVAILABLE:
-            _LIBRARY.impl(name, _kernel(backend, file, name, result_shape), backend.DISPATCH_KEY)
+            _LIBRARY.impl(name, _kernel(backend, file, name, results), backend.DISPATCH_KEY)
 
-    def fake(*args: Any) -> Tensor:
-        return empty(result_shape(*args), like=args[0])
+    def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
+        return _one_or_all(empty(*result) for result in results(*args))
 
     torch.library.register_fake(f"omniops::{name}", fake, lib=_LIBRARY)
     for device_type in _AUTOCAST_DEVICES:
@@ -47,16 +55,16 @@ def define(schema: str, *, file: str, result_shape: Callable[..., Sequence[int]]
 
 
 def _kernel(
-    backend: ModuleType, file: str, name: str, result_shape: Callable[..., Sequence[int]]
-) -> Callable[..., Tensor]:
+    backend: ModuleType, file: str, name: str, results: Callable[..., Sequence[Result]]
+) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """The operator on one backend: checked, empty inputs answered, the kernel's file imported when first called."""
-    kernel: Callable[..., Tensor] | None = None
+    kernel: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
 
-    def checked(*args: Any) -> Tensor:
+    def checked(*args: Any) -> Tensor | tuple[Tensor, ...]:
         nonlocal kernel
-        shape = result_shape(*args)
-        if 0 in shape or any(isinstance(arg, Tensor) and arg.numel() == 0 for arg in args):
-            return empty(shape, like=args[0]).zero_()
+        described = results(*args)
+        if 0 in described[0].shape or any(isinstance(arg, Tensor) and arg.numel() == 0 for arg in args):
+            return _one_or_all(empty(*result).zero_() for result in described)
         if kernel is None:
             kernel = getattr(import_module(f"{backend.__name__}.{file}"), name)
         return kernel(*args)
@@ -64,17 +72,23 @@ def _kernel(
     return checked
 
 
-def _autocast(operator: Any, device_type: str) -> Callable[..., Tensor]:
+def _one_or_all(tensors: Iterable[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """As PyTorch wants what a kernel returns: a tensor alone, or a tuple of several."""
+    made = tuple(tensors)
+    return made[0] if len(made) == 1 else made
+
+
+def _autocast(operator: Any, device_type: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """Cast floating inputs to the autocast dtype as PyTorch's own operators do: float64 stays as it is."""
 
-    def cast(*args: Any) -> Tensor:
+    def cast(*args: Any) -> Tensor | tuple[Tensor, ...]:
         dtype = torch.get_autocast_dtype(device_type)
         cast_args = (
             arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64 else arg
             for arg in args
         )
         with torch.autocast(device_type, enabled=False):
-            result: Tensor = operator(*cast_args)
+            result: Tensor | tuple[Tensor, ...] = operator(*cast_args)
         return result
 
     return cast

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from omniops.ops import _checks
-from omniops.ops._library import define
+from omniops.ops._library import Result, define
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
@@ -102,19 +102,19 @@ _MASKS = "(N, group_size * kernel_size**2, ceil(H / stride) * scale_factor, ceil
 _RESULT = "(N, C, ceil(H / stride) * scale_factor, ceil(W / stride) * scale_factor)"
 
 
-def _carafe_shape(
+def _carafe_result(
     features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int, stride: int
-) -> tuple[int, ...]:
+) -> list[Result]:
     _checks.four_dimensional(features=features, masks=masks)
     _checks.alike(features=features, masks=masks)
     n, c, h, w = features.shape
     _check_sizes("features", c, kernel_size, group_size, scale_factor, stride)
     height, width = _upsampled(h, w, scale_factor, stride)
     _check_shape("masks", masks, (n, group_size * kernel_size**2, height, width), _MASKS)
-    return n, c, height, width
+    return [Result((n, c, height, width), like=features)]
 
 
-def _backward_features_shape(
+def _backward_features_result(
     grad: Tensor,
     masks: Tensor,
     height: int,
@@ -123,7 +123,7 @@ def _backward_features_shape(
     group_size: int,
     scale_factor: int,
     stride: int,
-) -> tuple[int, ...]:
+) -> list[Result]:
     _checks.four_dimensional(grad=grad, masks=masks)
     _checks.alike(grad=grad, masks=masks)
     n, c = grad.shape[:2]
@@ -131,37 +131,37 @@ def _backward_features_shape(
     result = _upsampled(height, width, scale_factor, stride)
     _check_shape("grad", grad, (n, c, *result), _RESULT)
     _check_shape("masks", masks, (n, group_size * kernel_size**2, *result), _MASKS)
-    return n, c, height, width
+    return [Result((n, c, height, width), like=grad)]
 
 
-def _backward_masks_shape(
+def _backward_masks_result(
     grad: Tensor, features: Tensor, kernel_size: int, group_size: int, scale_factor: int, stride: int
-) -> tuple[int, ...]:
+) -> list[Result]:
     _checks.four_dimensional(grad=grad, features=features)
     _checks.alike(grad=grad, features=features)
     n, c, h, w = features.shape
     _check_sizes("features", c, kernel_size, group_size, scale_factor, stride)
     height, width = _upsampled(h, w, scale_factor, stride)
     _check_shape("grad", grad, (n, c, height, width), _RESULT)
-    return n, group_size * kernel_size**2, height, width
+    return [Result((n, group_size * kernel_size**2, height, width), like=grad)]
 
 
 _carafe = define(
     "carafe(Tensor features, Tensor masks, int kernel_size, int group_size, int scale_factor, int stride) -> Tensor",
     file="carafe",
-    result_shape=_carafe_shape,
+    results=_carafe_result,
 )
 _backward_features = define(
     "carafe_backward_features(Tensor grad, Tensor masks, SymInt height, SymInt width, "
     "int kernel_size, int group_size, int scale_factor, int stride) -> Tensor",
     file="carafe",
-    result_shape=_backward_features_shape,
+    results=_backward_features_result,
 )
 _backward_masks = define(
     "carafe_backward_masks(Tensor grad, Tensor features, "
     "int kernel_size, int group_size, int scale_factor, int stride) -> Tensor",
     file="carafe",
-    result_shape=_backward_masks_shape,
+    results=_backward_masks_result,
 )
 
 
