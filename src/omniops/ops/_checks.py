@@ -26,6 +26,23 @@ def integer(**arguments: Any) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def pair(name: str, value: Any) -> list[int]:
+    """A number or two as two; TypeError for anything else."""
+    numbers = value if isinstance(value, (list, tuple)) else (value, value)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} must be an int or two, got {value!r}")
+    if len(numbers) != 2:
+        raise ValueError(f"{name} must be an int or two, got {value!r}")
+    return list(numbers)
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """Raise ValueError for a tensor of another shape than expected; ``meaning`` has it in letters."""
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name} must have shape {meaning} = {expected}, got {tuple(value.shape)}")
+
+
 def four_dimensional(**arguments: Tensor) -> None:
     """Raise ValueError for a tensor that is not (N, C, H, W)."""
     for name, value in arguments.items():

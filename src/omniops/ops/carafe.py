@@ -88,11 +88,6 @@ def _check_sizes(channels: str, c: int, kernel_size: int, group_size: int, scale
         raise ValueError(f"group_size must divide the {c} channels of {channels}, got {group_size}")
 
 
-def _check_shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    if tuple(value.shape) != expected:
-        raise ValueError(f"{name} must have shape {meaning} = {expected}, got {tuple(value.shape)}")
-
-
 def _upsampled(height: int, width: int, scale_factor: int, stride: int) -> tuple[int, int]:
     """The resolution of the result: scale_factor for each centre, one centre every stride pixels."""
     return (height + stride - 1) // stride * scale_factor, (width + stride - 1) // stride * scale_factor
@@ -110,7 +105,7 @@ def _carafe_result(
     n, c, h, w = features.shape
     _check_sizes("features", c, kernel_size, group_size, scale_factor, stride)
     height, width = _upsampled(h, w, scale_factor, stride)
-    _check_shape("masks", masks, (n, group_size * kernel_size**2, height, width), _MASKS)
+    _checks.shape("masks", masks, (n, group_size * kernel_size**2, height, width), _MASKS)
     return [Result((n, c, height, width), like=features)]
 
 
@@ -129,8 +124,8 @@ def _backward_features_result(
     n, c = grad.shape[:2]
     _check_sizes("grad", c, kernel_size, group_size, scale_factor, stride)
     result = _upsampled(height, width, scale_factor, stride)
-    _check_shape("grad", grad, (n, c, *result), _RESULT)
-    _check_shape("masks", masks, (n, group_size * kernel_size**2, *result), _MASKS)
+    _checks.shape("grad", grad, (n, c, *result), _RESULT)
+    _checks.shape("masks", masks, (n, group_size * kernel_size**2, *result), _MASKS)
     return [Result((n, c, height, width), like=grad)]
 
 
@@ -142,7 +137,7 @@ def _backward_masks_result(
     n, c, h, w = features.shape
     _check_sizes("features", c, kernel_size, group_size, scale_factor, stride)
     height, width = _upsampled(h, w, scale_factor, stride)
-    _check_shape("grad", grad, (n, c, height, width), _RESULT)
+    _checks.shape("grad", grad, (n, c, height, width), _RESULT)
     return [Result((n, group_size * kernel_size**2, height, width), like=grad)]
 
 

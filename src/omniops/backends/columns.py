@@ -1,0 +1,199 @@
+"""Deformable convolution as matrix products over columns: what backends share whose matrix products are PyTorch's.
+
+A column holds the samples that one position of the result sees; ``omniops.ops.deform_conv2d`` has the formula. The
+positions of a batch are numbered through, p = (n * H_out + i) * W_out + j, and taken in chunks, so that the workspace
+has a bound whatever the batch. A backend brings two kernels:
+
+``sample(image, offset, mask, geometry, first, columns)`` fills columns, (G, P, K, C / G), with the samples of the
+positions first ... first + P - 1.
+
+``gradients(by_columns, image, offset, mask, geometry, first, by_image, by_offset, by_mask)`` takes the gradient of
+those columns, writes their part of by_offset and by_mask, and adds their part to by_image.
+
+There image is (N, H, W, C), as channels that lie together are sampled at one position; by_image is (N, H, W, C) in the
+dtype that sums are kept in; offset, mask and their gradients are (N, ..., H_out, W_out); mask and by_mask may be None.
+All are contiguous. ``gradients`` is called for one chunk after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omniops.backends import memory_format
+
+Sample = Callable[[Tensor, Tensor, "Tensor | None", "Geometry", int, Tensor], None]
+Gradients = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Geometry", int, Tensor, Tensor, "Tensor | None"], None]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the taps lie and which channels go together; pairs are (vertical, horizontal)."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    offset_groups: int
+
+    @property
+    def taps(self) -> int:
+        """K, the number of samples of one position and channel."""
+        return self.kernel_size[0] * self.kernel_size[1]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The operator on one backend."""
+
+    sample: Sample
+    gradients: Gradients
+    most_bytes: int
+    """What the columns of a chunk take at most, if they are those of more than one position."""
+    widen: bool
+    """Whether columns and products are float32 for half-precision inputs, too."""
+
+    def forward(
+        self,
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> Tensor:
+        """The kernel of ``deform_conv2d``."""
+        groups = input.shape[1] // weight.shape[1]
+        geometry = _geometry(offset, weight.shape[2:], groups, stride, padding, dilation)
+        image, offset, mask = _by_channel(input), offset.contiguous(), None if mask is None else mask.contiguous()
+        kernels = _by_tap(weight, groups, self._dtype(weight))
+        n, (height, width) = input.shape[0], offset.shape[2:]
+        out = kernels.new_empty((n * height * width, *kernels.shape[:2]))
+        for first, columns in self._chunks(len(out), input, geometry):
+            self.sample(image, offset, mask, geometry, first, columns)
+            part = out[first : first + columns.shape[1]]
+            if groups == 1:
+                torch.mm(columns.flatten(2)[0], kernels[0].mT, out=part[:, 0])
+            else:
+                part.copy_(torch.bmm(columns.flatten(2), kernels.mT).transpose(0, 1))
+        if bias is not None:
+            out += bias.view(out.shape[1:])
+        return _by_position(out.view(n, height, width, -1), input)
+
+    def backward_data(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        mask: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The kernel of ``deform_conv2d_backward_data``."""
+        groups = input.shape[1] // weight.shape[1]
+        geometry = _geometry(offset, weight.shape[2:], groups, stride, padding, dilation)
+        image = _by_channel(input)
+        moves, factors = offset.contiguous(), None if mask is None else mask.contiguous()
+        kernels = _by_tap(weight, groups, self._dtype(weight))
+        grads = _by_channel(grad).view(-1, groups, grad.shape[1] // groups).to(kernels.dtype)
+        by_image = torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
+        by_offset, by_mask = torch.empty_like(moves), None if factors is None else torch.empty_like(factors)
+        for first, columns in self._chunks(len(grads), input, geometry):
+            part = grads[first : first + columns.shape[1]].transpose(0, 1)
+            torch.bmm(part, kernels, out=columns.flatten(2))
+            self.gradients(columns, image, moves, factors, geometry, first, by_image, by_offset, by_mask)
+        return (
+            _by_position(by_image, input),
+            by_offset.contiguous(memory_format=memory_format(offset)),
+            offset.new_empty(0)
+            if mask is None or by_mask is None
+            else by_mask.contiguous(memory_format=memory_format(mask)),
+        )
+
+    def backward_weight(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        offset: Tensor,
+        mask: Tensor | None,
+        kernel_size: Sequence[int],
+        groups: int,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> Tensor:
+        """The kernel of ``deform_conv2d_backward_weight``."""
+        geometry = _geometry(offset, kernel_size, groups, stride, padding, dilation)
+        image, offset, mask = _by_channel(input), offset.contiguous(), None if mask is None else mask.contiguous()
+        per_group = grad.shape[1] // groups
+        grads = _by_channel(grad).view(-1, groups, per_group).to(self._dtype(grad))
+        total = grads.new_zeros(
+            (groups, per_group, geometry.taps * input.shape[1] // groups),
+            dtype=torch.promote_types(grad.dtype, torch.float32),
+        )
+        for first, columns in self._chunks(len(grads), input, geometry):
+            self.sample(image, offset, mask, geometry, first, columns)
+            part = grads[first : first + columns.shape[1]].permute(1, 2, 0)
+            if total.dtype == columns.dtype:
+                torch.baddbmm(total, part, columns.flatten(2), out=total)
+            else:
+                total += torch.bmm(part, columns.flatten(2))
+        by_weight: Tensor = total.view(groups * per_group, geometry.taps, -1).mT.unflatten(2, geometry.kernel_size)
+        return by_weight.to(grad.dtype).contiguous(memory_format=memory_format(grad))
+
+    def _dtype(self, tensor: Tensor) -> torch.dtype:
+        return torch.promote_types(tensor.dtype, torch.float32) if self.widen else tensor.dtype
+
+    def _chunks(self, positions: int, input: Tensor, geometry: Geometry) -> Iterator[tuple[int, Tensor]]:
+        """The first position of each chunk, and memory for its columns, the same for all."""
+        shape = (geometry.taps, input.shape[1] // geometry.groups)
+        dtype = self._dtype(input)
+        at_once = max(1, self.most_bytes // (geometry.taps * input.shape[1] * dtype.itemsize))
+        # Chunks of like sizes: the last would be a short one that keeps the device half idle.
+        at_once = -(-positions // -(-positions // at_once))
+        memory = input.new_empty((geometry.groups * min(at_once, positions), *shape), dtype=dtype)
+        for first in range(0, positions, at_once):
+            count = min(at_once, positions - first)
+            yield first, memory[: geometry.groups * count].view(geometry.groups, count, *shape)
+
+
+def _geometry(
+    offset: Tensor,
+    kernel_size: Sequence[int],
+    groups: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Geometry:
+    rows, columns = kernel_size
+    return Geometry(
+        (rows, columns),
+        (stride[0], stride[1]),
+        (padding[0], padding[1]),
+        (dilation[0], dilation[1]),
+        groups,
+        offset.shape[1] // (2 * rows * columns),
+    )
+
+
+def _by_tap(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """(C_out, C / G, kh, kw) -> (G, C_out / G, K * C / G), in the order of the columns."""
+    return weight.flatten(2).mT.to(dtype).reshape(groups, weight.shape[0] // groups, -1)
+
+
+def _by_channel(tensor: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H, W, C), contiguous."""
+    return tensor.permute(0, 2, 3, 1).contiguous()
+
+
+def _by_position(tensor: Tensor, like: Tensor) -> Tensor:
+    """(N, H, W, C) -> (N, C, H, W), in the dtype and memory format of ``like``."""
+    return tensor.permute(0, 3, 1, 2).to(like.dtype).contiguous(memory_format=memory_format(like))

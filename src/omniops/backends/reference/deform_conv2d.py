@@ -1,0 +1,171 @@
+"""Deformable convolution in plain PyTorch; ``omniops.ops.deform_conv2d`` has the formula.
+
+Each function is differentiable by autograd, and loops over the taps, so that one tap's columns are the workspace. The
+letters are n batch, g weight group, d offset group, c channel of a group, o channel of the result, p position of the
+result. Positions are (N, D, P).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from omniops.backends import memory_format
+
+
+@dataclass(frozen=True)
+class _Corner:
+    """One of the four pixels around the samples of a tap, each (N, D, 1, P)."""
+
+    index: Tensor
+    """Where it lies in the flattened map; 0 outside."""
+    inside: Tensor
+    weight: Tensor
+    """In the interpolation; the derivatives of it by the sample's position follow."""
+    weight_by_y: Tensor
+    weight_by_x: Tensor
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """(N, C, H, W) -> (N, C_out, H_out, W_out)."""
+    groups = input.shape[1] // weight.shape[1]
+    kernels = _accumulated(weight).unflatten(0, (groups, -1)).flatten(3)
+    out: Tensor | None = None
+    for tap, corners, factor in _taps(input, offset, mask, weight.shape[2:], stride, padding, dilation):
+        columns = (_interpolated(input, corners) * factor).flatten(1, 2).unflatten(1, (groups, -1))
+        product = torch.matmul(kernels[..., tap], columns)
+        out = product if out is None else out + product
+    assert out is not None
+    out = out.flatten(1, 2).unflatten(2, offset.shape[2:])
+    if bias is not None:
+        out = out + _accumulated(bias)[:, None, None]
+    return _finish(out, input)
+
+
+def deform_conv2d_backward_data(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, C_out, H_out, W_out) -> the gradients of input, offset and mask."""
+    groups = input.shape[1] // weight.shape[1]
+    kernels = _accumulated(weight).unflatten(0, (groups, -1)).flatten(3)
+    grads = _accumulated(grad).flatten(2).unflatten(1, (groups, -1))
+    by_input = grads.new_zeros(input.flatten(2).shape).unflatten(1, (offset.shape[1] // (2 * kernels.shape[-1]), -1))
+    by_offset, by_mask = [], []
+    for tap, corners, factor in _taps(input, offset, mask, weight.shape[2:], stride, padding, dilation):
+        by_column = torch.matmul(kernels[..., tap].mT, grads).flatten(1, 2)
+        by_column = by_column.unflatten(1, by_input.shape[1:3])
+        by_sample = by_column * factor
+        by_y, by_x = torch.zeros_like(factor), torch.zeros_like(factor)
+        for corner in corners:
+            share = torch.where(corner.inside, corner.weight * by_sample, 0)
+            by_input = by_input.scatter_add(3, corner.index.expand_as(share), share)
+            along = (by_sample * _pixels(input, corner)).sum(2, keepdim=True)
+            by_y = by_y + along * corner.weight_by_y
+            by_x = by_x + along * corner.weight_by_x
+        by_offset += [by_y, by_x]
+        by_mask.append((by_column * _interpolated(input, corners)).sum(2, keepdim=True))
+    gradient_of_mask = offset.new_zeros(0)
+    if mask is not None:
+        gradient_of_mask = _finish(torch.cat(by_mask, 2).flatten(1, 2).unflatten(2, mask.shape[2:]), mask)
+    return (
+        _finish(by_input.flatten(1, 2).unflatten(2, input.shape[2:]), input),
+        _finish(torch.cat(by_offset, 2).flatten(1, 2).unflatten(2, offset.shape[2:]), offset),
+        gradient_of_mask,
+    )
+
+
+def deform_conv2d_backward_weight(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    kernel_size: Sequence[int],
+    groups: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """(N, C_out, H_out, W_out) -> (C_out, C / groups, kh, kw)."""
+    grads = _accumulated(grad).flatten(2).unflatten(1, (groups, -1))
+    by_tap = []
+    for _, corners, factor in _taps(input, offset, mask, kernel_size, stride, padding, dilation):
+        columns = (_interpolated(input, corners) * factor).flatten(1, 2).unflatten(1, (groups, -1))
+        by_tap.append(torch.einsum("ngop,ngcp->goc", grads, columns))
+    return _finish(torch.stack(by_tap, -1).flatten(0, 1).unflatten(2, tuple(kernel_size)), grad)
+
+
+def _taps(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Iterator[tuple[int, list[_Corner], Tensor]]:
+    """For each tap its number, the four corners of its samples, and the samples' factors, (N, D, 1, P)."""
+    taps = kernel_size[0] * kernel_size[1]
+    moves = _accumulated(offset).flatten(2).unflatten(1, (-1, taps, 2))
+    factors = moves.new_ones(()).expand(1, 1, taps, 1) if mask is None else mask.flatten(2).unflatten(1, (-1, taps))
+    height, width = offset.shape[2:]
+    rows = torch.arange(height, device=offset.device) * stride[0] - padding[0]
+    columns = torch.arange(width, device=offset.device) * stride[1] - padding[1]
+    for tap, (u, v) in enumerate(product(range(kernel_size[0]), range(kernel_size[1]))):
+        y = (rows + u * dilation[0])[:, None].expand(height, width).flatten() + moves[:, :, tap, 0]
+        x = (columns + v * dilation[1]).expand(height, width).flatten() + moves[:, :, tap, 1]
+        yield tap, _corners(y[:, :, None], x[:, :, None], input.shape[2], input.shape[3]), factors[:, :, tap, None]
+
+
+def _corners(y: Tensor, x: Tensor, height: int, width: int) -> list[_Corner]:
+    # Infinite positions become finite ones outside the map, so that a weight of theirs times zero is zero.
+    outside = (y < -1) | (y >= height) | (x < -1) | (x >= width)
+    y, x = torch.where(outside, -2, y), torch.where(outside, -2, x)
+    top, left = y.detach().floor(), x.detach().floor()
+    found = []
+    for row, weight_y, sign_y in ((top, 1 - (y - top), -1), (top + 1, y - top, 1)):
+        for column, weight_x, sign_x in ((left, 1 - (x - left), -1), (left + 1, x - left, 1)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            index = torch.where(inside, row * width + column, 0).long()
+            found.append(_Corner(index, inside, weight_y * weight_x, sign_y * weight_x, sign_x * weight_y))
+    return found
+
+
+def _pixels(input: Tensor, corner: _Corner) -> Tensor:
+    """(N, D, c, P), zero outside the map."""
+    flat = input.flatten(2).unflatten(1, (corner.index.shape[1], -1))
+    index = corner.index.expand(-1, -1, flat.shape[2], -1)
+    return torch.where(corner.inside, flat.gather(3, index).to(corner.weight.dtype), 0)
+
+
+def _interpolated(input: Tensor, corners: list[_Corner]) -> Tensor:
+    top_left, top_right, low_left, low_right = (corner.weight * _pixels(input, corner) for corner in corners)
+    total: Tensor = top_left + top_right + low_left + low_right
+    return total
+
+
+def _accumulated(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _finish(result: Tensor, like: Tensor) -> Tensor:
+    return result.to(like.dtype).contiguous(memory_format=memory_format(like))

@@ -1,0 +1,289 @@
+"""Deformable convolution: DCNv1 (Dai et al., arXiv:1703.06211) and, with a mask, DCNv2 (Zhu et al., arXiv:1811.11168).
+
+With K = kernel height * kernel width taps t = (u, v), G weight groups and D offset groups, d = c // (C / D):
+
+    y = i * stride - padding + u * dilation + offset[n, (d*K + t)*2, i, j]          (x alike, from the next channel)
+    column[n, c, t, i, j] = mask[n, d*K + t, i, j] * bilinear(input[n, c], y, x)
+    out[n, o, i, j] = bias[o] + sum over the channels c of o's group and t of weight[o, c, t] * column[n, c, t, i, j]
+
+``bilinear`` takes the pixels outside the map as zero. An infinite position lies outside; one that is not a number makes
+the sample so. Where a position is whole, the derivative by it is the one to the right, as in torchvision.
+
+The two backward operators are plain functions of their arguments too, and their own derivatives are autograd's, through
+the reference kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omniops.backends.reference import deform_conv2d as reference
+from omniops.ops import _checks
+from omniops.ops._library import Result, define
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Convolve with taps moved by ``offset`` and weighted by ``mask``: ``torchvision.ops.deform_conv2d``.
+
+    Differentiable in every tensor, to any order. The numbers of groups follow from the shapes: G = C / weight.shape[1]
+    weight groups, and D = offset.shape[1] / (2 * kh * kw) offset groups. G divides C and C_out, D divides C.
+
+    Args:
+        input: (N, C, H, W), float64, float32, float16 or bfloat16, in any memory layout.
+        offset: (N, D * kh * kw * 2, H_out, W_out): for each offset group and tap, in row-major order, the tap's
+            displacement (dy, dx) in pixels.
+        weight: (C_out, C / G, kh, kw).
+        bias: (C_out,) or None.
+        stride: of the output positions, in pixels; a number or (vertical, horizontal).
+        padding: zeros around the map, in pixels; a number or (vertical, horizontal).
+        dilation: the distance of the taps, in pixels; a number or (vertical, horizontal).
+        mask: (N, D * kh * kw, H_out, W_out), the factor of each sample (DCNv2), or None (DCNv1).
+
+    Returns:
+        (N, C_out, H_out, W_out) in the dtype and memory format of ``input``, where
+        H_out = (H + 2 * padding - dilation * (kh - 1) - 1) // stride + 1. float16 and bfloat16 accumulate in float32.
+        Under autocast all tensors are cast to its dtype.
+
+    Raises:
+        TypeError: for an argument of the wrong type or dtype.
+        ValueError: for a wrong shape, number or device.
+    """
+    _checks.tensor(input=input, offset=offset, weight=weight)
+    for name, value in (("bias", bias), ("mask", mask)):
+        if value is not None:
+            _checks.tensor(**{name: value})
+    result: Tensor = _deform_conv2d(
+        input,
+        offset,
+        weight,
+        bias,
+        mask,
+        _checks.pair("stride", stride),
+        _checks.pair("padding", padding),
+        _checks.pair("dilation", dilation),
+    )
+    return result
+
+
+def _result_size(
+    input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
+    """H_out and W_out; raises for numbers that allow none."""
+    for name, numbers, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(numbers) != 2:
+            raise ValueError(f"{name} must be a number or two, got {len(numbers)}")
+        for number in numbers:
+            if number < least:
+                raise ValueError(f"{name} must be at least {least}, got {tuple(numbers)}")
+    sizes = []
+    for i, axis in enumerate(("height", "width")):
+        span = dilation[i] * (kernel_size[i] - 1) + 1
+        padded = input.shape[2 + i] + 2 * padding[i]
+        if padded < span:
+            raise ValueError(
+                f"input must have a {axis} of at least {span - 2 * padding[i]} for weight's kernel of "
+                f"{tuple(kernel_size)}, dilation {tuple(dilation)} and padding {tuple(padding)}, "
+                f"got shape {tuple(input.shape)}"
+            )
+        sizes.append((padded - span) // stride[i] + 1)
+    return sizes[0], sizes[1]
+
+
+def _check(
+    input: Tensor,
+    offset: Tensor,
+    kernel_size: Sequence[int],
+    mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """What forward and backward ask of input, offset and mask; returns H_out and W_out."""
+    _checks.four_dimensional(input=input, offset=offset)
+    n, c, h, w = input.shape
+    if n != 0 and 0 in (c, h, w):
+        raise ValueError(f"input must have at least one channel and one pixel, got shape {tuple(input.shape)}")
+    taps = kernel_size[0] * kernel_size[1]
+    if taps == 0:
+        raise ValueError(f"weight must have a kernel of at least one tap, got {tuple(kernel_size)}")
+    height, width = _result_size(input, kernel_size, stride, padding, dilation)
+    groups = offset.shape[1] // (2 * taps)
+    if groups == 0 or offset.shape[1] % (2 * taps) != 0 or c % groups != 0:
+        raise ValueError(
+            f"offset must have 2 * {taps} channels for each offset group, and a number of offset groups that divides "
+            f"the {c} channels of input, got {offset.shape[1]} channels"
+        )
+    _checks.shape("offset", offset, (n, 2 * taps * groups, height, width), "(N, D * kh * kw * 2, H_out, W_out)")
+    if mask is not None:
+        _checks.shape("mask", mask, (n, taps * groups, height, width), "(N, D * kh * kw, H_out, W_out)")
+    return height, width
+
+
+def _check_weight(input: Tensor, weight: Tensor) -> None:
+    c, (c_out, per_group) = input.shape[1], weight.shape[:2]
+    if per_group == 0 or c % per_group != 0 or c_out % (c // per_group) != 0:
+        raise ValueError(
+            f"weight must have shape (C_out, C / G, kh, kw) with a number of groups G that divides both C_out and the "
+            f"{c} channels of input, got {tuple(weight.shape)}"
+        )
+
+
+def _forward_results(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[Result]:
+    _checks.alike(**_given(input=input, offset=offset, weight=weight, bias=bias, mask=mask))
+    _checks.four_dimensional(input=input, offset=offset, weight=weight)
+    height, width = _check(input, offset, weight.shape[2:], mask, stride, padding, dilation)
+    _check_weight(input, weight)
+    if bias is not None:
+        _checks.shape("bias", bias, (weight.shape[0],), "(C_out,)")
+    return [Result((input.shape[0], weight.shape[0], height, width), like=input)]
+
+
+def _backward_data_results(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[Result]:
+    _checks.alike(**_given(grad=grad, input=input, offset=offset, weight=weight, mask=mask))
+    _checks.four_dimensional(grad=grad, weight=weight)
+    height, width = _check(input, offset, weight.shape[2:], mask, stride, padding, dilation)
+    _check_weight(input, weight)
+    _checks.shape("grad", grad, (input.shape[0], weight.shape[0], height, width), "(N, C_out, H_out, W_out)")
+    return [
+        Result(input.shape, like=input),
+        Result(offset.shape, like=offset),
+        Result((0,), like=offset) if mask is None else Result(mask.shape, like=mask),
+    ]
+
+
+def _backward_weight_results(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    kernel_size: Sequence[int],
+    groups: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[Result]:
+    _checks.alike(**_given(grad=grad, input=input, offset=offset, mask=mask))
+    _checks.four_dimensional(grad=grad)
+    height, width = _check(input, offset, kernel_size, mask, stride, padding, dilation)
+    (n, c), c_out = input.shape[:2], grad.shape[1]
+    if groups < 1 or c % groups != 0 or c_out % groups != 0:
+        raise ValueError(f"groups must divide the {c} channels of input and the {c_out} channels of grad, got {groups}")
+    _checks.shape("grad", grad, (n, c_out, height, width), "(N, C_out, H_out, W_out)")
+    return [Result((c_out, c // groups, *kernel_size), like=grad)]
+
+
+def _given(**arguments: Tensor | None) -> dict[str, Tensor]:
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+_deform_conv2d = define(
+    "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
+    "int[] stride, int[] padding, int[] dilation) -> Tensor",
+    file="deform_conv2d",
+    results=_forward_results,
+)
+_backward_data = define(
+    "deform_conv2d_backward_data(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
+    "int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor, Tensor)",
+    file="deform_conv2d",
+    results=_backward_data_results,
+)
+"""The gradients of input, offset and mask; the last is of no elements where there is no mask."""
+_backward_weight = define(
+    "deform_conv2d_backward_weight(Tensor grad, Tensor input, Tensor offset, Tensor? mask, SymInt[] kernel_size, "
+    "SymInt groups, int[] stride, int[] padding, int[] dilation) -> Tensor",
+    file="deform_conv2d",
+    results=_backward_weight_results,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*(value for value in inputs if value is None or isinstance(value, Tensor)))
+    ctx.numbers = tuple(value for value in inputs if value is not None and not isinstance(value, Tensor))
+
+
+def _deform_conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    input, offset, weight, _, mask = ctx.saved_tensors
+    by_input, by_offset, by_weight, by_bias, by_mask = ctx.needs_input_grad[:5]
+    data: tuple[Tensor | None, ...] = (None, None, None)
+    if by_input or by_offset or by_mask:
+        data = _backward_data(grad, input, offset, weight, mask, *ctx.numbers)
+    return (
+        data[0],
+        data[1],
+        _backward_weight(grad, input, offset, mask, weight.shape[2:], input.shape[1] // weight.shape[1], *ctx.numbers)
+        if by_weight
+        else None,
+        grad.sum((0, 2, 3)) if by_bias else None,
+        data[2] if by_mask else None,
+        *(None,) * 3,
+    )
+
+
+def _backward_of(kernel: Any) -> Any:
+    """The derivative of one of the backward operators: autograd's, of its reference kernel."""
+
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        with torch.enable_grad():
+            # A view of its own for each, so that only the paths through this kernel are followed.
+            tensors = [value if value is None else value.view_as(value) for value in saved]
+            results = kernel(*tensors, *ctx.numbers)
+            results = results if isinstance(results, tuple) else (results,)
+            pairs = [
+                (result, cotangent)
+                for result, cotangent in zip(results, cotangents, strict=True)
+                if cotangent is not None and result.requires_grad
+            ]
+            wanted = [i for i, need in enumerate(ctx.needs_input_grad[: len(saved)]) if need]
+            gradients = torch.autograd.grad(
+                [result for result, _ in pairs],
+                [tensor for i in wanted if (tensor := tensors[i]) is not None],
+                [cotangent for _, cotangent in pairs],
+                create_graph=True,
+                allow_unused=True,
+            )
+        found = dict(zip(wanted, gradients, strict=True))
+        return *(found.get(i) for i in range(len(saved))), *(None,) * len(ctx.numbers)
+
+    return backward
+
+
+torch.library.register_autograd(_deform_conv2d, _deform_conv2d_backward, setup_context=_save)
+torch.library.register_autograd(
+    _backward_data, _backward_of(reference.deform_conv2d_backward_data), setup_context=_save
+)
+torch.library.register_autograd(
+    _backward_weight, _backward_of(reference.deform_conv2d_backward_weight), setup_context=_save
+)
