@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -48,8 +47,8 @@ void parallel(std::int64_t count, std::int64_t threads, const Work& work) {
     others.reserve(static_cast<std::size_t>(threads - 1));
     try {
       while (static_cast<std::int64_t>(others.size()) + 1 < threads) others.emplace_back(guarded);
-    } catch (const std::system_error&) {
-      // The system gives no more threads: those there are do all of the work.
+    } catch (const std::exception&) {
+      // The system gives no more threads, or no memory for them: those there are do all of the work.
     }
   }
   guarded();

@@ -65,7 +65,7 @@ def test_pack_takes_the_other_names_by_keyword():
     ("arguments", "message"),
     [
         ({"up_kernel": 4}, "up_kernel must be odd, got 4"),
-        ({"kernel_size": 2}, "up_kernel must be odd, got 2"),
+        ({"kernel_size": 2}, "kernel_size must be odd, got 2"),
         ({"encoder_kernel": 2}, "encoder_kernel must be odd, got 2"),
         ({"up_group": 3}, "up_group must divide the 8 channels, got 3"),
     ],

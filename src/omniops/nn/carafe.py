@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omniops.backends import memory_format
+from omniops.ops import _checks
 from omniops.ops.carafe import carafe
 
 
@@ -15,10 +18,15 @@ class CARAFE(nn.Module):
         kernel_size: the side of the reassembly kernel, odd.
         group_size: the number of channel groups.
         scale_factor: the upsampling factor.
+
+    Raises:
+        TypeError, ValueError: for a number that no CARAFE can have.
     """
 
     def __init__(self, kernel_size: int, group_size: int, scale_factor: int) -> None:
         super().__init__()
+        _checks.integer(kernel_size=kernel_size, group_size=group_size, scale_factor=scale_factor)
+        _odd(kernel_size=kernel_size)
         self.kernel_size = kernel_size
         self.group_size = group_size
         self.scale_factor = scale_factor
@@ -51,8 +59,11 @@ class CARAFEPack(nn.Module):
         encoder_kernel: the side of the mask predictor's kernel, odd.
         encoder_dilation: its dilation.
         compressed_channels: the channels that the predictor sees.
-        kernel_size: another name of ``up_kernel``.
-        group_size: another name of ``up_group``.
+        kernel_size: another name of ``up_kernel``; where both are given it is this one.
+        group_size: another name of ``up_group``; where both are given it is this one.
+
+    Raises:
+        TypeError, ValueError: for a number that no CARAFE can have.
     """
 
     def __init__(
@@ -69,19 +80,28 @@ class CARAFEPack(nn.Module):
         group_size: int | None = None,
     ) -> None:
         super().__init__()
+        # Named as the caller named them, for the errors.
+        kernel = {"up_kernel": up_kernel} if kernel_size is None else {"kernel_size": kernel_size}
+        groups = {"up_group": up_group} if group_size is None else {"group_size": group_size}
+        _checks.integer(
+            channels=channels,
+            scale_factor=scale_factor,
+            **kernel,
+            **groups,
+            encoder_kernel=encoder_kernel,
+            encoder_dilation=encoder_dilation,
+            compressed_channels=compressed_channels,
+        )
+        _odd(**kernel, encoder_kernel=encoder_kernel)
+        ((name, self.up_group),) = groups.items()
+        if channels % self.up_group != 0:
+            raise ValueError(f"{name} must divide the {channels} channels, got {self.up_group}")
         self.channels = channels
         self.scale_factor = scale_factor
-        self.up_kernel = up_kernel if kernel_size is None else kernel_size
-        self.up_group = up_group if group_size is None else group_size
+        (self.up_kernel,) = kernel.values()
         self.encoder_kernel = encoder_kernel
         self.encoder_dilation = encoder_dilation
         self.compressed_channels = compressed_channels
-        if self.up_kernel % 2 == 0:
-            raise ValueError(f"up_kernel must be odd, got {self.up_kernel}")
-        if encoder_kernel % 2 == 0:
-            raise ValueError(f"encoder_kernel must be odd, got {encoder_kernel}")
-        if channels % self.up_group != 0:
-            raise ValueError(f"up_group must divide the {channels} channels, got {self.up_group}")
         self.channel_compressor = nn.Conv2d(channels, compressed_channels, 1)
         self.content_encoder = nn.Conv2d(
             compressed_channels,
@@ -103,8 +123,14 @@ class CARAFEPack(nn.Module):
     def kernel_normalizer(self, mask: Tensor) -> Tensor:
         """(N, G*k*k*s*s, H, W) -> (N, G*k*k, H*s, W*s), each kernel's weights summing to one."""
         mask = F.pixel_shuffle(mask, self.scale_factor)
-        kernels = mask.unflatten(1, (self.up_group, self.up_kernel**2))
-        return F.softmax(kernels, dim=2, dtype=mask.dtype).flatten(1, 2)
+        # A softmax over an axis in the middle gives contiguous results, so channels_last takes it over the last axis.
+        channels_last = memory_format(mask) == torch.channels_last
+        kernels = (mask.permute(0, 2, 3, 1) if channels_last else mask).unflatten(
+            -1 if channels_last else 1, (self.up_group, self.up_kernel**2)
+        )
+        # The dtype is said because autocast would make it float32, which the reassembly would cast back.
+        weights = F.softmax(kernels, dim=-1 if channels_last else 2, dtype=mask.dtype)
+        return weights.flatten(3).permute(0, 3, 1, 2) if channels_last else weights.flatten(1, 2)
 
     def feature_reassemble(self, x: Tensor, mask: Tensor) -> Tensor:
         """(N, C, H, W), (N, G*k*k, H*s, W*s) -> (N, C, H*s, W*s)."""
@@ -112,5 +138,13 @@ class CARAFEPack(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H*s, W*s)."""
+        _checks.tensor(x=x)
+        _checks.four_dimensional(x=x)
         mask = self.content_encoder(self.channel_compressor(x))
         return self.feature_reassemble(x, self.kernel_normalizer(mask))
+
+
+def _odd(**arguments: int) -> None:
+    for name, value in arguments.items():
+        if value % 2 == 0:
+            raise ValueError(f"{name} must be odd, got {value}")

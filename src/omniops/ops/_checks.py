@@ -11,19 +11,25 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def tensor(**arguments: Any) -> None:
-    """Raise TypeError for an argument that is not a tensor."""
+    """Raise TypeError for an argument that is not a dense tensor."""
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_nested:
+            layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+            convert = "to_padded_tensor(0)" if value.is_nested else "to_dense()"
+            raise TypeError(f"{name} must be a dense tensor, got a {layout} one: convert it with {name}.{convert}")
 
 
 def integer(**arguments: Any) -> None:
-    """Raise TypeError for an argument that is not an int, ValueError for one below 1."""
+    """Raise TypeError for an argument that is not an int, ValueError for one below 1 or too large to be a size."""
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+        if value >= 2**63:
+            raise ValueError(f"{name} must be below 2**63, got {value}")
 
 
 def pair(name: str, value: Any) -> list[int]:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from omniops.backends import BACKENDS, empty
 
 _LIBRARY = torch.library.Library("omniops", "DEF")
 
-# Every device type whose autocast PyTorch dispatches on.
-_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "ipu", "xla", "maia", "privateuseone")
+# The device types of autocast, and how the dispatcher calls it there.
+_AUTOCAST_KEYS = {
+    "cpu": "AutocastCPU",
+    "cuda": "AutocastCUDA",
+    "mps": "AutocastMPS",
+    "xpu": "AutocastXPU",
+    "hpu": "AutocastHPU",
+    "privateuseone": "AutocastPrivateUse1",
+}
 
 
 class Result(NamedTuple):
@@ -27,14 +36,16 @@ class Result(NamedTuple):
     """Where it is not that of ``like``."""
 
 
-def define(schema: str, *, file: str, results: Callable[..., Sequence[Result]]) -> Any:
-    """Define ``omniops::<schema>`` with its kernels, fake kernel and autocast, and return the operator.
+def define(schema: str, *, file: str, results: Callable[..., Sequence[Result]], autocast: bool = False) -> Any:
+    """Define ``omniops::<schema>`` with its kernels and fake kernel, and return the operator.
 
     Args:
         schema: the operator's schema; arguments have no defaults.
         file: the file of that name in each backend holds the kernel, a function named as the operator is.
         results: called with the operator's arguments before any kernel; raises for wrong ones and says what the
             results will be.
+        autocast: whether autocast casts the operator's arguments. It does not those of operators that compute
+            gradients: a backward has the dtypes of its forward.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -47,10 +58,8 @@ def define(schema: str, *, file: str, results: Callable[..., Sequence[Result]]) 
         return _one_or_all(empty(*result) for result in results(*args))
 
     torch.library.register_fake(f"omniops::{name}", fake, lib=_LIBRARY)
-    for device_type in _AUTOCAST_DEVICES:
-        key = "AutocastPrivateUse1" if device_type == "privateuseone" else f"Autocast{device_type.upper()}"
-        if hasattr(torch._C.DispatchKey, key):
-            _LIBRARY.impl(name, _autocast(operator, device_type), key)
+    for device_type, key in _AUTOCAST_KEYS.items():
+        _LIBRARY.impl(name, _autocast(operator, device_type, autocast), key)
     return operator
 
 
@@ -62,6 +71,11 @@ def _kernel(
 
     def checked(*args: Any) -> Tensor | tuple[Tensor, ...]:
         nonlocal kernel
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(
+                f"omniops::{name} has no forward-mode derivative, and PyTorch would take it for zero: "
+                f"use reverse mode (torch.autograd.grad), or call it outside of forward-mode differentiation"
+            )
         described = results(*args)
         if 0 in described[0].shape or any(isinstance(arg, Tensor) and arg.numel() == 0 for arg in args):
             return _one_or_all(empty(*result).zero_() for result in described)
@@ -78,17 +92,28 @@ def _one_or_all(tensors: Iterable[Tensor]) -> Tensor | tuple[Tensor, ...]:
     return made[0] if len(made) == 1 else made
 
 
-def _autocast(operator: Any, device_type: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    """Cast floating inputs to the autocast dtype as PyTorch's own operators do: float64 stays as it is."""
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off for the device of ``tensor``, where it has it."""
+    device_type = tensor.device.type
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+
+
+def _autocast(operator: Any, device_type: str, casts: bool) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """The operator with autocast off, so that no kernel's own products are cast, and its arguments cast before.
+
+    They are cast as PyTorch's own operators do, which leave float64 as it is.
+    """
 
     def cast(*args: Any) -> Tensor | tuple[Tensor, ...]:
         dtype = torch.get_autocast_dtype(device_type)
-        cast_args = (
-            arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64 else arg
-            for arg in args
-        )
         with torch.autocast(device_type, enabled=False):
-            result: Tensor | tuple[Tensor, ...] = operator(*cast_args)
+            result: Tensor | tuple[Tensor, ...] = operator(
+                *(arg.to(dtype) if casts and _is_cast(arg) else arg for arg in args)
+            )
         return result
 
     return cast
+
+
+def _is_cast(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from omniops.ops import _checks
-from omniops.ops._library import Result, define
+from omniops.ops._library import Result, define, without_autocast
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
@@ -38,7 +38,7 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
 
     Returns:
         (N, C, H * scale_factor, W * scale_factor), in the dtype and memory format of ``features``. float16 and
-        bfloat16 accumulate in float32. Under autocast the inputs are cast to its dtype.
+        bfloat16 accumulate in float32. Under autocast inputs other than float64 are cast to its dtype.
 
     Raises:
         TypeError: for an argument of the wrong type or dtype.
@@ -89,12 +89,26 @@ def _check_sizes(channels: str, c: int, kernel_size: int, group_size: int, scale
 
 
 def _upsampled(height: int, width: int, scale_factor: int, stride: int) -> tuple[int, int]:
-    """The resolution of the result: scale_factor for each centre, one centre every stride pixels."""
-    return (height + stride - 1) // stride * scale_factor, (width + stride - 1) // stride * scale_factor
+    """The resolution of the result: scale_factor for each centre, one centre every stride pixels.
+
+    Written as convolutions have it, so that torch.export sees the equality with the size of a strided convolution.
+    """
+    return ((height - 1) // stride + 1) * scale_factor, ((width - 1) // stride + 1) * scale_factor
 
 
-_MASKS = "(N, group_size * kernel_size**2, ceil(H / stride) * scale_factor, ceil(W / stride) * scale_factor)"
-_RESULT = "(N, C, ceil(H / stride) * scale_factor, ceil(W / stride) * scale_factor)"
+def _masks_in_words(scale_factor: int, stride: int) -> str:
+    return f"(N, group_size * kernel_size**2, {_size_in_words(scale_factor, stride)})"
+
+
+def _result_in_words(scale_factor: int, stride: int) -> str:
+    return f"(N, C, {_size_in_words(scale_factor, stride)})"
+
+
+def _size_in_words(scale_factor: int, stride: int) -> str:
+    """The resolution in the arguments that the caller gave: of carafe, of carafe_downsample, or of both at once."""
+    centres = ("H", "W") if stride == 1 else ("ceil(H / stride)", "ceil(W / stride)")
+    blocks = "" if scale_factor == 1 and stride != 1 else " * scale_factor"
+    return ", ".join(f"{size}{blocks}" for size in centres)
 
 
 def _carafe_result(
@@ -105,7 +119,9 @@ def _carafe_result(
     n, c, h, w = features.shape
     _check_sizes("features", c, kernel_size, group_size, scale_factor, stride)
     height, width = _upsampled(h, w, scale_factor, stride)
-    _checks.shape("masks", masks, (n, group_size * kernel_size**2, height, width), _MASKS)
+    _checks.shape(
+        "masks", masks, (n, group_size * kernel_size**2, height, width), _masks_in_words(scale_factor, stride)
+    )
     return [Result((n, c, height, width), like=features)]
 
 
@@ -124,8 +140,8 @@ def _backward_features_result(
     n, c = grad.shape[:2]
     _check_sizes("grad", c, kernel_size, group_size, scale_factor, stride)
     result = _upsampled(height, width, scale_factor, stride)
-    _checks.shape("grad", grad, (n, c, *result), _RESULT)
-    _checks.shape("masks", masks, (n, group_size * kernel_size**2, *result), _MASKS)
+    _checks.shape("grad", grad, (n, c, *result), _result_in_words(scale_factor, stride))
+    _checks.shape("masks", masks, (n, group_size * kernel_size**2, *result), _masks_in_words(scale_factor, stride))
     return [Result((n, c, height, width), like=grad)]
 
 
@@ -137,7 +153,7 @@ def _backward_masks_result(
     n, c, h, w = features.shape
     _check_sizes("features", c, kernel_size, group_size, scale_factor, stride)
     height, width = _upsampled(h, w, scale_factor, stride)
-    _checks.shape("grad", grad, (n, c, height, width), _RESULT)
+    _checks.shape("grad", grad, (n, c, height, width), _result_in_words(scale_factor, stride))
     return [Result((n, group_size * kernel_size**2, height, width), like=grad)]
 
 
@@ -145,6 +161,7 @@ _carafe = define(
     "carafe(Tensor features, Tensor masks, int kernel_size, int group_size, int scale_factor, int stride) -> Tensor",
     file="carafe",
     results=_carafe_result,
+    autocast=True,
 )
 _backward_features = define(
     "carafe_backward_features(Tensor grad, Tensor masks, SymInt height, SymInt width, "
@@ -180,6 +197,13 @@ def _save_second_features(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 
 # In each formula below one of features, masks and grad is the operator's result, so its cotangent stands in its place.
+# A derivative has the dtypes of what it is the derivative of, also where it is taken under autocast.
+
+
+def _again(features: Tensor, masks: Tensor, sizes: Any) -> Tensor:
+    with without_autocast(features):
+        result: Tensor = _carafe(features, masks, *sizes)
+    return result
 
 
 def _carafe_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -194,7 +218,7 @@ def _carafe_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def _backward_features_backward(ctx: Any, features: Tensor) -> tuple[Any, ...]:
     grad, masks = ctx.saved_tensors
     return (
-        None if masks is None else _carafe(features, masks, *ctx.sizes),
+        None if masks is None else _again(features, masks, ctx.sizes),
         None if grad is None else _backward_masks(grad, features, *ctx.sizes),
         *(None,) * 6,
     )
@@ -203,7 +227,7 @@ def _backward_features_backward(ctx: Any, features: Tensor) -> tuple[Any, ...]:
 def _backward_masks_backward(ctx: Any, masks: Tensor) -> tuple[Any, ...]:
     grad, features = ctx.saved_tensors
     return (
-        None if features is None else _carafe(features, masks, *ctx.sizes),
+        None if features is None else _again(features, masks, ctx.sizes),
         None if grad is None else _backward_features(grad, masks, *ctx.resolution, *ctx.sizes),
         *(None,) * 4,
     )

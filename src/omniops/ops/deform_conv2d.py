@@ -23,7 +23,7 @@ from torch import Tensor
 
 from omniops.backends.reference import deform_conv2d as reference
 from omniops.ops import _checks
-from omniops.ops._library import Result, define
+from omniops.ops._library import Result, define, without_autocast
 
 
 def deform_conv2d(
@@ -55,7 +55,7 @@ def deform_conv2d(
     Returns:
         (N, C_out, H_out, W_out) in the dtype and memory format of ``input``, where
         H_out = (H + 2 * padding - dilation * (kh - 1) - 1) // stride + 1. float16 and bfloat16 accumulate in float32.
-        Under autocast all tensors are cast to its dtype.
+        Under autocast tensors other than float64 are cast to its dtype.
 
     Raises:
         TypeError: for an argument of the wrong type or dtype.
@@ -212,6 +212,7 @@ _deform_conv2d = define(
     "int[] stride, int[] padding, int[] dilation) -> Tensor",
     file="deform_conv2d",
     results=_forward_results,
+    autocast=True,
 )
 _backward_data = define(
     "deform_conv2d_backward_data(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
@@ -256,7 +257,7 @@ def _backward_of(kernel: Any) -> Any:
 
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        with torch.enable_grad():
+        with torch.enable_grad(), without_autocast(saved[0]):
             # A view of its own for each, so that only the paths through this kernel are followed.
             tensors = [value if value is None else value.view_as(value) for value in saved]
             results = kernel(*tensors, *ctx.numbers)

@@ -7,5 +7,6 @@ import torch
 TITLE = "Triton"
 DISPATCH_KEY = "CUDA"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-AVAILABLE = find_spec("triton") is not None
-REMEDY = "pip install triton"
+# AMD's GPUs go by the name of CUDA too: the reference kernels serve them.
+AVAILABLE = find_spec("triton") is not None and torch.version.hip is None
+REMEDY = "pip install triton (the kernels are for NVIDIA GPUs alone)"
