@@ -5,21 +5,33 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+ASKED_FOR := $(PYTHON) $(TORCH)
+WAS_ASKED_FOR := $(shell cat $(INSTALLED) 2>/dev/null)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench clean anew
 .DEFAULT_GOAL := test
+
+# Another TORCH installs again, another PYTHON starts .venv anew.
+ifneq ($(WAS_ASKED_FOR),$(ASKED_FOR))
+$(INSTALLED): anew
+endif
+ifneq ($(WAS_ASKED_FOR),)
+ifneq ($(firstword $(WAS_ASKED_FOR)),$(PYTHON))
+$(BIN)/python: anew
+endif
+endif
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("omniops needs Python 3.10 or newer; make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 
 # The build runs without isolation so that a second run finds CMake's cache where it left it.
 $(INSTALLED): $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
 	$(BIN)/python -m pip install --quiet '$(TORCH)' 'scikit-build-core>=0.11,<2' 'nanobind>=2.7,<4' ninja cmake
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
-	touch $(INSTALLED)
+	echo '$(ASKED_FOR)' >$(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/omniops demo --out demo/demo.png

@@ -1,5 +1,7 @@
 """Choosing a device by name."""
 
+import subprocess
+
 import pytest
 import torch
 
@@ -37,6 +39,43 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch, name):
     monkeypatch.setattr(devices, "found", lambda: [torch.device("cpu"), torch.device("cuda:0")])
     with pytest.raises(ValueError, match=rf"no device '{name}' .* found here are cpu, cuda:0"):
         devices.choose(name)
+
+
+def _on_a_mac(monkeypatch, told):
+    def read_text(path, **kwargs):
+        raise FileNotFoundError(path)
+
+    def run(command, **kwargs):
+        assert command == ["sysctl", "-n", "machdep.cpu.brand_string"]
+        if told is None:
+            raise FileNotFoundError("sysctl")
+        return subprocess.CompletedProcess(command, 0 if told else 1, told, "")
+
+    monkeypatch.setattr(devices.Path, "read_text", read_text)
+    monkeypatch.setattr(devices.subprocess, "run", run)
+
+
+def test_the_title_of_a_mac_is_its_chips(monkeypatch):
+    _on_a_mac(monkeypatch, "Apple M2 Pro\n")
+    assert devices.title(torch.device("cpu")) == f"Apple M2 Pro, {torch.get_num_threads()} threads"
+    assert devices.title(torch.device("mps")) == "Apple M2 Pro"
+
+
+@pytest.mark.parametrize("told", ["", None])
+def test_the_title_where_nothing_tells_it(monkeypatch, told):
+    _on_a_mac(monkeypatch, told)
+    monkeypatch.setattr(devices.platform, "processor", lambda: "")
+    monkeypatch.setattr(devices.platform, "machine", lambda: "riscv64")
+    assert devices.title(torch.device("cpu")).startswith("riscv64, ")
+    assert devices.title(torch.device("mps")) == "Apple GPU"
+
+
+def test_the_memory_of_a_cpu_is_not_asked_of_any_module(monkeypatch):
+    def missing(device):
+        raise RuntimeError("no module")
+
+    monkeypatch.setattr(torch, "get_device_module", missing)
+    assert devices.memory(torch.device("cpu")) is None
 
 
 def test_waiting_for_the_cpu_and_its_title():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -47,20 +48,22 @@ def synchronize(device: torch.device) -> None:
 
 
 def title(device: torch.device) -> str:
-    """What the hardware calls itself, as far as PyTorch can say: "NVIDIA H200", "Apple M2, 8 threads"."""
+    """What the hardware calls itself, as far as PyTorch can say: "NVIDIA H200", "Apple M2", "Apple M2, 8 threads"."""
     if device.type == "cpu":
         return f"{_processor()}, {torch.get_num_threads()} threads"
     if device.type == "mps":
-        return "Apple GPU"
+        return _apple_chip() or "Apple GPU"
     return str(torch.get_device_module(device).get_device_name(device))
 
 
 def memory(device: torch.device) -> int | None:
     """The bytes of memory of an accelerator, None where PyTorch cannot say."""
+    if device.type == "cpu":
+        return None
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     module = torch.get_device_module(device)
-    if device.type == "cpu" or not hasattr(module, "get_device_properties"):
+    if not hasattr(module, "get_device_properties"):
         return None
     return int(module.get_device_properties(device).total_memory)
 
@@ -71,4 +74,13 @@ def _processor() -> str:
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return next(names, None) or _apple_chip() or platform.processor() or platform.machine()
+
+
+def _apple_chip() -> str:
+    """ "Apple M2", CPU and GPU in one; nothing where the system is no macOS."""
+    try:
+        told = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return told.stdout.strip()

@@ -2,6 +2,7 @@
 holds them against the reference; run as a program, this file does so briefly for the instruction set it finds.
 """
 
+import ctypes
 import math
 import os
 import re
@@ -10,7 +11,10 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from time import perf_counter, sleep
 
 import numpy as np
 import pytest
@@ -168,24 +172,34 @@ def test_many_python_threads_at_once(set_num_threads):
         assert torch.equal(result, wanted)
 
 
+def longest_wait(call):
+    """For how much of a call in another thread this one stood still at most: its longest gap, over the call's time."""
+    times = {}
+
+    def timed():
+        times["begin"] = perf_counter()
+        call()
+        times["end"] = perf_counter()
+
+    worker = threading.Thread(target=timed)
+    ticks = []
+    worker.start()
+    while worker.is_alive():
+        ticks.append(perf_counter())
+        sleep(0.001)
+    begin, end = times["begin"], times["end"]
+    moments = [begin, *(tick for tick in ticks if begin < tick < end), end]
+    return max(later - earlier for earlier, later in pairwise(moments)) / (end - begin)
+
+
 def test_the_interpreter_runs_on_meanwhile(set_num_threads):
     set_num_threads(1)
-    args = arguments("carafe", (1, 64, 128, 128), (15, 1, 2, 1))
-    started, done = threading.Event(), threading.Event()
-
-    def call():
-        started.set()
-        cpu.carafe(*args)
-        done.set()
-
-    worker = threading.Thread(target=call)
-    worker.start()
-    started.wait()
-    steps = 0
-    while not done.is_set():
-        steps += 1
-    worker.join()
-    assert steps > 1000
+    for memory_format in FORMATS:
+        for operator in OPERATORS:
+            args = arguments(operator, (1, 64, 64, 64), (21, 1, 2, 1), memory_format=memory_format)
+            assert longest_wait(partial(getattr(cpu, operator), *args)) < 0.5
+    # What a call that keeps the interpreter to itself looks like.
+    assert longest_wait(partial(ctypes.PyDLL(None).usleep, 200_000)) > 0.9
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
@@ -221,6 +235,68 @@ def test_memory_that_cannot_be_had_is_an_error():
                                       3_000_001, 1, 1, 1, 4)  # fmt: skip
 
 
+def test_an_exception_in_another_thread_is_the_callers():
+    # Each of four threads has a tile of its own and no memory for it. An exception that left its thread would end the
+    # process, hence another one.
+    run = subprocess.run([sys.executable, "-c", f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("_C", {_C.__file__!r})
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+for operator in {OPERATORS}:
+    for channels_last in (False, True):
+        try:
+            getattr(_C, operator)(64, 64, 64, _C.Dtype.float32, channels_last, 4, 1, 1, 1, 3_000_001, 1, 1, 1, 4)
+        except MemoryError:
+            print(operator)
+"""], capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [operator for operator in OPERATORS for _ in range(2)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is set as Linux has it")
+def test_without_further_threads_this_one_does_all_the_work():
+    import resource
+
+    def stacks_of_8_mebibytes():
+        resource.setrlimit(resource.RLIMIT_STACK, (2**23, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+
+    run = subprocess.run([sys.executable, "-c", f"""
+import importlib.util, resource, threading
+from pathlib import Path
+import numpy as np
+spec = importlib.util.spec_from_file_location("_C", {_C.__file__!r})
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+features, masks = np.random.rand(8, 64, 40, 40), np.random.rand(8, 9, 80, 80)
+expected, result = np.empty((8, 64, 80, 80)), np.empty((8, 64, 80, 80))
+
+def call(out, threads):
+    addresses = (array.ctypes.data for array in (features, masks, out))
+    _C.carafe(*addresses, _C.Dtype.float64, False, *features.shape, 3, 1, 2, 1, threads)
+
+call(expected, 1)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**22, resource.RLIM_INFINITY))  # no room for the stack of a thread
+try:
+    threading.Thread(target=print).start()
+except RuntimeError:
+    print("no thread")
+call(result, 4)
+assert np.array_equal(result, expected)
+"""], capture_output=True, text=True, timeout=60, preexec_fn=stacks_of_8_mebibytes)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split("\n")[0] == "no thread"
+
+
+def enough_memory(gibibytes):
+    """Whether the system has that much to spare, as far as it says."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >= gibibytes * 2**30
+    except (AttributeError, ValueError, OSError):
+        return False
+
+
 def untouched(shape):
     """A float16 tensor of zeros that takes address space, but memory only where it is written."""
     return torch.from_numpy(np.zeros(shape, dtype=np.float16))
@@ -236,6 +312,39 @@ def test_features_beyond_two_to_the_31(channels_last):
     masks = torch.full((1, 1, 16, 9), 2.0, dtype=torch.float16)
     out = cpu._run(_C.carafe, features, masks, torch.empty_like(masks), (1, 1, height, width, 1, 1, 1, stride))
     assert torch.equal(out, 2 * features[:, :, ::stride, ::stride])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_masks_beyond_two_to_the_31(channels_last):
+    k, side, pad = 15, 3090, 7
+    masks = untouched((1, side, side, k * k) if channels_last else (1, k * k, side, side))
+    masks = masks.permute(0, 3, 1, 2) if channels_last else masks
+    assert masks.numel() > 2**31
+    # The last tap, which lies below and to the right of its centre, on the last rows that have such a pixel.
+    rows = slice(side - pad - 3, side - pad)
+    masks[0, -1, rows] = 2
+    features = torch.arange(2 * side * side).remainder(101).to(torch.float16).view(1, 2, side, side)
+    features = features.contiguous(memory_format=FORMATS[channels_last])  # of two channels, that it be one of them
+    shifted = torch.zeros_like(features)
+    shifted[:, :, rows, : side - pad] = 2 * features[:, :, side - 3 :, pad:]
+    assert torch.equal(cpu.carafe(features, masks, k, 1, 1, 1), shifted)
+    shifted.zero_()
+    shifted[:, :, side - 3 :, pad:] = 2 * features[:, :, rows, : side - pad]
+    assert torch.equal(cpu.carafe_backward_features(features, masks, side, side, k, 1, 1, 1), shifted)
+
+
+@pytest.mark.skipif(not enough_memory(12), reason="needs 12 GiB of free memory, for a result is written")
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_gradient_of_features_beyond_two_to_the_31(channels_last):
+    side, stride = 5793, 1024
+    grad = torch.arange(1, 64 * 6 * 6 + 1).to(torch.float16).view(1, 64, 6, 6)
+    grad = grad.contiguous(memory_format=FORMATS[channels_last])
+    masks = torch.full((1, 1, 6, 6), 2.0, dtype=torch.float16)
+    out = cpu.carafe_backward_features(grad, masks, side, side, 1, 1, 1, stride)
+    assert out.numel() > 2**31
+    assert out.is_contiguous(memory_format=FORMATS[channels_last])
+    assert torch.equal(out[:, :, ::stride, ::stride], 2 * grad)
+    assert out.count_nonzero() == grad.numel()
 
 
 def test_channels_beyond_two_to_the_31():

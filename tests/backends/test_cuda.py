@@ -1,14 +1,58 @@
-"""What is particular to NVIDIA GPUs; needs one. Its kernels against the oracle are in test_carafe.py."""
+"""What is particular to NVIDIA GPUs; most of it needs one. The kernels against the oracle are in test_carafe.py."""
 
+import numpy as np
 import pytest
 import torch
 
 import omniops
 from omniops.backends.reference import carafe as reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+NEEDS_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
+@pytest.fixture
+def launches():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from omniops.backends.cuda import carafe
+
+    return carafe
+
+
+def test_pairs_serve_only_what_is_aligned(launches):
+    def pairs(features, masks, result):
+        return launches._in_pairs(5, 2, 1, fine=(features,), coarse=(masks, result))
+
+    shapes = (1, 4, 3, 6), (1, 25, 6, 12), (1, 4, 6, 12)
+    aligned = [torch.zeros(shape) for shape in shapes]
+    assert pairs(*aligned)
+    for i, shape in enumerate(shapes):
+        one_off = torch.zeros(aligned[i].numel() + 1)[1:].view(shape)
+        others = {
+            "the first element lies between vectors": one_off,
+            "the rows end within a vector": torch.zeros(*shape[:3], shape[3] - 1),
+            "the rows start within vectors": torch.zeros(*shape[:3], shape[3] + 1)[..., :-1],
+            "a row is not contiguous": torch.zeros(*shape[:2], shape[3], shape[2]).mT,
+        }
+        for reason, other in others.items():
+            assert not pairs(*aligned[:i], other, *aligned[i + 1 :]), reason
+    assert not launches._in_pairs(5, 2, 2, fine=aligned[:1], coarse=aligned[1:])
+    assert not launches._in_pairs(5, 3, 1, fine=aligned[:1], coarse=aligned[1:])
+    assert not launches._in_pairs(9, 2, 1, fine=aligned[:1], coarse=aligned[1:])
+
+
+def test_a_row_beyond_32_bits_is_copied(launches):
+    # Address space alone: nothing but the two elements is ever touched.
+    memory = torch.from_numpy(np.zeros(2**30 + 1, dtype=np.float16))
+    memory[0], memory[-1] = 1, 2
+    apart = memory.as_strided((1, 1, 1, 2), (1, 1, 1, 2**30))
+    copied = launches._addressable(apart)
+    assert copied.stride(3) == 1
+    assert torch.equal(copied, apart)
+    near = memory.as_strided((1, 1, 1, 2), (1, 1, 1, 2**30 - 1))
+    assert launches._addressable(near) is near
+
+
+@NEEDS_A_GPU
 def test_in_a_cuda_graph():
     features = torch.randn(1, 32, 10, 12, device="cuda", requires_grad=True)
     masks = torch.randn(1, 25, 20, 24, device="cuda", requires_grad=True)
@@ -32,6 +76,7 @@ def test_in_a_cuda_graph():
         assert torch.equal(replayed, expected)
 
 
+@NEEDS_A_GPU
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("width", [8192, 8193])
 def test_more_than_two_to_the_31_elements(layout, width):
@@ -56,6 +101,7 @@ def test_more_than_two_to_the_31_elements(layout, width):
     torch.testing.assert_close(by_masks[:, :, -2:], end[:, :, -2:], rtol=1e-2, atol=0.1)
 
 
+@NEEDS_A_GPU
 def test_on_a_device_that_is_not_current():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

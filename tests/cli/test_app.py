@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from omniops.cli.common import digits
+
 COMMANDS = ("doctor", "selftest", "bench", "demo")
 
 
@@ -53,6 +55,37 @@ def test_pictures_missing_is_named_before_the_work(fails, monkeypatch, tmp_path,
     monkeypatch.setitem(sys.modules, module, None)
     line = fails(*arguments, str(tmp_path / "picture.png"), status=1)
     assert line.endswith(f"pictures need {package}, which is not installed: pip install 'omniops[pictures]'")
+
+
+@pytest.mark.parametrize(("command", "argument"), [("bench", "OP"), ("demo", "PHOTO")])
+def test_an_argument_that_may_be_left_out_stands_in_one_pair_of_brackets(omniops, command, argument):
+    usage = next(line for line in omniops(command, "--help").out.splitlines() if "Usage:" in line)
+    assert usage.strip() == f"Usage: omniops {command} [OPTIONS] [{argument}]"
+
+
+def test_the_default_device_is_told_by_each_command(omniops):
+    selftest, bench = (" ".join(omniops(command, "--help").out.split()) for command in ("selftest", "bench"))
+    assert "[default: (every device found)]" in selftest
+    assert "the GPU where there is one" not in selftest
+    assert "[default: (the GPU where there is one)]" in bench
+
+
+@pytest.mark.parametrize(
+    ("number", "written"),
+    [
+        (0.1, "0.100"),
+        (0.00789123, "0.00789"),
+        (1, "1.00"),
+        (12.34, "12.3"),
+        (99.94, "99.9"),
+        (99.96, "100"),
+        (123.4, "123"),
+        (999.7, "1000"),
+        (1234.4, "1234"),
+    ],
+)
+def test_numbers_have_three_significant_digits(number, written):
+    assert digits(number) == written
 
 
 @pytest.mark.parametrize("command", ["selftest", "bench", "demo"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from omniops.cli import demo
+from omniops.cli import demo, demo_picture
 
 CPU = torch.device("cpu")
 
@@ -66,7 +67,7 @@ def test_training_lowers_the_loss():
     torch.manual_seed(0)
     picture = torch.nn.functional.interpolate(torch.rand(1, 3, 20, 20), size=(160, 160), mode="bilinear")[0]
     contestant = demo._contestant("CARAFE", CPU, 12, seed=0)
-    centred = demo._centred(picture)[None]
+    centred = demo.centred(picture)[None]
 
     def loss() -> float:
         with torch.no_grad():
@@ -105,3 +106,55 @@ def test_matplotlib_without_its_photo(fails, monkeypatch, tmp_path):
 
 def test_steps_must_be_positive(omniops):
     assert omniops("demo", "--steps", "0").status == 2
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "x"])
+def test_a_seed_that_is_none_is_refused(omniops, seed):
+    result = omniops("demo", "--seed", seed)
+    assert result.status == 2
+    assert "--seed" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_the_largest_seed_is_one(omniops, photo, tmp_path):
+    arguments = ("--steps", "1", "--device", "cpu", "--out", str(tmp_path / "o.png"))
+    assert omniops("demo", str(photo), "--seed", str(2**63 - 1), *arguments).status == 0
+
+
+def test_psnr_is_that_of_the_mean_squared_error():
+    truth = torch.full((3, 8, 8), 0.5)
+    contestant = demo._contestant("nearest", CPU, 1, seed=0)
+
+    def judged(difference):
+        """The network's numbers are four times the picture's; every other pixel is off by the difference."""
+        off = torch.zeros(3, 8, 8)
+        off[:, ::2] = difference
+        contestant.network = lambda x: x + 4 * off
+        demo._judge(contestant, truth, CPU)
+        torch.testing.assert_close(contestant.rebuilt, truth + off.clamp(max=0.5))
+        return contestant.psnr
+
+    assert judged(0.1) == pytest.approx(10 * math.log10(1 / (0.1**2 / 2)), abs=1e-4)
+    assert judged(-0.01) == pytest.approx(10 * math.log10(1 / (0.01**2 / 2)), abs=1e-3)
+    # Beyond white is white.
+    assert judged(0.9) == pytest.approx(10 * math.log10(1 / (0.5**2 / 2)), abs=1e-4)
+
+
+def test_the_kernels_in_the_picture_stand_as_they_are_used():
+    """Group 1 takes its upper right neighbour in the lower left of each block of results, and nothing else."""
+    contestant = demo._contestant("CARAFE", CPU, 1, seed=0)
+    pack = contestant.network.to_full
+    k, s, group, (u, v), (a, b) = pack.up_kernel, pack.scale_factor, 1, (0, 2), (1, 0)
+    torch.nn.init.zeros_(pack.content_encoder.weight)
+    with torch.no_grad():
+        pack.content_encoder.bias.view(pack.up_group, k, k, s, s)[group, u, v, a, b] = 100
+    kernels = demo_picture._kernels(contestant, torch.rand(3, 16, 24), CPU)
+    expected = torch.full((pack.up_group, 16, 24, k, k), 1 / k**2)
+    expected[group, a::s, b::s] = 0
+    expected[group, a::s, b::s, u, v] = 1
+    torch.testing.assert_close(kernels, expected)
+    # And so the operator uses them.
+    features = torch.rand(1, pack.channels, 8, 12)
+    channels = slice(group * pack.channels // pack.up_group, (group + 1) * pack.channels // pack.up_group)
+    out = pack(features)
+    torch.testing.assert_close(out[:, channels, a + s :: s, b:-s:s], features[:, channels, :-1, 1:])

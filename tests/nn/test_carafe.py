@@ -62,17 +62,86 @@ def test_pack_takes_the_other_names_by_keyword():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"up_kernel": 4}, "up_kernel must be odd, got 4"),
-        ({"kernel_size": 2}, "kernel_size must be odd, got 2"),
-        ({"encoder_kernel": 2}, "encoder_kernel must be odd, got 2"),
-        ({"up_group": 3}, "up_group must divide the 8 channels, got 3"),
+        ({"up_kernel": 4}, ValueError, "up_kernel must be odd, got 4"),
+        ({"up_kernel": -1}, ValueError, "up_kernel must be at least 1, got -1"),
+        ({"kernel_size": 2}, ValueError, "kernel_size must be odd, got 2"),
+        ({"encoder_kernel": 2}, ValueError, "encoder_kernel must be odd, got 2"),
+        ({"encoder_dilation": 0}, ValueError, "encoder_dilation must be at least 1, got 0"),
+        ({"up_group": 3}, ValueError, "up_group must divide the 8 channels, got 3"),
+        ({"up_group": 0}, ValueError, "up_group must be at least 1, got 0"),
+        ({"group_size": 3}, ValueError, "group_size must divide the 8 channels, got 3"),
+        ({"group_size": 0}, ValueError, "group_size must be at least 1, got 0"),
+        ({"compressed_channels": 0}, ValueError, "compressed_channels must be at least 1, got 0"),
+        ({"channels": "8"}, TypeError, "channels must be an int, got str"),
+        ({"channels": 0}, ValueError, "channels must be at least 1, got 0"),
+        ({"scale_factor": 0}, ValueError, "scale_factor must be at least 1, got 0"),
+        ({"scale_factor": -2}, ValueError, "scale_factor must be at least 1, got -2"),
+        ({"scale_factor": 2.0}, TypeError, "scale_factor must be an int, got float"),
     ],
 )
-def test_pack_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        omniops.CARAFEPack(8, 2, **arguments)
+def test_pack_refuses(arguments, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        omniops.CARAFEPack(**{"channels": 8, "scale_factor": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((4, "x", None), TypeError, "group_size must be an int, got str"),
+        ((4, 1, 2), ValueError, "kernel_size must be odd, got 4"),
+        ((2, 1, 2), ValueError, "kernel_size must be odd, got 2"),
+        ((0, 1, 2), ValueError, "kernel_size must be at least 1, got 0"),
+        ((3, 1, None), TypeError, "scale_factor must be an int, got NoneType"),
+        ((3, True, 2), TypeError, "group_size must be an int, got bool"),
+    ],
+)
+def test_carafe_refuses(arguments, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        omniops.CARAFE(*arguments)
+
+
+def test_pack_refuses_what_it_cannot_take():
+    pack = omniops.CARAFEPack(8, 2)
+    with pytest.raises(ValueError, match=r"^x must have 4 dimensions \(N, C, H, W\), got shape \(8, 4, 4\)$"):
+        pack(torch.zeros(8, 4, 4))
+    with pytest.raises(TypeError, match=r"^x must be a torch.Tensor, got list$"):
+        pack([1])
+
+
+def test_pack_keeps_masks_channels_last():
+    torch.manual_seed(0)
+    pack = omniops.CARAFEPack(8, 2, up_kernel=3, up_group=2, compressed_channels=4)
+    torch.nn.init.normal_(pack.content_encoder.weight)
+    x = torch.randn(2, 8, 5, 6)
+    seen = []
+    pack.feature_reassemble = lambda x, mask: seen.append(mask) or x
+    pack(x)
+    pack.to(memory_format=torch.channels_last)
+    pack(x.contiguous(memory_format=torch.channels_last))
+    usual, channels_last = seen
+    assert usual.is_contiguous()
+    assert channels_last.shape == usual.shape == (2, 18, 10, 12)
+    assert channels_last.stride() == (18 * 10 * 12, 1, 18 * 12, 18)
+    torch.testing.assert_close(channels_last, usual, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(usual.unflatten(1, (2, 9)).sum(2), torch.ones(2, 2, 10, 12))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_packs_masks_stay_in_the_dtype_of_autocast(memory_format, monkeypatch):
+    softmax = F.softmax
+
+    def as_autocast_has_it_on_gpus(x, dim, dtype=torch.float32):
+        return softmax(x, dim, dtype=dtype)
+
+    monkeypatch.setattr(F, "softmax", as_autocast_has_it_on_gpus)
+    pack = omniops.CARAFEPack(8, 2, up_kernel=3, compressed_channels=4).to(memory_format=memory_format)
+    seen = []
+    pack.feature_reassemble = lambda x, mask: seen.append(mask.dtype) or x
+    with torch.autocast("cpu", torch.bfloat16):
+        pack(torch.randn(1, 8, 5, 6).contiguous(memory_format=memory_format))
+    assert seen == [torch.bfloat16]
 
 
 def test_pack_learns():

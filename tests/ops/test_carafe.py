@@ -1,5 +1,7 @@
 """The operator as PyTorch sees it: schema, fake kernel, autograd, autocast, compile, export, empty inputs, errors."""
 
+import re
+
 import pytest
 import torch
 
@@ -97,6 +99,92 @@ def test_export_with_dynamic_sizes():
     torch.testing.assert_close(exported.module()(other), model(other))
 
 
+def test_downsampling_exports_with_dynamic_sizes_beside_a_strided_convolution():
+    """Whose masks it takes: export must see that both round the size up alike."""
+
+    class Down(torch.nn.Module):
+        def __init__(self, stride):
+            super().__init__()
+            self.stride = stride
+            self.predictor = torch.nn.Conv2d(4, 9, 3, stride=stride, padding=1)
+
+        def forward(self, x):
+            return omniops.carafe_downsample(x, self.predictor(x).softmax(1), 3, 1, self.stride)
+
+    for stride in (2, 3):
+        model = Down(stride)
+        height, width = (torch.export.Dim(name, min=4, max=64) for name in ("height", "width"))
+        dynamic = {"x": {2: height, 3: width}}
+        exported = torch.export.export(model, (torch.randn(1, 4, 6, 9),), dynamic_shapes=dynamic)
+        for size in ((7, 4), (10, 11), (12, 64)):
+            other = torch.randn(1, 4, *size)
+            torch.testing.assert_close(exported.module()(other), model(other))
+
+
+def test_the_tags_are_kept():
+    # Inductor must not hand over another memory format than the fake kernel saw. PyTorch takes that for granted of
+    # operators without a tag, so nothing else here would notice its loss, but a user can set another default.
+    for operator in ("carafe", "carafe_backward_features", "carafe_backward_masks"):
+        tags = getattr(torch.ops.omniops, operator).default.tags
+        assert {torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order} <= set(tags)
+
+
+@pytest.mark.parametrize("operator", ["carafe", "carafe_backward_features", "carafe_backward_masks"])
+def test_forward_mode_differentiation_is_refused(operator):
+    features, masks, grad = problem()
+    first, second, *sizes = {
+        "carafe": (features, masks),
+        "carafe_backward_features": (grad, masks, 3, 6),
+        "carafe_backward_masks": (grad, features),
+    }[operator]
+    function = lambda x: getattr(torch.ops.omniops, operator)(x, second, *sizes, 3, 2, 2, 1)  # noqa: E731
+    message = f"omniops::{operator} has no forward-mode derivative"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(function, (first,), (torch.ones_like(first),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        function(torch.autograd.forward_ad.make_dual(first, torch.ones_like(first)))
+    function(first)
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_backward_within_autocast_is_the_same_bits_as_outside(device, dtype):
+    """Of every order: derivatives have the dtypes of their forward, wherever they are taken."""
+    features, masks, grad = problem(device, requires_grad=True)
+
+    def derivatives(enabled):
+        result = omniops.carafe(features, masks, 3, 2, 2)
+        with torch.autocast(device, dtype, enabled=enabled):
+            first = torch.autograd.grad(result, (features, masks), grad, create_graph=True)
+            # Each backward operator by each of its arguments, the one that is the forward again among them.
+            second = [
+                torch.autograd.grad(by, (grad, other), torch.ones_like(by), create_graph=True, retain_graph=True)
+                for by, other in zip(first, (masks, features), strict=True)
+            ]
+            third = torch.autograd.grad(second[0][0], masks, torch.ones_like(second[0][0]))
+        return [*first, *second[0], *second[1], *third]
+
+    outside, within = derivatives(False), derivatives(True)
+    assert all(x.dtype == torch.float32 for x in within)
+    for x, y in zip(within, outside, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("device", [d for d in DEVICES if d != "mps"])
+def test_autocast_leaves_float64_as_it_is(device):
+    features, masks, grad = problem(device, torch.float64, requires_grad=True)
+    expected = omniops.carafe(features, masks, 3, 2, 2)
+    with torch.autocast(device, torch.bfloat16):
+        result = omniops.carafe(features, masks, 3, 2, 2)
+        gradients = torch.autograd.grad(result, (features, masks), grad)
+    assert result.dtype == torch.float64
+    assert torch.equal(result, expected)
+    for x, y in zip(gradients, torch.autograd.grad(expected, (features, masks), grad), strict=True):
+        assert torch.equal(x, y)
+    with torch.autocast(device, torch.bfloat16), pytest.raises(TypeError, match="masks must have the dtype of feat"):
+        omniops.carafe(features, masks.float(), 3, 2, 2)
+
+
 @ON_DEVICES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_and_gradients_come_back_in_the_dtype_of_the_inputs(device, dtype):
@@ -180,6 +268,23 @@ F, M = torch.zeros(1, 4, 3, 3), torch.zeros(1, 9, 6, 6)
         ((F, M, 5, 1, 2), ValueError, "= (1, 25, 6, 6), got (1, 9, 6, 6)"),
         ((F, M, 3, 1, 3), ValueError, "= (1, 9, 9, 9), got (1, 9, 6, 6)"),
         ((F.expand(2, -1, -1, -1), M, 3, 1, 2), ValueError, "= (2, 9, 6, 6), got (1, 9, 6, 6)"),
+        ((F, M, 2**63, 1, 2), ValueError, f"kernel_size must be below 2**63, got {2**63}"),
+        ((F, M, 3, 2**64, 2), ValueError, f"group_size must be below 2**63, got {2**64}"),
+        (
+            (F.to_sparse(), M, 3, 1, 2),
+            TypeError,
+            "features must be a dense tensor, got a sparse_coo one: convert it with features.to_dense()",
+        ),
+        (
+            (F, M.to_mkldnn(), 3, 1, 2),
+            TypeError,
+            "masks must be a dense tensor, got a _mkldnn one: convert it with masks.to_dense()",
+        ),
+        (
+            (torch.nested.nested_tensor([F[0]]), M, 3, 1, 2),
+            TypeError,
+            "features must be a dense tensor, got a nested one: convert it with features.to_padded_tensor(0)",
+        ),
     ],
 )
 def test_errors_name_the_argument(arguments, error, message):
@@ -191,12 +296,34 @@ def test_errors_name_the_argument(arguments, error, message):
 def test_errors_of_downsampling_and_of_the_gradients():
     with pytest.raises(ValueError, match="stride must be at least 1, got 0"):
         omniops.carafe_downsample(F, M, 3, 1, 0)
-    with pytest.raises(ValueError, match=r"masks must have shape .* = \(1, 9, 2, 2\), got \(1, 9, 6, 6\)"):
-        omniops.carafe_downsample(F, M, 3, 1, 2)
+    with pytest.raises(ValueError, match=f"stride must be below {re.escape('2**63')}, got {2**63}"):
+        omniops.carafe_downsample(F, M, 3, 1, 2**63)
+    with pytest.raises(TypeError, match="features must be a dense tensor, got a sparse_coo one"):
+        omniops.carafe_downsample(F.to_sparse(), M, 3, 1, 2)
     with pytest.raises(ValueError, match=r"grad must have shape .* = \(1, 4, 6, 6\), got \(1, 4, 3, 3\)"):
         torch.ops.omniops.carafe_backward_features(F, M, 3, 3, 3, 1, 2, 1)
     with pytest.raises(ValueError, match=r"grad must have shape .* = \(1, 4, 6, 6\), got \(1, 4, 3, 3\)"):
         torch.ops.omniops.carafe_backward_masks(F, F, 3, 1, 2, 1)
+
+
+def test_the_shape_of_masks_is_told_in_the_arguments_that_were_given():
+    def told(function, *arguments):
+        with pytest.raises(ValueError, match="masks must have shape") as caught:
+            function(*arguments)
+        return str(caught.value)
+
+    assert told(omniops.carafe, F, M, 3, 1, 3) == (
+        "masks must have shape (N, group_size * kernel_size**2, H * scale_factor, W * scale_factor) = (1, 9, 9, 9), "
+        "got (1, 9, 6, 6)"
+    )
+    assert told(omniops.carafe_downsample, F, M, 3, 1, 2) == (
+        "masks must have shape (N, group_size * kernel_size**2, ceil(H / stride), ceil(W / stride)) = (1, 9, 2, 2), "
+        "got (1, 9, 6, 6)"
+    )
+    assert told(torch.ops.omniops.carafe, F, M, 3, 1, 2, 3) == (
+        "masks must have shape (N, group_size * kernel_size**2, ceil(H / stride) * scale_factor, "
+        "ceil(W / stride) * scale_factor) = (1, 9, 2, 2), got (1, 9, 6, 6)"
+    )
 
 
 def test_checks_come_before_any_kernel_of_the_raw_operator():

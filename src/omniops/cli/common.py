@@ -15,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from omniops import device as devices
 
+# The package's extras: what each installs, and the module that it is imported as.
+EXTRAS = {"cli": {"typer": "typer", "rich": "rich"}, "pictures": {"pillow": "PIL", "matplotlib": "matplotlib"}}
+
 # Outside a terminal rich would wrap tables at 80 columns, whatever reads them.
 _PIPED_WIDTH = 140
 
@@ -27,11 +30,11 @@ class CommandError(Exception):
         self.status = status
 
 
+DEVICE_NAMES = "cpu, cuda, cuda:1, mps, ..."
+
 DeviceOption = Annotated[
     str | None,
-    typer.Option(
-        "--device", metavar="D", help="cpu, cuda, cuda:1, mps, ...", show_default="the GPU where there is one"
-    ),
+    typer.Option("--device", metavar="D", help=DEVICE_NAMES, show_default="the GPU where there is one"),
 ]
 
 
@@ -52,8 +55,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def digits(number: float) -> str:
-    """Three digits, or all before the point: 0.00789, 12.3, 1234."""
-    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
+    """Three significant digits, or all before the point: 0.00789, 0.100, 12.3, 1234."""
+    return f"{number:#.3g}" if number < 99.95 else f"{number:.0f}"
 
 
 def output() -> Console:
@@ -73,13 +76,17 @@ def progress() -> Progress:
     )
 
 
+def missing_packages(extra: str) -> list[str]:
+    """What an extra would install that is not here."""
+    return [package for package, module in EXTRAS[extra].items() if find_spec(module) is None]
+
+
 def require_pictures() -> None:
     """Raise before the long work starts where the extra that draws pictures is missing."""
-    for module, package in (("PIL", "pillow"), ("matplotlib", "matplotlib")):
-        if find_spec(module) is None:
-            raise CommandError(
-                f"pictures need {package}, which is not installed: pip install 'omniops[pictures]'", status=1
-            )
+    for package in missing_packages("pictures"):
+        raise CommandError(
+            f"pictures need {package}, which is not installed: pip install 'omniops[pictures]'", status=1
+        )
 
 
 def require_writable(path: Path | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated
@@ -26,9 +25,8 @@ from omniops.cli.common import (
     require_picture_path,
     require_pictures,
 )
-from omniops.nn import CARAFEPack
+from omniops.cli.demo_parts import UPSAMPLERS, Box, Contestant, Network, centred, uncentred
 
-CHANNELS = 32
 CROP = 64
 BATCH = 8
 LEARNING_RATE = 4e-3
@@ -36,100 +34,16 @@ GRADIENT_NORM = 0.5
 SMALLEST, LARGEST = 160, 640
 """The shortest and longest side of a photo; a larger one is shrunk."""
 
-UPSAMPLERS = ("nearest", "bilinear", "CARAFE")
-
-
-class Network(nn.Module):
-    """Squeezes a picture to a quarter of its resolution and rebuilds it; the upsampler is all that may differ.
-
-    The features are the averaged picture and what a small encoder has to say about its detail. What follows the last
-    upsampling sees one pixel at a time, so that the detail is the upsampler's to place.
-    """
-
-    def __init__(self, upsampler: str) -> None:
-        super().__init__()
-        c = CHANNELS
-        self.encoder = nn.Sequential(
-            nn.Conv2d(3, c, 3, stride=2, padding=1), nn.LeakyReLU(0.1), nn.Conv2d(c, c - 3, 3, stride=2, padding=1)
-        )
-        self.at_quarter = _residual(nn.Conv2d(c, c, 3, padding=1), nn.LeakyReLU(0.1), nn.Conv2d(c, c, 3, padding=1))
-        self.at_half = _residual(nn.LeakyReLU(0.1), nn.Conv2d(c, c, 3, padding=1))
-        self.at_full = _residual(nn.LeakyReLU(0.1), nn.Conv2d(c, c, 1))
-        self.colours = _residual(nn.LeakyReLU(0.1), nn.Conv2d(c, 3, 1))
-        # Last, so that one seed starts all the other layers alike.
-        self.to_half, self.to_full = (_upsampler(upsampler) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> the same, rebuilt; H and W divide by 4."""
-        features = torch.cat([F.avg_pool2d(x, 4), self.encoder(x)], 1)
-        features = features + self.at_quarter(features)
-        features = self.to_half(features)
-        features = features + self.at_half(features)
-        features = self.to_full(features)
-        features = features + self.at_full(features)
-        rebuilt: Tensor = features[:, :3] + self.colours(features)
-        return rebuilt
-
-
-def _residual(*layers: nn.Module) -> nn.Sequential:
-    """Layers whose result is added to something, and starts small."""
-    nn.init.normal_(layers[-1].weight, std=0.01)  # type: ignore[arg-type]
-    return nn.Sequential(*layers)
-
-
-def _upsampler(name: str) -> nn.Module:
-    if name == "CARAFE":
-        return CARAFEPack(CHANNELS, scale_factor=2, up_kernel=3, up_group=4, compressed_channels=16)
-    return nn.Upsample(scale_factor=2, mode=name)
-
-
-@dataclass(frozen=True)
-class Box:
-    """Rows top:bottom and columns left:right of a picture."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    def cut(self, picture: Tensor) -> Tensor:
-        """That part of (..., H, W)."""
-        return picture[..., self.top : self.bottom, self.left : self.right]
-
-    def meets(self, other: Box) -> bool:
-        """Whether the two have a pixel in common."""
-        return (
-            self.top < other.bottom and other.top < self.bottom and self.left < other.right and other.left < self.right
-        )
-
-
-@dataclass
-class Contestant:
-    """One network, its training and what came of it."""
-
-    name: str
-    network: Network
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    seconds: list[float] = field(default_factory=list)
-    loss: float = float("nan")
-    rebuilt: Tensor = field(default_factory=lambda: torch.empty(0))
-    """(3, H, W), the held-out part in 0..1, on the CPU."""
-    psnr: float = float("nan")
-
-    @property
-    def parameters(self) -> int:
-        """How many the network has."""
-        return sum(parameter.numel() for parameter in self.network.parameters())
-
 
 def demo(
     photo: Annotated[
-        Path | None, typer.Argument(metavar="[PHOTO]", help="Any picture; a portrait of Grace Hopper without it.")
+        Path | None, typer.Argument(metavar="PHOTO", help="Any picture; a portrait of Grace Hopper without it.")
     ] = None,
     device: DeviceOption = None,
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Training steps of each network.")] = 400,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the weights and of the crops.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Of the weights and of the crops.")
+    ] = 0,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The picture to write.")] = Path(
         "omniops-demo.png"
     ),
@@ -155,10 +69,7 @@ def demo(
     contestants = [_contestant(name, chosen, steps, seed) for name in UPSAMPLERS]
     _train(contestants, picture, held_out, chosen, steps, seed)
     for each in contestants:
-        with torch.no_grad():
-            rebuilt = each.network(_centred(truth)[None].to(chosen))[0].cpu()
-        each.rebuilt = (rebuilt / 4 + 0.5).clamp(0, 1)
-        each.psnr = float(-10 * torch.log10(F.mse_loss(each.rebuilt, truth)))
+        _judge(each, truth, chosen)
 
     table = Table(
         "upsampling",
@@ -210,11 +121,6 @@ def _read(path: Path) -> Tensor:
     return torch.from_numpy(np.asarray(turned, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
 
 
-def _centred(picture: Tensor) -> Tensor:
-    """0..1 -> -2..2, which the networks take and give."""
-    return picture * 4 - 2
-
-
 def _contestant(name: str, device: torch.device, steps: int, seed: int) -> Contestant:
     torch.manual_seed(seed)
     network = Network(name).to(device)
@@ -229,11 +135,11 @@ def _train(
 ) -> None:
     """All in turns, step by step: they see the same crops, and what disturbs the machine slows them all alike."""
     generator = torch.Generator().manual_seed(seed)
-    centred = _centred(picture)
+    whole = centred(picture)
     with progress() as bar:
         task = bar.add_task("", total=steps)
         for _ in range(steps):
-            crops = torch.stack([_crop(centred, held_out, generator) for _ in range(BATCH)]).to(device)
+            crops = torch.stack([_crop(whole, held_out, generator) for _ in range(BATCH)]).to(device)
             for each in contestants:
                 devices.synchronize(device)
                 started = perf_counter()
@@ -248,6 +154,14 @@ def _train(
                 each.loss = loss.item()
             bar.update(task, description="  ".join(f"{each.name} {each.loss:.3f}" for each in contestants))
             bar.advance(task)
+
+
+def _judge(contestant: Contestant, truth: Tensor, device: torch.device) -> None:
+    """What the network makes of the held-out part, and its PSNR: -10 log10 of the mean squared error of 0..1."""
+    with torch.no_grad():
+        rebuilt = contestant.network(centred(truth)[None].to(device))[0].cpu()
+    contestant.rebuilt = uncentred(rebuilt).clamp(0, 1)
+    contestant.psnr = float(-10 * torch.log10(F.mse_loss(contestant.rebuilt, truth)))
 
 
 def _crop(picture: Tensor, held_out: Box, generator: torch.Generator) -> Tensor:

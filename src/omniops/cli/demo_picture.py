@@ -11,13 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from omniops.cli.demo_parts import Box, Contestant, centred
 from omniops.nn import CARAFEPack
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.gridspec import SubplotSpec
-
-    from omniops.cli.demo import Box, Contestant
 
 _ACCENT = "#ff3d7f"
 _APART = 7
@@ -102,7 +101,7 @@ def _kernels(contestant: Contestant, truth: Tensor, device: torch.device) -> Ten
     assert isinstance(pack, CARAFEPack)
     seen: list[Tensor] = []
     with torch.no_grad(), pack.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
-        contestant.network((truth * 4 - 2)[None].to(device))
+        contestant.network(centred(truth)[None].to(device))
         masks = pack.kernel_normalizer(pack.content_encoder(pack.channel_compressor(seen[0])))[0]
     return masks.cpu().view(pack.up_group, pack.up_kernel, pack.up_kernel, *masks.shape[1:]).permute(0, 3, 4, 1, 2)
 
@@ -117,8 +116,6 @@ def _slopes(picture: Tensor) -> tuple[Tensor, Tensor]:
 
 def _busiest(picture: Tensor) -> Box:
     """The square, a third of the picture wide and off its borders, with the most edges."""
-    from omniops.cli.demo import Box
-
     side = min(picture.shape[1:]) // 3
     down, across = _slopes(picture)
     edges = F.avg_pool2d((down**2 + across**2).sqrt()[None, None], side, stride=1)[0, 0]

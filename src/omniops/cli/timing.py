@@ -25,7 +25,12 @@ _SLOW_SECONDS = 1.0
 
 
 def warm_up(call: Call, device: torch.device, seconds: float) -> bool:
-    """Run the call once, and again for about ``seconds``; say whether it is slow: whether a run takes over a second."""
+    """Run the call for about ``seconds``; say whether it is slow: whether a run takes over a second.
+
+    The very first run is not counted: it may compile, or wake the device.
+    """
+    call()
+    synchronize(device)
     started = perf_counter()
     while True:
         before = perf_counter()

@@ -23,7 +23,7 @@ def carafe(
     for u in range(kernel_size):
         for v in range(kernel_size):
             tap = _tap(padded, u, v, weights, stride)[..., :, None, :, None]
-            out.addcmul_(tap.to(out.dtype), weights[:, :, None, u, v].to(out.dtype))
+            out.addcmul_(tap, weights[:, :, None, u, v].to(out.dtype))
     return _finish(out.flatten(5, 6).flatten(3, 4).flatten(1, 2), features)
 
 
@@ -45,8 +45,8 @@ def carafe_backward_features(
     padded = blocks.new_zeros((n, group_size, c // group_size, height + 2 * pad, width + 2 * pad))
     for u in range(kernel_size):
         for v in range(kernel_size):
-            tap = torch.einsum("ngcyaxb,ngyaxb->ngcyx", blocks, weights[:, :, u, v].to(blocks.dtype))
-            _tap(padded, u, v, weights, stride).add_(tap)
+            block_sums = (blocks * weights[:, :, None, u, v].to(blocks.dtype)).sum(4).sum(5)
+            _tap(padded, u, v, weights, stride).add_(block_sums)
     out = padded[..., pad : pad + height, pad : pad + width].flatten(1, 2)
     return _finish(out, grad)
 
@@ -57,13 +57,13 @@ def carafe_backward_masks(
     """(N, C, H*s/t, W*s/t), (N, C, H, W) -> (N, G*k*k, H*s/t, W*s/t)."""
     blocks = _blocks(grad, group_size, scale_factor).to(_accumulator(grad))
     padded = _padded(features, kernel_size, group_size)
-    taps = [
-        torch.einsum("ngcyaxb,ngcyx->ngyaxb", blocks, _tap(padded, u, v, blocks, stride).to(blocks.dtype))
-        for u in range(kernel_size)
-        for v in range(kernel_size)
-    ]
-    out = torch.stack(taps, dim=2).flatten(5, 6).flatten(3, 4).flatten(1, 2)
-    return _finish(out, grad)
+    n, _, _, *places = blocks.shape
+    out = grad.new_empty((n, group_size, kernel_size, kernel_size, *places))
+    for u in range(kernel_size):
+        for v in range(kernel_size):
+            tap = _tap(padded, u, v, blocks, stride)[..., :, None, :, None]
+            out[:, :, u, v] = (blocks * tap).sum(2)
+    return _finish(out.flatten(6, 7).flatten(4, 5).flatten(1, 3), grad)
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
@@ -78,9 +78,10 @@ def _blocks(tensor: Tensor, group_size: int, scale_factor: int) -> Tensor:
 
 
 def _padded(features: Tensor, kernel_size: int, group_size: int) -> Tensor:
-    """(N, G*c, H, W) -> (N, G, c, H + 2p, W + 2p), zero outside the map."""
+    """(N, G*c, H, W) -> (N, G, c, H + 2p, W + 2p), zero outside the map, in the dtype of the sums."""
     n, c, h, w = features.shape
     pad = kernel_size // 2
+    features = features.to(_accumulator(features))
     return F.pad(features, (pad, pad, pad, pad)).reshape(n, group_size, c // group_size, h + 2 * pad, w + 2 * pad)
 
 
