@@ -10,7 +10,7 @@ import ctypes
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -20,8 +20,9 @@ from unittest import mock
 import numpy as np
 import torch
 from metalsim import parser, toolchain
-from metalsim.arguments import BufferType, Inline, bind, dispatch
+from metalsim.arguments import Dispatch, Inline
 from metalsim.instrument import instrument
+from metalsim.library import Kernel, Library, parameters
 from metalsim.parser import CompileError
 from metalsim.preprocess import preprocess
 from torch import Tensor
@@ -40,35 +41,10 @@ class KernelError(RuntimeError):
 
 def compile_shader(source: str) -> Library:
     """Compile Metal source, as ``torch.mps.compile_shader``. Raises CompileError."""
-    return Library(source)
-
-
-class Library:
-    """The kernels of one source, as attributes by their host names."""
-
-    def __init__(self, source: str) -> None:
-        kernels, path = _compile(source)
-        _runtime()  # what the kernels call
-        library = ctypes.CDLL(str(path))
-        self._kernels = {kernel.host_name: Kernel(library, i, kernel) for i, kernel in enumerate(kernels)}
-
-    def __getattr__(self, name: str) -> Kernel:
-        kernels = self.__dict__.get("_kernels", {})
-        if name not in kernels:
-            raise AttributeError(f"no kernel {name!r}; the source has {', '.join(kernels)}")
-        return kernels[name]
-
-    def __dir__(self) -> list[str]:
-        return list(self._kernels)
-
-
-class _Parameter(ctypes.Structure):
-    _fields_ = (
-        ("element", ctypes.c_char),
-        ("writable", ctypes.c_bool),
-        ("reference", ctypes.c_bool),
-        ("size", ctypes.c_uint32),
-    )
+    kernels, path = _compile(source)
+    _runtime()  # what the kernels call
+    library = ctypes.CDLL(str(path))
+    return Library([_EmulatedKernel(library, i, kernel) for i, kernel in enumerate(kernels)])
 
 
 class _Buffer(ctypes.Structure):
@@ -99,28 +75,15 @@ class _Launch(ctypes.Structure):
     )
 
 
-class Kernel:
-    """One kernel; calling it runs every thread of the grid."""
-
+class _EmulatedKernel(Kernel):
     def __init__(self, library: ctypes.CDLL, index: int, kernel: parser.Kernel) -> None:
-        self.name = kernel.host_name
+        buffers = [(parameter.name, parameter.constant) for parameter in kernel.buffers]
+        listed = parameters(library, f"emulator_parameters_{index}", buffers)
+        super().__init__(kernel.host_name, kernel.max_threads, listed)
         self._function = ctypes.cast(getattr(library, f"emulator_kernel_{index}"), ctypes.c_void_p)
-        parameters = (_Parameter * max(len(kernel.buffers), 1)).in_dll(library, f"emulator_parameters_{index}")
-        self.parameters = [
-            BufferType(p.name, c.element.decode(), p.constant, c.writable, c.reference, c.size)
-            for p, c in zip(kernel.buffers, parameters, strict=False)
-        ]
 
-    def __call__(
-        self,
-        *args: object,
-        threads: int | Sequence[int] | None = None,
-        group_size: int | Sequence[int] | None = None,
-        arg_casts: str | Mapping[int, str] | None = None,
-    ) -> None:
-        """Run the kernel. TypeError or ValueError for wrong arguments, KernelError for what a thread does wrong."""
-        grid = dispatch(self.name, args, threads, group_size)
-        values = bind(self.name, args, arg_casts, self.parameters)
+    def run(self, grid: Dispatch, values: Sequence[Tensor | Inline]) -> None:
+        """Run every thread of the grid. KernelError for what one does wrong."""
         buffers = (_Buffer * max(len(values), 1))()
         names = (ctypes.c_char_p * max(len(values), 1))()
         alive: list[Any] = []

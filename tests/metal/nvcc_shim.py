@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from metalsim import parser, preprocess, toolchain
-from metalsim.arguments import BufferType, Inline, bind, dispatch
+from metalsim.arguments import Dispatch, Inline
+from metalsim.library import Kernel, Library, parameters
+from torch import Tensor
 
 HERE = Path(__file__).parent / "metalsim"
 ARCHITECTURE = os.environ.get("METAL_CUDA_ARCHITECTURE", "sm_90")
@@ -44,65 +46,34 @@ class _Launch(ctypes.Structure):
     )
 
 
-class _Parameter(ctypes.Structure):
-    _fields_ = (
-        ("element", ctypes.c_char),
-        ("writable", ctypes.c_bool),
-        ("reference", ctypes.c_bool),
-        ("size", ctypes.c_uint32),
-    )
-
-
-def compile_shader(source: str) -> Library:
+def compile_shader(source: str) -> CudaLibrary:
     """Compile Metal source for the GPU, as ``torch.mps.compile_shader``. Raises CompileError."""
-    return Library(source)
+    return CudaLibrary(ctypes.CDLL(str(_compile(source))))
 
 
-class Library:
-    """The kernels of one source, as attributes by their host names."""
+class CudaLibrary(Library):
+    """The kernels of one source, and the version of the nvcc that compiled them."""
 
-    def __init__(self, source: str) -> None:
-        library = ctypes.CDLL(str(_compile(source)))
-        listed = ctypes.cast(library.shim_kernels, ctypes.POINTER(ctypes.c_char_p))[0]
-        described = json.loads(listed)
-        self._kernels = {name: Kernel(library, i, name, buffers) for i, (name, buffers) in enumerate(described)}
-
-    def __getattr__(self, name: str) -> Kernel:
-        kernels = self.__dict__.get("_kernels", {})
-        if name not in kernels:
-            raise AttributeError(f"no kernel {name!r}; the source has {', '.join(kernels)}")
-        return kernels[name]
-
-    def __dir__(self) -> list[str]:
-        return list(self._kernels)
+    def __init__(self, library: ctypes.CDLL) -> None:
+        described = json.loads(ctypes.cast(library.shim_kernels, ctypes.POINTER(ctypes.c_char_p))[0])
+        super().__init__([_CudaKernel(library, i, *kernel) for i, kernel in enumerate(described)])
+        self.nvcc = ".".join(map(str, (ctypes.c_int * 3).in_dll(library, "shim_nvcc")))
 
 
-class Kernel:
-    """One kernel; calling it launches it on PyTorch's current stream."""
-
-    def __init__(self, library: ctypes.CDLL, index: int, name: str, buffers: list[tuple[str, bool]]) -> None:
-        self.name = name
+class _CudaKernel(Kernel):
+    def __init__(
+        self, library: ctypes.CDLL, index: int, name: str, max_threads: int, buffers: list[tuple[str, bool]]
+    ) -> None:
+        super().__init__(name, max_threads, parameters(library, f"shim_parameters_{index}", buffers))
         self._launch = getattr(library, f"shim_launch_{index}")
         self._launch.argtypes = (ctypes.POINTER(_Launch), *(ctypes.POINTER(ctypes.c_uint32),) * 2, ctypes.c_void_p)
         self._launch.restype = ctypes.c_char_p
-        parameters = (_Parameter * max(len(buffers), 1)).in_dll(library, f"shim_parameters_{index}")
-        self.parameters = [
-            BufferType(parameter, c.element.decode(), constant, c.writable, c.reference, c.size)
-            for (parameter, constant), c in zip(buffers, parameters, strict=False)
-        ]
 
-    def __call__(
-        self,
-        *args: object,
-        threads: int | Sequence[int] | None = None,
-        group_size: int | Sequence[int] | None = None,
-        arg_casts: str | Mapping[int, str] | None = None,
-    ) -> None:
-        """Launch the kernel. TypeError or ValueError for wrong arguments, RuntimeError when CUDA refuses the launch."""
-        grid = dispatch(self.name, args, threads, group_size)
+    def run(self, grid: Dispatch, values: Sequence[Tensor | Inline]) -> None:
+        """Launch the kernel on PyTorch's current stream. RuntimeError when CUDA refuses the launch."""
         launch = _Launch((ctypes.c_uint32 * 3)(*grid.threads))
         used = 0
-        for i, value in enumerate(bind(self.name, args, arg_casts, self.parameters)):
+        for i, value in enumerate(values):
             if isinstance(value, Inline):
                 if used + len(value.data) > _MAX_INLINE_BYTES:
                     raise ValueError(f"kernel {self.name}: the shim takes {_MAX_INLINE_BYTES} bytes of Python values")
@@ -184,6 +155,9 @@ def _translation_unit(shader: parser.Shader) -> str:
             "  const cudaError_t error = cudaGetLastError();\n"
             "  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);\n}\n"
         )
-    described = [[k.host_name, [[p.name, p.constant] for p in k.buffers]] for k in shader.kernels]
+    described = [[k.host_name, k.max_threads, [[p.name, p.constant] for p in k.buffers]] for k in shader.kernels]
+    parts.append(
+        'extern "C" const int shim_nvcc[] = {__CUDACC_VER_MAJOR__, __CUDACC_VER_MINOR__, __CUDACC_VER_BUILD__};\n'
+    )
     parts.append(f'extern "C" const char* const shim_kernels = R"json({json.dumps(described)})json";\n')
     return "".join(parts)

@@ -1,89 +1,128 @@
-"""The Metal kernels of CARAFE on an NVIDIA GPU, through the CUDA shim.
+"""The Metal kernels on an NVIDIA GPU, through the CUDA shim.
 
-    python tests/metal/run_nvcc.py check               every dtype and operator against the float64 oracle
-    python tests/metal/run_nvcc.py time --json FILE    time and bytes of each operator against a copy's bandwidth
+    python tests/metal/run_nvcc.py compile             compile the sources, for a GPU on a machine without nvcc
+    python tests/metal/run_nvcc.py check               every operator and dtype against the float64 oracle
+    python tests/metal/run_nvcc.py time --json FILE    time and bytes of each against a copy's bandwidth
 
-``check`` exits with 1 on a failure. Its shapes are small and PyTorch's caching allocator is off, so that
-``compute-sanitizer --tool memcheck python tests/metal/run_nvcc.py check`` sees every tensor's bounds, and racecheck
-ends in reasonable time.
+``check`` exits with 1 on a failure; each operator has to give the same bits twice. Its shapes are small and PyTorch's
+caching allocator is off, so that ``compute-sanitizer --tool memcheck python tests/metal/run_nvcc.py check`` sees every
+tensor's bounds, and racecheck ends in reasonable time.
+
+``time`` takes the operators, and the kernels of those that are launches around PyTorch's matrix products by themselves.
+Bytes are those of all tensors that are read or written, once.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 if "check" in sys.argv:
     os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import nvcc_shim
 import torch
+from problems import OPERATORS, TOLERANCES, Carafe, Case, DeformConv2d, arguments, doubled, error, results
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 torch.mps.compile_shader = nvcc_shim.compile_shader
 
-from omniops.backends.mps import carafe as metal  # noqa: E402
-from omniops.backends.reference import carafe as reference  # noqa: E402
+from omniops.backends.columns import Geometry  # noqa: E402
+from omniops.backends.mps import carafe, deform_conv2d  # noqa: E402
+from omniops.backends.mps._library import library  # noqa: E402
+from omniops.backends.reference import carafe as carafe_reference  # noqa: E402
+from omniops.backends.reference import deform_conv2d as deform_conv2d_reference  # noqa: E402
 
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-OPERATORS = ("carafe", "carafe_backward_features", "carafe_backward_masks")
-# N, C, H, W, kernel_size, group_size, scale_factor, stride
-SHAPES = (
-    (1, 8, 1, 1, 5, 1, 2, 1),
-    (2, 20, 5, 6, 5, 2, 2, 1),
-    (1, 21, 6, 7, 5, 1, 2, 1),
-    (1, 24, 4, 34, 3, 3, 2, 1),
-    (1, 9, 1, 37, 3, 1, 2, 1),
-    (2, 17, 6, 5, 9, 1, 2, 1),
-    (2, 6, 5, 7, 3, 2, 3, 2),
-    (1, 12, 33, 1, 1, 3, 1, 3),
-    (1, 8, 9, 10, 5, 8, 4, 1),
-    (1, 19, 3, 70, 5, 1, 1, 2),
+SOURCES = ("carafe", "deform_conv2d")
+
+
+class Subject(NamedTuple):
+    """A file of operators: its kernels, their oracle, and the cases to check and to time."""
+
+    metal: ModuleType
+    reference: ModuleType
+    checked: Sequence[Case]
+    timed: Sequence[Case]
+
+
+SUBJECTS = (
+    Subject(
+        carafe,
+        carafe_reference,
+        (
+            Carafe(1, 8, 1, 1, 5, 1, 2, 1),
+            Carafe(2, 20, 5, 6, 5, 2, 2, 1),
+            Carafe(1, 21, 6, 7, 5, 1, 2, 1),
+            Carafe(1, 24, 4, 34, 3, 3, 2, 1),
+            Carafe(1, 9, 1, 37, 3, 1, 2, 1),
+            Carafe(2, 17, 6, 5, 9, 1, 2, 1),
+            Carafe(2, 6, 5, 7, 3, 2, 3, 2),
+            Carafe(1, 12, 33, 1, 1, 3, 1, 3),
+            Carafe(1, 8, 9, 10, 5, 8, 4, 1),
+            Carafe(1, 19, 3, 70, 5, 1, 1, 2),
+        ),
+        (Carafe(2, 256, 100, 152, 5, 1, 2, 1),),
+    ),
+    Subject(
+        deform_conv2d,
+        deform_conv2d_reference,
+        (
+            DeformConv2d(2, 16, 11, 14, 8),
+            DeformConv2d(2, 6, 5, 4, 6, (3, 2), (2, 1), (1, 0), (2, 1), groups=2, offset_groups=3),
+            DeformConv2d(1, 24, 5, 4, 6, (1, 3), (1, 2), (0, 2), groups=3, offset_groups=2, masked=False),
+            DeformConv2d(3, 300, 6, 7, 5),
+            DeformConv2d(1, 37, 9, 9, 2, masked=False),
+            DeformConv2d(3, 8, 1, 1, 8, groups=8, offset_groups=2),
+            DeformConv2d(1, 64, 13, 17, 16, groups=4, offset_groups=16),
+            DeformConv2d(2, 8, 2, 2, 4, (7, 7), padding=(6, 6)),  # hundreds of samples in a cell
+        ),
+        (
+            DeformConv2d(2, 256, 100, 152, 256),
+            DeformConv2d(8, 64, 128, 128, 64),
+            DeformConv2d(1, 64, 180, 320, 64, offset_groups=16),
+        ),
+    ),
 )
-TIMED = (2, 256, 100, 152, 5, 1, 2, 1)
-
-
-def arguments(operator: str, shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], list[int]]:
-    """The tensors of an operator, on the CPU, and the integers behind them."""
-    n, c, h, w, k, g, s, t = shape
-    rows, columns = -(-h // t) * s, -(-w // t) * s
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(dtype)
-
-    features, masks, grad = random(n, c, h, w), random(n, g * k * k, rows, columns), random(n, c, rows, columns)
-    tensors, extent = {
-        "carafe": ([features, masks], []),
-        "carafe_backward_features": ([grad, masks], [h, w]),
-        "carafe_backward_masks": ([grad, features], []),
-    }[operator]
-    return tensors, [*extent, k, g, s, t]
 
 
 def check() -> bool:
-    """Whether every result is right; prints one line for each."""
+    """Whether every result is right; prints one line for each operator, dtype, case and layout."""
+    deform_conv2d.MOST_SAMPLES = 2**11  # so that these cases too take several launches
     passed = True
-    for operator in OPERATORS:
-        for dtype, tolerance in TOLERANCES.items():
-            for shape in SHAPES:
-                tensors, numbers = arguments(operator, shape, dtype)
-                expected = getattr(reference, operator)(*(tensor.double() for tensor in tensors), *numbers)
-                for layout in (torch.contiguous_format, torch.channels_last):
-                    on_gpu = [tensor.cuda().contiguous(memory_format=layout) for tensor in tensors]
-                    result = getattr(metal, operator)(*on_gpu, *numbers).double().cpu()
-                    error = ((result - expected).abs().max() / expected.abs().max()).item()
-                    good = error < tolerance
-                    passed &= good
-                    print(f"{'ok  ' if good else 'FAIL'} {operator:25} {dtype!s:15} {shape} {layout} {error:.1e}")
+    for subject in SUBJECTS:
+        for operator in OPERATORS[type(subject.checked[0])]:
+            for dtype, tolerance in TOLERANCES.items():
+                for case in subject.checked:
+                    given = arguments(operator, case, dtype)
+                    expected = results(getattr(subject.reference, operator)(*doubled(given)))
+                    for layout in (torch.contiguous_format, torch.channels_last):
+                        on_gpu = [_on_gpu(value, layout) for value in given]
+                        found, again = (results(getattr(subject.metal, operator)(*on_gpu)) for _ in range(2))
+                        worst = max(error(x.cpu(), y) for x, y in zip(found, expected, strict=True))
+                        same = all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+                        good = worst < tolerance and same
+                        passed &= good
+                        print(
+                            f"{'ok  ' if good else 'FAIL'} {operator:29} {dtype!s:15} {case} {layout} {worst:.1e}"
+                            f"{'' if same else ', other bits the second time'}"
+                        )
     print("all right" if passed else "WRONG RESULTS")
     return passed
+
+
+def _on_gpu(value: Any, layout: torch.memory_format = torch.contiguous_format) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.cuda().contiguous(memory_format=layout) if value.ndim == 4 else value.cuda()
 
 
 def seconds(launches: Sequence[Callable[[], object]], repeats: int = 30) -> tuple[float, float]:
@@ -121,26 +160,77 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * source.element_size() / median
 
 
+class Timed(NamedTuple):
+    name: str
+    case: Case
+    launch: Callable[[], Any]
+    bytes: int
+
+
+def timed(dtype: torch.dtype, seed: int) -> Iterator[Callable[[], Timed]]:
+    """What is timed, each made when called, on memory of its own."""
+    for subject in SUBJECTS:
+        for case in subject.timed:
+            for operator in OPERATORS[type(case)]:
+                yield lambda operator=operator, case=case, metal=subject.metal: _operator(
+                    getattr(metal, operator), operator, case, dtype, seed
+                )
+            if isinstance(case, DeformConv2d):
+                yield lambda case=case: _sample(case, dtype, seed)
+                yield lambda case=case: _gradients(case, dtype, seed)
+
+
+def _operator(function: Callable[..., Any], operator: str, case: Case, dtype: torch.dtype, seed: int) -> Timed:
+    given = [_on_gpu(value) for value in arguments(operator, case, dtype, seed)]
+    return Timed(operator, case, lambda: function(*given), _bytes(*given, *results(function(*given))))
+
+
+def _chunk(case: DeformConv2d, dtype: torch.dtype, seed: int) -> tuple[list[Any], Tensor]:
+    """What the kernels of deform_conv2d take for the positions of the first chunk, and its columns."""
+    input, offset, weight, _, mask, *pairs = arguments("deform_conv2d", case, dtype, seed)
+    taps, (height, width) = weight.shape[2] * weight.shape[3], offset.shape[2:]
+    positions = min(case.n * height * width, deform_conv2d.MOST_BYTES // (taps * case.c * dtype.itemsize))
+    columns = torch.randn(case.groups, positions, taps, case.c // case.groups, dtype=dtype, device="cuda")
+    image = _on_gpu(input).permute(0, 2, 3, 1).contiguous()
+    geometry = Geometry(case.kernel_size, *pairs, case.groups, case.offset_groups)
+    return [image, _on_gpu(offset), _on_gpu(mask), geometry, 0], columns
+
+
+def _sample(case: DeformConv2d, dtype: torch.dtype, seed: int) -> Timed:
+    given, columns = _chunk(case, dtype, seed)
+    share = columns.shape[1] / (given[1].numel() / given[1].shape[1])  # of all positions
+    moved = int(share * _bytes(*given)) + _bytes(columns)
+    return Timed("columns", case, lambda: deform_conv2d._sample(*given, columns), moved)
+
+
+def _gradients(case: DeformConv2d, dtype: torch.dtype, seed: int) -> Timed:
+    given, columns = _chunk(case, dtype, seed)
+    image, offset, mask = given[:3]
+    written = torch.zeros_like(image, dtype=torch.float32), torch.empty_like(offset), torch.empty_like(mask)
+    share = columns.shape[1] / (offset.numel() / offset.shape[1])
+    # The gradient of the image is added to: read and written.
+    moved = int(share * _bytes(*given, *written, written[0])) + _bytes(columns)
+    return Timed("gradients of columns", case, lambda: deform_conv2d._gradients(columns, *given, *written), moved)
+
+
+def _bytes(*values: Any) -> int:
+    return sum(x.numel() * x.element_size() for x in values if isinstance(x, Tensor))
+
+
 def time(path: str | None) -> None:
-    """Print and write a row for each operator and dtype: time, bytes at least moved, floor, ratio."""
+    """Print and write a row for each operator, kernel and dtype: time, bytes at least moved, floor, ratio."""
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
     rows = []
     for dtype in (torch.float32, torch.float16):
-        for operator in OPERATORS:
-            sets = []
-            for seed in range(4):
-                tensors, numbers = arguments(operator, TIMED, dtype, seed)
-                sets.append([*(tensor.cuda() for tensor in tensors), *numbers])
-            function = getattr(metal, operator)
-            result = function(*sets[0])
-            moved = sum(x.numel() * x.element_size() for x in [result, *sets[0]] if isinstance(x, Tensor))
-            del result
-            median, spread = seconds([lambda values=values, function=function: function(*values) for values in sets])
+        for alike in zip(*(timed(dtype, seed) for seed in range(4)), strict=True):
+            made = [make() for make in alike]
+            name, case, _, moved = made[0]
+            median, spread = seconds([one.launch for one in made])
             row = {
-                "operator": operator,
+                "operator": name,
                 "dtype": str(dtype).removeprefix("torch."),
-                "shape": TIMED,
+                "shape": case._asdict(),
                 "milliseconds": median * 1e3,
                 "spread": spread * 1e3,
                 "bytes": moved,
@@ -149,13 +239,16 @@ def time(path: str | None) -> None:
             }
             rows.append(row)
             print(
-                f"{operator:25} {row['dtype']:8} {median * 1e3:.4f} ms +- {spread * 1e3:.4f}, {moved / 1e6:.1f} MB, "
-                f"floor {row['floor_milliseconds']:.4f} ms, ratio {row['ratio']:.2f}"
+                f"{name:29} {row['dtype']:8} {case} {median * 1e3:.4f} ms +- {spread * 1e3:.4f}, "
+                f"{moved / 1e6:.1f} MB, floor {row['floor_milliseconds']:.4f} ms, ratio {row['ratio']:.2f}"
             )
     if path:
         report = {
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "command": " ".join(("python tests/metal/run_nvcc.py", *sys.argv[1:])),
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
+            "nvcc": library(SOURCES[0]).nvcc,
             "copy_bytes_per_second": bandwidth,
             "rows": rows,
         }
@@ -164,13 +257,12 @@ def time(path: str | None) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("check", "time", "compile"))
+    parser.add_argument("mode", choices=("compile", "check", "time"))
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     if options.mode == "compile":
-        from omniops.backends.mps._library import library
-
-        library("carafe")
+        for name in SOURCES:
+            print(f"{name}: {len(dir(library(name)))} kernels, nvcc {library(name).nvcc}")
         return 0
     if not torch.cuda.is_available():
         print("no CUDA device", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import emulator
 import pytest
 import torch
+from problems import OPERATORS, TOLERANCES, Carafe, arguments, error
 from torch import Tensor
 
 from omniops.backends import memory_format, mps
@@ -17,11 +19,9 @@ from omniops.backends.mps._library import METAL_TYPES, library
 from omniops.backends.reference import carafe as reference
 
 SOURCE = (Path(metal.__file__).parent / "carafe.metal").read_text(encoding="utf-8")
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-OPERATORS = ("carafe", "carafe_backward_features", "carafe_backward_masks")
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=METAL_TYPES.get)
-operators = pytest.mark.parametrize("operator", OPERATORS)
+operators = pytest.mark.parametrize("operator", OPERATORS[Carafe])
 
 # N, C, H, W, kernel_size, group_size, scale_factor, stride
 GENERAL = [(2, 6, 5, 7, k, 2, s, t) for k, s, t in product((1, 3, 5, 7), (1, 2, 3, 4), (1, 2, 3))] + [
@@ -60,22 +60,8 @@ def inputs(
     operator: str, dtype: torch.dtype, case: tuple[int, ...], device: str = "cpu"
 ) -> tuple[list[Tensor], list[int]]:
     """The tensors of an operator, and what it takes after them."""
-    n, c, h, w, k, g, s, t = case
-    rows, columns = -(-h // t) * s, -(-w // t) * s
-    shapes = {"features": (n, c, h, w), "masks": (n, g * k * k, rows, columns), "grad": (n, c, rows, columns)}
-    names, extent = {
-        "carafe": (("features", "masks"), []),
-        "carafe_backward_features": (("grad", "masks"), [h, w]),
-        "carafe_backward_masks": (("grad", "features"), []),
-    }[operator]
-    generator = torch.Generator().manual_seed(sum(case))
-    tensors = [
-        torch.empty(shapes[name], dtype=dtype, device=device)
-        if device == "meta"
-        else torch.randn(shapes[name], generator=generator).to(dtype)
-        for name in names
-    ]
-    return tensors, [*extent, k, g, s, t]
+    first, second, *numbers = arguments(operator, Carafe(*case), dtype, sum(case), device)
+    return [first, second], numbers
 
 
 def run(operator: str, tensors: list[Tensor], numbers: list[int]) -> Tensor:
@@ -93,8 +79,7 @@ def check(operator: str, tensors: list[Tensor], numbers: list[int]) -> None:
     assert result.dtype == tensors[0].dtype
     assert result.shape == expected.shape
     assert memory_format(result) == memory_format(tensors[0])
-    error = (result.double() - expected).abs().max() / expected.abs().max()
-    assert error < TOLERANCES[result.dtype]
+    assert error(result, expected) < TOLERANCES[result.dtype]
 
 
 @dtypes
@@ -127,17 +112,17 @@ def sliced(tensor: Tensor) -> Tensor:
     return torch.full((n + 1, c, h, w + 3), torch.nan, dtype=tensor.dtype)[1:, :, :, 1 : w + 1].copy_(tensor)
 
 
-def shifted(tensor: Tensor) -> Tensor:
-    """The same values, contiguous, one element into a larger storage."""
-    storage = torch.full((tensor.numel() + 2,), torch.nan, dtype=tensor.dtype)
-    return storage[1:-1].view(tensor.shape).copy_(tensor)
+def shifted(tensor: Tensor, elements: int) -> Tensor:
+    """The same values, contiguous, so many elements into a larger storage."""
+    storage = torch.full((tensor.numel() + elements + 1,), torch.nan, dtype=tensor.dtype)
+    return storage[elements:-1].view(tensor.shape).copy_(tensor)
 
 
 LAYOUTS = {
     "channels_last": lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
     "transposed": lambda tensor: tensor.transpose(2, 3).contiguous().transpose(2, 3),
     "sliced": sliced,
-    "shifted": shifted,
+    **{f"shifted by {elements}": partial(shifted, elements=elements) for elements in (1, 2, 3)},
     "expanded": lambda tensor: tensor[:, :1, :, :1].expand(tensor.shape),
 }
 
@@ -204,7 +189,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def test_the_cases_above_launch_every_kernel(recorder: Recorder) -> None:
-    for operator, dtype, case in product(OPERATORS, TOLERANCES, GENERAL + DOUBLING):
+    for operator, dtype, case in product(OPERATORS[Carafe], TOLERANCES, GENERAL + DOUBLING):
         tensors, numbers = inputs(operator, dtype, case, device="meta")
         getattr(metal, operator)(*tensors, *numbers)
     assert {launch[0] for launch in recorder.launches} == set(dir(library("carafe")))
@@ -256,6 +241,22 @@ def test_sizes_beyond_32_bits_are_refused_by_name(
     with pytest.raises(ValueError, match=message):
         getattr(metal, operator)(*tensors, *numbers)
     assert not recorder.launches
+
+
+@operators
+def test_a_stride_beyond_32_bits_leaves_one_centre(operator: str) -> None:
+    for scale_factor, stride in ((1, 2**31), (2, 2**31 + 1), (1, 2**40)):
+        check(operator, *inputs(operator, torch.float32, (2, 6, 5, 7, 3, 2, scale_factor, stride)))
+
+
+@operators
+@pytest.mark.parametrize(("pixels", "doubling"), [(2**25 - 1, "_doubling_k5_odd"), (2**25, ""), (2**25 + 1, "")])
+def test_planes_that_32_bits_do_not_reach_go_to_the_general_kernels(
+    operator: str, pixels: int, doubling: str, recorder: Recorder
+) -> None:
+    tensors, numbers = inputs(operator, torch.float32, (1, 8, 1, pixels, 5, 1, 2, 1), device="meta")
+    getattr(metal, operator)(*tensors, *numbers)
+    assert [launch[0] for launch in recorder.launches] == [f"{operator}{doubling}_float"]
 
 
 def test_the_source_is_ascii() -> None:

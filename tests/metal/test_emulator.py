@@ -375,6 +375,28 @@ def test_launches_that_are_refused(
         compiled(COPY).copy(*(values[arg] for arg in args), **launch)
 
 
+def test_a_group_larger_than_the_kernel_says() -> None:
+    library = compiled("""
+    [[max_total_threads_per_threadgroup(64)]] kernel void plain(device int* x, uint i [[thread_position_in_grid]]) {
+      x[i] = 1;
+    }
+    template <int N>
+    [[kernel, max_total_threads_per_threadgroup(96)]] void many(device int* x, uint i [[thread_position_in_grid]]) {
+      x[i] = N;
+    }
+    template [[host_name("many_2")]] [[kernel]] decltype(many<2>) many<2>;
+    """)
+    x = torch.zeros(100, dtype=torch.int32)
+    library.plain(x)
+    assert bool((x == 1).all())
+    library.many_2(x, threads=100, group_size=96)
+    assert bool((x == 2).all())
+    with pytest.raises(ValueError, match=re.escape("group_size (65,) is more than its max_total_threads_per_threadgr")):
+        library.plain(x, threads=100, group_size=65)
+    with pytest.raises(ValueError, match=re.escape("(32, 4) is more than its max_total_threads_per_threadgroup(96)")):
+        library.many_2(x, threads=(100, 1), group_size=(32, 4))
+
+
 def test_constant_tensors_begin_at_multiples_of_four_bytes() -> None:
     library = compiled("kernel void f(constant half* a, device half* out) { out[0] = a[0]; }")
     with pytest.raises(ValueError, match="has to begin at a multiple of 4 bytes"):
@@ -415,6 +437,8 @@ def test_a_storage_of_two_element_sizes() -> None:
         ("kernel void f(device float* x, threadgroup float* y [[threadgroup(0)]]) { x[0] = 1; }", "no dynamic threadgroup memory"),
         ("kernel int f(device float* x) { return 1; }", "must return void"),
         ("kernel void f(device float* x [[buffer(1)]]) { x[0] = 1; }", "declares buffers [1]"),
+        ("[[max_total_threads_per_threadgroup(2048)]] kernel void f(device float* x) { x[0] = 1; }", "is not 1 to 1024"),
+        ("[[max_threads(256)]] kernel void f(device float* x) { x[0] = 1; }", "unknown attribute [[max_threads]]"),
         ("kernel void f(device float* x, uint2 i [[thread_position_in_grid]], uint n [[threads_per_grid]]) { x[0] = 1; }", "as many axes"),
         ("kernel void f(device float* x, int i [[thread_position_in_grid]]) { x[0] = 1; }", "cannot be int"),
         ("kernel void f(device float* x, uint i [[thread_position]]) { x[0] = 1; }", "unknown attribute [[thread_position]]"),

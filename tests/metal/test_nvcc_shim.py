@@ -1,6 +1,7 @@
 """The CUDA shim compiles Metal, and runs it where there is an NVIDIA GPU, as run_nvcc.py does with what ships."""
 
 import shutil
+import subprocess
 from typing import Any
 
 import emulator
@@ -56,6 +57,7 @@ def test_it_compiles() -> None:
         "device float* total",
         "constant int* sizes",
     ]
+    assert library.nvcc in subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     with pytest.raises(TypeError, match=r"argument 0 .*: got a torch.float32 tensor"):
         library.sums_half(*(torch.zeros(4),) * 3, [0, 4])
 

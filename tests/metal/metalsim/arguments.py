@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_THREADS_PER_GROUP = 1024
+from metalsim.parser import MAX_THREADS_PER_GROUP
+
 MAX_INLINE_BYTES = 4096  # of Metal's setBytes
 
 _CASTS = {"int32": "i", "int16": "h", "int8": "b", "uint8": "B", "fp16": "e", "bf16": "bf16"}
@@ -165,9 +166,16 @@ def _check_inline(where: str, value: object, inline: Inline, parameter: BufferTy
 
 
 def dispatch(
-    kernel: str, args: Sequence[object], threads: int | Sequence[int] | None, group_size: int | Sequence[int] | None
+    kernel: str,
+    args: Sequence[object],
+    threads: int | Sequence[int] | None,
+    group_size: int | Sequence[int] | None,
+    max_threads: int,
 ) -> Dispatch:
-    """The grid and the group in three axes. Raises TypeError or ValueError that names the kernel."""
+    """The grid and the group in three axes, for a kernel of at most max_threads threads a group.
+
+    Raises TypeError or ValueError that names the kernel.
+    """
     if threads is None:
         first = next((arg for arg in args if isinstance(arg, Tensor)), None)
         if first is None:
@@ -175,7 +183,7 @@ def dispatch(
         threads = first.numel()
     grid = _axes(kernel, "threads", threads)
     if group_size is None:
-        wide = min(grid[0], MAX_THREADS_PER_GROUP) if len(grid) == 1 else MAX_THREADS_PER_GROUP
+        wide = min(grid[0], max_threads) if len(grid) == 1 else max_threads
         group = (wide, *(1,) * (len(grid) - 1))
     else:
         group = _axes(kernel, "group_size", group_size)
@@ -183,6 +191,10 @@ def dispatch(
         raise ValueError(f"kernel {kernel}: group_size has {len(group)} axes, threads has {len(grid)}")
     if math.prod(group) > MAX_THREADS_PER_GROUP:
         raise ValueError(f"kernel {kernel}: group_size {group} is more than {MAX_THREADS_PER_GROUP} threads")
+    if math.prod(group) > max_threads:
+        raise ValueError(
+            f"kernel {kernel}: group_size {group} is more than its max_total_threads_per_threadgroup({max_threads})"
+        )
     padding = (1,) * (3 - len(grid))
     x, y, z = grid + padding
     gx, gy, gz = group + padding

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 MAX_BUFFERS = 31
+MAX_THREADS_PER_GROUP = 1024
 
 # Attribute of a parameter -> its dimensions: a scalar, or up to three axes.
 BUILTINS = {
@@ -108,6 +109,8 @@ class Kernel:
     host_name: str
     function: str
     parameters: tuple[Parameter, ...]
+    max_threads: int
+    """A threadgroup's, as [[max_total_threads_per_threadgroup(n)]] says or else Metal itself."""
 
     @property
     def buffers(self) -> list[Parameter]:
@@ -187,7 +190,7 @@ class _Parser:
         self.tokens = _tokenise(text)
         # Positions of the tokens that mean something; everything below walks these.
         self.code = [i for i, token in enumerate(self.tokens) if token.kind not in ("space", "directive")]
-        self.definitions: dict[str, tuple[Parameter, ...]] = {}
+        self.definitions: dict[str, tuple[tuple[Parameter, ...], int]] = {}
         self.shader = Shader(self.tokens)
 
     def parse(self) -> Shader:
@@ -356,7 +359,7 @@ class _Parser:
         name = function.split("<")[0].strip()
         if name not in self.definitions:
             raise self._fail(at, f"no template kernel {name!r} has been defined before this instantiation")
-        self._add("".join(re.findall(r'"([^"]*)"', host_name)), function, self.definitions[name], at)
+        self._add("".join(re.findall(r'"([^"]*)"', host_name)), function, *self.definitions[name], at)
         return end + 1
 
     def _blank_kernel(self, first: int, last: int) -> None:
@@ -381,20 +384,25 @@ class _Parser:
         parameters = tuple(self._parameters(name, opening, close))
         if self._text(close + 1) != "{":
             return close + 1
-        self.definitions[name] = parameters
+        for attribute in attributes.keys() - {"kernel", "host_name", "max_total_threads_per_threadgroup"}:
+            raise self._fail(at, f"unknown attribute [[{attribute}]] of kernel {name!r}")
+        threads = attributes.get("max_total_threads_per_threadgroup", str(MAX_THREADS_PER_GROUP))
+        if not threads.isdigit() or not 0 < int(threads) <= MAX_THREADS_PER_GROUP:
+            raise self._fail(at, f"max_total_threads_per_threadgroup({threads}) is not 1 to {MAX_THREADS_PER_GROUP}")
+        self.definitions[name] = parameters, int(threads)
         if not template:
-            self._add(host_name or name, name, parameters, at)
+            self._add(host_name or name, name, *self.definitions[name], at)
         end = self._close(close + 1)
         self._threadgroup_variables(close + 1, end)
         return end + 1
 
-    def _add(self, host_name: str, function: str, parameters: tuple[Parameter, ...], at: int) -> None:
+    def _add(self, host_name: str, function: str, parameters: tuple[Parameter, ...], max_threads: int, at: int) -> None:
         indices = sorted(p.buffer for p in parameters if p.buffer is not None)
         if indices != list(range(len(indices))):
             raise self._fail(at, f"kernel {host_name!r} declares buffers {indices}: arguments bind to 0, 1, 2, ...")
         if len(indices) > MAX_BUFFERS:
             raise self._fail(at, f"kernel {host_name!r} declares {len(indices)} buffers, Metal has {MAX_BUFFERS}")
-        self.shader.kernels.append(Kernel(host_name, function, parameters))
+        self.shader.kernels.append(Kernel(host_name, function, parameters, max_threads))
 
     def _parameters(self, kernel: str, opening: int, close: int) -> Iterator[Parameter]:
         starts = [opening + 1]

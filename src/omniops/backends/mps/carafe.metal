@@ -116,7 +116,7 @@ struct Block {
 // Grid: (pairs of centres of a row, rows of centres, groups * blocks of channels). A thread holds the 2 * 4 results of
 // its two centres in each of its channels. sizes: groups, channels of a group, H, W.
 template <typename T, int K, bool EVEN>
-kernel void carafe_doubling(
+[[kernel, max_total_threads_per_threadgroup(256)]] void carafe_doubling(
     device const T* features [[buffer(0)]],
     device const T* masks [[buffer(1)]],
     device T* out [[buffer(2)]],
@@ -220,12 +220,13 @@ kernel void carafe_doubling(
 
 // out[y, x] = sum over u, v, a, b of masks[u, v, 2q + a, 2r + b] * grad[2q + a, 2r + b], (q, r) = (y + P - u, x + P - v)
 //
-// A gather: each result is summed by one thread in one order. Grid: (pairs of a row, pairs of rows, groups * blocks of
-// channels). A thread holds the 2 x 2 results (y, x) ... (y + 1, x + 1), y and x even, in each of its channels, and
-// visits the rows of centres that they see; each gradient that it loads serves both rows of results.
+// A gather: each result is summed by one thread in one order. Grid: (pairs of a row, ROWS rows at a time, groups *
+// blocks of channels). A thread holds the ROWS x 2 results (y, x) ... (y + ROWS - 1, x + 1), ROWS dividing y and 2
+// dividing x, in each of its channels, and visits the rows of centres that they see; each gradient that it loads serves
+// all rows of results that see it.
 // sizes: groups, channels of a group, H, W.
 template <typename T, int K, bool EVEN>
-kernel void carafe_backward_features_doubling(
+[[kernel, max_total_threads_per_threadgroup(256)]] void carafe_backward_features_doubling(
     device const T* grad [[buffer(0)]],
     device const T* masks [[buffer(1)]],
     device T* out [[buffer(2)]],
@@ -340,7 +341,7 @@ kernel void carafe_backward_features_doubling(
 // l / (SIMD / splits) on. So small maps too fill the GPU. The lanes of a pair are summed by shuffles, always in the
 // same order. sizes: groups, channels of a group, H, W, splits (a power of two).
 template <typename T, int K, bool EVEN>
-kernel void carafe_backward_masks_doubling(
+[[kernel, max_total_threads_per_threadgroup(256)]] void carafe_backward_masks_doubling(
     device const T* grad [[buffer(0)]],
     device const T* features [[buffer(1)]],
     device T* out [[buffer(2)]],
@@ -459,7 +460,7 @@ struct Sizes {
 //
 // Grid: (columns of results, rows of results, groups * blocks of channels). sizes: see Sizes.
 template <typename T>
-kernel void carafe(
+[[kernel, max_total_threads_per_threadgroup(256)]] void carafe(
     device const T* features [[buffer(0)]],
     device const T* masks [[buffer(1)]],
     device T* out [[buffer(2)]],
@@ -506,7 +507,7 @@ kernel void carafe(
 //
 // A gather, as above. Grid: (columns, rows, groups * blocks of channels). sizes: see Sizes.
 template <typename T>
-kernel void carafe_backward_features(
+[[kernel, max_total_threads_per_threadgroup(256)]] void carafe_backward_features(
     device const T* grad [[buffer(0)]],
     device const T* masks [[buffer(1)]],
     device T* out [[buffer(2)]],
@@ -561,7 +562,7 @@ kernel void carafe_backward_features(
 //
 // Grid: (columns of results, rows of results, groups * k * blocks of TAPS taps of a kernel row). sizes: see Sizes.
 template <typename T>
-kernel void carafe_backward_masks(
+[[kernel, max_total_threads_per_threadgroup(256)]] void carafe_backward_masks(
     device const T* grad [[buffer(0)]],
     device const T* features [[buffer(1)]],
     device T* out [[buffer(2)]],
@@ -608,29 +609,22 @@ kernel void carafe_backward_masks(
   }
 }
 
-#define INSTANTIATE(NAME, T)                                  \
-  template [[host_name(#NAME "_" #T)]] kernel void NAME<T>(   \
-      device const T*, device const T*, device T*, constant int*, uint3);
+#define INSTANTIATE(NAME, T) template [[host_name(#NAME "_" #T)]] [[kernel]] decltype(NAME<T>) NAME<T>;
 
-// LANE is empty, or the type of the argument that the kernel has more, after a comma.
-#define INSTANTIATE_DOUBLING(NAME, T, K, LANE)                                             \
-  template [[host_name(#NAME "_k" #K "_even_" #T)]] kernel void NAME<T, K, true>(          \
-      device const T*, device const T*, device T*, constant int*, uint3 LANE);             \
-  template [[host_name(#NAME "_k" #K "_odd_" #T)]] kernel void NAME<T, K, false>(          \
-      device const T*, device const T*, device T*, constant int*, uint3 LANE);
+#define INSTANTIATE_DOUBLING(NAME, T, K)                                                                            \
+  template [[host_name(#NAME "_k" #K "_even_" #T)]] [[kernel]] decltype(NAME<T, K, true>) NAME<T, K, true>;         \
+  template [[host_name(#NAME "_k" #K "_odd_" #T)]] [[kernel]] decltype(NAME<T, K, false>) NAME<T, K, false>;
 
-#define COMMA_UINT , uint
-
-#define INSTANTIATE_ALL(T)                                                   \
-  INSTANTIATE(carafe, T)                                                     \
-  INSTANTIATE(carafe_backward_features, T)                                   \
-  INSTANTIATE(carafe_backward_masks, T)                                      \
-  INSTANTIATE_DOUBLING(carafe_doubling, T, 3, )                              \
-  INSTANTIATE_DOUBLING(carafe_doubling, T, 5, )                              \
-  INSTANTIATE_DOUBLING(carafe_backward_features_doubling, T, 3, )            \
-  INSTANTIATE_DOUBLING(carafe_backward_features_doubling, T, 5, )            \
-  INSTANTIATE_DOUBLING(carafe_backward_masks_doubling, T, 3, COMMA_UINT)     \
-  INSTANTIATE_DOUBLING(carafe_backward_masks_doubling, T, 5, COMMA_UINT)
+#define INSTANTIATE_ALL(T)                                         \
+  INSTANTIATE(carafe, T)                                           \
+  INSTANTIATE(carafe_backward_features, T)                         \
+  INSTANTIATE(carafe_backward_masks, T)                            \
+  INSTANTIATE_DOUBLING(carafe_doubling, T, 3)                      \
+  INSTANTIATE_DOUBLING(carafe_doubling, T, 5)                      \
+  INSTANTIATE_DOUBLING(carafe_backward_features_doubling, T, 3)    \
+  INSTANTIATE_DOUBLING(carafe_backward_features_doubling, T, 5)    \
+  INSTANTIATE_DOUBLING(carafe_backward_masks_doubling, T, 3)       \
+  INSTANTIATE_DOUBLING(carafe_backward_masks_doubling, T, 5)
 
 INSTANTIATE_ALL(float)
 INSTANTIATE_ALL(half)

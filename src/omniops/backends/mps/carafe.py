@@ -38,7 +38,7 @@ def carafe(
         f"carafe{doubling}",
         (features, masks),
         (n, c, rows, columns),
-        [n * group_size, c // group_size, h, w, kernel_size, scale_factor, stride],
+        [n * group_size, c // group_size, h, w, kernel_size, scale_factor, _narrowed(stride, h, w)],
         threads=((w + 1) // 2, h, blocks) if doubling else (columns, rows, blocks),
         group_size=GROUP,
     )
@@ -64,7 +64,7 @@ def carafe_backward_features(
         f"carafe_backward_features{doubling}",
         (grad, masks),
         shape,
-        [n * group_size, c // group_size, height, width, kernel_size, scale_factor, stride],
+        [n * group_size, c // group_size, height, width, kernel_size, scale_factor, _narrowed(stride, height, width)],
         threads=((width + 1) // 2, _blocks(height, ROWS), blocks) if doubling else (width, height, blocks),
         group_size=GROUP,
     )
@@ -89,7 +89,7 @@ def carafe_backward_masks(
         threads = (_blocks(pairs, SIMD // splits) * SIMD, kernel_size, groups)
         group = (SIMD, kernel_size, 1)
     else:
-        sizes += [kernel_size, scale_factor, stride]
+        sizes += [kernel_size, scale_factor, _narrowed(stride, h, w)]
         threads = (columns, rows, groups * kernel_size * _blocks(kernel_size, TAPS))
         group = GROUP
     name = f"carafe_backward_masks{doubling}"
@@ -108,6 +108,11 @@ def check_sizes(**shapes: tuple[int, ...]) -> None:
             raise ValueError(f"{name} must have H * W below 2**28 on MPS, got shape {tuple(shape)}")
         if n * c >= 2**31:
             raise ValueError(f"{name} must have N * C below 2**31 on MPS, got shape {tuple(shape)}")
+
+
+def _narrowed(stride: int, height: int, width: int) -> int:
+    """A stride of the same result that 32 bits hold: where one centre is left, no larger stride leaves fewer."""
+    return min(stride, max(height, width))
 
 
 def _doubling(c: int, h: int, w: int, group_size: int, kernel_size: int, scale_factor: int, stride: int) -> str:

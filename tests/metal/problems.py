@@ -1,0 +1,101 @@
+"""The operators that have Metal kernels, and arguments for them: for the tests of this folder and for run_nvcc.py."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Of a result, relative to its largest element."""
+
+
+class Carafe(NamedTuple):
+    n: int
+    c: int
+    h: int
+    w: int
+    kernel_size: int
+    group_size: int
+    scale_factor: int
+    stride: int
+
+
+class DeformConv2d(NamedTuple):
+    n: int
+    c: int
+    h: int
+    w: int
+    c_out: int
+    kernel_size: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    offset_groups: int = 1
+    masked: bool = True
+
+
+Case = Carafe | DeformConv2d
+
+OPERATORS = {
+    Carafe: ("carafe", "carafe_backward_features", "carafe_backward_masks"),
+    DeformConv2d: ("deform_conv2d", "deform_conv2d_backward_data", "deform_conv2d_backward_weight"),
+}
+
+
+def arguments(operator: str, case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> list[Any]:
+    """What the operator's kernel takes, the tensors made on the CPU, or on the device "meta"."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size: int) -> Tensor:
+        if device == "meta":
+            return torch.empty(size, dtype=dtype, device=device)
+        return torch.randn(size, generator=generator).to(dtype)
+
+    if isinstance(case, Carafe):
+        n, c, h, w, k, g, s, t = case
+        rows, columns = -(-h // t) * s, -(-w // t) * s
+        features, masks, grad = random(n, c, h, w), random(n, g * k * k, rows, columns), random(n, c, rows, columns)
+        tensors: dict[str, list[Any]] = {
+            "carafe": [features, masks],
+            "carafe_backward_features": [grad, masks, h, w],
+            "carafe_backward_masks": [grad, features],
+        }
+        return [*tensors[operator], k, g, s, t]
+    height, width = (
+        (size + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1
+        for size, kernel_size, stride, padding, dilation in zip(
+            (case.h, case.w), case.kernel_size, case.stride, case.padding, case.dilation, strict=True
+        )
+    )
+    samples = case.offset_groups * case.kernel_size[0] * case.kernel_size[1]
+    input, weight, bias = (
+        random(case.n, case.c, case.h, case.w),
+        random(case.c_out, case.c // case.groups, *case.kernel_size),
+        random(case.c_out),
+    )
+    offset, grad = 2 * random(case.n, 2 * samples, height, width), random(case.n, case.c_out, height, width)
+    mask = random(case.n, samples, height, width) if case.masked else None
+    numbers = [case.stride, case.padding, case.dilation]
+    return {
+        "deform_conv2d": [input, offset, weight, bias, mask, *numbers],
+        "deform_conv2d_backward_data": [grad, input, offset, weight, mask, *numbers],
+        "deform_conv2d_backward_weight": [grad, input, offset, mask, case.kernel_size, case.groups, *numbers],
+    }[operator]
+
+
+def doubled(arguments: list[Any]) -> list[Any]:
+    """The same in float64, for the oracle."""
+    return [value.double() if isinstance(value, Tensor) else value for value in arguments]
+
+
+def results(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """All results of an operator that have elements: the gradient of a mask that is not there has none."""
+    return tuple(x for x in (result if isinstance(result, tuple) else (result,)) if x.numel())
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    """The largest, relative to the largest element expected."""
+    return float((result.double() - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,353 @@
+"""The shipped Metal kernels of deform_conv2d and the code that launches them, in the emulator, against the float64
+oracle. The matrix products are PyTorch's on the CPU."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import emulator
+import pytest
+import torch
+from problems import OPERATORS, TOLERANCES, DeformConv2d, arguments, doubled, error, results
+from torch import Tensor
+
+from omniops.backends import memory_format, mps
+from omniops.backends.columns import Geometry
+from omniops.backends.mps import deform_conv2d as metal
+from omniops.backends.mps._library import METAL_TYPES, library
+from omniops.backends.reference import deform_conv2d as reference
+
+SOURCE = (Path(metal.__file__).parent / "deform_conv2d.metal").read_text(encoding="utf-8")
+FORWARD, BACKWARD_DATA, BACKWARD_WEIGHT = OPERATORS[DeformConv2d]
+
+dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=METAL_TYPES.get)
+operators = pytest.mark.parametrize("operator", OPERATORS[DeformConv2d])
+
+CASES = [
+    DeformConv2d(2, 16, 6, 5, 8),
+    DeformConv2d(2, 6, 5, 4, 6, (3, 2), (2, 1), (1, 0), (2, 1), groups=2, offset_groups=3),  # neither divides the other
+    DeformConv2d(1, 24, 5, 4, 6, (1, 3), (1, 2), (0, 2), groups=3, offset_groups=2, masked=False),
+    DeformConv2d(1, 80, 4, 4, 4, (2, 2), (1, 1), (0, 0), (2, 3)),
+    DeformConv2d(1, 300, 2, 3, 1, (1, 1), padding=(0, 0)),  # several blocks of channels
+    DeformConv2d(1, 37, 3, 3, 2, masked=False),
+    DeformConv2d(3, 8, 1, 1, 8, groups=8, offset_groups=2),
+    DeformConv2d(2, 4, 7, 1, 4, (5, 1), (3, 1), (2, 0), offset_groups=4),  # one channel a group
+    DeformConv2d(1, 16, 5, 6, 4, (1, 1), padding=(0, 0), groups=4, offset_groups=4),
+    DeformConv2d(1, 8, 5, 5, 4, (5, 5), padding=(2, 2), groups=2),
+    DeformConv2d(1, 3, 4, 3, 2, (4, 3), (1, 1), (3, 2)),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.mps, "compile_shader", emulator.compile_shader)
+        library.cache_clear()
+        yield
+    library.cache_clear()
+
+
+def run(operator: str, given: list[Any]) -> tuple[Tensor, ...]:
+    """The Metal kernels' results; what nobody has written holds NaN."""
+    with emulator.poisoned():
+        return tuple(result.clone() for result in results(getattr(metal, operator)(*given)))
+
+
+def check(operator: str, given: list[Any]) -> None:
+    found = run(operator, given)
+    expected = results(getattr(reference, operator)(*doubled(given)))
+    assert len(found) == len(expected)
+    for result, wanted in zip(found, expected, strict=True):
+        assert (result.dtype, result.shape) == (given[0].dtype, wanted.shape)
+        assert error(result, wanted) < TOLERANCES[result.dtype]
+
+
+@dtypes
+@operators
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_kind_of_case(operator: str, dtype: torch.dtype, case: DeformConv2d) -> None:
+    check(operator, arguments(operator, case, dtype))
+
+
+@operators
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+@pytest.mark.parametrize("most_bytes", [1, 8192])
+def test_chunks_of_positions(
+    operator: str, most_bytes: int, case: DeformConv2d, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = {FORWARD: "forward", BACKWARD_DATA: "backward_data", BACKWARD_WEIGHT: "backward_weight"}[operator]
+    monkeypatch.setattr(metal, operator, getattr(replace(metal._COLUMNS, most_bytes=most_bytes), method))
+    check(operator, arguments(operator, case, torch.float32))
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+@pytest.mark.parametrize(("samples", "cells"), [(1, 2**24), (100, 2**24), (2**22, 1), (150, 100)])
+def test_a_chunk_in_parts(case: DeformConv2d, samples: int, cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metal, "MOST_SAMPLES", samples)
+    monkeypatch.setattr(metal, "MOST_CELLS", cells)
+    check(BACKWARD_DATA, arguments(BACKWARD_DATA, case, torch.float32))
+
+
+def sliced(tensor: Tensor) -> Tensor:
+    """The same values, one element into a larger storage and with gaps between rows."""
+    n, c, h, w = tensor.shape
+    return torch.full((n + 1, c, h, w + 3), torch.nan, dtype=tensor.dtype)[1:, :, :, 1 : w + 1].copy_(tensor)
+
+
+def shifted(tensor: Tensor, elements: int, layout: torch.memory_format) -> Tensor:
+    """The same values, dense, so many elements into a larger storage."""
+    storage = torch.full((tensor.numel() + elements + 1,), torch.nan, dtype=tensor.dtype)
+    strides = torch.empty_like(tensor, memory_format=layout).stride()
+    return storage.as_strided(tensor.shape, strides, elements).copy_(tensor)
+
+
+LAYOUTS = {
+    "channels_last": lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda tensor: tensor.transpose(2, 3).contiguous().transpose(2, 3),
+    "sliced": sliced,
+    **{
+        f"{layout} shifted by {elements}": partial(shifted, elements=elements, layout=layout)
+        for elements in (1, 2, 3)
+        for layout in (torch.contiguous_format, torch.channels_last)
+    },
+    "expanded": lambda tensor: tensor[:, :1, :, :1].expand(tensor.shape),
+}
+
+
+@operators
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(operator: str, layout: str) -> None:
+    given = arguments(operator, DeformConv2d(2, 16, 4, 5, 8, groups=2), torch.float16)
+    given = [LAYOUTS[layout](x) if isinstance(x, Tensor) and x.ndim == 4 else x for x in given]
+    check(operator, given)
+    # As omniops.ops.deform_conv2d says: what each result, or none of its own, is like.
+    like = {FORWARD: [0], BACKWARD_DATA: [1, 2, 4], BACKWARD_WEIGHT: [0]}[operator]
+    for result, i in zip(run(operator, given), like, strict=True):
+        assert memory_format(result) == memory_format(given[i])
+
+
+def at_one_place(case: DeformConv2d, y: float, x: float) -> Tensor:
+    """Offsets that take every sample to (y, x)."""
+    offset = arguments(FORWARD, case, torch.float32)[1]
+    tap = torch.arange(case.kernel_size[0] * case.kernel_size[1])
+    rows = torch.arange(offset.shape[2]) * case.stride[0] - case.padding[0]
+    columns = torch.arange(offset.shape[3]) * case.stride[1] - case.padding[1]
+    by_y = y - (rows[None, :, None] + (tap // case.kernel_size[1] * case.dilation[0])[:, None, None])
+    by_x = x - (columns[None, None, :] + (tap % case.kernel_size[1] * case.dilation[1])[:, None, None])
+    both = torch.stack([by_y.expand(-1, -1, len(columns)), by_x.expand(-1, len(rows), -1)], 1).flatten(0, 1)
+    return both.repeat(case.offset_groups, 1, 1).expand(offset.shape).clone()
+
+
+@pytest.mark.parametrize(("y", "x"), [(1.25, 2.5), (-0.5, -0.75), (4.5, 3.25)])
+@pytest.mark.parametrize("case", [DeformConv2d(2, 8, 5, 4, 4, offset_groups=2), CASES[1]], ids=str)
+def test_all_samples_in_one_cell(case: DeformConv2d, y: float, x: float) -> None:
+    given = arguments(BACKWARD_DATA, case, torch.float32)
+    given[2] = at_one_place(case, y, x)
+    check(BACKWARD_DATA, given)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], DeformConv2d(2, 5, 3, 3, 2)], ids=str)
+def test_the_order_of_threads_changes_no_bit(case: DeformConv2d, together: bool) -> None:
+    for operator in OPERATORS[DeformConv2d]:
+        given = arguments(operator, case, torch.float32)
+        if together:
+            given[1 if operator == FORWARD else 2] = at_one_place(case, 1.25, 1.5)
+        first, *others = (run(operator, given) for _ in range(3))
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_without_the_sort_the_order_of_threads_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unsorted:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda *_, **__: None) if name == "deform_conv2d_sort" else getattr(library("deform_conv2d"), name)
+
+    monkeypatch.setattr(metal, "library", lambda name: Unsorted())
+    given = arguments(BACKWARD_DATA, DeformConv2d(1, 4, 3, 3, 2), torch.float32)
+    given[2] = at_one_place(DeformConv2d(1, 4, 3, 3, 2), 1.25, 1.5)
+    first, second = (run(BACKWARD_DATA, given)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3, 9, 100, 1000])
+def test_the_lists_are_sorted(longest: int) -> None:
+    generator = torch.Generator().manual_seed(longest)
+    lengths = [0, longest, *torch.randint(0, longest + 1, (6,), generator=generator).tolist()]
+    samples = torch.randperm(sum(lengths), generator=generator).split(lengths)
+    heads = torch.tensor([int(part[0]) if len(part) else -1 for part in samples], dtype=torch.int32)
+    links = torch.randint(-9, 9, (sum(lengths), 4), generator=generator, dtype=torch.int32)
+    untouched = links[:, :3].clone()
+    for part in samples:
+        links[part, 3] = torch.cat([part[1:], torch.tensor([-1])[: len(part)]]).int()
+    library("deform_conv2d").deform_conv2d_sort(heads, links, threads=len(lengths), group_size=256)
+    for part, head in zip(samples, heads.tolist(), strict=True):
+        found = []
+        while head >= 0:
+            found.append(head)
+            head = links[head, 3].item()
+        assert found == part.sort().values.tolist()
+    assert torch.equal(links[:, :3], untouched)
+
+
+@operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=METAL_TYPES.get)
+def test_positions_that_are_not_finite_or_at_the_border(operator: str, dtype: torch.dtype) -> None:
+    # With one tap and one row of positions (y, x) = (offset[0], offset[1] + position).
+    values = [torch.nan, torch.inf, -torch.inf, 1e30, -1e30, -1.0, -0.5, 0.0, 1.0, 2.0, 2.5, 3.0, 4.0]
+    places = torch.tensor(list(product(values, values)))
+    case = DeformConv2d(1, 4, 3, 3, 4, (1, 1), (1, 1), (0, 0))
+    for part in places.split(3):
+        given = arguments(operator, case._replace(w=len(part)), dtype)
+        offset = (part.T - torch.tensor([[0.0], [1.0]]) * torch.arange(len(part)))[None, :, None].to(dtype)
+        i = 1 if operator == FORWARD else 2
+        given[i] = torch.cat([offset, *[torch.zeros_like(offset)] * 2], 2)
+        expected = results(getattr(reference, operator)(*doubled(given)))
+        for result, wanted in zip(run(operator, given), expected, strict=True):
+            tolerance = TOLERANCES[dtype] * (1 + wanted.nan_to_num().abs().max().item())
+            torch.testing.assert_close(result.double(), wanted, rtol=0, atol=tolerance, equal_nan=True)
+
+
+@operators
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_pixel_that_is_not_finite_spoils_only_what_samples_it(operator: str, poison: float) -> None:
+    case = DeformConv2d(2, 8, 4, 5, 3, offset_groups=2)
+    given = arguments(operator, case, torch.float32)
+    pixels = given[0 if operator == FORWARD else 1]
+    for place in ((0, 0, 0, 0), (1, -1, -1, -1), (0, 3, 2, 2)):
+        pixels[place] = poison
+    expected = results(getattr(reference, operator)(*doubled(given)))
+    for result, wanted in zip(run(operator, given), expected, strict=True):
+        assert torch.equal(result.isfinite(), wanted.isfinite())
+        good = wanted.isfinite()
+        torch.testing.assert_close(result[good].double(), wanted[good], rtol=1e-5, atol=1e-4)
+
+
+@operators
+@pytest.mark.parametrize(
+    "case",
+    [
+        DeformConv2d(2, 4, 5, 6, 2, (3, 3), (2**40, 2**31)),
+        DeformConv2d(2, 4, 5, 6, 2, (1, 1), (1, 1), (0, 0), (2**31, 2**40)),
+        DeformConv2d(1, 4, 5, 6, 2, (1, 2), (2**29, 2**28), (2**28, 2**29), (1, 2**30)),
+    ],
+    ids=str,
+)
+def test_numbers_beyond_the_map(operator: str, case: DeformConv2d) -> None:
+    given = arguments(operator, case, torch.float32)
+    if case.padding[0] > 1:  # far outside the map, and offsets that lead back
+        i = 1 if operator == FORWARD else 2
+        given[i] = at_one_place(case, 2.0, 3.0)
+        given[i][..., 0, 0] += 0.5
+    expected = results(getattr(reference, operator)(*doubled(given)))
+    for result, wanted in zip(run(operator, given), expected, strict=True):
+        torch.testing.assert_close(result.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+class Recorder:
+    """Stands in for the library and keeps the launches."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, tuple[Any, ...], tuple[int, ...], int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def launch(*args: Any, threads: Any, group_size: Any, arg_casts: Any = None) -> None:
+            assert {i for i, arg in enumerate(args) if isinstance(arg, list)} == set(arg_casts or {})
+            threads, group_size = (x if isinstance(x, tuple) else (x,) for x in (threads, group_size))
+            # Metal counts threads of an axis in 32 bits, and the kernels take them, whole groups of them, as int.
+            assert all(-(-axis // group) * group <= 2**31 for axis, group in zip(threads, group_size, strict=True))
+            assert torch.tensor(group_size).prod() <= getattr(library("deform_conv2d"), name).max_threads
+            self.launches.append((name, args))
+
+        return launch
+
+    def memory(self) -> tuple[int, int]:
+        """The largest workspace of the gradients: samples and cells."""
+        sorts = [args for name, args in self.launches if name == "deform_conv2d_sort"]
+        return max(len(links) for _, links in sorts), max(len(heads) for heads, _ in sorts)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(metal, "library", lambda name: recorder)
+    return recorder
+
+
+def test_the_cases_above_launch_every_kernel(recorder: Recorder) -> None:
+    for operator, dtype, case in product(OPERATORS[DeformConv2d], TOLERANCES, CASES):
+        getattr(metal, operator)(*arguments(operator, case, dtype, device="meta"))
+    assert {name for name, _ in recorder.launches} == set(dir(library("deform_conv2d")))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        DeformConv2d(1, 1, 2**15 - 1, 2**15 - 2, 1, (1, 1), (2, 2), (0, 0)),
+        DeformConv2d(1, 2**29 - 1, 1, 1, 1, (1, 1), padding=(0, 0)),
+        DeformConv2d(1, 2**28 - 1, 1, 1, 1, (1, 1), padding=(0, 0), offset_groups=2**28 - 1),
+        DeformConv2d(1, 1, 1, 1, 1, (2**14 + 1, 2**14 - 1), padding=(2**13, 2**13 - 1)),
+        DeformConv2d(1, 1, 1, 2**29 - 3, 1, (1, 1), padding=(0, 0)),
+        DeformConv2d(1, 4, 2**13, 2**13, 4, stride=(2, 2), masked=False),
+        DeformConv2d(2**22, 4, 8, 8, 4, (1, 1), (8, 8), (0, 0), offset_groups=4),
+    ],
+    ids=str,
+)
+def test_the_largest_sizes_fit_the_grid_and_32_bits(case: DeformConv2d, recorder: Recorder) -> None:
+    for operator in OPERATORS[DeformConv2d]:
+        getattr(metal, operator)(*arguments(operator, case, torch.float16, device="meta"))
+    for _, args in recorder.launches:
+        assert all(0 <= size < 2**31 for arg in args if isinstance(arg, list) for size in arg)
+    samples, cells = recorder.memory()
+    taps = case.kernel_size[0] * case.kernel_size[1]
+    cells_of_image = case.offset_groups * (case.h + 1) * (case.w + 1)
+    assert samples <= max(metal.MOST_SAMPLES, case.offset_groups * taps)
+    assert 4 * samples < 2**31
+    assert cells <= max(metal.MOST_CELLS, 2 * cells_of_image) < 2**31
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (DeformConv2d(1, 1, 2**15, 2**15, 1, (1, 1), (9, 9)), r"input must have C \* H \* W, .* below 2\*\*30"),
+        (DeformConv2d(1, 2**28, 1, 1, 1, (1, 1), (9, 9), offset_groups=2**28), "input must have .* offset groups"),
+        (DeformConv2d(1, 1, 2**12, 2**12, 1, (8, 8), (1, 1), (4, 4)), r"offset must have .* below 2\*\*31"),
+        (DeformConv2d(1, 2**20, 1, 1, 1, (2**5, 2**4), (9, 9), (2**4, 2**3)), r"weight must have C \* kh \* kw below"),
+        (DeformConv2d(1, 1, 1, 1, 1, (1, 1), (2**31, 2**31), (2**30, 0)), r"padding must leave H \+ 2 \* padding"),
+    ],
+    ids=str,
+)
+def test_sizes_beyond_32_bits_are_refused_by_name(case: DeformConv2d, message: str, recorder: Recorder) -> None:
+    for operator in OPERATORS[DeformConv2d]:
+        with pytest.raises(ValueError, match=message):
+            getattr(metal, operator)(*arguments(operator, case, torch.float32, device="meta"))
+    assert not recorder.launches
+
+
+def test_the_images_of_a_launch_are_those_of_its_positions(recorder: Recorder) -> None:
+    # Positions 5 ... 14 of images that have 4 positions each.
+    image, offset = torch.empty(9, 3, 3, 4), torch.empty(9, 2, 2, 2)
+    geometry = Geometry((1, 1), (2, 2), (0, 0), (1, 1), 1, 1)
+    metal._sample(image, offset, None, geometry, 5, torch.empty(1, 10, 1, 4))
+    ((_, args),) = recorder.launches
+    assert [len(tensor) for tensor in args[:3]] == [3] * 3
+    assert args[0].data_ptr() == image[1].data_ptr()
+
+
+def test_the_source_is_ascii() -> None:
+    # PyTorch hands it to the compiler as ASCII, and a source that is not becomes nothing.
+    assert SOURCE.isascii()
+
+
+def test_the_launch_code_and_the_kernels_agree() -> None:
+    (value,) = re.findall(r"constant constexpr int QUADS = (\d+);", SOURCE)
+    assert int(value) == metal.QUADS
+
+
+def test_every_dtype_of_the_backend_has_kernels() -> None:
+    assert set(METAL_TYPES) == set(mps.DTYPES) == set(TOLERANCES)
