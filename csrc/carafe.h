@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace omniops {
 
 struct CarafeSizes {
@@ -24,8 +26,6 @@ struct CarafeSizes {
   std::int64_t rows() const { return (height + stride - 1) / stride; }  // of centres
   std::int64_t columns() const { return (width + stride - 1) / stride; }
 };
-
-enum class Dtype { float64, float32, float16, bfloat16 };
 
 enum class Layout { planar, channels_last };  // (N, C, H, W) or (N, H, W, C) in memory, dense
 

@@ -1,9 +1,13 @@
 // The Python module omniops._C. Tensors come as addresses; omniops.backends.cpu vouches for shapes and layouts.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 
+#include <array>
 #include <cstdint>
 
 #include "carafe.h"
+#include "connected_components.h"
+#include "deform_conv2d.h"
 #include "instruction_set.h"
 
 namespace nb = nanobind;
@@ -30,6 +34,56 @@ void define_carafe(nb::module_& module, const char* name) {
              nb::arg("scale_factor"), nb::arg("stride"), nb::arg("threads"));
 }
 
+using Pair = std::array<std::int64_t, 2>;  // vertical, horizontal
+
+struct DeformConv2dGeometry : omniops::DeformConv2dSizes {
+  DeformConv2dGeometry(std::int64_t channels, Pair size, Pair out_size, Pair kernel_size, Pair stride, Pair padding,
+                       Pair dilation, std::int64_t groups, std::int64_t offset_groups, std::int64_t first,
+                       std::int64_t count)
+      : DeformConv2dSizes{channels,       size[0],   size[1],    out_size[0], out_size[1], kernel_size[0],
+                          kernel_size[1], stride[0], stride[1],  padding[0],  padding[1],  dilation[0],
+                          dilation[1],    groups,    offset_groups, first,    count} {}
+};
+
+void deform_conv2d_sample(const DeformConv2dGeometry& geometry, omniops::Dtype dtype, std::uintptr_t image,
+                          std::uintptr_t offset, std::uintptr_t mask, std::uintptr_t columns, std::int64_t threads) {
+  omniops::deform_conv2d_sample(dtype, geometry, reinterpret_cast<const void*>(image),
+                                reinterpret_cast<const void*>(offset), reinterpret_cast<const void*>(mask),
+                                reinterpret_cast<void*>(columns), threads);
+}
+
+void deform_conv2d_gradients(const DeformConv2dGeometry& geometry, omniops::Dtype dtype, std::uintptr_t by_columns,
+                             std::uintptr_t image, std::uintptr_t offset, std::uintptr_t mask, std::uintptr_t by_image,
+                             std::uintptr_t by_offset, std::uintptr_t by_mask, std::int64_t threads) {
+  omniops::deform_conv2d_gradients(dtype, geometry, reinterpret_cast<const void*>(by_columns),
+                                   reinterpret_cast<const void*>(image), reinterpret_cast<const void*>(offset),
+                                   reinterpret_cast<const void*>(mask), reinterpret_cast<void*>(by_image),
+                                   reinterpret_cast<void*>(by_offset), reinterpret_cast<void*>(by_mask), threads);
+}
+
+void define_deform_conv2d(nb::module_& module) {
+  nb::class_<DeformConv2dGeometry>(module, "DeformConv2dGeometry")
+      .def(nb::init<std::int64_t, Pair, Pair, Pair, Pair, Pair, Pair, std::int64_t, std::int64_t, std::int64_t,
+                    std::int64_t>(),
+           nb::arg("channels"), nb::arg("size"), nb::arg("out_size"), nb::arg("kernel_size"), nb::arg("stride"),
+           nb::arg("padding"), nb::arg("dilation"), nb::arg("groups"), nb::arg("offset_groups"), nb::arg("first"),
+           nb::arg("count"));
+  module.def("deform_conv2d_sample", deform_conv2d_sample, nb::call_guard<nb::gil_scoped_release>(),
+             nb::arg("geometry"), nb::arg("dtype"), nb::arg("image"), nb::arg("offset"), nb::arg("mask"),
+             nb::arg("columns"), nb::arg("threads"));
+  module.def("deform_conv2d_gradients", deform_conv2d_gradients, nb::call_guard<nb::gil_scoped_release>(),
+             nb::arg("geometry"), nb::arg("dtype"), nb::arg("by_columns"), nb::arg("image"), nb::arg("offset"),
+             nb::arg("mask"), nb::arg("by_image"), nb::arg("by_offset"), nb::arg("by_mask"), nb::arg("threads"));
+}
+
+void connected_components(std::uintptr_t mask, std::int64_t item_size, std::int64_t batch, std::int64_t height,
+                          std::int64_t width, bool diagonals, std::uintptr_t labels, std::uintptr_t counts,
+                          std::int64_t threads) {
+  omniops::connected_components(reinterpret_cast<const void*>(mask), item_size, {batch, height, width}, diagonals,
+                                reinterpret_cast<std::int32_t*>(labels), reinterpret_cast<std::int32_t*>(counts),
+                                threads);
+}
+
 }  // namespace
 
 NB_MODULE(_C, module) {
@@ -45,4 +99,8 @@ NB_MODULE(_C, module) {
   define_carafe<omniops::CarafeOperator::forward>(module, "carafe");
   define_carafe<omniops::CarafeOperator::backward_features>(module, "carafe_backward_features");
   define_carafe<omniops::CarafeOperator::backward_masks>(module, "carafe_backward_masks");
+  module.def("connected_components", connected_components, nb::call_guard<nb::gil_scoped_release>(), nb::arg("mask"),
+             nb::arg("item_size"), nb::arg("batch"), nb::arg("height"), nb::arg("width"), nb::arg("diagonals"),
+             nb::arg("labels"), nb::arg("counts"), nb::arg("threads"));
+  define_deform_conv2d(module);
 }

@@ -1,7 +1,33 @@
 """Vision operators that PyTorch leaves on CUDA, on every device: see README.md."""
 
 from omniops import nn
-from omniops.nn import CARAFE, CARAFENaive, CARAFEPack
+from omniops.nn import (
+    CARAFE,
+    CARAFENaive,
+    CARAFEPack,
+    DeformConv2d,
+    DeformConv2dPack,
+    ModulatedDeformConv2d,
+    ModulatedDeformConv2dPack,
+)
 from omniops.ops.carafe import carafe, carafe_downsample, carafe_naive
+from omniops.ops.connected_components import connected_components, fill_holes, remove_small_components
+from omniops.ops.deform_conv2d import deform_conv2d
 
-__all__ = ["CARAFE", "CARAFENaive", "CARAFEPack", "carafe", "carafe_downsample", "carafe_naive", "nn"]
+__all__ = [
+    "CARAFE",
+    "CARAFENaive",
+    "CARAFEPack",
+    "DeformConv2d",
+    "DeformConv2dPack",
+    "ModulatedDeformConv2d",
+    "ModulatedDeformConv2dPack",
+    "carafe",
+    "carafe_downsample",
+    "carafe_naive",
+    "connected_components",
+    "deform_conv2d",
+    "fill_holes",
+    "nn",
+    "remove_small_components",
+]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from omniops.cli import bench, timing
+from omniops.cli import bench, bench_plot, timing
+from omniops.cli.cases import CASES
 from omniops.cli.cases import carafe as case
-from omniops.cli.cases._types import BOTH, DIRECTIONS, FLOOR, FORWARD, OURS
+from omniops.cli.cases._types import BOTH, DIRECTIONS, FLOOR, FORWARD, OURS, Goal
 from omniops.device import title
 
 CPU = torch.device("cpu")
@@ -44,17 +47,70 @@ def test_quick_writes_the_figures_and_the_plot(omniops, tmp_path):
         assert row["contender"] in result.out
 
 
-def test_the_script_is_the_command_with_the_published_times(monkeypatch, capsys):
+EASY_AND_HARD = tuple(
+    Goal(text, "cpu", FORWARD, "bilinear", FORWARD, at_most, ((1, 16, 12, 16),))
+    for text, at_most in (("in a year", 1e12), ("in no time", 0))
+)
+
+
+def test_goals_are_judged_only_where_they_are_asked_for(omniops, monkeypatch, tmp_path):
+    monkeypatch.setattr(case, "GOALS", EASY_AND_HARD)
+    path = tmp_path / "c.json"
+    usual = omniops("bench", "carafe", *QUICK, "--json", str(path))
+    assert usual.status == 0
+    assert not re.search(r"\b(goal|met|missed|in no time)\b", usual.out)
+    assert json.loads(path.read_text())["goals"] == []
+    asked = omniops("bench", "carafe", *QUICK, "--json", str(path), "--goals")
+    assert len(re.findall(r"in a year .* met\b", asked.out)) == 3
+    assert len(re.findall(r"in no time .* missed\b", asked.out)) == 3
+    assert len(json.loads(path.read_text())["goals"]) == 6
+    assert "--goals" not in omniops("bench", "--help").out
+
+
+def test_nothing_in_the_plot_lies_over_another(omniops, monkeypatch, tmp_path):
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self) or save(self, path))
+    results = [
+        bench.Result("carafe", SHAPE, dtype, direction, contender, "call", median, 0.9 * median, 1.2 * median, 5)
+        for direction in DIRECTIONS
+        for dtype in ("float32", "float16", "bfloat16")
+        for contender, median in ((OURS, 0.1), (FLOOR, 0.01), ("bilinear", 9.0))
+    ]
+    results.append(bench.Result("carafe", SHAPE, "float32", FORWARD, "mmcv, elsewhere", "", 0.5, measured=False))
+    bench_plot.draw(results, "a subtitle " * 8, "from elsewhere " * 8, tmp_path / "plot.png")
+    (figure,) = figures
+    titles = [figure._suptitle, figure._supxlabel]
+    legends = [axis.get_legend() for axis in figure.axes if axis.get_legend()]
+    panels = [axis for axis in figure.axes if axis.axison]
+    assert len(legends) == 1
+    assert [text.get_text() for text in legends[0].get_texts()] == [FLOOR, "float32", "float16", "bfloat16"]
+    assert len(panels) == 2
+    boxes = [artist.get_window_extent() for artist in (*titles, *legends)]
+    boxes += [panel.get_tightbbox() for panel in panels]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+    for panel in panels:
+        assert panel.get_xlabel() == "ms"
+        assert panel.get_xscale() == "log"
+        assert not panel.patches  # no bars
+
+
+def test_the_script_is_the_command_with_mmcvs_times(monkeypatch, capsys):
+    monkeypatch.setattr(case, "GOALS", EASY_AND_HARD)
     script = Path(__file__).parents[2] / "benchmarks" / "carafe.py"
     monkeypatch.setattr(sys, "argv", [str(script), *QUICK])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")
     assert not ended.value.code
-    assert "unfold + einsum" in capsys.readouterr().out
-    published, origin = bench._read(script.with_name("mmcv_h200.json"), "NVIDIA H200")
+    out = capsys.readouterr().out
+    assert "unfold + einsum" in out
+    assert "in no time" in out
+    earlier, origin = bench._read(script.with_name("mmcv_h200.json"), "NVIDIA H200")
     assert "not measured in this run" in origin
-    assert len(published) == 12
-    assert not any(row.measured for row in published)
+    assert len(earlier) == 12
+    assert {row.contender for row in earlier} == {"mmcv, measured earlier on an H200"}
+    assert not any(row.measured for row in earlier)
 
 
 def test_another_runs_times_stand_beside_marked(omniops, tmp_path):
@@ -77,7 +133,8 @@ def test_another_runs_times_stand_beside_marked(omniops, tmp_path):
 
 
 def test_wrong_use(fails, tmp_path):
-    assert fails("bench", "fly", status=2).endswith("unknown operator 'fly': there are carafe")
+    names = ", ".join(each.NAME for each in CASES)
+    assert fails("bench", "fly", status=2).endswith(f"unknown operator 'fly': there are {names}")
     assert "cannot read" in fails("bench", *QUICK, "--beside", str(tmp_path / "none.json"), status=2)
     (tmp_path / "odd.json").write_text("[1]")
     assert "not a file that omniops bench" in fails("bench", *QUICK, "--beside", str(tmp_path / "odd.json"), status=2)
@@ -104,14 +161,14 @@ def test_goals_are_judged_by_the_ratio_in_the_same_setting():
     }
 
 
-def test_a_time_of_this_run_comes_before_a_published_one():
+def test_a_time_of_this_run_comes_before_one_from_elsewhere():
     shape = (2, 256, 100, 152)
     ours = bench.Result("carafe", shape, "float32", FORWARD, OURS, "graph", 0.08)
-    published = bench.Result("carafe", shape, "float32", FORWARD, "mmcv, published", "", 0.815, measured=False)
+    earlier = bench.Result("carafe", shape, "float32", FORWARD, "mmcv, measured earlier", "", 0.815, measured=False)
     here = bench.Result("carafe", shape, "float32", FORWARD, "mmcv", "graph", 0.4)
-    (only,) = bench._verdicts([case], [ours, published], torch.device("cuda"))
-    assert (only.against, only.met) == ("mmcv, published*", True)
-    (only,) = bench._verdicts([case], [ours, published, here], torch.device("cuda"))
+    (only,) = bench._verdicts([case], [ours, earlier], torch.device("cuda"))
+    assert (only.against, only.met) == ("mmcv, measured earlier*", True)
+    (only,) = bench._verdicts([case], [ours, earlier, here], torch.device("cuda"))
     assert (only.against, only.met) == ("mmcv", False)
 
 
@@ -125,7 +182,7 @@ def test_a_contender_that_cannot_run_is_reported(omniops, monkeypatch):
     assert "cannot run" in result.out
 
 
-def test_the_byte_floor_counts_what_design_counts():
+def test_the_byte_floor_counts_each_element_once():
     n, c, h, w = 2, 256, 100, 152
     traffic = case.traffic((n, c, h, w))
     assert traffic[FORWARD] * 4 / 4.25e12 * 1e3 == pytest.approx(0.040, rel=0.02)
@@ -139,6 +196,22 @@ def test_every_contender_computes_the_same():
     for name in (OURS, "unfold + einsum"):
         torch.testing.assert_close(made[name].forward(), exact)
         assert [tuple(gradient.shape) for gradient in made[name].both()] == [(1, 16, 12, 16), (1, 25, 24, 32)]
+
+
+def test_compiling_at_the_first_call_makes_nothing_slow(monkeypatch):
+    now = 0.0
+    costs = iter([30.0, *[0.001] * 100])
+
+    def call():
+        nonlocal now
+        now += next(costs)
+
+    monkeypatch.setattr(timing, "perf_counter", lambda: now)
+    assert not timing.warm_up(call, CPU, seconds=0)
+    # And the time of that call is not taken from the rest's.
+    costs = iter([30.0, *[0.001] * 100])
+    assert not timing.warm_up(call, CPU, seconds=0.0501)
+    assert len(list(costs)) == 100 - 51
 
 
 def test_contenders_take_turns_and_slow_ones_get_fewer():

@@ -1,5 +1,7 @@
 """omniops doctor: it says what the dispatcher does."""
 
+import sys
+
 import numpy
 import pytest
 import torch
@@ -38,6 +40,25 @@ def test_what_is_missing_comes_with_its_remedy(omniops, monkeypatch, backend, de
     (sentence,) = doctor.missing([device_type])
     assert f"the reference kernels serve {'the CPU' if backend is cpu else device_type}" in sentence
     assert backend.REMEDY in sentence
+
+
+def test_a_missing_extra_comes_with_its_command(omniops, monkeypatch):
+    assert doctor.missing_extras() == []
+    assert "pip install 'omniops[" not in omniops("doctor").out
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "matplotlib is not installed: pip install 'omniops[pictures]'" in omniops("doctor").out
+    for module in ("PIL", "typer", "rich"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert doctor.missing_extras() == [
+        "typer and rich are not installed: pip install 'omniops[cli]'",
+        "pillow and matplotlib are not installed: pip install 'omniops[pictures]'",
+    ]
+
+
+def test_a_macs_system_is_its_macos(monkeypatch):
+    monkeypatch.setattr(doctor.platform, "mac_ver", lambda: ("15.5", ("", "", ""), "arm64"))
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "arm64")
+    assert doctor.machine()["machine"].startswith("macOS 15.5 on arm64, ")
 
 
 def test_without_the_compiled_module_it_says_so_in_a_sentence(omniops, monkeypatch):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.metadata import version
 
 import pytest
 import torch
 
 from omniops.cli.cases import carafe as case
+from omniops.cli.doctor import machine
 from omniops.cli.selftest import TOLERANCES, Worst, errors
+from omniops.device import title
 
 CPU = torch.device("cpu")
 
@@ -101,6 +104,26 @@ def test_the_checks_cover_what_goes_wrong():
     assert all(word in labels for word in ("channels_last", "transposed", "down", "G4", "up 3", "k1 ", "k9"))
     channels_last = [c for c in case.checks() if c.label.endswith("channels_last")]
     assert all(c.inputs["features"].is_contiguous(memory_format=torch.channels_last) for c in channels_last)
+
+
+def test_each_layout_reaches_the_operator():
+    for check in case.checks():
+        for dtype in TOLERANCES:
+            seen = []
+
+            def spy(features, masks, operator=check.operator, seen=seen):
+                seen.extend((features.stride(), masks.stride()))
+                return operator(features, masks)
+
+            errors(dataclasses.replace(check, operator=spy), dtype, CPU)
+            assert seen == [tensor.stride() for tensor in check.inputs.values()], check.label
+
+
+def test_it_says_what_was_tested(omniops, monkeypatch):
+    monkeypatch.setattr(case, "checks", lambda: iter(()))
+    first = omniops("selftest", "--device", "cpu").out.splitlines()[0]
+    assert first.startswith(f"omniops {version('omniops')}, torch {version('torch')}; {machine()['machine']}; cpu: ")
+    assert first.endswith(title(CPU))
 
 
 def test_the_worst_error_stays():

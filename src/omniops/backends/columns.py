@@ -46,6 +46,10 @@ class Geometry:
         return self.kernel_size[0] * self.kernel_size[1]
 
 
+def _transpose(matrices: Tensor) -> Tensor:
+    return matrices.mT.contiguous()
+
+
 @dataclass(frozen=True)
 class Columns:
     """The operator on one backend."""
@@ -55,7 +59,9 @@ class Columns:
     most_bytes: int
     """What the columns of a chunk take at most, if they are those of more than one position."""
     widen: bool
-    """Whether columns and products are float32 for half-precision inputs, too."""
+    """Whether half-precision inputs are made float32 before all else, so that kernels and products see no others."""
+    transpose: Callable[[Tensor], Tensor] = _transpose
+    """(N, A, B) -> (N, B, A), contiguous."""
 
     def forward(
         self,
@@ -70,12 +76,12 @@ class Columns:
     ) -> Tensor:
         """The kernel of ``deform_conv2d``."""
         groups = input.shape[1] // weight.shape[1]
-        geometry = _geometry(offset, weight.shape[2:], groups, stride, padding, dilation)
-        image, offset, mask = _by_channel(input), offset.contiguous(), None if mask is None else mask.contiguous()
-        kernels = _by_tap(weight, groups, self._dtype(weight))
+        geometry = geometry_of(offset, weight.shape[2:], groups, stride, padding, dilation)
+        image, offset, mask = self._dense(input, offset, mask)
+        kernels = by_tap(weight, groups, image.dtype)
         n, (height, width) = input.shape[0], offset.shape[2:]
         out = kernels.new_empty((n * height * width, *kernels.shape[:2]))
-        for first, columns in self._chunks(len(out), input, geometry):
+        for first, columns in self._chunks(len(out), image, geometry):
             self.sample(image, offset, mask, geometry, first, columns)
             part = out[first : first + columns.shape[1]]
             if groups == 1:
@@ -84,7 +90,7 @@ class Columns:
                 part.copy_(torch.bmm(columns.flatten(2), kernels.mT).transpose(0, 1))
         if bias is not None:
             out += bias.view(out.shape[1:])
-        return _by_position(out.view(n, height, width, -1), input)
+        return self._by_position(out.view(n, height, width, -1), input)
 
     def backward_data(
         self,
@@ -99,23 +105,20 @@ class Columns:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The kernel of ``deform_conv2d_backward_data``."""
         groups = input.shape[1] // weight.shape[1]
-        geometry = _geometry(offset, weight.shape[2:], groups, stride, padding, dilation)
-        image = _by_channel(input)
-        moves, factors = offset.contiguous(), None if mask is None else mask.contiguous()
-        kernels = _by_tap(weight, groups, self._dtype(weight))
-        grads = _by_channel(grad).view(-1, groups, grad.shape[1] // groups).to(kernels.dtype)
+        geometry = geometry_of(offset, weight.shape[2:], groups, stride, padding, dilation)
+        image, moves, factors = self._dense(input, offset, mask)
+        kernels = by_tap(weight, groups, image.dtype)
+        grads = self._by_channel(grad, image.dtype).view(-1, groups, grad.shape[1] // groups)
         by_image = torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
         by_offset, by_mask = torch.empty_like(moves), None if factors is None else torch.empty_like(factors)
-        for first, columns in self._chunks(len(grads), input, geometry):
+        for first, columns in self._chunks(len(grads), image, geometry):
             part = grads[first : first + columns.shape[1]].transpose(0, 1)
             torch.bmm(part, kernels, out=columns.flatten(2))
             self.gradients(columns, image, moves, factors, geometry, first, by_image, by_offset, by_mask)
         return (
-            _by_position(by_image, input),
-            by_offset.contiguous(memory_format=memory_format(offset)),
-            offset.new_empty(0)
-            if mask is None or by_mask is None
-            else by_mask.contiguous(memory_format=memory_format(mask)),
+            self._by_position(by_image, input),
+            _like(by_offset, offset),
+            offset.new_empty(0) if mask is None or by_mask is None else _like(by_mask, mask),
         )
 
     def backward_weight(
@@ -131,15 +134,15 @@ class Columns:
         dilation: Sequence[int],
     ) -> Tensor:
         """The kernel of ``deform_conv2d_backward_weight``."""
-        geometry = _geometry(offset, kernel_size, groups, stride, padding, dilation)
-        image, offset, mask = _by_channel(input), offset.contiguous(), None if mask is None else mask.contiguous()
+        geometry = geometry_of(offset, kernel_size, groups, stride, padding, dilation)
+        image, offset, mask = self._dense(input, offset, mask)
         per_group = grad.shape[1] // groups
-        grads = _by_channel(grad).view(-1, groups, per_group).to(self._dtype(grad))
+        grads = self._by_channel(grad, image.dtype).view(-1, groups, per_group)
         total = grads.new_zeros(
             (groups, per_group, geometry.taps * input.shape[1] // groups),
             dtype=torch.promote_types(grad.dtype, torch.float32),
         )
-        for first, columns in self._chunks(len(grads), input, geometry):
+        for first, columns in self._chunks(len(grads), image, geometry):
             self.sample(image, offset, mask, geometry, first, columns)
             part = grads[first : first + columns.shape[1]].permute(1, 2, 0)
             if total.dtype == columns.dtype:
@@ -149,23 +152,42 @@ class Columns:
         by_weight: Tensor = total.view(groups * per_group, geometry.taps, -1).mT.unflatten(2, geometry.kernel_size)
         return by_weight.to(grad.dtype).contiguous(memory_format=memory_format(grad))
 
-    def _dtype(self, tensor: Tensor) -> torch.dtype:
-        return torch.promote_types(tensor.dtype, torch.float32) if self.widen else tensor.dtype
+    def _dense(self, input: Tensor, offset: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the kernels take for them."""
+        dtype = torch.promote_types(input.dtype, torch.float32) if self.widen else input.dtype
+        return (
+            self._by_channel(input, dtype),
+            offset.to(dtype).contiguous(),
+            None if mask is None else mask.to(dtype).contiguous(),
+        )
 
-    def _chunks(self, positions: int, input: Tensor, geometry: Geometry) -> Iterator[tuple[int, Tensor]]:
+    def _by_channel(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """(N, C, H, W) -> (N, H, W, C), contiguous."""
+        tensor = tensor.to(dtype)
+        if tensor.is_contiguous(memory_format=torch.channels_last):
+            return tensor.permute(0, 2, 3, 1).contiguous()
+        transposed: Tensor = self.transpose(tensor.flatten(2)).unflatten(1, tensor.shape[2:])
+        return transposed
+
+    def _by_position(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, C, H, W), in the dtype and memory format of ``like``."""
+        if memory_format(like) == torch.channels_last:
+            return _like(tensor.permute(0, 3, 1, 2), like)
+        return _like(self.transpose(tensor.flatten(1, 2)).unflatten(2, tensor.shape[1:3]), like)
+
+    def _chunks(self, positions: int, image: Tensor, geometry: Geometry) -> Iterator[tuple[int, Tensor]]:
         """The first position of each chunk, and memory for its columns, the same for all."""
-        shape = (geometry.taps, input.shape[1] // geometry.groups)
-        dtype = self._dtype(input)
-        at_once = max(1, self.most_bytes // (geometry.taps * input.shape[1] * dtype.itemsize))
+        shape = (geometry.taps, image.shape[3] // geometry.groups)
+        at_once = max(1, self.most_bytes // (geometry.taps * image.shape[3] * image.element_size()))
         # Chunks of like sizes: the last would be a short one that keeps the device half idle.
         at_once = -(-positions // -(-positions // at_once))
-        memory = input.new_empty((geometry.groups * min(at_once, positions), *shape), dtype=dtype)
+        memory = image.new_empty((geometry.groups * min(at_once, positions), *shape))
         for first in range(0, positions, at_once):
             count = min(at_once, positions - first)
             yield first, memory[: geometry.groups * count].view(geometry.groups, count, *shape)
 
 
-def _geometry(
+def geometry_of(
     offset: Tensor,
     kernel_size: Sequence[int],
     groups: int,
@@ -173,6 +195,7 @@ def _geometry(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Geometry:
+    """The geometry, from what an operator is given."""
     rows, columns = kernel_size
     return Geometry(
         (rows, columns),
@@ -184,16 +207,10 @@ def _geometry(
     )
 
 
-def _by_tap(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+def by_tap(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """(C_out, C / G, kh, kw) -> (G, C_out / G, K * C / G), in the order of the columns."""
     return weight.flatten(2).mT.to(dtype).reshape(groups, weight.shape[0] // groups, -1)
 
 
-def _by_channel(tensor: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H, W, C), contiguous."""
-    return tensor.permute(0, 2, 3, 1).contiguous()
-
-
-def _by_position(tensor: Tensor, like: Tensor) -> Tensor:
-    """(N, H, W, C) -> (N, C, H, W), in the dtype and memory format of ``like``."""
-    return tensor.permute(0, 3, 1, 2).to(like.dtype).contiguous(memory_format=memory_format(like))
+def _like(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(like.dtype).contiguous(memory_format=memory_format(like))

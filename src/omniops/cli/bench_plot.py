@@ -1,4 +1,4 @@
-"""The picture of ``omniops bench``: bars of time, a row of panels for each operator and shape."""
+"""The picture of ``omniops bench``: times as dots, a row of panels for each operator and shape."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from omniops.cli.common import digits
 from omniops.cli.timing import CALL, GRAPH
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
     from omniops.cli.bench import Result
@@ -25,22 +26,34 @@ def draw(results: list[Result], subtitle: str, origin: str, path: Path) -> None:
     mode = GRAPH if any(result.mode == GRAPH for result in results) else CALL
     shown = [result for result in results if result.mode in (mode, "") and result.median_ms is not None]
     rows = list(dict.fromkeys((result.operator, result.shape) for result in shown))
-    bars = (
+    names = (
         max(len({result.contender for result in shown if (result.operator, result.shape) == row}) for row in rows) - 1
     )
     dtypes = list(dict.fromkeys(result.dtype for result in shown))
-    height = 0.9 + 0.21 * (len(dtypes) + 0.8) * bars
-    figure = Figure(figsize=(12, 1.1 + height * len(rows)), dpi=150, layout="constrained")
-    panels = figure.subplots(len(rows), len(DIRECTIONS), squeeze=False)
+    height = 0.9 + 0.21 * (len(dtypes) + 0.8) * names
+    figure = Figure(figsize=(12, 1.4 + height * len(rows)), dpi=150, layout="constrained")
+    grid = figure.add_gridspec(1 + len(rows), len(DIRECTIONS), height_ratios=[0.3, *[height] * len(rows)])
+    panels = [
+        [figure.add_subplot(grid[1 + row, column]) for column in range(len(DIRECTIONS))] for row in range(len(rows))
+    ]
     for (operator, shape), axes in zip(rows, panels, strict=True):
         for direction, axis in zip(DIRECTIONS, axes, strict=True):
             here = [
                 each for each in shown if (each.operator, each.shape, each.direction) == (operator, shape, direction)
             ]
-            _panel(axis, here, dtypes)
+            if not here:  # no gradients
+                axis.set_visible(False)
+                continue
+            _panel(axis, here)
             axis.set_title(f"{operator} {shape}, {direction}", fontsize=10, loc="left")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, fontsize=9)
+    named: dict[str, Artist] = {}
+    for axis in (axis for axes in panels for axis in axes):
+        handles, labels = axis.get_legend_handles_labels()
+        named.update(zip(labels, handles, strict=True))
+    # A row of its own, for beside the title or the footnote it would lie over them.
+    legend = figure.add_subplot(grid[0, :])
+    legend.set_axis_off()
+    legend.legend(list(named.values()), list(named), loc="center", ncols=len(named), frameon=False, fontsize=9)
     what = "kernels' own time" if mode == GRAPH else "time of a call"
     figure.suptitle(f"{what[0].upper()}{what[1:]}, median and quartiles, less is better\n{subtitle}", fontsize=11)
     if origin:
@@ -48,7 +61,8 @@ def draw(results: list[Result], subtitle: str, origin: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def _panel(axis: Axes, results: list[Result], dtypes: list[str]) -> None:
+def _panel(axis: Axes, results: list[Result]) -> None:
+    dtypes = list(dict.fromkeys(each.dtype for each in results))
     names = list(dict.fromkeys(each.contender for each in results if each.contender != FLOOR))
     step = len(dtypes) + 0.8
     longest = max((each.median_ms or 0 for each in results), default=1)
@@ -67,23 +81,27 @@ def _panel(axis: Axes, results: list[Result], dtypes: list[str]) -> None:
             whiskers = None
             if each.lower_quartile_ms is not None and each.upper_quartile_ms is not None:
                 whiskers = [[each.median_ms - each.lower_quartile_ms], [each.upper_quartile_ms - each.median_ms]]
-            axis.barh(
-                y, each.median_ms, 0.85, xerr=whiskers, ecolor="#333333", color=colour if each.measured else "white",
-                edgecolor=colour, hatch=None if each.measured else "////",
-                label=dtype if each.contender == OURS else None,
+            # A dot, not a bar: on a logarithmic axis the length of a bar says nothing.
+            axis.errorbar(
+                each.median_ms, y, xerr=whiskers, fmt="o", ms=5, color=colour, mfc=colour if each.measured else "white",
+                capsize=2, label=dtype if each.contender == OURS else None,
             )  # fmt: skip
             axis.annotate(
-                f"{digits(each.median_ms)} ms", (max(each.median_ms, each.upper_quartile_ms or 0), y), xytext=(4, 0),
+                digits(each.median_ms), (max(each.median_ms, each.upper_quartile_ms or 0), y), xytext=(6, 0),
                 textcoords="offset points", va="center", fontsize=7.5,
             )  # fmt: skip
     starred = {each.contender for each in results if not each.measured}
     axis.set_yticks(
         [i * step + (len(dtypes) - 1) / 2 for i in range(len(names))],
-        [f"{name}*" if name in starred else name for name in names],
+        [f"{name}*".replace(", ", ",\n") if name in starred else name for name in names],
         fontsize=9,
     )
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.set_xlim(right=longest * 3)
+    axis.set_xlabel("ms", fontsize=8, labelpad=0)
     axis.tick_params(axis="x", labelsize=8)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.grid(axis="x", color="#dddddd")
+    axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from omniops import device as devices
 from omniops.backends import BACKENDS, cpu, reference
-from omniops.cli.common import dtype_name, output
+from omniops.cli import cases
+from omniops.cli.common import EXTRAS, dtype_name, missing_packages, output
 
 PACKAGES = ("omniops", "torch", "numpy", "triton")
 
@@ -44,12 +45,12 @@ def doctor() -> None:
         for device_type in ("cpu", "cuda", "mps", *sorted(types - {"cpu", "cuda", "mps"})):
             backend = serving(operator, device_type)
             found = "yes" if device_type in types else "no"
-            table.add_row(operator, device_type, found, backend.TITLE, _names(backend.DTYPES))
-        table.add_row(operator, "any other", "", reference.TITLE, _names(reference.DTYPES))
+            table.add_row(operator, device_type, found, backend.TITLE, _names(cases.dtypes(operator, backend)))
+        table.add_row(operator, "any other", "", reference.TITLE, _names(cases.dtypes(operator, reference)))
     console.print(table)
 
-    for sentence in missing(types):
-        console.print(sentence, style="yellow", soft_wrap=True)
+    for sentence in [*missing(types), *missing_extras()]:
+        console.print(sentence, style="yellow", markup=False, soft_wrap=True)
 
 
 def operators() -> list[str]:
@@ -73,7 +74,9 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, str]:
     """The machine in words, its CPU and the instruction set that the C++ kernels use on it."""
-    words = {"machine": f"{platform.system()} on {platform.machine()}, {os.cpu_count()} CPUs"}
+    macos = platform.mac_ver()[0]
+    system = f"macOS {macos}" if macos else platform.system()
+    words = {"machine": f"{system} on {platform.machine()}, {os.cpu_count()} CPUs"}
     if cpu.AVAILABLE:
         compiled = import_module("omniops._C")
         words["instruction set"] = f"{compiled.instruction_set()}, of the C++ kernels"
@@ -93,6 +96,17 @@ def missing(device_types: Iterable[str]) -> list[str]:
         for backend in BACKENDS
         if not backend.AVAILABLE and backend is not cpu and _serves(backend, device_type)
     ]
+    return sentences
+
+
+def missing_extras() -> list[str]:
+    """For each extra that is not installed completely: what is missing, and the command that installs it."""
+    sentences = []
+    for extra in EXTRAS:
+        packages = missing_packages(extra)
+        if packages:
+            verb = "is" if len(packages) == 1 else "are"
+            sentences.append(f"{' and '.join(packages)} {verb} not installed: pip install 'omniops[{extra}]'")
     return sentences
 
 

@@ -1,10 +1,28 @@
 """What ``selftest`` and ``bench`` know of each operator: one file an operator, named as it is.
 
 A file holds NAME (the operator's), ``checks()`` for selftest, and for bench ``shapes(device_type, quick)``,
-``contenders(shape, dtype, device)``, ``traffic(shape)`` (the elements that each direction must at least read and write)
-and GOALS. Everything else, dtypes and kernels among it, the dispatcher and the backends say.
+``contenders(shape, dtype, device)``, ``traffic(shape)`` (the elements that each direction must at least read and write;
+an operator without gradients has one direction) and GOALS. Everything else, dtypes and kernels among it, the dispatcher
+and the backends say. An operator whose dtypes are not those of its backends has them in DTYPES, and those to be timed
+in TIMED_DTYPES.
 """
 
-from omniops.cli.cases import carafe
+from types import ModuleType
 
-CASES = (carafe,)
+import torch
+
+from omniops.cli.cases import carafe, connected_components
+
+CASES = (carafe, connected_components)
+
+
+def dtypes(operator: str, backend: ModuleType) -> tuple[torch.dtype, ...]:
+    """The dtypes in which a backend serves an operator."""
+    own = {case.NAME: getattr(case, "DTYPES", ()) for case in CASES}
+    return own.get(operator) or tuple(backend.DTYPES)
+
+
+def timed_dtypes(case: ModuleType, backend: ModuleType) -> tuple[torch.dtype, ...]:
+    """Those that are timed: nobody waits for float64."""
+    default = tuple(dtype for dtype in dtypes(case.NAME, backend) if dtype != torch.float64)
+    return getattr(case, "TIMED_DTYPES", default)

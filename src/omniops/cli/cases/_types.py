@@ -24,12 +24,15 @@ class Check:
 
     label: str
     """The shape in words."""
-    operator: Callable[..., Tensor]
+    operator: Callable[..., Tensor | tuple[Tensor, ...]]
     """The public function, of the inputs alone."""
-    oracle: Callable[..., Tensor]
-    """The same in plain PyTorch, differentiable: called with float64 inputs on the CPU."""
+    oracle: Callable[..., Tensor | tuple[Tensor, ...]]
+    """The same in plain PyTorch, on the CPU. Floating inputs come in float64, and it is differentiable in them; what it
+    makes of integers is exact."""
     inputs: dict[str, Tensor]
-    """Name and value, float64 on the CPU, in the memory layout that the operator shall get."""
+    """Name and value on the CPU, in the memory layout that the operator shall get, float64 or int64."""
+    results: tuple[str, ...] = ("result",)
+    """The names of what the operator returns."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Contender:
 
     name: str
     forward: Callable[[], object]
-    both: Callable[[], object]
+    both: Callable[[], object] | None = None
+    """None where the operator has no gradients."""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ GOALS = (
     Goal("both ways at most 3x bilinear both ways", "cpu", BOTH, "bilinear", BOTH, 3, (_LARGE_ON_CPU,)),
     Goal("both ways at most 3x bilinear forward", "cpu", BOTH, "bilinear", FORWARD, 3, (_LARGE_ON_CPU,)),
 )
-"""The lines of the project's design; they name an H200 and two CPU threads."""
+"""The project's goals; they are for an H200 and two CPU threads, so only benchmarks/ judges them."""
 
 
 def shapes(device_type: str, quick: bool) -> tuple[Shape, ...]:

@@ -1,0 +1,7 @@
+#pragma once
+
+namespace omniops {
+
+enum class Dtype { float64, float32, float16, bfloat16 };
+
+}  // namespace omniops

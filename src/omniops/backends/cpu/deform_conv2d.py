@@ -1,0 +1,91 @@
+"""Deformable convolution in C++; ``omniops.ops.deform_conv2d`` has the formula, ``csrc/deform_conv2d.h`` the kernels'
+contract.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import omniops._C as _C
+from omniops.backends.columns import Columns, Geometry
+
+_DTYPES = {torch.float64: _C.Dtype.float64, torch.float32: _C.Dtype.float32}
+
+
+def _sample(
+    image: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometry, first: int, columns: Tensor
+) -> None:
+    _C.deform_conv2d_sample(
+        _geometry(image, offset, geometry, first, columns),
+        _DTYPES[image.dtype],
+        image.data_ptr(),
+        offset.data_ptr(),
+        _address(mask),
+        columns.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def _gradients(
+    by_columns: Tensor,
+    image: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    geometry: Geometry,
+    first: int,
+    by_image: Tensor,
+    by_offset: Tensor,
+    by_mask: Tensor | None,
+) -> None:
+    _C.deform_conv2d_gradients(
+        _geometry(image, offset, geometry, first, by_columns),
+        _DTYPES[image.dtype],
+        by_columns.data_ptr(),
+        image.data_ptr(),
+        offset.data_ptr(),
+        _address(mask),
+        by_image.data_ptr(),
+        by_offset.data_ptr(),
+        _address(by_mask),
+        torch.get_num_threads(),
+    )
+
+
+def _geometry(
+    image: Tensor, offset: Tensor, geometry: Geometry, first: int, columns: Tensor
+) -> _C.DeformConv2dGeometry:
+    return _C.DeformConv2dGeometry(
+        image.shape[3],
+        image.shape[1:3],
+        offset.shape[2:],
+        geometry.kernel_size,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups,
+        geometry.offset_groups,
+        first,
+        columns.shape[1],
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _transpose(matrices: Tensor) -> Tensor:
+    n, rows, columns = matrices.shape
+    out = matrices.new_empty(n, columns, rows)
+    # One by one: PyTorch goes through a matrix block by block, but through a batch of them row by row.
+    for matrix, transposed in zip(matrices, out, strict=True):
+        transposed.copy_(matrix.mT)
+    return out
+
+
+# Columns of 8 MiB: kernels and products find each other's in the caches, and there are few turns between them.
+_COLUMNS = Columns(sample=_sample, gradients=_gradients, most_bytes=2**23, widen=True, transpose=_transpose)
+
+deform_conv2d = _COLUMNS.forward
+deform_conv2d_backward_data = _COLUMNS.backward_data
+deform_conv2d_backward_weight = _COLUMNS.backward_weight

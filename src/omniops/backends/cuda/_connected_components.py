@@ -1,0 +1,239 @@
+# mypy: ignore-errors
+# (Triton's language, not Python's)
+"""The Triton kernels of connected components: union-find over the runs of a bitmap.
+
+A mask becomes a bitmap with 32 pixels of a row in a word. A run is a maximal row of foreground pixels *within a word*;
+it is known by the node of its first pixel, 1 + y * W + x, which is what its label would be. While the kernels work,
+``labels`` at a run's first pixel holds the node of its parent, an earlier run of the same component or itself, and
+``counts`` there its length; the other pixels are not touched before the end. So there is no memory besides the results
+and the bitmap, an eighth of a byte a pixel. The kernels, each over all words of all images:
+
+    pack_mask     the bitmap
+    link_runs     each run's parent: the run that it continues from the word on the left, else the first run that it
+                  touches above, else itself. No two threads write one parent, so there are no atomics; most links are
+                  made here
+    flatten_runs  each run's parent becomes the root. All runs jump at once to their parents' parents, so a chain of
+                  length n takes about log n steps
+    merge_runs    the other touching runs: the later of two roots is pointed to the earlier one by atomic_min. If that
+                  one had got another parent meanwhile, this parent is merged too (Komura 2015, Playne and Hawick 2018)
+    flatten_runs  again, and each run adds its length to the count of its root
+    write_result  labels and counts of every pixel
+
+Parents only ever become smaller, and those of a component are of that component: a value read late, from whatever
+cache, costs a step and nothing else. The roots are the first nodes of the components, so the result is canonical.
+
+A program owns BLOCK words of one image, in the first and the last kernel their pixels. A lane is a word, and works
+through its runs one after the other. Bits are in int64, so that neither a run's carry nor a shift leaves the number.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _any(condition):
+    return tl.max(condition.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def _log2(x):
+    """floor(log2(x)) from the exponent of a float, -127 for 0. x has no bit below its highest, so none rounds it up."""
+    return (x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def _first_of_run(word, column):
+    """The column of the first pixel of the run that has ``column`` in it."""
+    gaps = ~word & ((tl.full(column.shape, 1, word.dtype) << column) - 1)
+    return tl.maximum(_log2(gaps & ~(gaps >> 1)), -1) + 1
+
+
+@triton.jit
+def _words(height, words, BLOCK: tl.constexpr):
+    """This program's image and words, their rows and places in the rows, and whether they exist."""
+    blocks = tl.cdiv(height * words, BLOCK)
+    program = tl.program_id(0)
+    word = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    return (program // blocks).to(tl.int64), word, word // words, word % words, (word >= 0) & (word < height * words)
+
+
+@triton.jit
+def _load(bits, exists):
+    return tl.load(bits, mask=exists, other=0).to(tl.int64) & 0xFFFFFFFF
+
+
+@triton.jit
+def _parent(labels, node, active):
+    return tl.load(labels + node, mask=active, other=0, cache_modifier=".cg")
+
+
+@triton.jit
+def _root(labels, node, active):
+    parent = _parent(labels, node, active)
+    moving = active & (parent != node)
+    while _any(moving):
+        node = tl.where(moving, parent, node)
+        parent = _parent(labels, node, moving)
+        moving = moving & (parent != node)
+    return node
+
+
+@triton.jit
+def _unite(labels, a, b, active):
+    while _any(active):
+        a = _root(labels, a, active)
+        b = _root(labels, b, active)
+        active = active & (a != b)
+        later = tl.maximum(a, b)
+        b = tl.minimum(a, b)
+        a = tl.atomic_min(labels + later, b, mask=active, sem="relaxed")
+        active = active & (a != later)
+
+
+@triton.jit
+def pack_mask(mask, bits, height, width, words, BLOCK: tl.constexpr):
+    image, word, y, k, exists = _words(height, words, BLOCK)
+    mask += image * height * width
+    bits += image * height * words
+    column = tl.arange(0, 32)[None, :]
+    x = k[:, None] * 32 + column
+    value = tl.load(mask + (y[:, None] * width + x), mask=exists[:, None] & (x < width), other=0)
+    tl.store(bits + word, tl.sum((value != 0).to(tl.int32) << column, axis=1), mask=exists)
+
+
+@triton.jit
+def link_runs(bits, labels, counts, height, width, words, DIAGONALS: tl.constexpr, BLOCK: tl.constexpr):
+    image, word, y, k, exists = _words(height, words, BLOCK)
+    bits += image * height * words + word
+    labels += image * height * width - 1
+    counts += image * height * width - 1
+    has_above = exists & (y > 0)
+    rest = _load(bits, exists)
+    left = _load(bits - 1, exists & (k > 0))
+    above = _load(bits - words, has_above)
+    around = above << 1  # bit c + 1: column c of the row above, from -1 to 32
+    above_left = tl.zeros_like(above)
+    if DIAGONALS:
+        above_left = _load(bits - words - 1, has_above & (k > 0))
+        around |= above_left >> 31 | (_load(bits - words + 1, has_above & (k + 1 < words)) & 1) << 33
+    last = tl.full((BLOCK,), 31, tl.int64)
+    left_first = _first_of_run(left, last) - 32
+    above_left_first = _first_of_run(above_left, last) - 32
+    one = tl.full((BLOCK,), 1, tl.int64)
+    origin = y * width + k * 32 + 1
+    while _any(rest != 0):
+        active = rest != 0
+        low = tl.where(active, rest & -rest, 1)
+        past = rest + low  # carries through the run to the bit after it
+        first = _log2(low)
+        end = _log2(past & -past)
+        if DIAGONALS:
+            touching = around & ((one << (end + 2)) - (one << first))
+        else:
+            touching = around & ((one << (end + 1)) - (one << (first + 1)))
+        column = _log2(tl.where(touching != 0, touching & -touching, 2)) - 1
+        touched = _first_of_run(above, tl.minimum(tl.maximum(column, 0), 31).to(tl.int64))
+        touched = tl.where(column < 0, above_left_first, tl.where(column > 31, 32, touched))
+        parent = tl.where(touching != 0, touched - width, first)
+        parent = tl.where((first == 0) & (left >> 31 != 0), left_first, parent)
+        tl.store(labels + (origin + first), origin + parent, mask=active)
+        tl.store(counts + (origin + first), end - first, mask=active)
+        rest = past & (past - 1)
+
+
+@triton.jit
+def flatten_runs(bits, labels, counts, height, width, words, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    image, word, y, k, exists = _words(height, words, BLOCK)
+    labels += image * height * width - 1
+    counts += image * height * width - 1
+    rest = _load(bits + image * height * words + word, exists)
+    origin = y * width + k * 32 + 1
+    while _any(rest != 0):
+        active = rest != 0
+        low = tl.where(active, rest & -rest, 1)
+        past = rest + low
+        first = _log2(low)
+        node = origin + first
+        root = _parent(labels, node, active)
+        above = _parent(labels, root, active)
+        moving = active & (above != root)
+        while _any(moving):
+            root = tl.where(moving, above, root)
+            tl.store(labels + node, root, mask=moving)  # at once, for those whose way leads through here
+            above = _parent(labels, root, moving)
+            moving = moving & (above != root)
+        if COUNT:
+            counted = active & (root != node)
+            length = tl.where(counted, _log2(past & -past) - first, 0)
+            lowest = tl.min(tl.where(counted, root, 2147483647), axis=0)
+            if lowest == tl.max(tl.where(counted, root, 0), axis=0):
+                # One component, as inside of a large one, whose pixels would else all add to one address.
+                tl.atomic_add(counts + lowest, tl.sum(length, axis=0), sem="relaxed")
+            else:
+                tl.atomic_add(counts + root, length, mask=counted, sem="relaxed")
+        rest = past & (past - 1)
+
+
+@triton.jit
+def merge_runs(bits, labels, height, width, words, DIAGONALS: tl.constexpr, BLOCK: tl.constexpr):
+    """Each two runs that touch meet here once, at the first column where they do."""
+    image, word, y, k, exists = _words(height, words, BLOCK)
+    bits += image * height * words + word
+    labels += image * height * width - 1
+    has_above = exists & (y > 0)
+    here = _load(bits, has_above)
+    left = _load(bits - 1, has_above & (k > 0))
+    above = _load(bits - words, has_above)
+    above_left = _load(bits - words - 1, has_above & (k > 0))
+    origin = y * width + k * 32 + 1
+    both = here & above
+    meetings = both & ~(both << 1 | (left & above_left) >> 31)
+    while _any(meetings != 0):
+        active = meetings != 0
+        column = _log2(tl.where(active, meetings & -meetings, 1)).to(tl.int64)
+        below_first = _first_of_run(here, column)
+        above_first = _first_of_run(above, column)
+        _unite(labels, origin + below_first, origin - width + above_first, active)
+        meetings &= meetings - 1
+    if DIAGONALS:
+        right = _load(bits + 1, has_above & (k + 1 < words))
+        above_right = _load(bits - words + 1, has_above & (k + 1 < words))
+        alone = here & ~above
+        above_left_first = _first_of_run(above_left, tl.full((BLOCK,), 31, tl.int64)) - 32
+        # Above on the left: the run below begins here.
+        meetings = alone & (above << 1 | above_left >> 31) & ~(here << 1 | left >> 31)
+        while _any(meetings != 0):
+            active = meetings != 0
+            column = _log2(tl.where(active, meetings & -meetings, 1))
+            above_first = _first_of_run(above, tl.maximum(column - 1, 0).to(tl.int64))
+            above_first = tl.where(column == 0, above_left_first, above_first)
+            _unite(labels, origin + column, origin - width + above_first, active)
+            meetings &= meetings - 1
+        # Above on the right: the run above begins there.
+        meetings = alone & (above >> 1 | (above_right & 1) << 31) & ~(here >> 1 | (right & 1) << 31)
+        while _any(meetings != 0):
+            active = meetings != 0
+            column = _log2(tl.where(active, meetings & -meetings, 1))
+            below_first = _first_of_run(here, column.to(tl.int64))
+            _unite(labels, origin + below_first, origin - width + (column + 1), active)
+            meetings &= meetings - 1
+
+
+@triton.jit
+def write_result(bits, labels, counts, height, width, words, BLOCK: tl.constexpr):
+    image, word, y, k, exists = _words(height, words, BLOCK)
+    labels += image * height * width
+    counts += image * height * width
+    here = tl.load(bits + image * height * words + word, mask=exists, other=0)[:, None]
+    column = tl.arange(0, 32)[None, :]
+    pixel = y[:, None] * width + k[:, None] * 32
+    foreground = (here >> column) & 1 != 0
+    first = _first_of_run(tl.broadcast_to(here, (BLOCK, 32)), tl.broadcast_to(column, (BLOCK, 32)))
+    # Others read what is at a run's first pixel while its own lane writes it anew: the same label, the same count.
+    label = tl.load(labels + (pixel + first), mask=foreground, other=0)
+    count = tl.load(counts - 1 + label, mask=foreground, other=0)
+    inside = exists[:, None] & (k[:, None] * 32 + column < width)
+    tl.store(labels + (pixel + column), label, mask=inside)
+    tl.store(counts + (pixel + column), count, mask=inside)

@@ -1,0 +1,132 @@
+"""Connected components of masks, and what SAM 2's post-processing makes of them: holes filled, specks removed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omniops.ops import _checks
+from omniops.ops._library import Result, define
+
+_FILLED, _REMOVED = 0.1, -0.1
+"""The logits of what was filled, as sam2's fill_holes_in_mask_scores sets them, and of what was removed."""
+
+
+def connected_components(mask: Tensor, connectivity: int = 8) -> tuple[Tensor, Tensor]:
+    """Label the connected components of each mask and count their pixels.
+
+    The labels are canonical, the same on every device: a component's label is 1 + the smallest flat index y * W + x
+    among its pixels. They are unique within a mask but not consecutive; ``unique(return_inverse=True)`` numbers them.
+
+    Args:
+        mask: (N, 1, H, W), bool or any integer dtype, in any memory layout. What is not zero is foreground.
+        connectivity: 8, where pixels that touch at a corner are connected, or 4, where only those that share a side
+            are.
+
+    Returns:
+        ``labels`` and ``counts``, both (N, 1, H, W) in int32: each pixel's label, and the number of pixels in its
+        component. Both are 0 on the background.
+
+    Raises:
+        TypeError: for an argument of the wrong type or dtype.
+        ValueError: for a wrong shape or connectivity, or masks of 2**31 pixels or more.
+    """
+    _checks.tensor(mask=mask)
+    _checks.integer(connectivity=connectivity)
+    labels, counts = _connected_components(mask, connectivity)
+    return labels, counts
+
+
+def fill_holes(mask_logits: Tensor, max_area: int) -> Tensor:
+    """Fill the small holes of masks, as sam2's ``fill_holes_in_mask_scores``.
+
+    A hole is an 8-connected component of the background, where the logit is not above 0. Its logits become 0.1.
+
+    Args:
+        mask_logits: (..., H, W), floating, foreground where it is above 0.
+        max_area: the area in pixels up to which holes are filled, at least 1.
+
+    Returns:
+        A tensor like ``mask_logits``; gradients reach the pixels that it left alone.
+
+    Raises:
+        TypeError: for an argument of the wrong type or dtype.
+        ValueError: for a wrong shape or number.
+    """
+    _checks.tensor(mask_logits=mask_logits)
+    _checks.integer(max_area=max_area)
+    if not mask_logits.is_floating_point():
+        raise TypeError(f"mask_logits must be of a floating dtype, got {_dtype(mask_logits)}")
+    background = mask_logits <= 0
+    return torch.where(background & (_areas("mask_logits", background) <= max_area), _FILLED, mask_logits)
+
+
+def remove_small_components(mask: Tensor, min_area: int) -> Tensor:
+    """Remove the small specks of masks: 8-connected components of the foreground with less than ``min_area`` pixels.
+
+    Args:
+        mask: (..., H, W). bool or an integer dtype, foreground where it is not zero: what is removed becomes 0. Or
+            logits in a floating dtype, foreground where they are above 0: what is removed becomes -0.1.
+        min_area: the area in pixels from which components stay, at least 1.
+
+    Returns:
+        A tensor like ``mask``; gradients reach the pixels that it left alone.
+
+    Raises:
+        TypeError: for an argument of the wrong type or dtype.
+        ValueError: for a wrong shape or number.
+    """
+    _checks.tensor(mask=mask)
+    _checks.integer(min_area=min_area)
+    removed: float | bool = _REMOVED
+    if mask.is_floating_point():
+        foreground = mask > 0
+    else:
+        _check_integers("mask", mask)
+        foreground, removed = mask != 0, False  # which, unlike 0, no dtype is promoted by
+    return torch.where(foreground & (_areas("mask", foreground) < min_area), removed, mask)
+
+
+def _areas(name: str, foreground: Tensor) -> Tensor:
+    """The area of each pixel's component; foreground: (..., H, W)."""
+    if foreground.dim() < 2:
+        raise ValueError(f"{name} must have at least 2 dimensions (..., H, W), got shape {tuple(foreground.shape)}")
+    masks = foreground[None] if foreground.dim() == 2 else foreground.flatten(0, -3)
+    return connected_components(masks[:, None])[1].view(foreground.shape)
+
+
+def _check_integers(name: str, value: Tensor) -> None:
+    if value.is_floating_point() or value.is_complex() or value.is_quantized:
+        raise TypeError(
+            f"{name} must be bool or of an integer dtype, got {_dtype(value)}: "
+            f"compare it with a threshold first, as in {name} > 0"
+        )
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _results(mask: Tensor, connectivity: int) -> list[Result]:
+    _check_integers("mask", mask)
+    _checks.four_dimensional(mask=mask)
+    n, c, h, w = mask.shape
+    if c != 1:
+        raise ValueError(
+            f"mask must have shape (N, 1, H, W), got {tuple(mask.shape)}: "
+            "make a batch of the channels with mask.flatten(0, 1).unsqueeze(1)"
+        )
+    if connectivity not in (4, 8):
+        raise ValueError(f"connectivity must be 4 or 8, got {connectivity}")
+    if h * w >= 2**31:
+        raise ValueError(
+            f"mask must have H * W below 2**31, as labels are int32, got shape {tuple(mask.shape)}: cut it into tiles"
+        )
+    return [Result((n, 1, h, w), like=mask, dtype=torch.int32)] * 2
+
+
+_connected_components = define(
+    "connected_components(Tensor mask, int connectivity) -> (Tensor labels, Tensor counts)",
+    file="connected_components",
+    results=_results,
+)

@@ -1,0 +1,303 @@
+"""The kernels of connected components on every backend of this machine, against SciPy's labels made canonical.
+
+The Metal kernels are here on a Mac; elsewhere tests/metal runs them in the emulator. The Triton kernels run on the GPU
+where there is one, else in Triton's interpreter, on small masks.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from omniops.backends import cpu
+
+CONNECTIVITIES = pytest.mark.parametrize("connectivity", [4, 8])
+DTYPES = [
+    getattr(torch, name)
+    for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64")
+    if hasattr(torch, name)
+]
+
+
+def backend_devices():
+    yield pytest.param("reference", "cpu", id="reference")
+    missing = pytest.mark.skipif(not cpu.AVAILABLE, reason="the C++ module is not built")
+    yield pytest.param("cpu", "cpu", id="cpu", marks=missing)
+    missing = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+    if torch.cuda.is_available():
+        yield pytest.param("cuda", "cuda", id="cuda", marks=missing)
+    else:
+        yield pytest.param("cuda", "cpu", id="cuda-interpreted", marks=missing)
+    if torch.backends.mps.is_available():
+        yield pytest.param("mps", "mps", id="mps")
+
+
+BACKENDS = pytest.mark.parametrize(("backend", "device"), list(backend_devices()))
+
+
+def interpreted(backend, device):
+    return backend == "cuda" and device == "cpu"
+
+
+def kernel(backend):
+    return import_module(f"omniops.backends.{backend}.connected_components").connected_components
+
+
+def oracle(mask, connectivity):
+    """SciPy's labels of each (H, W), renamed to 1 + the first flat index of the component, and its areas."""
+    labels, counts = np.zeros(mask.shape, np.int64), np.zeros(mask.shape, np.int64)
+    for n, (image,) in enumerate(mask.numpy() != 0):
+        components, count = ndimage.label(image, np.ones((3, 3)) if connectivity == 8 else None)
+        first = np.zeros(count + 1, np.int64)
+        first[components.ravel()[::-1]] = np.arange(image.size, 0, -1)  # of several, the last assigned stays
+        area = np.bincount(components.ravel(), minlength=count + 1)
+        first[0] = area[0] = 0
+        labels[n, 0], counts[n, 0] = first[components], area[components]
+    return torch.from_numpy(labels), torch.from_numpy(counts)
+
+
+def assert_right(backend, device, mask, connectivity, layout=lambda mask: mask):
+    results = kernel(backend)(layout(mask.to(device)), connectivity)
+    for name, result, expected in zip(("labels", "counts"), results, oracle(mask, connectivity), strict=True):
+        assert result.dtype == torch.int32
+        assert result.shape == mask.shape
+        assert result.is_contiguous()
+        wrong = (result.cpu() != expected).nonzero()
+        assert not len(wrong), f"{name} are wrong at {wrong[0].tolist()} and {len(wrong) - 1} more"
+
+
+def spiral(h, w):
+    """A line a pixel wide with a gap of as much between its turns."""
+    mask = torch.zeros(h, w, dtype=torch.bool)
+    for turn in range(0, (min(h, w) + 1) // 2, 2):
+        bottom, right = h - 1 - turn, w - 1 - turn
+        mask[turn, max(turn - 2, 0) : right + 1] = True
+        mask[turn : bottom + 1, right] = True
+        mask[bottom, turn : right + 1] = True
+        mask[turn + 2 : bottom + 1, turn] = True
+    return mask
+
+
+def noise(h, w, density, seed=0):
+    return torch.rand(h, w, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def adversarial(h, w):
+    y, x = torch.arange(h)[:, None], torch.arange(w)
+    masks = {
+        "all": torch.ones(h, w, dtype=torch.bool),
+        "none": torch.zeros(h, w, dtype=torch.bool),
+        "checkerboard": (y + x) % 2 == 0,
+        "other checkerboard": (y + x) % 2 == 1,
+        "comb": (x % 2 == 0) | (y == h - 1),  # the teeth meet last
+        "comb upside down": (x % 2 == 0) | (y == 0),
+        "comb to the left": (y % 2 == 0) | (x == w - 1),
+        "combs in each other": ((x % 4 == 0) & (y < h - 1)) | ((x % 4 == 2) & (y > 0)) | (y == 0) | (y == h - 1),
+        "zigzag": ((x + y) % 8 == 0) | ((x - y) % 8 == 4),
+        "rings": torch.minimum(torch.minimum(y, h - 1 - y), torch.minimum(x, w - 1 - x)) % 2 == 0,
+        "spiral": spiral(h, w),
+        "what the spiral leaves": ~spiral(h, w),
+        "mirrored spiral": spiral(h, w).flip(1),
+        "serpent": (y % 2 == 0) | ((x == w - 1) & (y % 4 == 1)) | ((x == 0) & (y % 4 == 3)),
+        "staircase": (x - y) % 3 == 0,
+        "other staircase": (x + y) % 3 == 0,
+    }
+    densities = (0.02, 0.3, 0.41, 0.5, 0.593, 0.7, 0.95)
+    return masks | {f"{density:.0%} noise": noise(h, w, density) for density in densities}
+
+
+@BACKENDS
+@CONNECTIVITIES
+def test_adversarial_masks(backend, device, connectivity):
+    shapes = [(11, 42)] if interpreted(backend, device) else [(18, 70), (131, 67), (64, 257)]
+    for h, w in shapes:
+        assert_right(backend, device, torch.stack(list(adversarial(h, w).values()))[:, None], connectivity)
+
+
+@BACKENDS
+@CONNECTIVITIES
+def test_large_adversarial_masks(backend, device, connectivity):
+    if interpreted(backend, device):
+        return  # it would take hours
+    side = 512 if backend == "reference" else 1025
+    for name in ("all", "checkerboard", "combs in each other", "spiral", "what the spiral leaves", "41% noise"):
+        assert_right(backend, device, adversarial(side, side)[name][None, None], connectivity)
+
+
+@BACKENDS
+def test_4096(backend, device):
+    if backend == "reference" or interpreted(backend, device):
+        return  # minutes
+    for mask, connectivity in ((spiral(4096, 4096), 4), (noise(4096, 4096, 0.593), 4), (noise(4096, 4096, 0.41), 8)):
+        assert_right(backend, device, mask[None, None], connectivity)
+
+
+@BACKENDS
+@CONNECTIVITIES
+@pytest.mark.parametrize(
+    ("h", "w"), [(1, 1), (1, 2), (1, 31), (1, 32), (1, 200), (97, 1), (2, 33), (3, 64), (4, 65), (5, 63), (70, 3)]
+)
+def test_thin_and_odd_shapes(backend, device, connectivity, h, w):
+    densities = (0.7,) if interpreted(backend, device) else (0.5, 0.8, 1.0)
+    masks = [noise(h, w, density, seed=seed) for seed, density in enumerate(densities)]
+    assert_right(backend, device, torch.stack(masks)[:, None], connectivity)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whatever_is_not_zero_is_foreground(backend, device, dtype):
+    if device == "mps" and dtype in (torch.uint16, torch.uint32, torch.uint64):
+        return  # the device has no such dtype
+    foreground = torch.stack([noise(9, 75, 0.5), noise(9, 75, 0.7)])[:, None]
+    if dtype == torch.bool:
+        values = [True]
+    else:
+        info = torch.iinfo(dtype)
+        # Each byte of a value on its own.
+        values = [1, info.min or info.max, *(1 << bit for bit in range(6, info.bits - 1, 8))]
+    value = torch.tensor(values, dtype=dtype)[torch.arange(foreground.numel()) % len(values)].view(foreground.shape)
+    mask = torch.where(foreground, value, torch.zeros((), dtype=dtype))
+    expected = oracle(foreground, 8)
+    for result, right in zip(kernel(backend)(mask.to(device), 8), expected, strict=True):
+        assert torch.equal(result.cpu().long(), right)
+
+
+def sliced(mask):
+    """The same values, every other element of a larger tensor along the last axis, off by one in memory."""
+    larger = mask.new_ones((*mask.shape[:-1], 2 * mask.shape[-1] + 1))
+    larger[..., 1::2] = mask
+    return larger[..., 1::2]
+
+
+def shifted(mask):
+    """The same values, contiguous, one element into a larger storage."""
+    storage = mask.new_ones(mask.numel() + 2)
+    storage[1:-1] = mask.flatten()
+    return storage[1:-1].view(mask.shape)
+
+
+LAYOUTS = {
+    "transposed": lambda mask: mask.mT.contiguous().mT,
+    "channels_last": lambda mask: mask.contiguous(memory_format=torch.channels_last),
+    "sliced": sliced,
+    "shifted": shifted,
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int16], ids=str)
+def test_layouts(backend, device, layout, dtype):
+    mask = torch.stack([noise(7, 66, 0.5), noise(7, 66, 0.6, seed=1)])[:, None].to(dtype)
+    assert_right(backend, device, mask, 8, LAYOUTS[layout])
+
+
+@BACKENDS
+def test_expanded_masks(backend, device):
+    mask = noise(7, 40, 0.5)[None, None]
+    once, thrice = (kernel(backend)(each.to(device), 4) for each in (mask, mask.expand(3, 1, 7, 40)))
+    assert all(torch.equal(a.expand_as(b), b) for a, b in zip(once, thrice, strict=True))
+
+
+@BACKENDS
+@hypothesis_settings(max_examples=60)
+@given(data=st.data())
+def test_any_mask(backend, device, data):
+    small = interpreted(backend, device)
+    n = data.draw(st.integers(1, 1 if small else 3))
+    h, w = (data.draw(st.integers(1, size)) for size in ((4, 40) if small else (24, 140)))
+    # Rows of words rather than pixels, so that what is drawn has structure where words meet.
+    rows = data.draw(st.lists(st.integers(0, 2**w - 1), min_size=n * h, max_size=n * h))
+    mask = torch.tensor([[row >> x & 1 for x in range(w)] for row in rows], dtype=torch.uint8).view(n, 1, h, w)
+    assert_right(backend, device, mask, data.draw(st.sampled_from((4, 8))))
+
+
+@BACKENDS
+def test_the_same_every_run(backend, device):
+    mask = noise(10, 90, 0.5)[None, None].to(device)
+    first, second = (kernel(backend)(mask, 8) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture
+def set_num_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+needs_module = pytest.mark.skipif(not cpu.AVAILABLE, reason="the C++ module is not built")
+
+
+@needs_module
+@CONNECTIVITIES
+@pytest.mark.parametrize("shape", [(1, 1, 2051, 2049), (2, 1, 1500, 1400), (40, 1, 400, 300), (1, 1, 9, 400_001)])
+def test_the_number_of_cpu_threads_changes_nothing(shape, connectivity, set_num_threads):
+    _, _, h, w = shape
+    each = [spiral(h, w), noise(h, w, 0.593 if connectivity == 4 else 0.41), noise(h, w, 0.99)]
+    mask = torch.stack([each[i % 3] for i in range(shape[0])])[:, None]
+    results = []
+    for threads in (1, 2, 3, 16):
+        set_num_threads(threads)
+        results.append(kernel("cpu")(mask, connectivity))
+    for labels, counts in results[1:]:
+        assert torch.equal(labels, results[0][0])
+        assert torch.equal(counts, results[0][1])
+    assert_right("cpu", "cpu", mask[:1], connectivity)
+
+
+@needs_module
+def test_many_python_threads_at_once(set_num_threads):
+    set_num_threads(2)
+    masks = [noise(1100, 1000, 0.4, seed)[None, None] for seed in range(8)]
+    expected = [kernel("cpu")(mask, 8) for mask in masks]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda mask: kernel("cpu")(mask, 8), masks))
+    for result, wanted in zip(results, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@needs_cuda
+def test_in_a_cuda_graph_without_waiting():
+    mask = noise(300, 500, 0.4)[None, None].cuda()
+    kernel("cuda")(mask, 8)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernel("cuda")(mask, 8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kernel("cuda")(mask, 8)
+    for other in (noise(300, 500, 0.6), spiral(300, 500), noise(300, 500, 0.1)):
+        mask.copy_(other[None, None])
+        graph.replay()
+        for result, expected in zip(captured, oracle(other[None, None], 8), strict=True):
+            assert torch.equal(result.cpu().long(), expected)
+
+
+@needs_cuda
+def test_more_than_two_to_the_31_pixels():
+    n, h, w = 2049, 1024, 1024
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs 30 GiB of free GPU memory")
+    mask = torch.zeros(n, 1, h, w, dtype=torch.bool, device="cuda")
+    for image in (0, n - 1):
+        mask[image, 0] = noise(h, w, 0.41, seed=image).cuda()
+    labels, counts = kernel("cuda")(mask, 8)
+    for image, (result, of) in product((0, n - 1), ((labels, 0), (counts, 1))):
+        assert torch.equal(result[image].cpu().long(), oracle(mask[image : image + 1].cpu(), 8)[of][0])
+    assert not labels[1:-1].any()
+    assert not counts[1:-1].any()

@@ -1,0 +1,689 @@
+"""deform_conv2d's kernels on every backend of this machine, against the reference in float64 fed the rounded inputs.
+
+The Metal kernels are here on a Mac; elsewhere tests/metal runs them in the emulator. The Triton kernels run on the GPU
+where there is one, else in Triton's interpreter. What is particular to the C++ kernels comes last; run as a program,
+this file holds them against the reference for the instruction set it finds.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import product
+from math import floor
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import omniops.ops.deform_conv2d  # noqa: F401  registers the operator
+from omniops.backends import cpu
+from omniops.backends.columns import Columns, Geometry
+from omniops.backends.reference import deform_conv2d as reference
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+TENSORS = ("input", "offset", "weight", "bias", "mask", "grad")
+
+
+def backend_devices():
+    yield pytest.param("reference", "cpu", id="reference")
+    missing = pytest.mark.skipif(not cpu.AVAILABLE, reason="the C++ module is not built")
+    yield pytest.param("cpu", "cpu", id="cpu", marks=missing)
+    if find_spec("omniops.backends.cuda.deform_conv2d") is not None:
+        missing = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+        on_gpu = torch.cuda.is_available()
+        device, name = ("cuda", "cuda") if on_gpu else ("cpu", "cuda-interpreted")
+        yield pytest.param("cuda", device, id=name, marks=missing)
+    if torch.backends.mps.is_available():
+        yield pytest.param("mps", "mps", id="mps")
+
+
+BACKENDS = pytest.mark.parametrize(("backend", "device"), list(backend_devices()))
+
+
+def kernels(backend):
+    return import_module(f"omniops.backends.{backend}.deform_conv2d")
+
+
+def dtypes(backend):
+    return import_module(f"omniops.backends.{backend}").DTYPES
+
+
+class Case(NamedTuple):
+    n: int
+    c: int
+    h: int
+    w: int
+    c_out: int
+    kernel_size: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    offset_groups: int = 1
+    masked: bool = True
+
+    @property
+    def out_size(self):
+        spans = (d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        sizes = zip((self.h, self.w), self.padding, spans, self.stride, strict=True)
+        return tuple((size + 2 * padding - span) // stride + 1 for size, padding, span, stride in sizes)
+
+    @property
+    def numbers(self):
+        return self.stride, self.padding, self.dilation
+
+
+def problem(case, dtype, seed=0, offsets=None):
+    """The tensors of a case. Offsets are odd sixteenths: exact in every dtype, and no sample is at a whole place, where
+    the last digit of a position would decide on its derivative."""
+    generator = torch.Generator().manual_seed(seed)
+    taps, size = case.kernel_size[0] * case.kernel_size[1], case.out_size
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    if offsets is None:
+        moves = torch.randint(-40, 40, (case.n, case.offset_groups * taps * 2, *size), generator=generator)
+        offsets = (2 * moves + 1) / 16
+    return SimpleNamespace(
+        input=normal(case.n, case.c, case.h, case.w),
+        offset=offsets.to(dtype),
+        weight=normal(case.c_out, case.c // case.groups, *case.kernel_size),
+        bias=normal(case.c_out),
+        mask=normal(case.n, case.offset_groups * taps, *size) if case.masked else None,
+        grad=normal(case.n, case.c_out, *size),
+    )
+
+
+def each(function, tensors):
+    """The tensors, each put through the function."""
+    given_ = vars(tensors)
+    return SimpleNamespace(**{name: None if value is None else function(value) for name, value in given_.items()})
+
+
+def results(module, case, x):
+    """What the three operators of a backend return."""
+    by_input, by_offset, by_mask = module.deform_conv2d_backward_data(
+        x.grad, x.input, x.offset, x.weight, x.mask, *case.numbers
+    )
+    return {
+        "out": module.deform_conv2d(x.input, x.offset, x.weight, x.bias, x.mask, *case.numbers),
+        "by_input": by_input,
+        "by_offset": by_offset,
+        "by_mask": by_mask,
+        "by_weight": module.deform_conv2d_backward_weight(
+            x.grad, x.input, x.offset, x.mask, case.kernel_size, case.groups, *case.numbers
+        ),
+    }
+
+
+def assert_right(module, device, case, tensors, layout=lambda tensor: tensor):
+    """Errors are relative to the scale of the result, which leaves out what is not finite: that must be the same."""
+    dtype = tensors.input.dtype
+    expected = results(reference, case, each(torch.Tensor.double, tensors))
+    found = results(module, case, each(lambda tensor: layout(tensor.to(device)), tensors))
+    for name, wanted in expected.items():
+        result = found[name]
+        assert result.dtype == dtype, name
+        assert result.shape == wanted.shape, name
+        result, finite = result.cpu().double(), wanted.isfinite()
+        torch.testing.assert_close(result[~finite], wanted[~finite], equal_nan=True)
+        result, wanted = result[finite], wanted[finite]
+        if wanted.numel() > 0:
+            scale = max(wanted.abs().max().item(), 1e-30)
+            error = (result - wanted).abs().max().item() / scale
+            assert error <= TOLERANCES[dtype], f"{name}: {error:.2e} of the result's scale"
+
+
+def sliced(tensor):
+    """The same values, every other element of a larger tensor along the last axis, off by one in memory."""
+    larger = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), float("nan"))
+    larger[..., 1::2] = tensor
+    return larger[..., 1::2]
+
+
+def shifted(tensor):
+    """The same values, contiguous from the second element of a larger storage on, so that no vector is aligned."""
+    larger = tensor.new_full((tensor.numel() + 1,), float("nan"))
+    larger[1:] = tensor.flatten()
+    return larger[1:].view(tensor.shape)
+
+
+def channels_last(tensor):
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def shifted_channels_last(tensor):
+    return shifted(tensor.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2) if tensor.dim() == 4 else tensor
+
+
+def transposed(tensor):
+    return tensor.mT.contiguous().mT if tensor.dim() == 4 else tensor
+
+
+LAYOUTS = {
+    "contiguous": lambda tensor: tensor.contiguous(),
+    "channels_last": channels_last,
+    "shifted": shifted,
+    "shifted_channels_last": shifted_channels_last,
+    "sliced": sliced,
+    "transposed": transposed,
+}
+
+# Groups and offset groups of which neither divides the other; a stride, padding and dilation of its own for each axis.
+UNEVEN = Case(2, 12, 6, 7, 6, (3, 2), (2, 1), (1, 2), (1, 2), groups=2, offset_groups=3)
+
+
+def formula(case, x):
+    """deform_conv2d, one number after another."""
+    out = torch.zeros(x.grad.shape, dtype=torch.float64)
+    taps = list(product(*map(range, case.kernel_size)))
+    per_group, per_offset_group = case.c // case.groups, case.c // case.offset_groups
+    for n, o, i, j in product(*map(range, out.shape)):
+        out[n, o, i, j] = x.bias[o]
+        for channel, (t, (u, v)) in product(range(per_group), enumerate(taps)):
+            c = o // (case.c_out // case.groups) * per_group + channel
+            d = c // per_offset_group
+            y = i * case.stride[0] - case.padding[0] + u * case.dilation[0]
+            y = float(y + x.offset[n, (d * len(taps) + t) * 2, i, j])
+            x_ = j * case.stride[1] - case.padding[1] + v * case.dilation[1]
+            x_ = float(x_ + x.offset[n, (d * len(taps) + t) * 2 + 1, i, j])
+            sample = 0.0
+            for row, column in product((floor(y), floor(y) + 1), (floor(x_), floor(x_) + 1)):
+                if 0 <= row < case.h and 0 <= column < case.w:
+                    share = (1 - abs(y - row)) * (1 - abs(x_ - column))
+                    sample += share * float(x.input[n, c, row, column])
+            factor = 1.0 if x.mask is None else float(x.mask[n, d * len(taps) + t, i, j])
+            out[n, o, i, j] += float(x.weight[o, channel, u, v]) * factor * sample
+    return out
+
+
+@BACKENDS
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_kernels_are_the_formula(backend, device, masked):
+    case = Case(2, 6, 4, 5, 4, (2, 3), (2, 1), (1, 0), (2, 1), groups=2, offset_groups=3, masked=masked)
+    tensors = problem(case, torch.float32)
+    x = each(lambda tensor: tensor.to(device), tensors)
+    out = kernels(backend).deform_conv2d(x.input, x.offset, x.weight, x.bias, x.mask, *case.numbers)
+    torch.testing.assert_close(out.cpu().double(), formula(case, tensors), rtol=1e-5, atol=1e-5)
+
+
+@BACKENDS
+@pytest.mark.parametrize("groups", [1, 2])
+def test_without_offsets_it_is_a_convolution(backend, device, groups):
+    case = Case(2, 8, 7, 6, 6, (3, 2), (2, 1), (1, 2), (1, 2), groups=groups, masked=False)
+    x = each(lambda tensor: tensor.to(device), problem(case, torch.float32))
+    out = kernels(backend).deform_conv2d(x.input, x.offset * 0, x.weight, x.bias, None, *case.numbers)
+    expected = F.conv2d(x.input, x.weight, x.bias, *case.numbers, groups)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_common_case(backend, device, dtype, layout):
+    if dtype not in dtypes(backend):
+        pytest.skip(f"the {backend} kernels have no {dtype}")
+    assert_right(kernels(backend), device, UNEVEN, problem(UNEVEN, dtype), LAYOUTS[layout])
+
+
+def examples(backend):
+    """As many as take some ten seconds: Triton compiles most of them anew, or interprets them."""
+    return {"reference": 20, "cpu": 150, "mps": 100, "cuda": 40 if torch.cuda.is_available() else 4}[backend]
+
+
+@BACKENDS
+def test_any_case(backend, device):
+    @hypothesis_settings(max_examples=examples(backend))
+    @given(data=st.data())
+    def is_right(data):
+        any_case(backend, device, data)
+
+    is_right()
+
+
+def any_case(backend, device, data):
+    def pair(low, high):
+        return data.draw(st.tuples(st.integers(low, high), st.integers(low, high)))
+
+    groups, offset_groups = pair(1, 4)
+    least = np.lcm(groups, offset_groups).item()
+    kernel_size, dilation, padding = pair(1, 4), pair(1, 3), pair(0, 3)
+    smallest = (max(1, d * (k - 1) + 1 - 2 * p) for k, d, p in zip(kernel_size, dilation, padding, strict=True))
+    h, w = (least_size + more for least_size, more in zip(smallest, pair(0, 6), strict=True))
+    case = Case(
+        data.draw(st.integers(1, 3)),
+        least * data.draw(st.integers(1, max(1, 40 // least))),
+        h,
+        w,
+        groups * data.draw(st.integers(1, 4)),
+        kernel_size,
+        pair(1, 3),
+        padding,
+        dilation,
+        groups,
+        offset_groups,
+        data.draw(st.booleans()),
+    )
+    dtype = data.draw(st.sampled_from(dtypes(backend)))
+    tensors = problem(case, dtype, data.draw(st.integers(0, 99)))
+    layout = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))]
+    module = kernels(backend)
+    if data.draw(st.booleans()) and backend == "cpu":
+        module = in_chunks(module, data.draw(st.integers(1, 20_000)))
+    assert_right(module, device, case, tensors, layout)
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 1, 1, 1, 1, (1, 1), padding=(0, 0)),
+        Case(1, 300, 2, 3, 1, (1, 1), padding=(0, 0)),  # channels for several blocks, and a rest
+        Case(1, 37, 3, 3, 2, masked=False),
+        Case(3, 8, 1, 1, 8, groups=8, offset_groups=2),  # maps of one pixel, several in a block of positions
+        Case(2, 4, 7, 1, 4, (5, 1), (3, 1), (2, 0), offset_groups=4),  # one channel a group
+        Case(1, 16, 5, 6, 4, (1, 1), padding=(0, 0), groups=4, offset_groups=4),
+        Case(1, 24, 5, 4, 6, (1, 3), (1, 2), (0, 2), groups=3, offset_groups=2, masked=False),
+        Case(1, 8, 3, 3, 4, (5, 5), padding=(2, 2), groups=2),  # a kernel larger than the map
+        Case(1, 3, 2, 3, 2, (3, 3), padding=(7, 7)),  # more padding than map
+        Case(1, 4, 8, 8, 4, (2, 2), (9, 9), (0, 0), (7, 7)),  # one position, taps far apart
+    ],
+    ids=str,
+)
+def test_odd_cases(backend, device, case):
+    assert_right(kernels(backend), device, case, problem(case, torch.float32))
+
+
+@BACKENDS
+def test_expanded_inputs(backend, device):
+    case = Case(2, 4, 5, 6, 4)
+    tensors = problem(case, torch.float32)
+    expanded = each(lambda tensor: tensor[:1].expand(tensor.shape), tensors)
+    expanded.bias = tensors.bias
+    assert_right(kernels(backend), device, case, expanded)
+
+
+@BACKENDS
+def test_whole_places_and_the_border(backend, device):
+    # Each sample is at a whole pixel or on the border of what has an influence: -1 or less, the last pixel, the size.
+    case = Case(1, 4, 4, 5, 4, (3, 3), padding=(1, 1), offset_groups=2)
+    moves = torch.randint(-6, 7, (1, 36, 4, 5), generator=torch.Generator().manual_seed(0)).double()
+    assert_right(kernels(backend), device, case, problem(case, torch.float32, offsets=moves))
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("place", "value", "by_y"),
+    [
+        (-1.0, 0.0, 3.0),  # on the border: no weight, yet the map begins to its right
+        (np.nextafter(np.float32(-1), np.float32(-2)).item(), 0.0, 0.0),
+        (-0.5, 1.5, 3.0),
+        (0.0, 3.0, 4.0),
+        (1.0, 7.0, -7.0),  # the last row: below it are zeros
+        (1.5, 3.5, -7.0),
+        (2.0, 0.0, 0.0),
+        (float("inf"), 0.0, 0.0),
+        (float("-inf"), 0.0, 0.0),
+        (1e30, 0.0, 0.0),
+        (-1e30, 0.0, 0.0),
+    ],
+)
+def test_a_sample_and_its_derivative(backend, device, place, value, by_y):
+    # A map of two rows, 3 and 7, and one tap; its first position is at `place`.
+    input = torch.tensor([3.0, 7.0], device=device).view(1, 1, 2, 1)
+    offset = torch.zeros(1, 2, 2, 1, device=device)
+    offset[0, 0, 0, 0] = place
+    one = torch.ones(1, 1, 1, 1, device=device)
+    numbers = (1, 1), (0, 0), (1, 1)
+    out = kernels(backend).deform_conv2d(input, offset, one, None, None, *numbers)
+    assert out.flatten().tolist() == [value, 7.0]
+    grad = torch.tensor([1.0, 0.0], device=device).view(1, 1, 2, 1)
+    _, by_offset, by_mask = kernels(backend).deform_conv2d_backward_data(grad, input, offset, one, None, *numbers)
+    assert by_offset[0, 0, 0, 0].item() == by_y
+    assert by_mask.numel() == 0
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 6e4, -6e4, 1e30])
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)], ids=["y", "x", "both"])
+def test_offsets_far_outside_or_not_finite(backend, device, axes, value, dtype):
+    case = Case(2, 20, 5, 6, 4, offset_groups=2, groups=2)
+    if interpreted(backend, device):
+        case = case._replace(c=4, h=3, w=4)
+    tensors = problem(case, dtype)
+    # Of one offset group only, and of a few taps, at a few positions.
+    for axis in axes:
+        tensors.offset[0, 2 * 4 + axis, 1:3, 2] = value
+        tensors.offset[1, 2 * 0 + axis, 0, :] = value
+    assert_right(kernels(backend), device, case, tensors)
+    by_input = results(kernels(backend), case, each(lambda tensor: tensor.to(device), tensors))["by_input"]
+    assert by_input.isfinite().all()
+
+
+@BACKENDS
+def test_what_is_not_finite_in_the_map_stays_where_it_is_sampled(backend, device):
+    case = Case(1, 8, 5, 6, 4, groups=2)
+    tensors = problem(case, torch.float32)
+    tensors.input[0, 3, 2, 2], tensors.input[0, 6, 4, 5] = float("nan"), float("inf")
+    expected = results(reference, case, each(torch.Tensor.double, tensors))
+    found = results(kernels(backend), case, each(lambda tensor: tensor.to(device), tensors))
+    for name in expected:
+        assert torch.equal(found[name].isfinite().cpu(), expected[name].isfinite()), name
+    assert expected["out"].isfinite().any()
+    assert not expected["out"].isfinite().all()
+
+
+def interpreted(backend, device):
+    """Whether Triton's interpreter runs the kernels, which takes a second for what a GPU does in no time."""
+    return backend == "cuda" and device == "cpu"
+
+
+def in_chunks(module, most_bytes):
+    """The operators of a backend with columns of so many bytes."""
+    found = [value for value in vars(module).values() if isinstance(value, Columns)]
+    if not found:
+        pytest.skip(f"{module.__name__} has no columns")
+    columns = replace(found[0], most_bytes=most_bytes)
+    return SimpleNamespace(
+        deform_conv2d=columns.forward,
+        deform_conv2d_backward_data=columns.backward_data,
+        deform_conv2d_backward_weight=columns.backward_weight,
+    )
+
+
+@BACKENDS
+@pytest.mark.parametrize("positions", [1, 7, 50])
+@pytest.mark.parametrize("c_out", [6, 260])
+def test_columns_in_chunks(backend, device, positions, c_out, monkeypatch):
+    # Chunks end within images and begin there, too: 3 * 42 positions.
+    case = Case(3, 12, 6, 7, c_out, groups=2, offset_groups=3)
+    if interpreted(backend, device):
+        case = Case(2, 32, 2, 3, c_out, groups=2)
+    module, bytes_of_columns = kernels(backend), positions * 9 * case.c * 4
+    if backend == "cuda":
+        monkeypatch.setattr(module, "MOST_BYTES", 2 * bytes_of_columns)  # of a plan too
+    else:
+        module = in_chunks(module, bytes_of_columns)
+    assert_right(module, device, case, problem(case, torch.float32))
+
+
+@BACKENDS
+def test_the_results_have_the_memory_formats_of_their_arguments(backend, device):
+    x = each(lambda tensor: tensor.to(device), problem(UNEVEN, torch.float32))
+    x.input, x.mask = channels_last(x.input), channels_last(x.mask)
+    found = results(kernels(backend), UNEVEN, x)
+    for name, last in (("out", True), ("by_input", True), ("by_offset", False), ("by_mask", True)):
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        assert found[name].is_contiguous(memory_format=memory_format), name
+
+
+@BACKENDS
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_arguments_stay_as_they_are(backend, device, layout):
+    x = each(lambda tensor: LAYOUTS[layout](tensor.to(device)), problem(UNEVEN, torch.float32))
+    before = each(torch.clone, x)
+    found = results(kernels(backend), UNEVEN, x)
+    for name in TENSORS:
+        assert torch.equal(getattr(x, name), getattr(before, name))
+        for result in found.values():
+            assert result.data_ptr() != getattr(x, name).data_ptr()
+
+
+@BACKENDS
+def test_the_same_bits_every_run(backend, device):
+    x = each(lambda tensor: tensor.to(device), problem(UNEVEN, torch.float32))
+    first, second = (results(kernels(backend), UNEVEN, x) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_the_backward_of_the_reference_is_autograds_of_its_forward():
+    x = problem(UNEVEN, torch.float64)
+    needed = [getattr(x, name).requires_grad_() for name in ("input", "offset", "mask", "weight")]
+    out = reference.deform_conv2d(x.input, x.offset, x.weight, x.bias, x.mask, *UNEVEN.numbers)
+    found = results(reference, UNEVEN, each(torch.Tensor.detach, x))
+    gradients = torch.autograd.grad(out, needed, x.grad)
+    for gradient, name in zip(gradients, ("by_input", "by_offset", "by_mask", "by_weight"), strict=True):
+        torch.testing.assert_close(found[name], gradient)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 2, 2, 3, 2, (2, 2), padding=(0, 0)),
+        Case(1, 4, 3, 2, 2, (2, 1), (2, 1), (1, 0), (1, 2), groups=2, offset_groups=4),
+        Case(1, 6, 2, 3, 3, (1, 2), (1, 2), (0, 1), groups=3, offset_groups=2),
+        Case(2, 4, 2, 3, 4, (2, 2), (2, 2), (1, 0), groups=4, masked=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_operator_is_differentiable_twice(case, layout):
+    x = each(LAYOUTS[layout], problem(case, torch.float64))
+    names = [name for name in TENSORS if name != "grad" and getattr(x, name) is not None]
+
+    def function(*tensors):
+        given_ = {"mask": None, **dict(zip(names, tensors, strict=True))}
+        arguments = (given_[name] for name in ("input", "offset", "weight", "bias", "mask"))
+        return torch.ops.omniops.deform_conv2d(*arguments, *case.numbers)
+
+    inputs = [getattr(x, name).requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def torchvisions():
+    """torchvision's operator, where it works."""
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    try:
+        torchvision.extension._assert_has_ops()
+    except RuntimeError as error:
+        pytest.skip(f"torchvision's extension does not work: {error}")
+    return torchvision.ops.deform_conv2d
+
+
+@BACKENDS
+@pytest.mark.parametrize("case", [UNEVEN, UNEVEN._replace(masked=False), Case(2, 8, 5, 6, 4)], ids=str)
+def test_torchvision_agrees(backend, device, case):
+    theirs = torchvisions()
+    dtype = torch.float64 if torch.float64 in dtypes(backend) else torch.float32
+    tensors = problem(case, dtype)
+    names = [name for name in TENSORS if name != "grad" and getattr(tensors, name) is not None]
+    x = each(torch.clone, tensors)
+    inputs = [getattr(x, name).requires_grad_() for name in names]
+    out = theirs(x.input, x.offset, x.weight, x.bias, *case.numbers, x.mask)
+    expected = dict(zip(names, torch.autograd.grad(out, inputs, x.grad), strict=True))
+    found = results(kernels(backend), case, each(lambda tensor: tensor.to(device), tensors))
+    torch.testing.assert_close(found["out"].cpu(), out.detach())
+    for name in ("input", "offset", "mask", "weight"):
+        if name in expected:
+            torch.testing.assert_close(found[f"by_{name}"].cpu(), expected[name])
+
+
+# --- the C++ kernels ---
+
+needs_cpu = pytest.mark.skipif(not cpu.AVAILABLE, reason="the C++ module is not built")
+
+# Enough for several threads, positions that fill no block, and runs of 64, 16, 4 and 1 channels.
+LARGER = [
+    Case(2, 64, 37, 41, 16),
+    Case(1, 64, 37, 41, 16, groups=2, offset_groups=4),
+    Case(1, 48, 37, 41, 16, groups=16, offset_groups=12),
+    Case(1, 9, 61, 71, 6, groups=3, offset_groups=9),
+]
+
+
+def check_every_kernel():
+    for dtype in TOLERANCES:
+        for case in (
+            UNEVEN,
+            *(Case(2, c, 5, 7, 4, groups=g, offset_groups=d) for c, g, d in ((70, 2, 1), (70, 1, 2), (63, 1, 9))),
+            *(LARGER[i]._replace(h=6, w=9) for i in (1, 2)),
+        ):
+            assert_right(kernels("cpu"), "cpu", case, problem(case, dtype))
+
+
+@pytest.fixture
+def set_num_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+
+@needs_cpu
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_each_instruction_set_agrees_with_the_oracle(instruction_set):
+    available = import_module("omniops._C").instruction_set()
+    if INSTRUCTION_SETS.index(instruction_set) > INSTRUCTION_SETS.index(available):
+        pytest.skip(f"this processor or build has no {instruction_set}")
+    environment = {**os.environ, "OMNIOPS_CPU_CAPABILITY": instruction_set}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [instruction_set]
+
+
+def columns_and_gradients(case, x):
+    """What the two C++ kernels compute, without PyTorch's products."""
+    module = kernels("cpu")
+    geometry = Geometry(case.kernel_size, *case.numbers, case.groups, case.offset_groups)
+    image = x.input.permute(0, 2, 3, 1).contiguous()
+    taps, positions = geometry.taps, case.n * case.out_size[0] * case.out_size[1]
+    columns = image.new_full((case.groups, positions, taps, case.c // case.groups), float("nan"))
+    module._sample(image, x.offset, x.mask, geometry, 0, columns)
+    by_image, by_offset, by_mask = torch.zeros_like(image), torch.empty_like(x.offset), torch.empty_like(x.mask)
+    module._gradients(columns, image, x.offset, x.mask, geometry, 0, by_image, by_offset, by_mask)
+    return columns, by_image, by_offset, by_mask
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", LARGER, ids=str)
+def test_the_number_of_threads_does_not_change_a_bit(case, dtype, set_num_threads):
+    x = problem(case, dtype)
+    found = []
+    for threads in (1, 2, 3, 16):
+        set_num_threads(threads)
+        found.append(columns_and_gradients(case, x))
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
+@needs_cpu
+def test_the_number_of_threads_is_that_of_torch(monkeypatch, set_num_threads):
+    asked = []
+    for name in ("deform_conv2d_sample", "deform_conv2d_gradients"):
+        monkeypatch.setattr(kernels("cpu")._C, name, lambda *args: asked.append(args[-1]))
+    x = problem(UNEVEN, torch.float32)
+    for threads in (1, 3):
+        set_num_threads(threads)
+        columns_and_gradients(UNEVEN, x)
+    assert asked == [1, 1, 3, 3]
+
+
+@needs_cpu
+def test_many_python_threads_at_once(set_num_threads):
+    set_num_threads(2)
+    work = [(case, problem(case, torch.float32, seed)) for case in LARGER for seed in range(3)]
+    expected = [columns_and_gradients(*item) for item in work]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda item: columns_and_gradients(*item), work))
+    for results_, wanted in zip(found, expected, strict=True):
+        assert all(map(torch.equal, results_, wanted))
+
+
+@needs_cpu
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_a_forked_child_computes_too(set_num_threads):
+    set_num_threads(2)
+    module = kernels("cpu")
+    case = LARGER[0]
+    x = problem(case, torch.float32)
+    geometry = Geometry(case.kernel_size, *case.numbers, 1, 1)
+    image = x.input.permute(0, 2, 3, 1).contiguous()
+    # NumPy makes and compares the child's tensors, for PyTorch's own thread pool need not survive a fork.
+    columns = [torch.from_numpy(np.empty((1, 2 * 37 * 41, 9, 64), np.float32)) for _ in range(2)]
+    gradients = [
+        [torch.from_numpy(np.zeros(like.shape, np.float32)) for like in (image, x.offset, x.mask)] for _ in range(2)
+    ]
+
+    def compute(which):
+        module._sample(image, x.offset, x.mask, geometry, 0, columns[which])
+        module._gradients(columns[which], image, x.offset, x.mask, geometry, 0, *gradients[which])
+
+    compute(0)
+    busy = threading.Event()
+    spare = torch.empty_like(columns[0])
+    sample = partial(module._sample, image, x.offset, x.mask, geometry, 0, spare)
+    other = threading.Thread(target=lambda: [sample() for _ in range(2000) if not busy.is_set()])
+    other.start()  # so that the fork falls into a call
+    try:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # a child that hangs ends as a failure
+            compute(1)
+            pairs = zip((columns[0], *gradients[0]), (columns[1], *gradients[1]), strict=True)
+            os._exit(0 if all(np.array_equal(one.numpy(), two.numpy()) for one, two in pairs) else 1)
+    finally:
+        busy.set()
+        other.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_cpu
+def test_maps_of_too_many_rows_are_refused():
+    module = kernels("cpu")
+    geometry = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1, 1)
+    image = torch.zeros(1).expand(1, 2**30, 1, 1)
+    offset, columns = torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"input must have fewer than 2\*\*30 rows and columns"):
+        module._sample(image, offset, None, geometry, 0, columns)
+    with pytest.raises(ValueError, match=r"input must have fewer than 2\*\*30 rows and columns"):
+        module._gradients(columns, image, offset, None, geometry, 0, image, offset, None)
+
+
+@needs_cpu
+def test_a_map_beyond_two_to_the_31():
+    height, width, stride = 46341, 46342, 4096
+    try:
+        # Zeros that take address space, but memory only where they are written.
+        image, by_image = (torch.from_numpy(np.zeros((1, height, width, 1), np.float32)) for _ in range(2))
+    except MemoryError:
+        pytest.skip("the system does not give out memory that it may not have")
+    assert image.numel() > 2**31
+    rows, columns = -(-height // stride), -(-width // stride)
+    values = torch.arange(1.0, 1 + rows * columns).view(rows, columns)
+    image[0, ::stride, ::stride, 0] = values
+    geometry = Geometry((1, 1), (stride, stride), (0, 0), (1, 1), 1, 1)
+    # Each position samples the one before it, from its last to its first row.
+    offset = torch.zeros(1, 2, rows, columns)
+    offset[0, 0, 1:] = -stride
+    offset[0, 0, 0] = (rows - 1) * stride
+    samples = torch.empty(1, rows * columns, 1, 1)
+    kernels("cpu")._sample(image, offset, None, geometry, 0, samples)
+    assert torch.equal(samples.view(rows, columns), values.roll(1, 0))
+    kernels("cpu")._gradients(samples, image, offset, None, geometry, 0, by_image, torch.empty_like(offset), None)
+    assert torch.equal(by_image[0, ::stride, ::stride, 0], values)
+
+
+if __name__ == "__main__":
+    check_every_kernel()
+    print(import_module("omniops._C").instruction_set())
