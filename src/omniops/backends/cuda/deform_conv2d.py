@@ -53,7 +53,8 @@ def deform_conv2d(
             columns = chunk.columns().flatten(2)
             for g, target in enumerate(chunk.matrices(out)):
                 rows = columns[g].unflatten(0, (len(target), -1)).mT
-                if input.dtype == torch.float32 and _has_tf32(input):  # in TF32 too this product is the faster one here
+                # Up to 256 channels ours is the faster product in TF32, too.
+                if _is_precise(input) or (input.dtype == torch.float32 and target.shape[1] <= 256 and _has_tf32(input)):
                     _float32_products.batched(kernels[g].expand(len(target), -1, -1), rows, target, _is_precise(input))
                 else:
                     torch.bmm(kernels[g].expand(len(target), -1, -1), rows, out=target)
@@ -282,6 +283,7 @@ def _fused(chunk: _Chunk, kernels: Tensor, bias: Tensor | None, out: Tensor) -> 
     c, _, per_offset_group, per_group = chunk.sizes
     image, geometry = chunk.samples.image, chunk.samples.geometry
     precise = _is_precise(image)
+    kernels = kernels.contiguous()
     high, low = _float32_products.split(kernels) if precise else (kernels, kernels)
     per_output_group = kernels.shape[1]
     segment = math.gcd(per_offset_group, per_group)
