@@ -46,6 +46,8 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/carafe.py
+	$(BIN)/python benchmarks/connected_components.py
+	$(BIN)/python benchmarks/deform_conv2d.py
 
 clean:
 	rm -rf $(VENV) build dist demo

@@ -153,18 +153,13 @@ def bench(
 def _measure(
     cases: list[ModuleType], device: torch.device, seconds: float, quick: bool, bandwidth: float, bar: Progress
 ) -> Iterator[Result]:
-    settings = [
-        (case, shape, dtype)
-        for case in cases
-        for shape in case.shapes(device.type, quick)
-        for dtype in timed_dtypes(case, serving(case.NAME, device.type))
-    ]
-    task = bar.add_task("", total=sum(len(case.traffic(shape)) for case, shape, _ in settings))
-    for case, shape, dtype in settings:
-        setting = (case.NAME, shape, dtype_name(dtype))
+    total = sum(len(case.traffic(shape)) for case, shape, _, _ in _settings(cases, device, quick))
+    task = bar.add_task("", total=total)
+    for case, shape, dtype, dtype_label in _settings(cases, device, quick):
+        setting = (case.NAME, shape, dtype_label)
         contenders: list[Contender] = list(case.contenders(shape, dtype, device))
         for direction, elements in case.traffic(shape).items():
-            bar.update(task, description=f"{case.NAME} {shape} {dtype_name(dtype)} {direction}")
+            bar.update(task, description=f"{case.NAME} {shape} {dtype_label} {direction}")
             calls: dict[tuple[str, str], timing.Call] = {}
             slow: set[str] = set()
             for each in contenders:
@@ -176,7 +171,7 @@ def _measure(
                     if timing.warm_up(call, device, seconds / 2):
                         slow.add(each.name)
                     calls[each.name, CALL] = call
-                    if device.type == "cuda":
+                    if device.type == "cuda" and each.capturable:
                         mode = GRAPH
                         calls[each.name, GRAPH] = timing.captured(call)
                 except (RuntimeError, NotImplementedError) as error:
@@ -188,6 +183,24 @@ def _measure(
             floor = elements * dtype.itemsize / bandwidth * 1e3
             yield Result(*setting, direction, FLOOR, "", floor, measured=False)
             bar.advance(task)
+
+
+def _settings(
+    cases: list[ModuleType], device: torch.device, quick: bool
+) -> Iterator[tuple[ModuleType, Shape, torch.dtype, str]]:
+    """Operator, shape and dtype, and the dtype's name: "tf32" is float32 while PyTorch is told to allow TF32."""
+    matmul = torch.backends.cuda.matmul
+    for case in cases:
+        for shape in case.shapes(device.type, quick):
+            for dtype in timed_dtypes(case, serving(case.NAME, device.type)):
+                yield case, shape, dtype, dtype_name(dtype)
+                if device.type == "cuda" and dtype == torch.float32 and getattr(case, "IN_TF32", False):
+                    before = matmul.allow_tf32
+                    matmul.allow_tf32 = True
+                    try:
+                        yield case, shape, dtype, "tf32"
+                    finally:
+                        matmul.allow_tf32 = before
 
 
 def _quartiles(times: list[float]) -> tuple[float, float] | tuple[None, None]:
@@ -236,10 +249,13 @@ def _verdicts(cases: list[ModuleType], results: list[Result], device: torch.devi
                     continue
                 if ours.shape not in goal.shapes or not ours.measured or ours.median_ms is None:
                     continue
+                if goal.dtype not in (ours.dtype, ""):
+                    continue
+                against = (case.NAME, ours.shape, goal.against_dtype or ours.dtype, goal.against_direction)
                 theirs = [
                     each
                     for each in results
-                    if _setting(each) == (case.NAME, ours.shape, ours.dtype, goal.against_direction)
+                    if _setting(each) == against
                     and each.contender.partition(",")[0] == goal.against
                     and each.mode in (ours.mode, "")
                     and each.median_ms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,23 @@ if TYPE_CHECKING:
 
     from omniops.cli.bench import Result
 
-_COLOURS = {"float32": "#1f5fa8", "float16": "#e07b28", "bfloat16": "#5a9a57"}
+_COLOURS = {"float32": "#1f5fa8", "tf32": "#7b5ea7", "float16": "#e07b28", "bfloat16": "#5a9a57"}
 _SPARE_COLOUR = "#7f7f7f"
 
 
 def draw(results: list[Result], subtitle: str, origin: str, path: Path) -> None:
-    """Draw the medians, with the quartiles as whiskers and the byte floor as a mark; on CUDA those of the graphs."""
+    """Draw the medians, with the quartiles as whiskers and the byte floor as a mark.
+
+    On CUDA they are those of the graphs, or of calls where there is no graph.
+    """
     mode = GRAPH if any(result.mode == GRAPH for result in results) else CALL
     shown = [result for result in results if result.mode in (mode, "") and result.median_ms is not None]
+    if mode == GRAPH:
+        captured = {_place(result) for result in shown}
+        calls = [result for result in results if result.mode == CALL and result.median_ms is not None]
+        shown += [
+            replace(each, contender=f"{each.contender} (a call)") for each in calls if _place(each) not in captured
+        ]
     rows = list(dict.fromkeys((result.operator, result.shape) for result in shown))
     names = (
         max(len({result.contender for result in shown if (result.operator, result.shape) == row}) for row in rows) - 1
@@ -59,6 +69,10 @@ def draw(results: list[Result], subtitle: str, origin: str, path: Path) -> None:
     if origin:
         figure.supxlabel(f"* {origin}", fontsize=8)
     figure.savefig(path)
+
+
+def _place(result: Result) -> tuple[object, ...]:
+    return result.operator, result.shape, result.dtype, result.direction, result.contender
 
 
 def _panel(axis: Axes, results: list[Result]) -> None:

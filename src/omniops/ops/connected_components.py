@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from omniops.backends import as_signed
 from omniops.ops import _checks
 from omniops.ops._library import Result, define
 
@@ -78,13 +79,13 @@ def remove_small_components(mask: Tensor, min_area: int) -> Tensor:
     """
     _checks.tensor(mask=mask)
     _checks.integer(min_area=min_area)
-    removed: float | bool = _REMOVED
     if mask.is_floating_point():
         foreground = mask > 0
-    else:
-        _check_integers("mask", mask)
-        foreground, removed = mask != 0, False  # which, unlike 0, no dtype is promoted by
-    return torch.where(foreground & (_areas("mask", foreground) < min_area), removed, mask)
+        return torch.where(foreground & (_areas("mask", foreground) < min_area), _REMOVED, mask)
+    _check_integers("mask", mask)
+    integers = as_signed(mask)
+    foreground = integers != 0
+    return torch.where(foreground & (_areas("mask", foreground) < min_area), 0, integers).view(mask.dtype)
 
 
 def _areas(name: str, foreground: Tensor) -> Tensor:

@@ -115,34 +115,34 @@ def sample(
     image, pixels, ly_plan, lx_plan, factors, out,
     count, width, C, CD, CG, out_g, out_p, out_t, out_c,
     K: tl.constexpr, MASKED: tl.constexpr, ONE_D: tl.constexpr, ONE_G: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out[g, p, t, c] = factor * interpolated image. ONE_D: a block of channels lies in one offset group.
 
-    Grid: (blocks of positions, taps, blocks of channels).
+    Grid: (blocks of positions, blocks of TAPS taps, blocks of channels). The taps of a position share pixels.
     """
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    t = tl.program_id(1)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     more = (c < C)[None, :]
-    if ONE_D:
-        at = (((tl.program_id(2) * BLOCK_C // CD) * K + t).to(tl.int64) * count + p)[:, None]
-        some = (p < count)[:, None]
-    else:
-        at = ((c // CD) * K + t).to(tl.int64)[None, :] * count + p[:, None]
-        some = (p < count)[:, None] & more
-    pixel, w00, w01, w10, w11 = planned(pixels, ly_plan, lx_plan, factors, at, some, MASKED)
-    dtype = w00.dtype
     every = (p < count)[:, None] & more
-    upper = image + (pixel.to(tl.int64) * C + c[None, :])
-    lower = upper + (width + 2) * C
-    value = w00 * tl.load(upper, mask=more, other=0).to(dtype)
-    value += w01 * tl.load(upper + C, mask=more, other=0).to(dtype)
-    value += w10 * tl.load(lower, mask=more, other=0).to(dtype)
-    value += w11 * tl.load(lower + C, mask=more, other=0).to(dtype)
     channels = channels_of(tl.program_id(2) * BLOCK_C, CG, out_g, out_c, ONE_G, BLOCK_C)
-    to = (p.to(tl.int64) * out_p + t * out_t)[:, None] + channels[None, :]
-    tl.store(out + to, value.to(out.dtype.element_ty), mask=every)
+    for t in range(tl.program_id(1) * TAPS, tl.minimum(tl.program_id(1) * TAPS + TAPS, K)):
+        if ONE_D:
+            at = (((tl.program_id(2) * BLOCK_C // CD) * K + t).to(tl.int64) * count + p)[:, None]
+            some = (p < count)[:, None]
+        else:
+            at = ((c // CD) * K + t).to(tl.int64)[None, :] * count + p[:, None]
+            some = every
+        pixel, w00, w01, w10, w11 = planned(pixels, ly_plan, lx_plan, factors, at, some, MASKED)
+        dtype = w00.dtype
+        upper = image + (pixel.to(tl.int64) * C + c[None, :])
+        lower = upper + (width + 2) * C
+        value = w00 * tl.load(upper, mask=more, other=0).to(dtype)
+        value += w01 * tl.load(upper + C, mask=more, other=0).to(dtype)
+        value += w10 * tl.load(lower, mask=more, other=0).to(dtype)
+        value += w11 * tl.load(lower + C, mask=more, other=0).to(dtype)
+        to = (p.to(tl.int64) * out_p + t * out_t)[:, None] + channels[None, :]
+        tl.store(out + to, value.to(out.dtype.element_ty), mask=every)
 
 
 @triton.jit
@@ -150,60 +150,60 @@ def gradients_of_place(
     by_columns, image, pixels, ly_plan, lx_plan, factors, by_offset, by_mask,
     first, count, width, rows, columns, C, D, CD, CG, column_g,
     K: tl.constexpr, MASKED: tl.constexpr, ONE_G: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradients of offset and mask.
 
     With s_ab the sum over the channels of the offset group of by_columns * the pixel at corner (a, b), and w_ab its
     weight: by_mask = sum of w_ab * s_ab, by_y = factor * ((1-lx) * (s_10 - s_00) + lx * (s_11 - s_01)), by_x alike.
 
-    Grid: (blocks of positions, taps, offset groups).
+    Grid: (blocks of positions, blocks of TAPS taps, offset groups).
     """
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    t = tl.program_id(1)
     d = tl.program_id(2)
     some = p < count
-    at = (d * K + t).to(tl.int64) * count + p
-    pixel = tl.load(pixels + at, mask=some, other=0).to(tl.int64)
     dtype = ly_plan.dtype.element_ty
-    s00 = tl.zeros([BLOCK_P, BLOCK_C], dtype)
-    s01 = tl.zeros([BLOCK_P, BLOCK_C], dtype)
-    s10 = tl.zeros([BLOCK_P, BLOCK_C], dtype)
-    s11 = tl.zeros([BLOCK_P, BLOCK_C], dtype)
-    for start in range(0, CD, BLOCK_C):
-        of_group = start + tl.arange(0, BLOCK_C)
-        c = d * CD + of_group
-        more = (of_group < CD)[None, :]
-        channels = channels_of(d * CD + start, CG, column_g, 1, ONE_G, BLOCK_C)
-        column_at = ((p.to(tl.int64) * K + t) * CG)[:, None] + channels[None, :]
-        by_column = tl.load(by_columns + column_at, mask=some[:, None] & more, other=0).to(dtype)
-        upper = image + ((pixel * C)[:, None] + c[None, :])
-        lower = upper + (width + 2) * C
-        s00 += by_column * tl.load(upper, mask=more, other=0).to(dtype)
-        s01 += by_column * tl.load(upper + C, mask=more, other=0).to(dtype)
-        s10 += by_column * tl.load(lower, mask=more, other=0).to(dtype)
-        s11 += by_column * tl.load(lower + C, mask=more, other=0).to(dtype)
-    t00 = tl.sum(s00, 1)
-    t01 = tl.sum(s01, 1)
-    t10 = tl.sum(s10, 1)
-    t11 = tl.sum(s11, 1)
-    ly = tl.load(ly_plan + at, mask=some, other=0)
-    lx = tl.load(lx_plan + at, mask=some, other=0)
     size = rows * columns
     n = (first + p) // size
     place = first + p - n * size
-    channel = (n.to(tl.int64) * D + d) * K + t
-    of_y = (1 - lx) * (t10 - t00) + lx * (t11 - t01)
-    of_x = (1 - ly) * (t01 - t00) + ly * (t11 - t10)
-    if MASKED:
-        factor = tl.load(factors + at, mask=some, other=0)
-        of_y *= factor
-        of_x *= factor
-        of_mask = (1 - ly) * ((1 - lx) * t00 + lx * t01) + ly * ((1 - lx) * t10 + lx * t11)
-        tl.store(by_mask + (channel * size + place), of_mask.to(by_mask.dtype.element_ty), mask=some)
-    to = by_offset + (channel * 2 * size + place)
-    tl.store(to, of_y.to(by_offset.dtype.element_ty), mask=some)
-    tl.store(to + size, of_x.to(by_offset.dtype.element_ty), mask=some)
+    for t in range(tl.program_id(1) * TAPS, tl.minimum(tl.program_id(1) * TAPS + TAPS, K)):
+        at = (d * K + t).to(tl.int64) * count + p
+        pixel = tl.load(pixels + at, mask=some, other=0).to(tl.int64)
+        s00 = tl.zeros([BLOCK_P, BLOCK_C], dtype)
+        s01 = tl.zeros([BLOCK_P, BLOCK_C], dtype)
+        s10 = tl.zeros([BLOCK_P, BLOCK_C], dtype)
+        s11 = tl.zeros([BLOCK_P, BLOCK_C], dtype)
+        for start in range(0, CD, BLOCK_C):
+            of_group = start + tl.arange(0, BLOCK_C)
+            c = d * CD + of_group
+            more = (of_group < CD)[None, :]
+            channels = channels_of(d * CD + start, CG, column_g, 1, ONE_G, BLOCK_C)
+            column_at = ((p.to(tl.int64) * K + t) * CG)[:, None] + channels[None, :]
+            by_column = tl.load(by_columns + column_at, mask=some[:, None] & more, other=0).to(dtype)
+            upper = image + ((pixel * C)[:, None] + c[None, :])
+            lower = upper + (width + 2) * C
+            s00 += by_column * tl.load(upper, mask=more, other=0).to(dtype)
+            s01 += by_column * tl.load(upper + C, mask=more, other=0).to(dtype)
+            s10 += by_column * tl.load(lower, mask=more, other=0).to(dtype)
+            s11 += by_column * tl.load(lower + C, mask=more, other=0).to(dtype)
+        t00 = tl.sum(s00, 1)
+        t01 = tl.sum(s01, 1)
+        t10 = tl.sum(s10, 1)
+        t11 = tl.sum(s11, 1)
+        ly = tl.load(ly_plan + at, mask=some, other=0)
+        lx = tl.load(lx_plan + at, mask=some, other=0)
+        channel = (n.to(tl.int64) * D + d) * K + t
+        of_y = (1 - lx) * (t10 - t00) + lx * (t11 - t01)
+        of_x = (1 - ly) * (t01 - t00) + ly * (t11 - t10)
+        if MASKED:
+            factor = tl.load(factors + at, mask=some, other=0)
+            of_y *= factor
+            of_x *= factor
+            of_mask = (1 - ly) * ((1 - lx) * t00 + lx * t01) + ly * ((1 - lx) * t10 + lx * t11)
+            tl.store(by_mask + (channel * size + place), of_mask.to(by_mask.dtype.element_ty), mask=some)
+        to = by_offset + (channel * 2 * size + place)
+        tl.store(to, of_y.to(by_offset.dtype.element_ty), mask=some)
+        tl.store(to + size, of_x.to(by_offset.dtype.element_ty), mask=some)
 
 
 @triton.jit

@@ -10,10 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from omniops.backends import empty
+from omniops.backends import as_signed, empty
 from omniops.backends.cuda import _connected_components as kernels
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Words of 32 pixels of a program. A lane waits for the longest way of its program, so a warp is best alone.
 _WORDS, _WARPS = 32, 1
@@ -25,7 +23,7 @@ def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tenso
     """(N, 1, H, W) -> labels and counts, (N, 1, H, W), int32."""
     n, _, height, width = mask.shape
     labels, counts = (empty(mask.shape, like=mask, dtype=torch.int32) for _ in range(2))
-    mask = mask.contiguous().view(_INTEGERS[mask.element_size()])
+    mask = as_signed(mask).contiguous()
     words = triton.cdiv(width, 32)
     bits = torch.empty((n, height, words), dtype=torch.int32, device=mask.device)
     sizes = height, width, words

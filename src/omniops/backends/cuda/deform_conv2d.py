@@ -232,7 +232,7 @@ class _Chunk:
             self.count, image.shape[2] - 2, c, per_offset_group, per_group, *out.stride(),
             K=geometry.taps, MASKED=self.masked,
             ONE_D=d == 1 or per_offset_group % block_c == 0, ONE_G=_one_group(geometry, per_group, block_c),
-            BLOCK_P=1024 // block_c, BLOCK_C=block_c, num_warps=1 if half else 2,
+            TAPS=1, BLOCK_P=1024 // block_c, BLOCK_C=block_c, num_warps=1 if half else 2,
         )  # fmt: skip
         return out
 
@@ -248,7 +248,7 @@ class _Chunk:
             self.first, self.count, image.shape[2] - 2, *by_offset.shape[2:], c, d, per_offset_group, per_group,
             by_columns.stride(0), K=geometry.taps, MASKED=self.masked,
             ONE_G=_one_group(geometry, math.gcd(per_group, per_offset_group), block_c),
-            BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
+            TAPS=1, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
 
     def gather(self, by_columns: Tensor, by_image: Tensor) -> None:

@@ -4,16 +4,16 @@ A file holds NAME (the operator's), ``checks()`` for selftest, and for bench ``s
 ``contenders(shape, dtype, device)``, ``traffic(shape)`` (the elements that each direction must at least read and write;
 an operator without gradients has one direction) and GOALS. Everything else, dtypes and kernels among it, the dispatcher
 and the backends say. An operator whose dtypes are not those of its backends has them in DTYPES, and those to be timed
-in TIMED_DTYPES.
+in TIMED_DTYPES. One of matrix products has IN_TF32 = True: on CUDA its float32 is also timed with TF32 allowed.
 """
 
 from types import ModuleType
 
 import torch
 
-from omniops.cli.cases import carafe, connected_components
+from omniops.cli.cases import carafe, connected_components, deform_conv2d
 
-CASES = (carafe, connected_components)
+CASES = (carafe, connected_components, deform_conv2d)
 
 
 def dtypes(operator: str, backend: ModuleType) -> tuple[torch.dtype, ...]:

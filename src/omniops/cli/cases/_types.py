@@ -43,6 +43,8 @@ class Contender:
     forward: Callable[[], object]
     both: Callable[[], object] | None = None
     """None where the operator has no gradients."""
+    capturable: bool = True
+    """Whether a CUDA graph of a call holds all its kernels."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,15 @@ class Goal:
     against_direction: str
     at_most: float
     shapes: tuple[Shape, ...]
+    dtype: str = ""
+    """The only one that the goal is for; without it it is for all."""
+    against_dtype: str = ""
+    """That of ``against``, where it is another than that of omniops."""
 
 
-def contender(name: str, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Contender:
+def contender(
+    name: str, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], capturable: bool = True
+) -> Contender:
     """A function whose backward is autograd's: ``both`` runs it and the gradients of all its inputs."""
     leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
     grad: Tensor | None = None
@@ -74,4 +82,4 @@ def contender(name: str, function: Callable[..., Tensor], inputs: tuple[Tensor, 
             grad = torch.randn_like(result)
         return torch.autograd.grad(result, leaves, grad)
 
-    return Contender(name, forward, both)
+    return Contender(name, forward, both, capturable)
