@@ -59,10 +59,10 @@ def plan(
 ):  # fmt: skip
     """The plan of the samples of the positions first ... first + count - 1, with p counted from first.
 
-    Grid: (blocks of positions, D * K).
+    Grid: (D * K * blocks of positions), the blocks varying fastest.
     """
-    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    unit = tl.program_id(1)
+    unit = tl.program_id(0) // tl.cdiv(count, BLOCK)
+    p = (tl.program_id(0) - unit * tl.cdiv(count, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
     t = unit % K
     some = p < count
     size = rows * columns
@@ -115,20 +115,20 @@ def sample(
     image, pixels, ly_plan, lx_plan, factors, out,
     count, width, C, CD, CG, out_g, out_p, out_t, out_c,
     K: tl.constexpr, MASKED: tl.constexpr, ONE_D: tl.constexpr, ONE_G: tl.constexpr,
-    TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out[g, p, t, c] = factor * interpolated image. ONE_D: a block of channels lies in one offset group.
 
-    Grid: (blocks of positions, blocks of TAPS taps, blocks of channels). The taps of a position share pixels.
+    Grid: (blocks of positions, blocks of channels). A program walks the taps, as those of a position share pixels.
     """
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     more = (c < C)[None, :]
     every = (p < count)[:, None] & more
-    channels = channels_of(tl.program_id(2) * BLOCK_C, CG, out_g, out_c, ONE_G, BLOCK_C)
-    for t in range(tl.program_id(1) * TAPS, tl.minimum(tl.program_id(1) * TAPS + TAPS, K)):
+    channels = channels_of(tl.program_id(1) * BLOCK_C, CG, out_g, out_c, ONE_G, BLOCK_C)
+    for t in range(K):
         if ONE_D:
-            at = (((tl.program_id(2) * BLOCK_C // CD) * K + t).to(tl.int64) * count + p)[:, None]
+            at = (((tl.program_id(1) * BLOCK_C // CD) * K + t).to(tl.int64) * count + p)[:, None]
             some = (p < count)[:, None]
         else:
             at = ((c // CD) * K + t).to(tl.int64)[None, :] * count + p[:, None]

@@ -142,6 +142,8 @@ class _Samples:
         n, c, height, width = input.shape
         if n * offset.shape[2] * offset.shape[3] >= 2**31:
             raise ValueError(f"offset must have N * H_out * W_out below 2**31 on CUDA, got shape {tuple(offset.shape)}")
+        if (width + 2) * c >= 2**31:
+            raise ValueError(f"input must have C * (W + 2) below 2**31 on CUDA, got shape {tuple(input.shape)}")
         image = input.new_empty((n, height + 2, width + 2, c))
         _relayout(input, image.permute(0, 3, 1, 2), border=1)
         return cls(image, offset.contiguous(), None if mask is None else mask.contiguous(), geometry)
@@ -181,7 +183,7 @@ class _Chunk:
         index = torch.int32 if image[..., 0].numel() < 2**31 else torch.int64
         pixels = torch.empty(units * count, dtype=index, device=image.device)
         places = torch.empty((3, units * count), dtype=_accumulator(image), device=image.device)
-        _deform_columns.plan[(triton.cdiv(count, 512), units)](
+        _deform_columns.plan[(units * triton.cdiv(count, 512),)](
             samples.offset, samples.offset if samples.mask is None else samples.mask, pixels, *places,
             first, count, image.shape[1] - 2, image.shape[2] - 2, *samples.offset.shape[2:], geometry.offset_groups,
             K=geometry.taps, KW=geometry.kernel_size[1],
@@ -226,13 +228,14 @@ class _Chunk:
         else:
             out = self.empty_columns()
         half = image.element_size() == 2
-        block_c = _power_of_two(c, 256 if half else 64)
-        _deform_columns.sample[(triton.cdiv(self.count, 1024 // block_c), geometry.taps, triton.cdiv(c, block_c))](
+        block_c = _power_of_two(c, 128 if half else 256)
+        block_p = 512 // block_c if half else 4
+        _deform_columns.sample[(triton.cdiv(self.count, block_p), triton.cdiv(c, block_c))](
             image, self.pixels, *self.places, out,
             self.count, image.shape[2] - 2, c, per_offset_group, per_group, *out.stride(),
             K=geometry.taps, MASKED=self.masked,
             ONE_D=d == 1 or per_offset_group % block_c == 0, ONE_G=_one_group(geometry, per_group, block_c),
-            TAPS=1, BLOCK_P=1024 // block_c, BLOCK_C=block_c, num_warps=1 if half else 2,
+            BLOCK_P=block_p, BLOCK_C=block_c, num_warps=1 if half else max(1, block_c // 64),
         )  # fmt: skip
         return out
 
@@ -242,13 +245,16 @@ class _Chunk:
         image, geometry = self.samples.image, self.samples.geometry
         half = image.element_size() == 2
         block_c = _power_of_two(per_offset_group, 64)
-        block_p, warps = (32, 2) if half and block_c == 64 else (512 // block_c, 4)
-        _deform_columns.gradients_of_place[(triton.cdiv(self.count, block_p), geometry.taps, d)](
+        # With many channels the taps of a position are walked by one program, as they share pixels.
+        many = block_c == 64
+        block_p, warps = (8, 1) if many else (512 // block_c, 4)
+        taps = (3 if half else geometry.taps) if many else 1
+        _deform_columns.gradients_of_place[(triton.cdiv(self.count, block_p), triton.cdiv(geometry.taps, taps), d)](
             by_columns, image, self.pixels, *self.places, by_offset, by_offset if by_mask is None else by_mask,
             self.first, self.count, image.shape[2] - 2, *by_offset.shape[2:], c, d, per_offset_group, per_group,
             by_columns.stride(0), K=geometry.taps, MASKED=self.masked,
             ONE_G=_one_group(geometry, math.gcd(per_group, per_offset_group), block_c),
-            TAPS=1, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
+            TAPS=taps, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
 
     def gather(self, by_columns: Tensor, by_image: Tensor) -> None:
@@ -283,7 +289,7 @@ def _fused(chunk: _Chunk, kernels: Tensor, bias: Tensor | None, out: Tensor) -> 
     c, _, per_offset_group, per_group = chunk.sizes
     image, geometry = chunk.samples.image, chunk.samples.geometry
     precise = _is_precise(image)
-    kernels = kernels.contiguous()
+    kernels, bias = kernels.contiguous(), None if bias is None else bias.contiguous()
     high, low = _float32_products.split(kernels) if precise else (kernels, kernels)
     per_output_group = kernels.shape[1]
     segment = math.gcd(per_offset_group, per_group)
