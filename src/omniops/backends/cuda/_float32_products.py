@@ -31,9 +31,11 @@ def low_part(value, high):
 def multiply_add(a, b_high, b_low, total):
     """total + a @ (b_high + b_low)."""
     a_high = high_part(a)
-    total = tl.dot(low_part(a, a_high), b_high, total, input_precision="tf32")
-    total = tl.dot(a_high, b_low, total, input_precision="tf32")
-    return tl.dot(a_high, b_high, total, input_precision="tf32")
+    # Tensor cores cut what they add to a sum, not round it: a sum of its own for each block of k keeps that small.
+    part = tl.dot(low_part(a, a_high), b_high, input_precision="tf32")
+    part = tl.dot(a_high, b_low, part, input_precision="tf32")
+    part = tl.dot(a_high, b_high, part, input_precision="tf32")
+    return total + part
 
 
 @triton.jit
@@ -93,7 +95,7 @@ def batched(a: Tensor, b: Tensor, out: Tensor, precise: bool) -> None:
     product[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), batches, splits)](
         a, b, partial, m, n, k, triton.cdiv(triton.cdiv(k, splits), 32) * 32,
         *a.stride(), *b.stride(), *partial.stride(),
-        PRECISE=precise, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=32, num_warps=4, num_stages=3,
+        PRECISE=precise, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=32, num_warps=8 if precise and block_m * block_n == 128 * 128 else 4, num_stages=3,
     )  # fmt: skip
     if splits > 1:
         torch.sum(partial, 0, out=out)
