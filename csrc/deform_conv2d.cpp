@@ -20,21 +20,22 @@ constexpr std::int64_t kTile = 64;
 // In which different threads should not write.
 constexpr std::int64_t kCacheLine = 64;
 
-DeformConv2dKernels kernels(Dtype dtype) {
-  if (dtype != Dtype::float32 && dtype != Dtype::float64) {
-    throw std::invalid_argument("deform_conv2d's kernels are for float32 and float64");
+DeformConv2dKernels kernels(Dtype dtype, Dtype columns) {
+  const Dtype accumulator = dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  if (columns != accumulator && (dtype != Dtype::bfloat16 || columns != Dtype::bfloat16)) {
+    throw std::invalid_argument("deform_conv2d has no kernels for columns of this dtype");
   }
 #ifdef OMNIOPS_X86_DISPATCH
   switch (instruction_set()) {
     case InstructionSet::avx512:
-      return avx512::deform_conv2d_kernels(dtype);
+      return avx512::deform_conv2d_kernels(dtype, columns);
     case InstructionSet::avx2:
-      return avx2::deform_conv2d_kernels(dtype);
+      return avx2::deform_conv2d_kernels(dtype, columns);
     default:
       break;
   }
 #endif
-  return baseline::deform_conv2d_kernels(dtype);
+  return baseline::deform_conv2d_kernels(dtype, columns);
 }
 
 std::int64_t number_of_threads(const DeformConv2dSizes& sizes, std::int64_t most) {
@@ -87,10 +88,10 @@ std::vector<DeformConv2dPart> tiles_of(const DeformConv2dSizes& sizes, const std
 
 }  // namespace
 
-void deform_conv2d_sample(Dtype dtype, const DeformConv2dSizes& sizes, const void* image, const void* offset,
-                          const void* mask, void* columns, std::int64_t threads) {
+void deform_conv2d_sample(Dtype dtype, Dtype columns_dtype, const DeformConv2dSizes& sizes, const void* image,
+                          const void* offset, const void* mask, void* columns, std::int64_t threads) {
   check(sizes);
-  const DeformConv2dKernels kernel = kernels(dtype);
+  const DeformConv2dKernels kernel = kernels(dtype, columns_dtype);
   const std::vector<DeformConv2dRun> runs = runs_of(sizes, 0, sizes.channels);
   const std::vector<DeformConv2dPart> tiles = tiles_of(sizes, runs);
   const std::vector<double> zeros(static_cast<std::size_t>(sizes.channels / sizes.offset_groups));
@@ -101,11 +102,11 @@ void deform_conv2d_sample(Dtype dtype, const DeformConv2dSizes& sizes, const voi
   });
 }
 
-void deform_conv2d_gradients(Dtype dtype, const DeformConv2dSizes& sizes, const void* by_columns, const void* image,
-                             const void* offset, const void* mask, void* by_image, void* by_offset, void* by_mask,
-                             std::int64_t threads) {
+void deform_conv2d_gradients(Dtype dtype, Dtype columns_dtype, const DeformConv2dSizes& sizes, const void* by_columns,
+                             const void* image, const void* offset, const void* mask, void* by_image, void* by_offset,
+                             void* by_mask, std::int64_t threads) {
   check(sizes);
-  const DeformConv2dKernels kernel = kernels(dtype);
+  const DeformConv2dKernels kernel = kernels(dtype, columns_dtype);
   threads = number_of_threads(sizes, threads);
 
   // Any position may add to any pixel, so the gradient of the image is shared out by channels, and each thread sees

@@ -35,18 +35,19 @@ struct DeformConv2dSizes {
   std::int64_t taps() const { return kernel_height * kernel_width; }
 };
 
-// Both take an image (N, H, W, C), an offset and a mask (N, ..., H_out, W_out), where mask may be null, and columns
-// (groups, count, taps, C / groups), all of one dtype, float32 or float64, and dense. They run on at most `threads`
-// threads, whose number changes no result. No side of the image may have 2**30 pixels.
+// Both take an image (N, H, W, C), an offset and a mask (N, ..., H_out, W_out), where mask may be null, all of one
+// dtype, and columns (groups, count, taps, C / groups) of what that is accumulated in, float64 for float64 and else
+// float32; columns of bfloat16 may be bfloat16 too. All are dense. They run on at most `threads` threads, whose number
+// changes no result. No side of the image may have 2**30 pixels.
 
 // Fills the columns with samples.
-void deform_conv2d_sample(Dtype dtype, const DeformConv2dSizes& sizes, const void* image, const void* offset,
-                          const void* mask, void* columns, std::int64_t threads);
+void deform_conv2d_sample(Dtype dtype, Dtype columns_dtype, const DeformConv2dSizes& sizes, const void* image,
+                          const void* offset, const void* mask, void* columns, std::int64_t threads);
 
-// From the gradient of the columns writes that of their positions' offset and mask (null where mask is), and adds
-// their part of the image's.
-void deform_conv2d_gradients(Dtype dtype, const DeformConv2dSizes& sizes, const void* by_columns, const void* image,
-                             const void* offset, const void* mask, void* by_image, void* by_offset, void* by_mask,
-                             std::int64_t threads);
+// From the gradient of the columns writes that of their positions' offset and mask (null where mask is), of their
+// dtype, and adds their part of the image's, which is float64 or float32.
+void deform_conv2d_gradients(Dtype dtype, Dtype columns_dtype, const DeformConv2dSizes& sizes, const void* by_columns,
+                             const void* image, const void* offset, const void* mask, void* by_image, void* by_offset,
+                             void* by_mask, std::int64_t threads);
 
 }  // namespace omniops

@@ -48,9 +48,64 @@ OMNIOPS_INLINE void for_vectors(Index count, const Work& work) {
   rest<kLanes<A> / 2, A>(x, count, work);
 }
 
-template <int lanes, class A>
-OMNIOPS_INLINE Vector<A, lanes> vector_at(const A* source) {
-  return load_bits<Vector<A, lanes>>(source);
+// Fewer numbers in half precision than simd.h's load and store take: what is left of a run, or a short one.
+template <int lanes, class T>
+OMNIOPS_INLINE Vector<float, lanes> widen_few(Constant<lanes>, const T* source) {
+  Vector<float, lanes> v;
+  for (int i = 0; i < lanes; ++i) v[i] = widen(source[i]);
+  return v;
+}
+
+template <int lanes, class T, class V>
+OMNIOPS_INLINE void narrow_few(Constant<lanes>, V v, T* target) {
+  for (int i = 0; i < lanes; ++i) narrow(static_cast<float>(v[i]), target[i]);
+}
+
+#if OMNIOPS_VECTOR_EXTENSION
+template <int lanes>
+OMNIOPS_INLINE Vector<float, lanes> widen_few(Constant<lanes>, const BFloat16* source) {
+  return widen_bfloat16<lanes>(load_bits<Vector<std::uint16_t, lanes>>(source));
+}
+
+template <int lanes, class V>
+OMNIOPS_INLINE void narrow_few(Constant<lanes>, V v, BFloat16* target) {
+  const auto bits = narrow_to_bfloat16<lanes>(v);
+  std::memcpy(target, &bits, sizeof bits);
+}
+
+#if defined(__F16C__)
+OMNIOPS_INLINE Vector<float, 8> widen_few(Constant<8>, const Float16* source) {
+  return (Vector<float, 8>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+}
+OMNIOPS_INLINE Vector<float, 4> widen_few(Constant<4>, const Float16* source) {
+  return (Vector<float, 4>)_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)));
+}
+#endif
+#endif
+
+// Numbers from any address and to any, fewer than kLanes too.
+template <int lanes, class T>
+OMNIOPS_INLINE Vector<Accumulator<T>, lanes> vector_at(const T* source) {
+  using A = Accumulator<T>;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    return load_bits<Vector<A, lanes>>(source);
+  } else if constexpr (lanes == kLanes<A>) {
+    return load(source);
+  } else {
+    return widen_few(Constant<lanes>{}, source);
+  }
+}
+
+template <int lanes, class T>
+OMNIOPS_INLINE void store_at(T* target, Vector<Accumulator<T>, lanes> v) {
+  using A = Accumulator<T>;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    std::memcpy(target, &v, sizeof v);
+  } else if constexpr (lanes == kLanes<A>) {
+    store(target, v);
+  } else {
+    narrow_few(Constant<lanes>{}, v, target);
+  }
 }
 
 // Half by half, so that vectors stay in registers.
@@ -109,8 +164,9 @@ struct Places {
 
   // A place outside of the map is moved to (-2, -2), infinite ones too, where it has finite weights for the zeros that
   // it sees. One that is not a number is not outside: its weights are not numbers.
-  Places(const DeformConv2dSizes& sizes, const Block<A>& block, Index group, Index tap, const A* offset,
-         const A* mask) {
+  template <class T>
+  Places(const DeformConv2dSizes& sizes, const Block<A>& block, Index group, Index tap, const T* offset,
+         const T* mask) {
     const Index positions = sizes.out_height * sizes.out_width;
     const Index plane = (block.image * sizes.offset_groups + group) * sizes.taps() + tap;
     A moves_y[kBlock] = {}, moves_x[kBlock] = {};
@@ -164,12 +220,13 @@ struct Places {
   }
 
   // Fetches the next block's numbers, too: the planes of offset are too many streams for the processor to foresee.
-  static OMNIOPS_INLINE void copy(const A* source, int count, A* target) {
+  template <class T>
+  static OMNIOPS_INLINE void copy(const T* source, int count, A* target) {
     prefetch(source + 2 * kBlock - 1);
     if (count == kBlock) {
-      std::memcpy(target, source, kBlock * sizeof(A));
+      for (int b = 0; b < kBlock; b += kLanes<A>) store_at<kLanes<A>>(target + b, vector_at<kLanes<A>>(source + b));
     } else {
-      for (int b = 0; b < kBlock; ++b) target[b] = b < count ? source[b] : 0;
+      for (int b = 0; b < kBlock; ++b) target[b] = b < count ? widen(source[b]) : 0;
     }
   }
 };
@@ -202,12 +259,12 @@ struct Steps {
 };
 
 // A channel of the corners of a place, `zeros` for those that do not lie on the map.
-template <class A>
+template <class T>
 struct Pixels {
-  const A* corner[4];
+  const T* corner[4];
 
-  OMNIOPS_INLINE Pixels(const Steps& steps, const A* image, const Places<A>& places, int b, Index channel,
-                        const A* zeros) {
+  OMNIOPS_INLINE Pixels(const Steps& steps, const T* image, const Places<Accumulator<T>>& places, int b, Index channel,
+                        const T* zeros) {
     Index to[4];
     steps.to_corners(places, b, channel, to);
     const std::int32_t corners = places.corners[b];
@@ -216,15 +273,16 @@ struct Pixels {
 };
 
 // Calls work(block, tap, run, places) for each block of the part's positions, each tap and each run.
-template <class A, class Work>
+template <class T, class Work>
 OMNIOPS_INLINE void for_runs(const DeformConv2dSizes& sizes, const DeformConv2dPart& part, const void* offset,
                              const void* mask, const Work& work) {
+  using A = Accumulator<T>;
   for (Index begin = part.begin; begin < part.end; begin += kBlock) {
     const Block<A> block(sizes, begin, part.end);
     for (Index tap = 0; tap < sizes.taps(); ++tap) {
       for (Index r = 0; r < part.run_count;) {
         const Index group = part.runs[r].offset_group;
-        const Places<A> places(sizes, block, group, tap, static_cast<const A*>(offset), static_cast<const A*>(mask));
+        const Places<A> places(sizes, block, group, tap, static_cast<const T*>(offset), static_cast<const T*>(mask));
         for (; r < part.run_count && part.runs[r].offset_group == group; ++r) work(block, tap, part.runs[r], places);
       }
     }
@@ -233,17 +291,20 @@ OMNIOPS_INLINE void for_runs(const DeformConv2dSizes& sizes, const DeformConv2dP
 
 // --- the kernels ---
 
-template <class A>
+// T is what image, offset and mask are of, Column what columns are of. Everything between loads and stores is in A.
+template <class T, class Column>
 struct Kernels {
+  using A = Accumulator<T>;
+
   static void sample(const DeformConv2dSizes& sizes, const DeformConv2dPart& part, const void* image,
                      const void* offset, const void* mask, const void* zeros, void* columns) {
     const Steps steps(sizes);
-    for_runs<A>(sizes, part, offset, mask,
+    for_runs<T>(sizes, part, offset, mask,
                 [&](const Block<A>& block, Index tap, const DeformConv2dRun& run, const Places<A>& places) {
-      const A* map = static_cast<const A*>(image) + block.image * steps.image;
-      A* out = static_cast<A*>(columns) + steps.to_columns(run, block.first, tap);
+      const T* map = static_cast<const T*>(image) + block.image * steps.image;
+      Column* out = static_cast<Column*>(columns) + steps.to_columns(run, block.first, tap);
       for (int b = 0; b < block.count; ++b, out += steps.next_columns) {
-        const Pixels<A> at(steps, map, places, b, run.channel, static_cast<const A*>(zeros));
+        const Pixels<T> at(steps, map, places, b, run.channel, static_cast<const T*>(zeros));
         const A weight[4] = {places.weight[0][b], places.weight[1][b], places.weight[2][b], places.weight[3][b]};
         const A factor = places.factor[b];
         for_vectors<A>(run.count, [&](auto lanes, Index x) {
@@ -252,7 +313,7 @@ struct Kernels {
               (vector_at<n>(at.corner[0] + x) * weight[0] + vector_at<n>(at.corner[1] + x) * weight[1] +
                vector_at<n>(at.corner[2] + x) * weight[2] + vector_at<n>(at.corner[3] + x) * weight[3]) *
               factor;
-          std::memcpy(out + x, &value, sizeof value);
+          store_at<n>(out + x, value);
         });
       }
     });
@@ -265,36 +326,39 @@ struct Kernels {
     const Index positions = sizes.out_height * sizes.out_width;
     const Index group_channels = sizes.channels / sizes.offset_groups;
     A dots[4][kBlock];  // of the columns' gradient and the pixels of each corner
-    for_runs<A>(sizes, part, offset, mask,
+    for_runs<T>(sizes, part, offset, mask,
                 [&](const Block<A>& block, Index tap, const DeformConv2dRun& run, const Places<A>& places) {
-      const A* map = static_cast<const A*>(image) + block.image * steps.image;
-      const A* grad = static_cast<const A*>(by_columns) + steps.to_columns(run, block.first, tap);
+      const T* map = static_cast<const T*>(image) + block.image * steps.image;
+      const Column* grad = static_cast<const Column*>(by_columns) + steps.to_columns(run, block.first, tap);
       const bool group_begins = run.channel == run.offset_group * group_channels;
       for (int b = 0; b < block.count; ++b, grad += steps.next_columns) {
-        const Pixels<A> at(steps, map, places, b, run.channel, static_cast<const A*>(zeros));
+        const Pixels<T> at(steps, map, places, b, run.channel, static_cast<const T*>(zeros));
         A dot[4];
         multiply(grad, at.corner, run.count, dot);
         for (int k = 0; k < 4; ++k) dots[k][b] = group_begins ? dot[k] : dots[k][b] + dot[k];
       }
       if (run.channel + run.count < (run.offset_group + 1) * group_channels) return;
       const Index plane = (block.image * sizes.offset_groups + run.offset_group) * sizes.taps() + tap;
-      A* by_y = static_cast<A*>(by_offset) + plane * 2 * positions + block.in_image;
-      A* by_x = by_y + positions;
+      T* by_y = static_cast<T*>(by_offset) + plane * 2 * positions + block.in_image;
+      T* by_x = by_y + positions;
       for (int b = 0; b < block.count; ++b) {
         const A down = places.down[b], right = places.right[b];
-        by_y[b] = places.factor[b] * ((dots[2][b] - dots[0][b]) * (1 - right) + (dots[3][b] - dots[1][b]) * right);
-        by_x[b] = places.factor[b] * ((dots[1][b] - dots[0][b]) * (1 - down) + (dots[3][b] - dots[2][b]) * down);
+        const A by_down = (dots[2][b] - dots[0][b]) * (1 - right) + (dots[3][b] - dots[1][b]) * right;
+        const A by_right = (dots[1][b] - dots[0][b]) * (1 - down) + (dots[3][b] - dots[2][b]) * down;
+        narrow(places.factor[b] * by_down, by_y[b]);
+        narrow(places.factor[b] * by_right, by_x[b]);
       }
       if (mask == nullptr) return;
-      A* by_factor = static_cast<A*>(by_mask) + plane * positions + block.in_image;
+      T* by_factor = static_cast<T*>(by_mask) + plane * positions + block.in_image;
       for (int b = 0; b < block.count; ++b) {
-        by_factor[b] = dots[0][b] * places.weight[0][b] + dots[1][b] * places.weight[1][b] +
-                       dots[2][b] * places.weight[2][b] + dots[3][b] * places.weight[3][b];
+        narrow(dots[0][b] * places.weight[0][b] + dots[1][b] * places.weight[1][b] +
+                   dots[2][b] * places.weight[2][b] + dots[3][b] * places.weight[3][b],
+               by_factor[b]);
       }
     });
   }
 
-  static OMNIOPS_INLINE void multiply(const A* grad, const A* const pixel[4], Index count, A dot[4]) {
+  static OMNIOPS_INLINE void multiply(const Column* grad, const T* const pixel[4], Index count, A dot[4]) {
     Index x = 0;
     for (int k = 0; k < 4; ++k) dot[k] = 0;
     if (count >= kLanes<A>) {
@@ -315,10 +379,10 @@ struct Kernels {
   static void by_image(const DeformConv2dSizes& sizes, const DeformConv2dPart& part, const void* by_columns,
                        const void* offset, const void* mask, void* by_image) {
     const Steps steps(sizes);
-    for_runs<A>(sizes, part, offset, mask,
+    for_runs<T>(sizes, part, offset, mask,
                 [&](const Block<A>& block, Index tap, const DeformConv2dRun& run, const Places<A>& places) {
       A* map = static_cast<A*>(by_image) + block.image * steps.image;
-      const A* grad = static_cast<const A*>(by_columns) + steps.to_columns(run, block.first, tap);
+      const Column* grad = static_cast<const Column*>(by_columns) + steps.to_columns(run, block.first, tap);
       for (int b = 0; b < block.count; ++b, grad += steps.next_columns) {
         const A weight[4] = {places.weight[0][b], places.weight[1][b], places.weight[2][b], places.weight[3][b]};
         const A factor = places.factor[b];
@@ -349,15 +413,24 @@ struct Kernels {
   }
 };
 
-template <class A>
+template <class T, class Column = Accumulator<T>>
 constexpr DeformConv2dKernels kernels() {
-  return {Kernels<A>::sample, Kernels<A>::by_offset_and_mask, Kernels<A>::by_image};
+  return {Kernels<T, Column>::sample, Kernels<T, Column>::by_offset_and_mask, Kernels<T, Column>::by_image};
 }
 
 }  // namespace
 
-DeformConv2dKernels deform_conv2d_kernels(Dtype dtype) {
-  return dtype == Dtype::float64 ? kernels<double>() : kernels<float>();
+DeformConv2dKernels deform_conv2d_kernels(Dtype dtype, Dtype columns) {
+  switch (dtype) {
+    case Dtype::float64:
+      return kernels<double>();
+    case Dtype::float32:
+      return kernels<float>();
+    case Dtype::float16:
+      return kernels<Float16>();
+    default:
+      return columns == Dtype::bfloat16 ? kernels<BFloat16, BFloat16>() : kernels<BFloat16>();
+  }
 }
 
 }  // namespace OMNIOPS_NAMESPACE

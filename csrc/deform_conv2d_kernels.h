@@ -38,14 +38,14 @@ struct DeformConv2dKernels {
 };
 
 namespace baseline {
-DeformConv2dKernels deform_conv2d_kernels(Dtype dtype);
+DeformConv2dKernels deform_conv2d_kernels(Dtype dtype, Dtype columns);
 }
 #ifdef OMNIOPS_X86_DISPATCH
 namespace avx2 {
-DeformConv2dKernels deform_conv2d_kernels(Dtype dtype);
+DeformConv2dKernels deform_conv2d_kernels(Dtype dtype, Dtype columns);
 }
 namespace avx512 {
-DeformConv2dKernels deform_conv2d_kernels(Dtype dtype);
+DeformConv2dKernels deform_conv2d_kernels(Dtype dtype, Dtype columns);
 }
 #endif
 

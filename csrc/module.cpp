@@ -45,17 +45,19 @@ struct DeformConv2dGeometry : omniops::DeformConv2dSizes {
                           dilation[1],    groups,    offset_groups, first,    count} {}
 };
 
-void deform_conv2d_sample(const DeformConv2dGeometry& geometry, omniops::Dtype dtype, std::uintptr_t image,
-                          std::uintptr_t offset, std::uintptr_t mask, std::uintptr_t columns, std::int64_t threads) {
-  omniops::deform_conv2d_sample(dtype, geometry, reinterpret_cast<const void*>(image),
+void deform_conv2d_sample(const DeformConv2dGeometry& geometry, omniops::Dtype dtype, omniops::Dtype columns_dtype,
+                          std::uintptr_t image, std::uintptr_t offset, std::uintptr_t mask, std::uintptr_t columns,
+                          std::int64_t threads) {
+  omniops::deform_conv2d_sample(dtype, columns_dtype, geometry, reinterpret_cast<const void*>(image),
                                 reinterpret_cast<const void*>(offset), reinterpret_cast<const void*>(mask),
                                 reinterpret_cast<void*>(columns), threads);
 }
 
-void deform_conv2d_gradients(const DeformConv2dGeometry& geometry, omniops::Dtype dtype, std::uintptr_t by_columns,
-                             std::uintptr_t image, std::uintptr_t offset, std::uintptr_t mask, std::uintptr_t by_image,
-                             std::uintptr_t by_offset, std::uintptr_t by_mask, std::int64_t threads) {
-  omniops::deform_conv2d_gradients(dtype, geometry, reinterpret_cast<const void*>(by_columns),
+void deform_conv2d_gradients(const DeformConv2dGeometry& geometry, omniops::Dtype dtype, omniops::Dtype columns_dtype,
+                             std::uintptr_t by_columns, std::uintptr_t image, std::uintptr_t offset,
+                             std::uintptr_t mask, std::uintptr_t by_image, std::uintptr_t by_offset,
+                             std::uintptr_t by_mask, std::int64_t threads) {
+  omniops::deform_conv2d_gradients(dtype, columns_dtype, geometry, reinterpret_cast<const void*>(by_columns),
                                    reinterpret_cast<const void*>(image), reinterpret_cast<const void*>(offset),
                                    reinterpret_cast<const void*>(mask), reinterpret_cast<void*>(by_image),
                                    reinterpret_cast<void*>(by_offset), reinterpret_cast<void*>(by_mask), threads);
@@ -69,11 +71,12 @@ void define_deform_conv2d(nb::module_& module) {
            nb::arg("padding"), nb::arg("dilation"), nb::arg("groups"), nb::arg("offset_groups"), nb::arg("first"),
            nb::arg("count"));
   module.def("deform_conv2d_sample", deform_conv2d_sample, nb::call_guard<nb::gil_scoped_release>(),
-             nb::arg("geometry"), nb::arg("dtype"), nb::arg("image"), nb::arg("offset"), nb::arg("mask"),
-             nb::arg("columns"), nb::arg("threads"));
+             nb::arg("geometry"), nb::arg("dtype"), nb::arg("columns_dtype"), nb::arg("image"), nb::arg("offset"),
+             nb::arg("mask"), nb::arg("columns"), nb::arg("threads"));
   module.def("deform_conv2d_gradients", deform_conv2d_gradients, nb::call_guard<nb::gil_scoped_release>(),
-             nb::arg("geometry"), nb::arg("dtype"), nb::arg("by_columns"), nb::arg("image"), nb::arg("offset"),
-             nb::arg("mask"), nb::arg("by_image"), nb::arg("by_offset"), nb::arg("by_mask"), nb::arg("threads"));
+             nb::arg("geometry"), nb::arg("dtype"), nb::arg("columns_dtype"), nb::arg("by_columns"), nb::arg("image"),
+             nb::arg("offset"), nb::arg("mask"), nb::arg("by_image"), nb::arg("by_offset"), nb::arg("by_mask"),
+             nb::arg("threads"));
 }
 
 void connected_components(std::uintptr_t mask, std::int64_t item_size, std::int64_t batch, std::int64_t height,

@@ -185,19 +185,29 @@ OMNIOPS_INLINE void store(T* target, Vector<Accumulator<T>> v) {
 
 #if OMNIOPS_VECTOR_EXTENSION
 
+template <int lanes>
+OMNIOPS_INLINE Vector<float, lanes> widen_bfloat16(Vector<std::uint16_t, lanes> half) {
+  return (Vector<float, lanes>)(convert<Vector<std::uint32_t, lanes>>(half) << 16);
+}
+
+template <int lanes>
+OMNIOPS_INLINE Vector<std::uint16_t, lanes> narrow_to_bfloat16(Vector<float, lanes> v) {
+  using Bits = Vector<std::uint32_t, lanes>;
+  const Bits bits = (Bits)v;
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits is_nan = (Bits)((bits & 0x7fffffffu) > 0x7f800000u);
+  const Bits chosen = (((bits >> 16) | 0x40u) & is_nan) | (rounded & ~is_nan);
+  return convert<Vector<std::uint16_t, lanes>>(chosen);
+}
+
 template <>
 OMNIOPS_INLINE Vector<float> load<BFloat16>(const BFloat16* source) {
-  using Half = Vector<std::uint16_t, kLanes<float>>;
-  return (Vector<float>)(convert<Vector<std::uint32_t>>(load_bits<Half>(source)) << 16);
+  return widen_bfloat16<kLanes<float>>(load_bits<Vector<std::uint16_t, kLanes<float>>>(source));
 }
 
 template <>
 OMNIOPS_INLINE void store<BFloat16>(BFloat16* target, Vector<float> v) {
-  const Vector<std::uint32_t> bits = (Vector<std::uint32_t>)v;
-  const Vector<std::uint32_t> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Vector<std::uint32_t> is_nan = (Vector<std::uint32_t>)((bits & 0x7fffffffu) > 0x7f800000u);
-  const Vector<std::uint32_t> chosen = (((bits >> 16) | 0x40u) & is_nan) | (rounded & ~is_nan);
-  const auto half = convert<Vector<std::uint16_t, kLanes<float>>>(chosen);
+  const auto half = narrow_to_bfloat16<kLanes<float>>(v);
   std::memcpy(target, &half, sizeof half);
 }
 

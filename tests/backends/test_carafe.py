@@ -37,6 +37,11 @@ def backend_devices():
 BACKENDS = pytest.mark.parametrize(("backend", "device"), list(backend_devices()))
 
 
+def interpreted(backend, device):
+    """Whether Triton's interpreter runs the kernels, where each program and each tap costs."""
+    return backend == "cuda" and device == "cpu"
+
+
 def kernels(backend):
     return import_module(f"omniops.backends.{backend}.carafe")
 
@@ -141,13 +146,16 @@ def test_the_middle_tap_alone_is_nearest_upsampling(backend, device):
 def test_the_common_case(backend, device, dtype, layout):
     if dtype not in dtypes(backend):
         pytest.skip(f"the {backend} kernels have no {dtype}")
-    tensors, sizes = problem(1, 4, 3, 6, 5, 2, 2, 1, dtype)
+    if interpreted(backend, device) and dtype != torch.float32 and layout not in ("contiguous", "sliced"):
+        pytest.skip("Triton's interpreter, which is slow, takes this layout in float32 only")
+    h, w, k = (2, 4, 3) if interpreted(backend, device) else (3, 6, 5)
+    tensors, sizes = problem(1, 4, h, w, k, 2, 2, 1, dtype)
     assert_right(kernels(backend), device, tensors, sizes, LAYOUTS[layout])
 
 
 def examples(backend):
     """As many as take some ten seconds: Triton compiles most of them anew, or interprets them."""
-    return {"reference": 300, "cpu": 1500, "mps": 300, "cuda": 40 if torch.cuda.is_available() else 10}[backend]
+    return {"reference": 300, "cpu": 1500, "mps": 300, "cuda": 40 if torch.cuda.is_available() else 6}[backend]
 
 
 @BACKENDS
@@ -162,10 +170,10 @@ def test_any_case(backend, device):
 
 def any_case(backend, device, data):
     integer = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
-    interpreted = backend == "cuda" and device == "cpu"  # slow: each program and tap of the kernel costs
-    g, k = integer(1, 3), data.draw(st.sampled_from((1, 3, 5) if interpreted else (1, 3, 5, 7)))
+    small = interpreted(backend, device)
+    g, k = integer(1, 3), data.draw(st.sampled_from((1, 3) if small else (1, 3, 5, 7)))
     s, t = data.draw(st.sampled_from(((1, 1), (2, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2), (3, 2), (5, 1))))
-    shape = integer(1, 2), g * integer(1, 5), integer(1, 4 if interpreted else 7), integer(1, 6 if interpreted else 9)
+    shape = integer(1, 2), g * integer(1, 5), integer(1, 3 if small else 7), integer(1, 5 if small else 9)
     dtype = data.draw(st.sampled_from(dtypes(backend)))
     tensors, sizes = problem(*shape, k, g, s, t, dtype, seed=integer(0, 99))
     assert_right(kernels(backend), device, tensors, sizes, LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))])
@@ -175,11 +183,12 @@ def any_case(backend, device, data):
 @pytest.mark.parametrize(
     ("shape", "sizes"),
     [
-        ((1, 3, 4, 5), (9, 1, 2, 1)),  # a kernel larger than the map, and larger than what is unrolled
+        ((1, 4, 2, 4), (5, 1, 2, 1)),  # the common case, of the common kernel size, also where it is interpreted
+        ((1, 3, 2, 3), (9, 1, 2, 1)),  # a kernel larger than the map, and larger than what is unrolled
         ((1, 2, 1, 1), (3, 1, 7, 1)),  # a scale that is no power of two, from one pixel
         ((1, 1, 1, 70), (5, 1, 2, 1)),  # one row, wider than a tile
         ((1, 17, 37, 2), (3, 1, 2, 1)),  # taller than a tile, channels that fill no block
-        ((2, 3, 2, 2), (3, 3, 2, 1)),  # a group for each channel
+        ((1, 3, 2, 2), (3, 3, 2, 1)),  # a group for each channel
         ((1, 4, 5, 5), (3, 1, 1, 7)),  # a stride larger than the map
     ],
 )
@@ -205,7 +214,7 @@ def test_expanded_inputs(backend, device):
 @BACKENDS
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_result_has_the_memory_format_of_the_first_argument(backend, device, layout):
-    (features, masks, grad), sizes = problem(2, 4, 3, 6, 3, 1, 2, 1, torch.float32)
+    (features, masks, grad), sizes = problem(2, 4, 2, 3, 3, 1, 2, 1, torch.float32)
     other = LAYOUTS["channels_last" if layout == "contiguous" else "contiguous"]
     memory_format = getattr(torch, f"{layout}_format" if layout == "contiguous" else layout)
     for operator in OPERATORS:
@@ -228,7 +237,7 @@ def test_what_is_not_finite_stays_in_its_neighbourhood(backend, device, value):
 
 @BACKENDS
 def test_the_same_bits_every_run(backend, device):
-    tensors, sizes = problem(1, 16, 3, 8, 5, 1, 2, 1, torch.float32)
+    tensors, sizes = problem(1, 16, *((2, 4, 3) if interpreted(backend, device) else (3, 8, 5)), 1, 2, 1, torch.float32)
     tensors = [tensor.to(device) for tensor in tensors]
     for operator in OPERATORS:
         first, second = (call(kernels(backend), operator, *tensors, sizes) for _ in range(2))

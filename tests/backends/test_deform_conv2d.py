@@ -145,6 +145,7 @@ def assert_right(module, device, case, tensors, layout=lambda tensor: tensor):
         result = found[name]
         assert result.dtype == dtype, name
         assert result.shape == wanted.shape, name
+        wanted = wanted.cpu()
         result, finite = result.cpu().double(), wanted.isfinite()
         torch.testing.assert_close(result[~finite], wanted[~finite], equal_nan=True)
         result, wanted = result[finite], wanted[finite]
@@ -248,7 +249,7 @@ def test_without_offsets_it_is_a_convolution(backend, device, groups):
 def test_the_common_case(backend, device, dtype, layout):
     if dtype not in dtypes(backend):
         pytest.skip(f"the {backend} kernels have no {dtype}")
-    if interpreted(backend, device) and dtype != torch.float32 and layout not in ("contiguous", "sliced"):
+    if interpreted(backend, device) and dtype != torch.float32 and layout != "contiguous":
         pytest.skip("Triton's interpreter, which is slow, takes this layout in float32 only")
     case = uneven(backend, device)
     assert_right(kernels(backend), device, case, problem(case, dtype), LAYOUTS[layout])
@@ -561,14 +562,41 @@ LARGER = [
 ]
 
 
+# With runs of 70, 35, 7, 16, 3, 2 and 1 channels: every width of vector, and what is left of one.
+EVERY_WIDTH = [
+    UNEVEN,
+    *(Case(2, c, 5, 7, 4, groups=g, offset_groups=d) for c, g, d in ((70, 2, 1), (70, 1, 2), (63, 1, 9))),
+    *(LARGER[i]._replace(h=6, w=9) for i in (1, 2)),
+]
+
+
 def check_every_kernel():
-    for dtype in TOLERANCES:
-        for case in (
-            UNEVEN,
-            *(Case(2, c, 5, 7, 4, groups=g, offset_groups=d) for c, g, d in ((70, 2, 1), (70, 1, 2), (63, 1, 9))),
-            *(LARGER[i]._replace(h=6, w=9) for i in (1, 2)),
-        ):
+    for dtype, multiplies_bfloat16 in product(TOLERANCES, (False, True)):
+        kernels("cpu")._multiplies_bfloat16 = partial(bool, multiplies_bfloat16)
+        for case in EVERY_WIDTH:
             assert_right(kernels("cpu"), "cpu", case, problem(case, dtype))
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("multiplies_bfloat16", [False, True])
+def test_half_precision_goes_into_the_kernels_as_it_is(dtype, multiplies_bfloat16, monkeypatch):
+    module, seen = kernels("cpu"), set()
+
+    def spied(function):
+        def call(geometry, dtype, columns_dtype, *rest):
+            seen.add((str(dtype).split(".")[-1], str(columns_dtype).split(".")[-1]))
+            return function(geometry, dtype, columns_dtype, *rest)
+
+        return call
+
+    for name in ("deform_conv2d_sample", "deform_conv2d_gradients"):
+        monkeypatch.setattr(module._C, name, spied(getattr(module._C, name)))
+    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: multiplies_bfloat16)
+    for case in EVERY_WIDTH:
+        assert_right(in_chunks(module, 20_000), "cpu", case, problem(case, dtype))
+    name = str(dtype).removeprefix("torch.")
+    assert seen == {(name, name if dtype == torch.bfloat16 and multiplies_bfloat16 else "float32")}
 
 
 @pytest.fixture

@@ -11,6 +11,10 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Of a result, relative to its largest element."""
 
 
+EXACT = dict.fromkeys((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64), 0.0)
+"""Of integers."""
+
+
 class Carafe(NamedTuple):
     n: int
     c: int
@@ -37,11 +41,21 @@ class DeformConv2d(NamedTuple):
     masked: bool = True
 
 
-Case = Carafe | DeformConv2d
+class ConnectedComponents(NamedTuple):
+    n: int
+    h: int
+    w: int
+    connectivity: int
+    masks: float | str = "adversarial"
+    """The density of noise, or the name of an adversarial mask, or all of these in turn."""
+
+
+Case = Carafe | DeformConv2d | ConnectedComponents
 
 OPERATORS = {
     Carafe: ("carafe", "carafe_backward_features", "carafe_backward_masks"),
     DeformConv2d: ("deform_conv2d", "deform_conv2d_backward_data", "deform_conv2d_backward_weight"),
+    ConnectedComponents: ("connected_components",),
 }
 
 
@@ -54,6 +68,16 @@ def arguments(operator: str, case: Case, dtype: torch.dtype, seed: int = 0, devi
             return torch.empty(size, dtype=dtype, device=device)
         return torch.randn(size, generator=generator).to(dtype)
 
+    if isinstance(case, ConnectedComponents):
+        if isinstance(case.masks, float):
+            foreground = torch.rand((case.n, case.h, case.w), generator=generator) < case.masks
+        else:
+            named = adversarial(case.h, case.w)
+            masks = [named[case.masks]] if case.masks in named else list(named.values())
+            foreground = torch.stack([masks[i % len(masks)] for i in range(case.n)])
+        # Of a wide integer a bit that a narrower one has not.
+        bit = True if dtype == torch.bool else 1 << torch.iinfo(dtype).bits - 2
+        return [torch.where(foreground[:, None], bit, False).to(dtype), case.connectivity]
     if isinstance(case, Carafe):
         n, c, h, w, k, g, s, t = case
         rows, columns = -(-h // t) * s, -(-w // t) * s
@@ -86,9 +110,42 @@ def arguments(operator: str, case: Case, dtype: torch.dtype, seed: int = 0, devi
     }[operator]
 
 
+def spiral(h: int, w: int) -> Tensor:
+    """A line a pixel wide with a gap of as much between its turns."""
+    mask = torch.zeros(h, w, dtype=torch.bool)
+    for turn in range(0, (min(h, w) + 1) // 2, 2):
+        bottom, right = h - 1 - turn, w - 1 - turn
+        mask[turn, max(turn - 2, 0) : right + 1] = True
+        mask[turn : bottom + 1, right] = True
+        mask[bottom, turn : right + 1] = True
+        mask[turn + 2 : bottom + 1, turn] = True
+    return mask
+
+
+def adversarial(h: int, w: int) -> dict[str, Tensor]:
+    """Masks whose components are long, many, or meet late."""
+    y, x = torch.arange(h)[:, None], torch.arange(w)
+    return {
+        "all": torch.ones(h, w, dtype=torch.bool),
+        "none": torch.zeros(h, w, dtype=torch.bool),
+        "checkerboard": (y + x) % 2 == 0,
+        "comb": (x % 2 == 0) | (y == h - 1),
+        "comb upside down": (x % 2 == 0) | (y == 0),
+        "comb to the left": (y % 2 == 0) | (x == w - 1),
+        "combs in each other": ((x % 4 == 0) & (y < h - 1)) | ((x % 4 == 2) & (y > 0)) | (y == 0) | (y == h - 1),
+        "zigzag": ((x + y) % 8 == 0) | ((x - y) % 8 == 4),
+        "rings": torch.minimum(torch.minimum(y, h - 1 - y), torch.minimum(x, w - 1 - x)) % 2 == 0,
+        "spiral": spiral(h, w),
+        "what the spiral leaves": ~spiral(h, w),
+        "serpent": (y % 2 == 0) | ((x == w - 1) & (y % 4 == 1)) | ((x == 0) & (y % 4 == 3)),
+        "staircase": (x - y) % 3 == 0,
+        "other staircase": (x + y) % 3 == 0,
+    }
+
+
 def doubled(arguments: list[Any]) -> list[Any]:
-    """The same in float64, for the oracle."""
-    return [value.double() if isinstance(value, Tensor) else value for value in arguments]
+    """The same with floating tensors in float64, for the oracle."""
+    return [value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in arguments]
 
 
 def results(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -98,4 +155,4 @@ def results(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def error(result: Tensor, expected: Tensor) -> float:
     """The largest, relative to the largest element expected."""
-    return float((result.double() - expected).abs().max() / expected.abs().max())
+    return float((result.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))

@@ -11,6 +11,7 @@ import emulator
 import numpy as np
 import pytest
 import torch
+from problems import EXACT, adversarial, spiral
 from scipy import ndimage
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from omniops.backends.mps import connected_components as metal
 from omniops.backends.mps._library import library
 
 SOURCE = (Path(metal.__file__).parent / "connected_components.metal").read_text(encoding="utf-8")
-DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+DTYPES = tuple(EXACT)
 
 connectivities = pytest.mark.parametrize("connectivity", [4, 8])
 
@@ -60,38 +61,6 @@ def noise(*shape: int, density: float = 0.5) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) < density
 
 
-def spiral(h: int, w: int) -> Tensor:
-    """A line a pixel wide with a gap of as much between its turns."""
-    mask = torch.zeros(h, w, dtype=torch.bool)
-    for turn in range(0, (min(h, w) + 1) // 2, 2):
-        bottom, right = h - 1 - turn, w - 1 - turn
-        mask[turn, max(turn - 2, 0) : right + 1] = True
-        mask[turn : bottom + 1, right] = True
-        mask[bottom, turn : right + 1] = True
-        mask[turn + 2 : bottom + 1, turn] = True
-    return mask
-
-
-def adversarial(h: int, w: int) -> dict[str, Tensor]:
-    y, x = torch.arange(h)[:, None], torch.arange(w)
-    return {
-        "all": torch.ones(h, w, dtype=torch.bool),
-        "none": torch.zeros(h, w, dtype=torch.bool),
-        "checkerboard": (y + x) % 2 == 0,
-        "comb": (x % 2 == 0) | (y == h - 1),
-        "comb upside down": (x % 2 == 0) | (y == 0),
-        "comb to the left": (y % 2 == 0) | (x == w - 1),
-        "combs in each other": ((x % 4 == 0) & (y < h - 1)) | ((x % 4 == 2) & (y > 0)) | (y == 0) | (y == h - 1),
-        "zigzag": ((x + y) % 8 == 0) | ((x - y) % 8 == 4),
-        "rings": torch.minimum(torch.minimum(y, h - 1 - y), torch.minimum(x, w - 1 - x)) % 2 == 0,
-        "spiral": spiral(h, w),
-        "what the spiral leaves": ~spiral(h, w),
-        "serpent": (y % 2 == 0) | ((x == w - 1) & (y % 4 == 1)) | ((x == 0) & (y % 4 == 3)),
-        "staircase": (x - y) % 3 == 0,
-        "other staircase": (x + y) % 3 == 0,
-    }
-
-
 @connectivities
 @pytest.mark.parametrize("name", adversarial(1, 1))
 def test_adversarial_masks(name: str, connectivity: int) -> None:
@@ -131,7 +100,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int16, torch.uint16], ids=str)
 def test_layouts(layout: str, dtype: torch.dtype) -> None:
     check(LAYOUTS[layout](noise(2, 1, 7, 37).to(dtype)), 8)
 

@@ -22,6 +22,17 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
+_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_signed(integers: Tensor) -> Tensor:
+    """The bits of an integer or bool tensor as signed integers, which every device can compute with.
+
+    PyTorch has no uint16, uint32 and uint64 in many operators: ``torch.where`` is one that lacks them on CUDA.
+    """
+    return integers.view(_SIGNED[integers.element_size()])
+
+
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last for a tensor that is stored so and not otherwise, else contiguous."""
     if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last):

@@ -11,8 +11,9 @@ positions first ... first + P - 1.
 those columns, writes their part of by_offset and by_mask, and adds their part to by_image.
 
 There image is (N, H, W, C), as channels that lie together are sampled at one position; by_image is (N, H, W, C) in the
-dtype that sums are kept in; offset, mask and their gradients are (N, ..., H_out, W_out); mask and by_mask may be None.
-All are contiguous. ``gradients`` is called for one chunk after another.
+dtype that sums are kept in, columns are in one that the backend chooses, all else is in the input's; offset, mask and
+their gradients are (N, ..., H_out, W_out); mask and by_mask may be None. All are contiguous. ``gradients`` is called
+for one chunk after another.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Columns:
     gradients: Gradients
     most_bytes: int
     """What the columns of a chunk take at most, if they are those of more than one position."""
-    widen: bool
-    """Whether half-precision inputs are made float32 before all else, so that kernels and products see no others."""
+    columns_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
+    """What the columns are in, and the products with them, for each dtype of the input."""
     transpose: Callable[[Tensor], Tensor] = _transpose
     """(N, A, B) -> (N, B, A), contiguous."""
 
@@ -78,18 +79,20 @@ class Columns:
         groups = input.shape[1] // weight.shape[1]
         geometry = geometry_of(offset, weight.shape[2:], groups, stride, padding, dilation)
         image, offset, mask = self._dense(input, offset, mask)
-        kernels = by_tap(weight, groups, image.dtype)
+        kernels = by_tap(weight, groups, self.columns_dtype(input.dtype))
         n, (height, width) = input.shape[0], offset.shape[2:]
-        out = kernels.new_empty((n * height * width, *kernels.shape[:2]))
+        out = input.new_empty((n * height * width, *kernels.shape[:2]))
+        bias = None if bias is None else bias.view(out.shape[1:])
         for first, columns in self._chunks(len(out), image, geometry):
             self.sample(image, offset, mask, geometry, first, columns)
             part = out[first : first + columns.shape[1]]
-            if groups == 1:
+            if groups == 1 and out.dtype == columns.dtype:
                 torch.mm(columns.flatten(2)[0], kernels[0].mT, out=part[:, 0])
+                if bias is not None:
+                    part += bias
             else:
-                part.copy_(torch.bmm(columns.flatten(2), kernels.mT).transpose(0, 1))
-        if bias is not None:
-            out += bias.view(out.shape[1:])
+                product = torch.bmm(columns.flatten(2), kernels.mT).transpose(0, 1)
+                part.copy_(product if bias is None else product.add_(bias))
         return self._by_position(out.view(n, height, width, -1), input)
 
     def backward_data(
@@ -107,12 +110,12 @@ class Columns:
         groups = input.shape[1] // weight.shape[1]
         geometry = geometry_of(offset, weight.shape[2:], groups, stride, padding, dilation)
         image, moves, factors = self._dense(input, offset, mask)
-        kernels = by_tap(weight, groups, image.dtype)
-        grads = self._by_channel(grad, image.dtype).view(-1, groups, grad.shape[1] // groups)
+        kernels = by_tap(weight, groups, self.columns_dtype(input.dtype))
+        grads = self._by_channel(grad).view(-1, groups, grad.shape[1] // groups)
         by_image = torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
         by_offset, by_mask = torch.empty_like(moves), None if factors is None else torch.empty_like(factors)
         for first, columns in self._chunks(len(grads), image, geometry):
-            part = grads[first : first + columns.shape[1]].transpose(0, 1)
+            part = grads[first : first + columns.shape[1]].transpose(0, 1).to(columns.dtype)
             torch.bmm(part, kernels, out=columns.flatten(2))
             self.gradients(columns, image, moves, factors, geometry, first, by_image, by_offset, by_mask)
         return (
@@ -137,14 +140,14 @@ class Columns:
         geometry = geometry_of(offset, kernel_size, groups, stride, padding, dilation)
         image, offset, mask = self._dense(input, offset, mask)
         per_group = grad.shape[1] // groups
-        grads = self._by_channel(grad, image.dtype).view(-1, groups, per_group)
+        grads = self._by_channel(grad).view(-1, groups, per_group)
         total = grads.new_zeros(
             (groups, per_group, geometry.taps * input.shape[1] // groups),
             dtype=torch.promote_types(grad.dtype, torch.float32),
         )
         for first, columns in self._chunks(len(grads), image, geometry):
             self.sample(image, offset, mask, geometry, first, columns)
-            part = grads[first : first + columns.shape[1]].permute(1, 2, 0)
+            part = grads[first : first + columns.shape[1]].permute(1, 2, 0).to(columns.dtype)
             if total.dtype == columns.dtype:
                 torch.baddbmm(total, part, columns.flatten(2), out=total)
             else:
@@ -154,16 +157,10 @@ class Columns:
 
     def _dense(self, input: Tensor, offset: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the kernels take for them."""
-        dtype = torch.promote_types(input.dtype, torch.float32) if self.widen else input.dtype
-        return (
-            self._by_channel(input, dtype),
-            offset.to(dtype).contiguous(),
-            None if mask is None else mask.to(dtype).contiguous(),
-        )
+        return self._by_channel(input), offset.contiguous(), None if mask is None else mask.contiguous()
 
-    def _by_channel(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    def _by_channel(self, tensor: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, H, W, C), contiguous."""
-        tensor = tensor.to(dtype)
         if tensor.is_contiguous(memory_format=torch.channels_last):
             return tensor.permute(0, 2, 3, 1).contiguous()
         transposed: Tensor = self.transpose(tensor.flatten(2)).unflatten(1, tensor.shape[2:])
@@ -171,6 +168,7 @@ class Columns:
 
     def _by_position(self, tensor: Tensor, like: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, C, H, W), in the dtype and memory format of ``like``."""
+        tensor = tensor.to(like.dtype)
         if memory_format(like) == torch.channels_last:
             return _like(tensor.permute(0, 3, 1, 2), like)
         return _like(self.transpose(tensor.flatten(1, 2)).unflatten(2, tensor.shape[1:3]), like)
@@ -178,10 +176,11 @@ class Columns:
     def _chunks(self, positions: int, image: Tensor, geometry: Geometry) -> Iterator[tuple[int, Tensor]]:
         """The first position of each chunk, and memory for its columns, the same for all."""
         shape = (geometry.taps, image.shape[3] // geometry.groups)
-        at_once = max(1, self.most_bytes // (geometry.taps * image.shape[3] * image.element_size()))
+        dtype = self.columns_dtype(image.dtype)
+        at_once = max(1, self.most_bytes // (geometry.taps * image.shape[3] * dtype.itemsize))
         # Chunks of like sizes: the last would be a short one that keeps the device half idle.
         at_once = -(-positions // -(-positions // at_once))
-        memory = image.new_empty((geometry.groups * min(at_once, positions), *shape))
+        memory = image.new_empty((geometry.groups * min(at_once, positions), *shape), dtype=dtype)
         for first in range(0, positions, at_once):
             count = min(at_once, positions - first)
             yield first, memory[: geometry.groups * count].view(geometry.groups, count, *shape)

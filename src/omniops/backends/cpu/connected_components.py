@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 import omniops._C as _C
-from omniops.backends import empty
+from omniops.backends import as_signed, empty
 
 
 def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
     """(N, 1, H, W) -> labels and counts, (N, 1, H, W), int32."""
-    mask = mask.contiguous()
+    mask = as_signed(mask).contiguous()
     labels, counts = (empty(mask.shape, like=mask, dtype=torch.int32) for _ in range(2))
     n, _, h, w = mask.shape
     _C.connected_components(

@@ -4,13 +4,20 @@ contract.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 import omniops._C as _C
 from omniops.backends.columns import Columns, Geometry
 
-_DTYPES = {torch.float64: _C.Dtype.float64, torch.float32: _C.Dtype.float32}
+_DTYPES = {
+    torch.float64: _C.Dtype.float64,
+    torch.float32: _C.Dtype.float32,
+    torch.float16: _C.Dtype.float16,
+    torch.bfloat16: _C.Dtype.bfloat16,
+}
 
 
 def _sample(
@@ -19,6 +26,7 @@ def _sample(
     _C.deform_conv2d_sample(
         _geometry(image, offset, geometry, first, columns),
         _DTYPES[image.dtype],
+        _DTYPES[columns.dtype],
         image.data_ptr(),
         offset.data_ptr(),
         _address(mask),
@@ -41,6 +49,7 @@ def _gradients(
     _C.deform_conv2d_gradients(
         _geometry(image, offset, geometry, first, by_columns),
         _DTYPES[image.dtype],
+        _DTYPES[by_columns.dtype],
         by_columns.data_ptr(),
         image.data_ptr(),
         offset.data_ptr(),
@@ -83,8 +92,25 @@ def _transpose(matrices: Tensor) -> Tensor:
     return out
 
 
+def _columns_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What columns are in, and so multiplied in: bfloat16 where the processor multiplies that, or it would be slow."""
+    if dtype == torch.bfloat16 and _multiplies_bfloat16():
+        return dtype
+    return torch.promote_types(dtype, torch.float32)
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    # Private names, for want of public ones; where they have gone, columns are float32.
+    return any(
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
 # Columns of 8 MiB: kernels and products find each other's in the caches, and there are few turns between them.
-_COLUMNS = Columns(sample=_sample, gradients=_gradients, most_bytes=2**23, widen=True, transpose=_transpose)
+_COLUMNS = Columns(
+    sample=_sample, gradients=_gradients, most_bytes=2**23, columns_dtype=_columns_dtype, transpose=_transpose
+)
 
 deform_conv2d = _COLUMNS.forward
 deform_conv2d_backward_data = _COLUMNS.backward_data

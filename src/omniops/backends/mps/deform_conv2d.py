@@ -99,7 +99,7 @@ def _gradients(
         )
 
 
-_COLUMNS = Columns(sample=_sample, gradients=_gradients, most_bytes=MOST_BYTES, widen=False)
+_COLUMNS = Columns(sample=_sample, gradients=_gradients, most_bytes=MOST_BYTES)
 
 deform_conv2d = _COLUMNS.forward
 deform_conv2d_backward_data = _COLUMNS.backward_data

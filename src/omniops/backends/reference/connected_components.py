@@ -8,11 +8,13 @@ component each but the first has an earlier neighbour, or is a later root's, so 
 import torch
 from torch import Tensor
 
+from omniops.backends import as_signed
+
 
 def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
     """(N, 1, H, W) -> labels and counts, (N, 1, H, W), int32."""
     n, _, h, w = mask.shape
-    foreground = (mask != 0).reshape(n, h, w)
+    foreground = (as_signed(mask) != 0).reshape(n, h, w)
     parent = torch.arange(n * h * w, device=mask.device)
     first, second = _neighbours(foreground, parent.view(n, h, w), connectivity)
     while first.numel() > 0:
