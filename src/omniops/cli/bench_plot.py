@@ -40,14 +40,15 @@ def draw(results: list[Result], subtitle: str, origin: str, path: Path) -> None:
         max(len({result.contender for result in shown if (result.operator, result.shape) == row}) for row in rows) - 1
     )
     dtypes = list(dict.fromkeys(result.dtype for result in shown))
+    directions = [direction for direction in DIRECTIONS if any(result.direction == direction for result in shown)]
     height = 0.9 + 0.21 * (len(dtypes) + 0.8) * names
-    figure = Figure(figsize=(12, 1.4 + height * len(rows)), dpi=150, layout="constrained")
-    grid = figure.add_gridspec(1 + len(rows), len(DIRECTIONS), height_ratios=[0.3, *[height] * len(rows)])
+    figure = Figure(figsize=(2 + 5 * len(directions), 1.4 + height * len(rows)), dpi=150, layout="constrained")
+    grid = figure.add_gridspec(1 + len(rows), len(directions), height_ratios=[0.3, *[height] * len(rows)])
     panels = [
-        [figure.add_subplot(grid[1 + row, column]) for column in range(len(DIRECTIONS))] for row in range(len(rows))
+        [figure.add_subplot(grid[1 + row, column]) for column in range(len(directions))] for row in range(len(rows))
     ]
     for (operator, shape), axes in zip(rows, panels, strict=True):
-        for direction, axis in zip(DIRECTIONS, axes, strict=True):
+        for direction, axis in zip(directions, axes, strict=True):
             here = [
                 each for each in shown if (each.operator, each.shape, each.direction) == (operator, shape, direction)
             ]
