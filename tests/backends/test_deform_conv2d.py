@@ -745,6 +745,28 @@ def test_a_map_beyond_two_to_the_31():
     assert torch.equal(by_image[0, ::stride, ::stride, 0], values)
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("input", "offset", "message"),
+    [
+        ((1, 1, 50000, 50000), (1, 2, 25000, 25000), r"input must have H \* W below 2\*\*31 on CUDA"),
+        ((1, 2**20, 1, 2**12), (1, 2, 1, 1), r"input must have C \* \(W \+ 2\) below 2\*\*31 on CUDA"),
+        ((2**16, 1, 2**15, 1), (2**16, 2, 1, 1), r"input must have N \* \(H \+ 2\) below 2\*\*31 on CUDA"),
+        ((2, 1, 4, 4), (2, 2, 2**15, 2**15), r"offset must have N \* H_out \* W_out below 2\*\*31 on CUDA"),
+        ((1, 1, 1, 5_000_000), (1, 2, 1, 1), r"input must have W \+ 2 of at most 64 \* 65535 on CUDA"),
+        ((1, 5_000_000, 1, 1), (1, 2, 1, 1), r"input must have C of at most 64 \* 65535 on CUDA"),
+        ((1, 1, 1, 9), (1, 2, 1, 5_000_000), r"offset must have W_out of at most 64 \* 65535 on CUDA"),
+        ((1, 70_000, 1, 1), (1, 140_000, 1, 1), "at most 65535 groups on CUDA, got 70000 offset groups"),
+    ],
+)
+def test_sizes_that_the_triton_kernels_cannot_index_are_refused_by_name(input, offset, message):
+    from omniops.backends.cuda.deform_conv2d import check_sizes
+
+    geometry = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1, offset[1] // 2)
+    with pytest.raises(ValueError, match=message):
+        check_sizes(input, offset, geometry)
+
+
 if __name__ == "__main__":
     check_every_kernel()
     print(import_module("omniops._C").instruction_set())

@@ -363,6 +363,16 @@ I, O, W, B, M = (torch.zeros(*s) for s in ((1, 4, 5, 5), (1, 18, 3, 3), (6, 4, 3
         ({"stride": None}, TypeError, "stride must be an int or two, got None"),
         ({"stride": (1, 1, 1)}, ValueError, "stride must be an int or two, got (1, 1, 1)"),
         ({"padding": -1}, ValueError, "padding must be at least 0, got (-1, -1)"),
+        (
+            {"padding": -(2**70)},
+            ValueError,
+            "padding must be below 2**31 and not negative, got -1180591620717411303424",
+        ),
+        (
+            {"stride": (1, 2**64)},
+            ValueError,
+            "stride must be below 2**31 and not negative, got (1, 18446744073709551616)",
+        ),
         ({"padding": "same"}, TypeError, "padding must be an int or two, got 'same'"),
         ({"padding": (1, 1.0)}, TypeError, "padding must be an int or two, got (1, 1.0)"),
         ({"dilation": 0}, ValueError, "dilation must be at least 1, got (0, 0)"),

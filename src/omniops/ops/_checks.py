@@ -38,8 +38,8 @@ def pair(name: str, value: Any) -> list[int]:
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"{name} must be an int or two, got {value!r}")
-        if number >= 2**31:
-            raise ValueError(f"{name} must be below 2**31, got {value!r}")
+        if not -(2**31) < number < 2**31:
+            raise ValueError(f"{name} must be below 2**31 and not negative, got {value!r}")
     if len(numbers) != 2:
         raise ValueError(f"{name} must be an int or two, got {value!r}")
     return list(numbers)

@@ -54,12 +54,13 @@ def deform_conv2d(
 
     Returns:
         (N, C_out, H_out, W_out) in the dtype and memory format of ``input``, where
-        H_out = (H + 2 * padding - dilation * (kh - 1) - 1) // stride + 1. float16 and bfloat16 accumulate in float32.
+        H_out = (H + 2 * padding - dilation * (kh - 1) - 1) // stride + 1. float16 and bfloat16 accumulate in float32,
+        within a chunk of the batch where that is taken in several.
         Under autocast tensors other than float64 are cast to its dtype.
 
     Raises:
         TypeError: for an argument of the wrong type or dtype.
-        ValueError: for a wrong shape, number or device.
+        ValueError: for a wrong shape, number or device. C, H and W are at least 1 unless N is 0.
     """
     _checks.tensor(input=input, offset=offset, weight=weight)
     for name, value in (("bias", bias), ("mask", mask)):

@@ -23,7 +23,11 @@ from omniops.backends.columns import Geometry, by_tap, geometry_of
 from omniops.backends.cuda import _deform_columns, _deform_fused, _float32_products
 
 MOST_BYTES = 2**29
-"""What columns and plan of a chunk of positions take at most, if they are those of more than one position."""
+"""What columns and plan of a chunk of positions take at most, if they are those of more than one position.
+
+Beside it stand the input with a border; in the backward the gradient in another order, and for the gradient of the
+input one in float32, 24 to 32 bytes a sample of the chunk and 8 to 16 a pixel of its images and offset group.
+"""
 
 # Up to so many output channels of a group, the fused forward kernel is the faster one.
 _FUSED_CHANNELS = 128
@@ -127,6 +131,33 @@ def deform_conv2d_backward_weight(
         return _like(total.view(shape[0], geometry.taps, shape[1]).mT.unflatten(2, shape[2:]), grad)
 
 
+def check_sizes(input: Sequence[int], offset: Sequence[int], geometry: Geometry) -> None:
+    """Raise ValueError for sizes that 32 bits or the axes of a grid of programs do not reach."""
+    n, c, height, width = input
+    for meaning, size in (
+        ("H * W", height * width),
+        ("C * (W + 2)", c * (width + 2)),
+        ("N * (H + 2)", n * (height + 2)),
+    ):
+        if size >= 2**31:
+            raise ValueError(f"input must have {meaning} below 2**31 on CUDA, got shape {tuple(input)}")
+    if n * offset[2] * offset[3] >= 2**31:
+        raise ValueError(f"offset must have N * H_out * W_out below 2**31 on CUDA, got shape {tuple(offset)}")
+    # The second and the third axis of a grid.
+    for name, shape, meaning, size in (
+        ("input", input, "W + 2", -(-(width + 2) // 64)),
+        ("input", input, "C", -(-c // 64)),
+        ("offset", offset, "W_out", -(-offset[3] // 64)),
+    ):
+        if size >= 2**16:
+            raise ValueError(f"{name} must have {meaning} of at most 64 * 65535 on CUDA, got shape {tuple(shape)}")
+    if max(geometry.groups, geometry.offset_groups) >= 2**16:
+        raise ValueError(
+            f"offset and weight must have at most 65535 groups on CUDA, got {geometry.offset_groups} offset groups and "
+            f"{geometry.groups} weight groups"
+        )
+
+
 @dataclass(frozen=True)
 class _Samples:
     """What is sampled, and where: all that the plans of chunks of positions are made from."""
@@ -140,10 +171,7 @@ class _Samples:
     @classmethod
     def of(cls, input: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometry) -> _Samples:
         n, c, height, width = input.shape
-        if n * offset.shape[2] * offset.shape[3] >= 2**31:
-            raise ValueError(f"offset must have N * H_out * W_out below 2**31 on CUDA, got shape {tuple(offset.shape)}")
-        if (width + 2) * c >= 2**31:
-            raise ValueError(f"input must have C * (W + 2) below 2**31 on CUDA, got shape {tuple(input.shape)}")
+        check_sizes(input.shape, offset.shape, geometry)
         image = input.new_empty((n, height + 2, width + 2, c))
         _relayout(input, image.permute(0, 3, 1, 2), border=1)
         return cls(image, offset.contiguous(), None if mask is None else mask.contiguous(), geometry)
@@ -156,7 +184,8 @@ class _Samples:
         samples = self.geometry.offset_groups * self.geometry.taps
         most = max(1, MOST_BYTES // (bytes_of_columns + samples * (8 + 3 * accumulator)))
         if most >= size:
-            images = -(-n // -(-n // (most // size)))  # as many in the last chunk as in the others, or nearly
+            most_images = min(most // size, 2**16 - 1)  # the second axis of the products' grid
+            images = -(-n // -(-n // most_images))  # as many in the last chunk as in the others, or nearly
             for first in range(0, n, images):
                 yield _Chunk.of(self, first * size, min(images, n - first) * size)
         else:
