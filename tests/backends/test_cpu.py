@@ -96,7 +96,7 @@ def test_each_instruction_set_agrees_with_the_oracle(instruction_set):
 
 def test_every_format_and_dtype_is_served_by_this_backend():
     assert cpu.carafe.__module__ == "omniops.backends.cpu.carafe"
-    assert set(cpu._DTYPES) == set(reference.DTYPES)
+    assert set(cpu.DTYPES) == set(reference.DTYPES)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

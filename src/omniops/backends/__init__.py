@@ -22,6 +22,16 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
+def finish(result: Tensor, like: Tensor) -> Tensor:
+    """The result in the dtype and memory format of ``like``; itself where it has them."""
+    return result.to(like.dtype).contiguous(memory_format=memory_format(like))
+
+
+def accumulator(tensor: Tensor) -> torch.dtype:
+    """The dtype that sums over ``tensor`` are kept in."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omniops.backends import memory_format
+from omniops.backends import accumulator, finish, memory_format
 
 Sample = Callable[[Tensor, Tensor, "Tensor | None", "Geometry", int, Tensor], None]
 Gradients = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Geometry", int, Tensor, Tensor, "Tensor | None"], None]
@@ -112,7 +112,7 @@ class Columns:
         image, moves, factors = self._dense(input, offset, mask)
         kernels = by_tap(weight, groups, self.columns_dtype(input.dtype))
         grads = self._by_channel(grad).view(-1, groups, grad.shape[1] // groups)
-        by_image = torch.zeros_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
+        by_image = torch.zeros_like(image, dtype=accumulator(image))
         by_offset, by_mask = torch.empty_like(moves), None if factors is None else torch.empty_like(factors)
         for first, columns in self._chunks(len(grads), image, geometry):
             part = grads[first : first + columns.shape[1]].transpose(0, 1).to(columns.dtype)
@@ -120,8 +120,8 @@ class Columns:
             self.gradients(columns, image, moves, factors, geometry, first, by_image, by_offset, by_mask)
         return (
             self._by_position(by_image, input),
-            _like(by_offset, offset),
-            offset.new_empty(0) if mask is None or by_mask is None else _like(by_mask, mask),
+            finish(by_offset, offset),
+            offset.new_empty(0) if mask is None or by_mask is None else finish(by_mask, mask),
         )
 
     def backward_weight(
@@ -143,7 +143,7 @@ class Columns:
         grads = self._by_channel(grad).view(-1, groups, per_group)
         total = grads.new_zeros(
             (groups, per_group, geometry.taps * input.shape[1] // groups),
-            dtype=torch.promote_types(grad.dtype, torch.float32),
+            dtype=accumulator(grad),
         )
         for first, columns in self._chunks(len(grads), image, geometry):
             self.sample(image, offset, mask, geometry, first, columns)
@@ -153,7 +153,7 @@ class Columns:
             else:
                 total += torch.bmm(part, columns.flatten(2))
         by_weight: Tensor = total.view(groups * per_group, geometry.taps, -1).mT.unflatten(2, geometry.kernel_size)
-        return by_weight.to(grad.dtype).contiguous(memory_format=memory_format(grad))
+        return finish(by_weight, grad)
 
     def _dense(self, input: Tensor, offset: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the kernels take for them."""
@@ -170,8 +170,8 @@ class Columns:
         """(N, H, W, C) -> (N, C, H, W), in the dtype and memory format of ``like``."""
         tensor = tensor.to(like.dtype)
         if memory_format(like) == torch.channels_last:
-            return _like(tensor.permute(0, 3, 1, 2), like)
-        return _like(self.transpose(tensor.flatten(1, 2)).unflatten(2, tensor.shape[1:3]), like)
+            return finish(tensor.permute(0, 3, 1, 2), like)
+        return finish(self.transpose(tensor.flatten(1, 2)).unflatten(2, tensor.shape[1:3]), like)
 
     def _chunks(self, positions: int, image: Tensor, geometry: Geometry) -> Iterator[tuple[int, Tensor]]:
         """The first position of each chunk, and memory for its columns, the same for all."""
@@ -209,7 +209,3 @@ def geometry_of(
 def by_tap(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """(C_out, C / G, kh, kw) -> (G, C_out / G, K * C / G), in the order of the columns."""
     return weight.flatten(2).mT.to(dtype).reshape(groups, weight.shape[0] // groups, -1)
-
-
-def _like(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.to(like.dtype).contiguous(memory_format=memory_format(like))

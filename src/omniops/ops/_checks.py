@@ -62,7 +62,7 @@ def alike(**arguments: Tensor) -> None:
     """Raise for tensors that are not of one supported floating dtype (TypeError) on one device (ValueError)."""
     (first_name, first), *others = arguments.items()
     if first.dtype not in FLOATING:
-        raise TypeError(f"{first_name} must be float64, float32, float16 or bfloat16, got {_dtype(first)}")
+        raise TypeError(f"{first_name} must be float64, float32, float16 or bfloat16, got {dtype_name(first)}")
     for name, value in others:
         if value.device != first.device:
             raise ValueError(
@@ -71,10 +71,11 @@ def alike(**arguments: Tensor) -> None:
             )
         if value.dtype != first.dtype:
             raise TypeError(
-                f"{name} must have the dtype of {first_name}, {_dtype(first)}, got {_dtype(value)}: "
+                f"{name} must have the dtype of {first_name}, {dtype_name(first)}, got {dtype_name(value)}: "
                 f"convert it with {name}.to({first_name}.dtype), or run under torch.autocast"
             )
 
 
-def _dtype(value: Tensor) -> str:
+def dtype_name(value: Tensor) -> str:
+    """As PyTorch writes it, without its own name."""
     return str(value.dtype).removeprefix("torch.")

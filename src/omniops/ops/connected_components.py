@@ -57,7 +57,7 @@ def fill_holes(mask_logits: Tensor, max_area: int) -> Tensor:
     _checks.tensor(mask_logits=mask_logits)
     _checks.integer(max_area=max_area)
     if not mask_logits.is_floating_point():
-        raise TypeError(f"mask_logits must be of a floating dtype, got {_dtype(mask_logits)}")
+        raise TypeError(f"mask_logits must be of a floating dtype, got {_checks.dtype_name(mask_logits)}")
     background = mask_logits <= 0
     return torch.where(background & (_areas("mask_logits", background) <= max_area), _FILLED, mask_logits)
 
@@ -99,13 +99,9 @@ def _areas(name: str, foreground: Tensor) -> Tensor:
 def _check_integers(name: str, value: Tensor) -> None:
     if value.is_floating_point() or value.is_complex() or value.is_quantized:
         raise TypeError(
-            f"{name} must be bool or of an integer dtype, got {_dtype(value)}: "
+            f"{name} must be bool or of an integer dtype, got {_checks.dtype_name(value)}: "
             f"compare it with a threshold first, as in {name} > 0"
         )
-
-
-def _dtype(value: Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
 
 
 def _results(mask: Tensor, connectivity: int) -> list[Result]:

@@ -10,13 +10,7 @@ from torch import Tensor
 
 import omniops._C as _C
 from omniops.backends import empty, memory_format
-
-_DTYPES = {
-    torch.float64: _C.Dtype.float64,
-    torch.float32: _C.Dtype.float32,
-    torch.float16: _C.Dtype.float16,
-    torch.bfloat16: _C.Dtype.bfloat16,
-}
+from omniops.backends.cpu._dtypes import DTYPES
 
 
 def carafe(
@@ -63,7 +57,7 @@ def _run(kernel: Callable[..., None], first: Tensor, second: Tensor, out: Tensor
         first.data_ptr(),
         second.data_ptr(),
         out.data_ptr(),
-        _DTYPES[first.dtype],
+        DTYPES[first.dtype],
         layout == torch.channels_last,
         *sizes,
         torch.get_num_threads(),

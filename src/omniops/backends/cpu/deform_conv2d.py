@@ -11,13 +11,7 @@ from torch import Tensor
 
 import omniops._C as _C
 from omniops.backends.columns import Columns, Geometry
-
-_DTYPES = {
-    torch.float64: _C.Dtype.float64,
-    torch.float32: _C.Dtype.float32,
-    torch.float16: _C.Dtype.float16,
-    torch.bfloat16: _C.Dtype.bfloat16,
-}
+from omniops.backends.cpu._dtypes import DTYPES
 
 
 def _sample(
@@ -25,8 +19,8 @@ def _sample(
 ) -> None:
     _C.deform_conv2d_sample(
         _geometry(image, offset, geometry, first, columns),
-        _DTYPES[image.dtype],
-        _DTYPES[columns.dtype],
+        DTYPES[image.dtype],
+        DTYPES[columns.dtype],
         image.data_ptr(),
         offset.data_ptr(),
         _address(mask),
@@ -48,8 +42,8 @@ def _gradients(
 ) -> None:
     _C.deform_conv2d_gradients(
         _geometry(image, offset, geometry, first, by_columns),
-        _DTYPES[image.dtype],
-        _DTYPES[by_columns.dtype],
+        DTYPES[image.dtype],
+        DTYPES[by_columns.dtype],
         by_columns.data_ptr(),
         image.data_ptr(),
         offset.data_ptr(),

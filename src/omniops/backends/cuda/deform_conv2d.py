@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from omniops.backends import empty
+from omniops.backends import accumulator, empty, finish
 from omniops.backends.columns import Geometry, by_tap, geometry_of
 from omniops.backends.cuda import _deform_columns, _deform_fused, _float32_products
 
@@ -50,8 +50,10 @@ def deform_conv2d(
     with torch.cuda.device_of(input):
         samples = _Samples.of(input, offset, mask, geometry)
         if _is_fused(input, weight, geometry):
+            kernels, bias = kernels.contiguous(), None if bias is None else bias.contiguous()
+            high, low = _float32_products.split(kernels) if _is_precise(input) else (kernels, kernels)
             for chunk in samples.chunks(0):
-                _fused(chunk, kernels, bias, out)
+                _fused(chunk, high, low, bias, out)
             return out
         for chunk in samples.chunks(geometry.taps * input.shape[1] * input.element_size()):
             columns = chunk.columns().flatten(2)
@@ -85,7 +87,7 @@ def deform_conv2d_backward_data(
         grads = grad.new_empty((n, *grad.shape[2:], geometry.groups, grad.shape[1] // geometry.groups))
         _relayout(grad, grads.flatten(3).permute(0, 3, 1, 2))
         grads = grads.flatten(0, 2).transpose(0, 1)
-        by_image = torch.zeros((n, height, width, c), dtype=_accumulator(input), device=input.device)
+        by_image = torch.zeros((n, height, width, c), dtype=accumulator(input), device=input.device)
         by_offset = torch.empty_like(samples.offset)
         by_mask = None if samples.mask is None else torch.empty_like(samples.mask)
         for chunk in samples.chunks(geometry.taps * c * input.element_size()):
@@ -97,8 +99,8 @@ def deform_conv2d_backward_data(
         _relayout(by_image.permute(0, 3, 1, 2), by_input)
     return (
         by_input,
-        _like(by_offset, offset),
-        offset.new_empty(0) if by_mask is None or mask is None else _like(by_mask, mask),
+        finish(by_offset, offset),
+        offset.new_empty(0) if by_mask is None or mask is None else finish(by_mask, mask),
     )
 
 
@@ -122,13 +124,13 @@ def deform_conv2d_backward_weight(
         grads = grad.new_empty((grad.shape[1], len(input), *grad.shape[2:]))
         _relayout(grad, grads.transpose(0, 1))
         grads = grads.view(groups, shape[0] // groups, -1)
-        total = grad.new_zeros((groups, shape[0] // groups, geometry.taps * shape[1]), dtype=_accumulator(grad))
+        total = grad.new_zeros((groups, shape[0] // groups, geometry.taps * shape[1]), dtype=accumulator(grad))
         product = torch.empty_like(total, dtype=grad.dtype)
         for chunk in samples.chunks(geometry.taps * input.shape[1] * input.element_size()):
             columns = chunk.columns(along_positions=_is_precise(grad)).flatten(2)
             _product(grads[:, :, chunk.first : chunk.first + chunk.count], columns, product)
             total += product
-        return _like(total.view(shape[0], geometry.taps, shape[1]).mT.unflatten(2, shape[2:]), grad)
+        return finish(total.view(shape[0], geometry.taps, shape[1]).mT.unflatten(2, shape[2:]), grad)
 
 
 def check_sizes(input: Sequence[int], offset: Sequence[int], geometry: Geometry) -> None:
@@ -180,9 +182,9 @@ class _Samples:
         """Chunks of positions, of whole images or of a part of one."""
         n, _, rows, columns = self.offset.shape
         size = rows * columns
-        accumulator = _accumulator(self.image).itemsize
+        sum_bytes = accumulator(self.image).itemsize
         samples = self.geometry.offset_groups * self.geometry.taps
-        most = max(1, MOST_BYTES // (bytes_of_columns + samples * (8 + 3 * accumulator)))
+        most = max(1, MOST_BYTES // (bytes_of_columns + samples * (8 + 3 * sum_bytes)))
         if most >= size:
             most_images = min(most // size, 2**16 - 1)  # the second axis of the products' grid
             images = -(-n // -(-n // most_images))  # as many in the last chunk as in the others, or nearly
@@ -211,7 +213,7 @@ class _Chunk:
         units = geometry.offset_groups * geometry.taps
         index = torch.int32 if image[..., 0].numel() < 2**31 else torch.int64
         pixels = torch.empty(units * count, dtype=index, device=image.device)
-        places = torch.empty((3, units * count), dtype=_accumulator(image), device=image.device)
+        places = torch.empty((3, units * count), dtype=accumulator(image), device=image.device)
         _deform_columns.plan[(units * triton.cdiv(count, 512),)](
             samples.offset, samples.offset if samples.mask is None else samples.mask, pixels, *places,
             first, count, image.shape[1] - 2, image.shape[2] - 2, *samples.offset.shape[2:], geometry.offset_groups,
@@ -314,13 +316,11 @@ class _Chunk:
         )  # fmt: skip
 
 
-def _fused(chunk: _Chunk, kernels: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _fused(chunk: _Chunk, high: Tensor, low: Tensor, bias: Tensor | None, out: Tensor) -> None:
     c, _, per_offset_group, per_group = chunk.sizes
     image, geometry = chunk.samples.image, chunk.samples.geometry
     precise = _is_precise(image)
-    kernels, bias = kernels.contiguous(), None if bias is None else bias.contiguous()
-    high, low = _float32_products.split(kernels) if precise else (kernels, kernels)
-    per_output_group = kernels.shape[1]
+    per_output_group = high.shape[1]
     segment = math.gcd(per_offset_group, per_group)
     block_n = max(16, _power_of_two(per_output_group, 128))
     half = image.element_size() == 2
@@ -380,15 +380,6 @@ def _relayout(source: Tensor, target: Tensor, border: int = 0) -> None:
         source, target, height, width, c, *source.stride(), *target.stride(),
         BORDER=border, BLOCK_X=block_x, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
-
-
-def _like(tensor: Tensor, like: Tensor) -> Tensor:
-    result = empty(tensor.shape, like=like)
-    return result.copy_(tensor)
-
-
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _one_group(geometry: Geometry, per_group: int, block_c: int) -> bool:

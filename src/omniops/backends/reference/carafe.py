@@ -5,11 +5,10 @@ padded features, so that no copy of the features is made for it. The letters are
 group, y and x centres, a and b the result's place in its centre's block.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omniops.backends import memory_format
+from omniops.backends import accumulator, finish
 
 
 def carafe(
@@ -19,12 +18,12 @@ def carafe(
     n, c = features.shape[:2]
     weights = _blocks(masks, group_size, scale_factor).unflatten(2, (kernel_size, kernel_size))
     padded = _padded(features, kernel_size, group_size)
-    out = weights.new_zeros((n, group_size, c // group_size, *weights.shape[4:]), dtype=_accumulator(features))
+    out = weights.new_zeros((n, group_size, c // group_size, *weights.shape[4:]), dtype=accumulator(features))
     for u in range(kernel_size):
         for v in range(kernel_size):
             tap = _tap(padded, u, v, weights, stride)[..., :, None, :, None]
             out.addcmul_(tap, weights[:, :, None, u, v].to(out.dtype))
-    return _finish(out.flatten(5, 6).flatten(3, 4).flatten(1, 2), features)
+    return finish(out.flatten(5, 6).flatten(3, 4).flatten(1, 2), features)
 
 
 def carafe_backward_features(
@@ -41,21 +40,21 @@ def carafe_backward_features(
     n, c = grad.shape[:2]
     pad = kernel_size // 2
     weights = _blocks(masks, group_size, scale_factor).unflatten(2, (kernel_size, kernel_size))
-    blocks = _blocks(grad, group_size, scale_factor).to(_accumulator(grad))
+    blocks = _blocks(grad, group_size, scale_factor).to(accumulator(grad))
     padded = blocks.new_zeros((n, group_size, c // group_size, height + 2 * pad, width + 2 * pad))
     for u in range(kernel_size):
         for v in range(kernel_size):
             block_sums = (blocks * weights[:, :, None, u, v].to(blocks.dtype)).sum(4).sum(5)
             _tap(padded, u, v, weights, stride).add_(block_sums)
     out = padded[..., pad : pad + height, pad : pad + width].flatten(1, 2)
-    return _finish(out, grad)
+    return finish(out, grad)
 
 
 def carafe_backward_masks(
     grad: Tensor, features: Tensor, kernel_size: int, group_size: int, scale_factor: int, stride: int
 ) -> Tensor:
     """(N, C, H*s/t, W*s/t), (N, C, H, W) -> (N, G*k*k, H*s/t, W*s/t)."""
-    blocks = _blocks(grad, group_size, scale_factor).to(_accumulator(grad))
+    blocks = _blocks(grad, group_size, scale_factor).to(accumulator(grad))
     padded = _padded(features, kernel_size, group_size)
     n, _, _, *places = blocks.shape
     out = grad.new_empty((n, group_size, kernel_size, kernel_size, *places))
@@ -63,11 +62,7 @@ def carafe_backward_masks(
         for v in range(kernel_size):
             tap = _tap(padded, u, v, blocks, stride)[..., :, None, :, None]
             out[:, :, u, v] = (blocks * tap).sum(2)
-    return _finish(out.flatten(6, 7).flatten(4, 5).flatten(1, 3), grad)
-
-
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return finish(out.flatten(6, 7).flatten(4, 5).flatten(1, 3), grad)
 
 
 def _blocks(tensor: Tensor, group_size: int, scale_factor: int) -> Tensor:
@@ -81,7 +76,7 @@ def _padded(features: Tensor, kernel_size: int, group_size: int) -> Tensor:
     """(N, G*c, H, W) -> (N, G, c, H + 2p, W + 2p), zero outside the map, in the dtype of the sums."""
     n, c, h, w = features.shape
     pad = kernel_size // 2
-    features = features.to(_accumulator(features))
+    features = features.to(accumulator(features))
     return F.pad(features, (pad, pad, pad, pad)).reshape(n, group_size, c // group_size, h + 2 * pad, w + 2 * pad)
 
 
@@ -89,7 +84,3 @@ def _tap(padded: Tensor, u: int, v: int, blocks: Tensor, stride: int) -> Tensor:
     """The view (N, G, c, y, x) of the padded features that tap (u, v) sees from the centres of ``blocks``."""
     y, x = blocks.shape[-4], blocks.shape[-2]
     return padded[..., u : u + (y - 1) * stride + 1 : stride, v : v + (x - 1) * stride + 1 : stride]
-
-
-def _finish(result: Tensor, like: Tensor) -> Tensor:
-    return result.to(like.dtype).contiguous(memory_format=memory_format(like))

@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from omniops.backends import memory_format
+from omniops.backends import accumulator, finish
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def deform_conv2d(
     out = out.flatten(1, 2).unflatten(2, offset.shape[2:])
     if bias is not None:
         out = out + _accumulated(bias)[:, None, None]
-    return _finish(out, input)
+    return finish(out, input)
 
 
 def deform_conv2d_backward_data(
@@ -86,10 +86,10 @@ def deform_conv2d_backward_data(
         by_mask.append((by_column * _interpolated(input, corners)).sum(2, keepdim=True))
     gradient_of_mask = offset.new_zeros(0)
     if mask is not None:
-        gradient_of_mask = _finish(torch.cat(by_mask, 2).flatten(1, 2).unflatten(2, mask.shape[2:]), mask)
+        gradient_of_mask = finish(torch.cat(by_mask, 2).flatten(1, 2).unflatten(2, mask.shape[2:]), mask)
     return (
-        _finish(by_input.flatten(1, 2).unflatten(2, input.shape[2:]), input),
-        _finish(torch.cat(by_offset, 2).flatten(1, 2).unflatten(2, offset.shape[2:]), offset),
+        finish(by_input.flatten(1, 2).unflatten(2, input.shape[2:]), input),
+        finish(torch.cat(by_offset, 2).flatten(1, 2).unflatten(2, offset.shape[2:]), offset),
         gradient_of_mask,
     )
 
@@ -111,7 +111,7 @@ def deform_conv2d_backward_weight(
     for _, corners, factor in _taps(input, offset, mask, kernel_size, stride, padding, dilation):
         columns = (_interpolated(input, corners) * factor).flatten(1, 2).unflatten(1, (groups, -1))
         by_tap.append(torch.einsum("ngop,ngcp->goc", grads, columns))
-    return _finish(torch.stack(by_tap, -1).flatten(0, 1).unflatten(2, tuple(kernel_size)), grad)
+    return finish(torch.stack(by_tap, -1).flatten(0, 1).unflatten(2, tuple(kernel_size)), grad)
 
 
 def _taps(
@@ -164,8 +164,4 @@ def _interpolated(input: Tensor, corners: list[_Corner]) -> Tensor:
 
 
 def _accumulated(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _finish(result: Tensor, like: Tensor) -> Tensor:
-    return result.to(like.dtype).contiguous(memory_format=memory_format(like))
+    return tensor.to(accumulator(tensor))

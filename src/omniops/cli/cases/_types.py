@@ -83,3 +83,12 @@ def contender(
         return torch.autograd.grad(result, leaves, grad)
 
     return Contender(name, forward, both, capturable)
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values in memory as ``layout`` says: channels_last, transposed, or as they are."""
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return tensor.mT.contiguous().mT
+    return tensor

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omniops.backends.reference import carafe as kernels
-from omniops.cli.cases._types import BOTH, FLOOR, FORWARD, OURS, Check, Contender, Goal, Shape, contender
+from omniops.cli.cases._types import BOTH, FLOOR, FORWARD, OURS, Check, Contender, Goal, Shape, contender, laid_out
 from omniops.ops.carafe import carafe, carafe_downsample
 
 NAME = "carafe"
@@ -53,7 +53,7 @@ def _check(
     rows, columns = -(-h // stride) * scale_factor, -(-w // stride) * scale_factor
     generator = torch.Generator().manual_seed(h * w + c)
     inputs = {
-        name: _laid_out(torch.randn(size, dtype=torch.float64, generator=generator), layout)
+        name: laid_out(torch.randn(size, dtype=torch.float64, generator=generator), layout)
         for name, size in (("features", shape), ("masks", (n, group_size * kernel_size**2, rows, columns)))
     }
     oracle = partial(
@@ -61,14 +61,6 @@ def _check(
     )
     label = f"{shape} k{kernel_size} G{group_size} {what}{'' if layout == 'contiguous' else ' ' + layout}"
     return Check(label, operator, oracle, inputs)
-
-
-def _laid_out(tensor: Tensor, layout: str) -> Tensor:
-    if layout == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "transposed":
-        return tensor.mT.contiguous().mT
-    return tensor
 
 
 K, G, S = 5, 1, 2

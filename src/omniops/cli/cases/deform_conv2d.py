@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omniops.backends.reference import deform_conv2d as kernels
-from omniops.cli.cases._types import BOTH, FORWARD, OURS, Check, Contender, Goal, Shape, contender
+from omniops.cli.cases._types import BOTH, FORWARD, OURS, Check, Contender, Goal, Shape, contender, laid_out
 from omniops.ops.deform_conv2d import deform_conv2d
 
 NAME = "deform_conv2d"
@@ -67,7 +67,7 @@ def _check(
     # its position would decide on its derivative.
     moves = torch.randint(-24, 24, sizes["offset"], generator=generator)
     inputs["offset"] = (2 * moves + 1).double() / 16
-    inputs = {name: _laid_out(each, layout) if each.dim() == 4 else each for name, each in inputs.items()}
+    inputs = {name: laid_out(each, layout) if each.dim() == 4 else each for name, each in inputs.items()}
     numbers = {"stride": stride, "padding": padding, "dilation": dilation}
     words = [f"k{_digits(kernel_size)}", f"G{groups}", f"D{offset_groups}"]
     words += [f"{name[0]}{_digits(pair)}" for name, pair in numbers.items() if pair != (1, 1)]
@@ -96,14 +96,6 @@ def _oracle(
     **numbers: _Pair,
 ) -> Tensor:
     return kernels.deform_conv2d(input, offset, weight, bias, mask, **numbers)
-
-
-def _laid_out(tensor: Tensor, layout: str) -> Tensor:
-    if layout == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "transposed":
-        return tensor.mT.contiguous().mT
-    return tensor
 
 
 # N, C, H, W, and the number of offset groups where it is not 1. C_out is C; 3x3 taps, padding 1, mask and bias.
