@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from omniops.backends.cuda._grid import cdiv
+
 
 @triton.jit
 def high_part(value):
@@ -87,14 +89,14 @@ def batched(a: Tensor, b: Tensor, out: Tensor, precise: bool) -> None:
     """
     (batches, m, k), n = a.shape, b.shape[2]
     block_m = 64 if m <= 64 else 128
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, 128) * batches
+    tiles = cdiv(m, block_m) * cdiv(n, 128) * batches
     # The GPU wants some hundreds of tiles: smaller ones, or K is cut in parts that are summed afterwards.
     splits = max(1, min(k // 512, 1024 // tiles, 32)) if k > 4096 else 1
     block_n = 128 if tiles * splits >= 200 else 64
     warps = 8 if precise and block_m * block_n == 128 * 128 else 4  # two sums take twice the registers
     partial = out[None] if splits == 1 else out.new_empty((splits, batches, m, n))
-    product[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), batches, splits)](
-        a, b, partial, m, n, k, triton.cdiv(triton.cdiv(k, splits), 32) * 32,
+    product[(cdiv(m, block_m) * cdiv(n, block_n), batches, splits)](
+        a, b, partial, m, n, k, cdiv(cdiv(k, splits), 32) * 32,
         *a.stride(), *b.stride(), *partial.stride(),
         PRECISE=precise, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=32, num_warps=warps, num_stages=3,
     )  # fmt: skip

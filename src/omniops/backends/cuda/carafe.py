@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from omniops.backends import empty
 from omniops.backends.cuda import _carafe_any, _carafe_pairs
+from omniops.backends.cuda._grid import cdiv, next_power_of_2
 
 
 def carafe(
@@ -32,9 +32,9 @@ def carafe(
         tile_y, tile_x = _tile(height, width // 2, 32)
         warps, block_c = 2, 8
         chunk = 2 * warps * block_c
-        programs = n * group_size * triton.cdiv(height, tile_y) * triton.cdiv(width, 2 * tile_x)
+        programs = n * group_size * cdiv(height, tile_y) * cdiv(width, 2 * tile_x)
         with torch.cuda.device_of(features):
-            _carafe_pairs.forward[(programs * triton.cdiv(channels, chunk),)](
+            _carafe_pairs.forward[(programs * cdiv(channels, chunk),)](
                 features, masks, out, group_size, channels, height, width // 2, (kernel_size // 2 + 1) // 2, 0,
                 *_divided(features, 2), *_divided(masks, 4), *_divided(out, 4),
                 K=kernel_size, WARPS=warps, CHUNK=chunk, BLOCK_C=block_c, TILE_Y=tile_y, TILE_X=tile_x,
@@ -47,10 +47,10 @@ def carafe(
     by_channel = out.stride(1) == 1  # channels_last
     warps, lanes, sums = (4, 4, 16) if by_channel else (2, 32, 32)
     tile_y, tile_x = _tile(rows, columns, lanes)
-    block_c = _block(channels, sums * 32 * warps // (lanes * triton.next_power_of_2(lines * scale_factor)))
+    block_c = _block(channels, sums * 32 * warps // (lanes * next_power_of_2(lines * scale_factor)))
     chunk = block_c if by_channel else 8 * block_c
-    parts = triton.cdiv(channels, chunk) * (scale_factor // lines)
-    programs = n * group_size * triton.cdiv(rows, tile_y) * triton.cdiv(columns, tile_x) * parts
+    parts = cdiv(channels, chunk) * (scale_factor // lines)
+    programs = n * group_size * cdiv(rows, tile_y) * cdiv(columns, tile_x) * parts
     with torch.cuda.device_of(features):
         _carafe_any.forward[(programs,)](
             features, masks, out, group_size, channels, height, width, rows, columns, kernel_size // 2,
@@ -78,11 +78,11 @@ def carafe_backward_features(
     channels, rows, columns = c // group_size, grad.shape[2] // scale_factor, grad.shape[3] // scale_factor
     r = 2
     if _in_pairs(kernel_size, scale_factor, stride, fine=(out,), coarse=(grad, masks)):
-        tile_y, tile_x = _tile(triton.cdiv(height, r), width // 2, 32)
+        tile_y, tile_x = _tile(cdiv(height, r), width // 2, 32)
         warps, block_c = 4, 8
-        programs = n * group_size * triton.cdiv(height, tile_y * r) * triton.cdiv(width, 2 * tile_x)
+        programs = n * group_size * cdiv(height, tile_y * r) * cdiv(width, 2 * tile_x)
         with torch.cuda.device_of(grad):
-            _carafe_pairs.backward_features[(programs * triton.cdiv(channels, warps * block_c),)](
+            _carafe_pairs.backward_features[(programs * cdiv(channels, warps * block_c),)](
                 grad, masks, out, group_size, channels, height, width // 2, 0,
                 *_divided(grad, 4), *_divided(masks, 4), *_divided(out, 2),
                 K=kernel_size, R=r, WARPS=warps, BLOCK_C=block_c, TILE_Y=tile_y, TILE_X=tile_x,
@@ -90,15 +90,15 @@ def carafe_backward_features(
             )  # fmt: skip
         return out
     grad, masks = _addressable(grad), _addressable(masks)
-    sp = triton.next_power_of_2(scale_factor)
+    sp = next_power_of_2(scale_factor)
     by_channel = out.stride(1) == 1
     warps, lanes = (2, 4) if by_channel else (4, 64)
-    tile_y, tile_x = _tile(triton.cdiv(height, r), width, max(1, lanes // sp))
+    tile_y, tile_x = _tile(cdiv(height, r), width, max(1, lanes // sp))
     block_c = _block(channels, 128 if by_channel else 16)
     chunk = block_c if by_channel else 4 * block_c
-    programs = n * group_size * triton.cdiv(height, tile_y * r) * triton.cdiv(width, tile_x)
+    programs = n * group_size * cdiv(height, tile_y * r) * cdiv(width, tile_x)
     with torch.cuda.device_of(grad):
-        _carafe_any.backward_features[(programs * triton.cdiv(channels, chunk),)](
+        _carafe_any.backward_features[(programs * cdiv(channels, chunk),)](
             grad, masks, out, group_size, channels, height, width, rows, columns, kernel_size // 2,
             *grad.stride(), *masks.stride(), *out.stride(),
             K=kernel_size, S=scale_factor, T=stride, SP=sp, R=r, CHUNK=chunk, BLOCK_C=block_c,
@@ -117,9 +117,9 @@ def carafe_backward_masks(
     if _in_pairs(kernel_size, scale_factor, stride, fine=(features,), coarse=(grad, out)):
         tile_y, tile_x = _tile(height, width // 2, 32)
         warps = 2
-        units = n * group_size * triton.cdiv(height, tile_y) * triton.cdiv(width, 2 * tile_x) * 2 * kernel_size
+        units = n * group_size * cdiv(height, tile_y) * cdiv(width, 2 * tile_x) * 2 * kernel_size
         with torch.cuda.device_of(grad):
-            _carafe_pairs.backward_masks[(triton.cdiv(units, warps),)](
+            _carafe_pairs.backward_masks[(cdiv(units, warps),)](
                 grad, features, out, n, group_size, channels, height, width // 2, (kernel_size // 2 + 1) // 2, 0,
                 *_divided(grad, 4), *_divided(features, 2), *_divided(out, 4),
                 K=kernel_size, WARPS=warps, BLOCK_C=math.gcd(channels, 8), TILE_Y=tile_y, TILE_X=tile_x,
@@ -132,8 +132,8 @@ def carafe_backward_masks(
     by_channel = grad.stride(1) == 1
     tile_y, tile_j = _tile(rows, columns * scale_factor, 4 if by_channel else 32)
     block_c = _block(channels, 32) if by_channel else 1
-    parts = triton.cdiv(kernel_size**2, taps) * (scale_factor // lines)
-    programs = n * group_size * triton.cdiv(rows, tile_y) * triton.cdiv(columns * scale_factor, tile_j) * parts
+    parts = cdiv(kernel_size**2, taps) * (scale_factor // lines)
+    programs = n * group_size * cdiv(rows, tile_y) * cdiv(columns * scale_factor, tile_j) * parts
     with torch.cuda.device_of(grad):
         _carafe_any.backward_masks[(programs,)](
             grad, features, out, group_size, channels, height, width, rows, columns, kernel_size // 2,
@@ -185,11 +185,10 @@ def _addressable(tensor: Tensor) -> Tensor:
 
 def _tile(rows: int, columns: int, size: int) -> tuple[int, int]:
     """Rows and columns of a tile of ``size`` lanes: 16 wide where the map is, as a square tile reads fewer borders."""
-    tile_x: int = min(16 if rows > 1 else 32, size, triton.next_power_of_2(columns))
+    tile_x = min(16 if rows > 1 else 32, size, next_power_of_2(columns))
     return size // tile_x, tile_x
 
 
 def _block(channels: int, most: int) -> int:
     """The channels of a tile: a power of two, no more than there are."""
-    block: int = max(1, min(most, triton.next_power_of_2(channels)))
-    return block
+    return max(1, min(most, next_power_of_2(channels)))

@@ -7,11 +7,11 @@ record them.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from omniops.backends import as_signed, empty
 from omniops.backends.cuda import _connected_components as kernels
+from omniops.backends.cuda._grid import cdiv
 
 # Words of 32 pixels of a program. A lane waits for the longest way of its program, so a warp is best alone.
 _WORDS, _WARPS = 32, 1
@@ -24,12 +24,12 @@ def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tenso
     n, _, height, width = mask.shape
     labels, counts = (empty(mask.shape, like=mask, dtype=torch.int32) for _ in range(2))
     mask = as_signed(mask).contiguous()
-    words = triton.cdiv(width, 32)
+    words = cdiv(width, 32)
     bits = torch.empty((n, height, words), dtype=torch.int32, device=mask.device)
     sizes = height, width, words
     diagonals = connectivity == 8
-    grid = (n * triton.cdiv(height * words, _WORDS),)
-    pixel_grid = (n * triton.cdiv(height * words, _PIXEL_WORDS),)
+    grid = (n * cdiv(height * words, _WORDS),)
+    pixel_grid = (n * cdiv(height * words, _PIXEL_WORDS),)
     by_word = {"BLOCK": _WORDS, "num_warps": _WARPS}
     by_pixel = {"BLOCK": _PIXEL_WORDS, "num_warps": _PIXEL_WARPS}
     with torch.cuda.device_of(mask):

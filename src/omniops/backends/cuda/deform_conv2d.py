@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from omniops.backends import accumulator, empty, finish
 from omniops.backends.columns import Geometry, by_tap, geometry_of
 from omniops.backends.cuda import _deform_columns, _deform_fused, _float32_products
+from omniops.backends.cuda._grid import cdiv, next_power_of_2
 
 MOST_BYTES = 2**29
 """What columns and plan of a chunk of positions take at most, if they are those of more than one position.
@@ -214,7 +214,7 @@ class _Chunk:
         index = torch.int32 if image[..., 0].numel() < 2**31 else torch.int64
         pixels = torch.empty(units * count, dtype=index, device=image.device)
         places = torch.empty((3, units * count), dtype=accumulator(image), device=image.device)
-        _deform_columns.plan[(units * triton.cdiv(count, 512),)](
+        _deform_columns.plan[(units * cdiv(count, 512),)](
             samples.offset, samples.offset if samples.mask is None else samples.mask, pixels, *places,
             first, count, image.shape[1] - 2, image.shape[2] - 2, *samples.offset.shape[2:], geometry.offset_groups,
             K=geometry.taps, KW=geometry.kernel_size[1],
@@ -261,7 +261,7 @@ class _Chunk:
         half = image.element_size() == 2
         block_c = _power_of_two(c, 128 if half else 256)
         block_p = 512 // block_c if half else 4
-        _deform_columns.sample[(triton.cdiv(self.count, block_p), triton.cdiv(c, block_c))](
+        _deform_columns.sample[(cdiv(self.count, block_p), cdiv(c, block_c))](
             image, self.pixels, *self.places, out,
             self.count, image.shape[2] - 2, c, per_offset_group, per_group, *out.stride(),
             K=geometry.taps, MASKED=self.masked,
@@ -280,7 +280,7 @@ class _Chunk:
         many = block_c == 64
         block_p, warps = (8, 1) if many else (512 // block_c, 4)
         taps = (3 if half else geometry.taps) if many else 1
-        _deform_columns.gradients_of_place[(triton.cdiv(self.count, block_p), triton.cdiv(geometry.taps, taps), d)](
+        _deform_columns.gradients_of_place[(cdiv(self.count, block_p), cdiv(geometry.taps, taps), d)](
             by_columns, image, self.pixels, *self.places, by_offset, by_offset if by_mask is None else by_mask,
             self.first, self.count, image.shape[2] - 2, *by_offset.shape[2:], c, d, per_offset_group, per_group,
             by_columns.stride(0), K=geometry.taps, MASKED=self.masked,
@@ -298,15 +298,19 @@ class _Chunk:
         images = -(-self.count // positions)
         cells = images * (height + 2) * (width + 2)
         # Numbered through the groups; int64 where int32 does not reach.
-        keys = self.pixels.view(d, -1) - first_image * (height + 2) * (width + 2)
         index = torch.int32 if d * cells < 2**31 else torch.int64
-        keys = keys.to(index) + torch.arange(0, d * cells, cells, dtype=index, device=keys.device)[:, None]
+        keys = self.pixels.view(d, -1)
+        if first_image > 0:
+            keys = keys - first_image * (height + 2) * (width + 2)
+        keys = keys.to(index)
+        if d > 1:
+            keys = keys + torch.arange(0, d * cells, cells, dtype=index, device=keys.device)[:, None]
         in_order, order = torch.sort(keys.flatten(), stable=True)
         every_cell = torch.arange(d * cells + 1, dtype=index, device=keys.device)
         starts = torch.searchsorted(in_order, every_cell, out_int32=len(in_order) < 2**31)
         block_c = _power_of_two(per_offset_group, 512)
         block_x = 1 if block_c >= 256 else min(32, 512 // block_c)
-        grid = (images * triton.cdiv(height * width, block_x), d, triton.cdiv(per_offset_group, block_c))
+        grid = (images * cdiv(height * width, block_x), d, cdiv(per_offset_group, block_c))
         _deform_columns.gather[grid](
             by_columns, order, starts, *self.places, by_image,
             self.count, first_image, height, width, c, d, per_offset_group, per_group, by_columns.stride(0),
@@ -326,7 +330,7 @@ def _fused(chunk: _Chunk, high: Tensor, low: Tensor, bias: Tensor | None, out: T
     half = image.element_size() == 2
     block_m = 128 if half or (precise and block_n <= 64) else 64
     block_k = math.gcd(segment, 64 if half else 32)
-    blocks = triton.cdiv(chunk.count, block_m) * triton.cdiv(per_output_group, block_n)
+    blocks = cdiv(chunk.count, block_m) * cdiv(per_output_group, block_n)
     _deform_fused.forward[(blocks, geometry.groups)](
         image, chunk.pixels, *chunk.places, high, low, out if bias is None else bias, out,
         chunk.first, chunk.count, image.shape[2] - 2, out.shape[2] * out.shape[3], c, per_output_group,
@@ -376,7 +380,7 @@ def _relayout(source: Tensor, target: Tensor, border: int = 0) -> None:
     """Copy (N, C, H, W) between memory layouts and dtypes, into a target that has a border of zeros."""
     n, c, height, width = target.shape
     block_c, block_x = _power_of_two(c, 64), _power_of_two(width, 64)
-    _deform_columns.relayout[(n * height, triton.cdiv(width, block_x), triton.cdiv(c, block_c))](
+    _deform_columns.relayout[(n * height, cdiv(width, block_x), cdiv(c, block_c))](
         source, target, height, width, c, *source.stride(), *target.stride(),
         BORDER=border, BLOCK_X=block_x, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
@@ -387,5 +391,4 @@ def _one_group(geometry: Geometry, per_group: int, block_c: int) -> bool:
 
 
 def _power_of_two(size: int, most: int) -> int:
-    block: int = min(most, triton.next_power_of_2(size))
-    return block
+    return min(most, next_power_of_2(size))
