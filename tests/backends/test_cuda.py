@@ -1,4 +1,4 @@
-"""What is particular to NVIDIA GPUs; most of it needs one. The kernels against the oracle are in test_carafe.py."""
+"""What is particular to NVIDIA GPUs; most of it needs one. The tests of the operators hold kernels against oracles."""
 
 import numpy as np
 import pytest
@@ -108,3 +108,34 @@ def test_on_a_device_that_is_not_current():
     features, masks = torch.randn(1, 8, 4, 4, device="cuda:1"), torch.randn(1, 9, 8, 8, device="cuda:1")
     expected = reference.carafe(features, masks, 3, 1, 2, 1)
     torch.testing.assert_close(omniops.carafe(features, masks, 3, 1, 2), expected)
+
+
+PRODUCTS = (
+    # batch, M, K, N: one tile, ragged tiles, K in splits that are summed, and what cuBLAS is left with
+    (2, 5, 16, 7),
+    (1, 70, 528, 130),
+    (3, 65, 48, 129),
+    (1, 3, 4128, 9),
+    (2, 5, 17, 7),
+)
+
+
+@pytest.mark.parametrize("precise", [True, False])
+@pytest.mark.parametrize("shape", PRODUCTS)
+def test_float32_products_on_tensor_cores(shape, precise):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from omniops.backends.cuda import _float32_products
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch, m, k, n = shape
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(batch, m, k, generator=generator)
+    b = torch.randn(batch, n, k, generator=generator).mT
+    right = a.double() @ b.double()
+    # Between others' elements, and with a stride: what is not the product's stays as it was.
+    storage = torch.full((batch, m, 2 * n + 1), 7.0, device=device)
+    out = storage[..., 1::2]
+    _float32_products.batched(a.to(device), b.to(device), out, precise)
+    error = (out.cpu() - right).abs().max() / right.abs().max()
+    assert error < (1e-6 if precise else 2e-3)
+    assert torch.equal(storage[..., ::2].cpu(), torch.full((batch, m, n + 1), 7.0))

@@ -36,8 +36,11 @@ from omniops.cli.common import (
     require_pictures,
     require_writable,
 )
-from omniops.cli.doctor import machine, serving, versions
+from omniops.cli.doctor import installed, machine, serving, versions
 from omniops.cli.timing import CALL, GRAPH
+
+PEERS = ("torchvision", "sam2", "opencv-python-headless", "opencv-python", "scipy")
+"""The packages that contenders are from."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def bench(
         "command": _command(),
         "device": devices.title(chosen),
         "hardware": {**machine(), "threads": torch.get_num_threads()},
-        "versions": {**versions(), "cuda": torch.version.cuda},
+        "versions": {**versions(), **installed(PEERS), "cuda": torch.version.cuda},
         "method": {mode: text for mode, text in timing.METHOD.items() if any(mode == each.mode for each in results)},
         "copy_bytes_per_second": bandwidth,
         "origin_of_what_was_not_measured": origin,

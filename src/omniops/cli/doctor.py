@@ -69,7 +69,12 @@ def serving(operator: str, device_type: str) -> ModuleType:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that matter here."""
-    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+    return {"python": platform.python_version(), **installed(PACKAGES)}
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """The version of each package, or that it is not installed."""
+    return {package: _version(package) for package in packages}
 
 
 def machine() -> dict[str, str]:

@@ -87,6 +87,11 @@ def batched(a: Tensor, b: Tensor, out: Tensor, precise: bool) -> None:
 
     Fastest where both factors lie along K in memory.
     """
+    # Triton makes vector loads only of rows that it knows to begin at multiples of 16, and without them cuBLAS was
+    # three times as fast. (Where the product is not precise, PyTorch's may be in TF32 too.)
+    if (a.shape[2] | a.stride(1) | b.stride(2)) % 16 != 0:
+        torch.bmm(a, b, out=out)
+        return
     (batches, m, k), n = a.shape, b.shape[2]
     block_m = 64 if m <= 64 else 128
     tiles = cdiv(m, block_m) * cdiv(n, 128) * batches
