@@ -140,10 +140,15 @@ def test_large_adversarial_masks(backend, device, connectivity):
 
 @BACKENDS
 def test_4096(backend, device):
-    if backend == "reference" or interpreted(backend, device):
-        pytest.skip("the reference would take minutes, Triton's interpreter days")
-    for mask, connectivity in ((spiral(4096, 4096), 4), (noise(4096, 4096, 0.593), 4), (noise(4096, 4096, 0.41), 8)):
-        assert_right(backend, device, mask[None, None], connectivity)
+    if interpreted(backend, device):
+        pytest.skip("Triton's interpreter would take days")
+    masks = {**adversarial(4096, 4096), "59.3% noise": noise(4096, 4096, 0.593)}
+    cases = [("spiral", 8), ("all", 4)]
+    if backend != "reference":  # which takes some seconds a mask
+        cases += [("none", 8), ("checkerboard", 4), ("checkerboard", 8), ("comb", 4), ("combs in each other", 8)]
+        cases += [("59.3% noise", 4), ("41% noise", 8)]
+    for name, connectivity in cases:
+        assert_right(backend, device, masks[name][None, None], connectivity)
 
 
 @BACKENDS
@@ -308,3 +313,28 @@ def test_more_than_two_to_the_31_pixels():
         assert torch.equal(result[image].cpu().long(), oracle(mask[image : image + 1].cpu(), 8)[of][0])
     assert not labels[1:-1].any()
     assert not counts[1:-1].any()
+
+
+@needs_cuda
+def test_as_many_words_as_fit_32_bits():
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs 30 GiB of free GPU memory")
+    height, rows = 2**31 - 1, 40
+    mask = torch.zeros(1, 1, height, 1, dtype=torch.bool, device="cuda")
+    mask[:, :, -rows:] = True
+    labels, counts = kernel("cuda")(mask, 8)
+    assert (labels[:, :, -rows:] == height - rows + 1).all()
+    assert (counts[:, :, -rows:] == rows).all()
+    assert not labels[:, :, :-rows].any()
+    assert not counts[:, :, :-rows].any()
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("shape", [(2**31, 1, 1, 1), (2**25, 1, 2048, 31), (2**20, 1, 256, 8192), (2**31, 1, 1, 1000)])
+def test_more_programs_than_a_grid_has_are_refused_by_name(shape):
+    from omniops.backends.cuda.connected_components import check_sizes
+
+    n, *rest = shape
+    check_sizes((n - 1, *rest))
+    with pytest.raises(ValueError, match=r"mask must have N \* ceil\(H \* ceil\(W / 32\) / 32\) below 2\*\*31 on CUDA"):
+        kernel("cuda")(torch.empty(shape, dtype=torch.bool, device="meta"), 8)

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 import omniops.ops.deform_conv2d  # noqa: F401  registers the operator
 from omniops.backends import cpu
-from omniops.backends.columns import Columns, Geometry
+from omniops.backends.columns import Columns, Geometry, chunks, geometry_of
 from omniops.backends.reference import deform_conv2d as reference
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -193,6 +193,11 @@ LAYOUTS = {
 
 # Groups and offset groups of which neither divides the other; a stride, padding and dilation of its own for each axis.
 UNEVEN = Case(2, 12, 6, 7, 6, (3, 2), (2, 1), (1, 2), (1, 2), groups=2, offset_groups=3)
+
+
+# The same for channels in runs of 16, as the fused kernel of CUDA takes them: a run begins in each offset group, not in
+# each weight group.
+FUSED = Case(2, 96, 3, 3, 20, (2, 3), groups=2, offset_groups=3)
 
 
 def uneven(backend, device):
@@ -397,25 +402,26 @@ def far_offsets():
 
 @pytest.mark.parametrize(("backend", "device", "pairs"), list(far_offsets()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_offsets_far_outside_or_not_finite(backend, device, pairs, dtype):
-    case = Case(2, 20, 5, 6, 4, offset_groups=2, groups=2)
-    if interpreted(backend, device):
+@pytest.mark.parametrize("case", [Case(2, 20, 5, 6, 4, offset_groups=2, groups=2), FUSED], ids=str)
+def test_offsets_far_outside_or_not_finite(backend, device, pairs, dtype, case):
+    if interpreted(backend, device) and case != FUSED:
         case = case._replace(c=4, h=3, w=4)
     tensors = problem(case, dtype)
+    taps = tensors.offset.shape[1] // 2
     # Each pair for a tap of its own, of one offset group, at a few positions.
     for tap, (value, axes) in enumerate(pairs, start=4):
         for axis in ("yx".index(each) for each in axes):
-            tensors.offset[0, 2 * (tap % 18) + axis, 1:3, 2] = value
-            tensors.offset[1, 2 * ((tap + 5) % 18) + axis, 0, :] = value
+            tensors.offset[0, 2 * (tap % taps) + axis, 1:3, 2] = value
+            tensors.offset[1, 2 * ((tap + 5) % taps) + axis, 0, :] = value
     found = assert_right(kernels(backend), device, case, tensors)
     assert found["by_input"].isfinite().all()
 
 
 @BACKENDS
-def test_what_is_not_finite_in_the_map_stays_where_it_is_sampled(backend, device):
-    case = Case(1, 8, 5, 6, 4, groups=2)
+@pytest.mark.parametrize("case", [Case(1, 8, 5, 6, 4, groups=2), FUSED], ids=str)
+def test_what_is_not_finite_in_the_map_stays_where_it_is_sampled(backend, device, case):
     tensors = problem(case, torch.float32)
-    tensors.input[0, 3, 2, 2], tensors.input[0, 6, 4, 5] = float("nan"), float("inf")
+    tensors.input[0, 3, 2, 2], tensors.input[0, -2, -1, -1] = float("nan"), float("inf")
     expected = results(reference, case, each(torch.Tensor.double, tensors))
     found = results(kernels(backend), case, each(lambda tensor: tensor.to(device), tensors))
     for name in expected:
@@ -425,11 +431,25 @@ def test_what_is_not_finite_in_the_map_stays_where_it_is_sampled(backend, device
 
 
 def in_chunks(module, most_bytes):
-    """The operators of a backend with columns of so many bytes."""
+    """The operators of a backend with columns of so many bytes; they fail where memory for more is taken."""
     found = [value for value in vars(module).values() if isinstance(value, Columns)]
     if not found:
         pytest.skip(f"{module.__name__} has no columns")
-    columns = replace(found[0], most_bytes=most_bytes)
+
+    def bounded(kernel, columns_at):
+        def call(*args):
+            columns = args[columns_at]
+            assert columns.shape[1] == 1 or columns.untyped_storage().nbytes() <= most_bytes
+            kernel(*args)
+
+        return call
+
+    columns = replace(
+        found[0],
+        most_bytes=most_bytes,
+        sample=bounded(found[0].sample, 5),
+        gradients=bounded(found[0].gradients, 0),
+    )
     return SimpleNamespace(
         deform_conv2d=columns.forward,
         deform_conv2d_backward_data=columns.backward_data,
@@ -437,20 +457,72 @@ def in_chunks(module, most_bytes):
     )
 
 
+def in_cuda_chunks(patch, positions):
+    """Limits chunks to the bytes of so many positions; the operators fail where columns and plan take more.
+
+    Returns a list that gets the number of positions of each chunk.
+    """
+    module, counts = kernels("cuda"), []
+    samples_type, chunk_type = module._Samples, module._Chunk
+    chunks_of, chunk_of = samples_type.chunks, chunk_type.of
+
+    def limited(samples, bytes_of_columns):
+        # A plan has the pixel and three numbers for each sample.
+        bytes_of_plan = (8 + 3 * 4) * samples.geometry.offset_groups * samples.geometry.taps
+        patch.setattr(module, "MOST_BYTES", positions * (bytes_of_columns + bytes_of_plan))
+        return chunks_of(samples, bytes_of_columns)
+
+    def check(chunk, columns_bytes=0):
+        taken = chunk.pixels.nbytes + chunk.places.nbytes + columns_bytes
+        assert chunk.count == 1 or taken <= module.MOST_BYTES
+
+    def made(cls, samples, first, count):
+        chunk = chunk_of(samples, first, count)
+        check(chunk)
+        counts.append(count)
+        return chunk
+
+    def watched(method):
+        def call(chunk, *args, **kwargs):
+            columns = method(chunk, *args, **kwargs)
+            check(chunk, columns.nbytes)
+            return columns
+
+        return call
+
+    patch.setattr(samples_type, "chunks", limited)
+    patch.setattr(chunk_type, "of", classmethod(made))
+    for name in ("columns", "empty_columns"):
+        patch.setattr(chunk_type, name, watched(getattr(chunk_type, name)))
+    return counts
+
+
 @BACKENDS
-@pytest.mark.parametrize("positions", [1, 7, 50])
+@pytest.mark.parametrize("images", [0, 0.7, 1.5])
 @pytest.mark.parametrize("c_out", [6, 260])
-def test_columns_in_chunks(backend, device, positions, c_out, monkeypatch):
-    # Chunks end within images and begin there, too: 3 * 42 positions.
+def test_columns_in_chunks(backend, device, images, c_out, monkeypatch):
+    """Of a position, of parts of an image and of an image."""
     case = Case(3, 12, 6, 7, c_out, groups=2, offset_groups=3)
     if interpreted(backend, device):
         case = Case(2, 32, 1, 3, c_out, groups=2)
-    module, bytes_of_columns = kernels(backend), positions * 9 * case.c * 4
+    module, positions = kernels(backend), max(1, int(images * case.h * case.w))
     if backend == "cuda":
-        monkeypatch.setattr(module, "MOST_BYTES", 2 * bytes_of_columns)  # of a plan too
+        in_cuda_chunks(monkeypatch, positions)
     else:
-        module = in_chunks(module, bytes_of_columns)
+        module = in_chunks(module, positions * 9 * case.c * 4)
     assert_right(module, device, case, problem(case, torch.float32))
+
+
+@given(images=st.integers(1, 9), positions=st.integers(1, 40), most=st.integers(1, 400))
+def test_chunks(images, positions, most):
+    found = list(chunks(images, positions, most))
+    assert [p for first, count in found for p in range(first, first + count)] == list(range(images * positions))
+    assert found[0][1] == max(count for _, count in found) <= most
+    for first, count in found:
+        assert (first % positions == 0 and count % positions == 0) or first % positions + count <= positions
+    # No more than it takes.
+    fewest = -(-images // (most // positions)) if most >= positions else images * -(-positions // most)
+    assert len(found) <= fewest
 
 
 @BACKENDS
@@ -521,32 +593,48 @@ def test_the_operator_is_differentiable_twice(case, layout):
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-def torchvisions():
-    """torchvision's operator, where it works."""
-    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+def torchvisions(case, x):
+    """What torchvision's operator and autograd make of the tensors, where it works."""
     try:
+        torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
         torchvision.extension._assert_has_ops()
     except RuntimeError as error:
         pytest.skip(f"torchvision's extension does not work: {error}")
-    return torchvision.ops.deform_conv2d
+    x = each(torch.clone, x)
+    inputs = {name: value.requires_grad_() for name, value in vars(x).items() if name != "grad" and value is not None}
+    out = torchvision.ops.deform_conv2d(x.input, x.offset, x.weight, x.bias, *case.numbers, x.mask)
+    gradients = torch.autograd.grad(out, inputs.values(), x.grad)
+    return {"out": out.detach(), **{f"by_{name}": each for name, each in zip(inputs, gradients, strict=True)}}
 
 
 @BACKENDS
 @pytest.mark.parametrize("case", [UNEVEN, UNEVEN._replace(masked=False), Case(2, 8, 5, 6, 4)], ids=str)
 def test_torchvision_agrees(backend, device, case):
-    theirs = torchvisions()
-    dtype = torch.float64 if torch.float64 in dtypes(backend) else torch.float32
-    tensors = problem(case, dtype)
-    names = [name for name in TENSORS if name != "grad" and getattr(tensors, name) is not None]
-    x = each(torch.clone, tensors)
-    inputs = [getattr(x, name).requires_grad_() for name in names]
-    out = theirs(x.input, x.offset, x.weight, x.bias, *case.numbers, x.mask)
-    expected = dict(zip(names, torch.autograd.grad(out, inputs, x.grad), strict=True))
+    tensors = problem(case, torch.float64 if torch.float64 in dtypes(backend) else torch.float32)
+    expected = torchvisions(case, tensors)
     found = results(kernels(backend), case, each(lambda tensor: tensor.to(device), tensors))
-    torch.testing.assert_close(found["out"].cpu(), out.detach())
-    for name in ("input", "offset", "mask", "weight"):
-        if name in expected:
-            torch.testing.assert_close(found[f"by_{name}"].cpu(), expected[name])
+    for name in found.keys() & expected.keys():
+        torch.testing.assert_close(found[name].cpu(), expected[name])
+
+
+@BACKENDS
+def test_torchvision_agrees_at_infinite_offsets(backend, device):
+    """But for their own gradient, which is not a number there."""
+    tensors = problem(UNEVEN, torch.float64 if torch.float64 in dtypes(backend) else torch.float32)
+    far = torch.zeros_like(tensors.offset, dtype=torch.bool)
+    for channel, value in enumerate((float("inf"), float("-inf"), 1e30, float("inf")), start=5):
+        tensors.offset[0, channel, 1] = value
+        far[0, channel // 2 * 2 : channel // 2 * 2 + 2, 1] = True
+    expected = torchvisions(UNEVEN, tensors)
+    found = {
+        name: result.cpu()
+        for name, result in results(kernels(backend), UNEVEN, each(lambda x: x.to(device), tensors)).items()
+    }
+    assert not found["by_offset"][far].any()
+    for by_offset in (found["by_offset"], expected["by_offset"]):
+        by_offset[far] = 0
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name])
 
 
 # --- the C++ kernels ---
@@ -745,26 +833,161 @@ def test_a_map_beyond_two_to_the_31():
     assert torch.equal(by_image[0, ::stride, ::stride, 0], values)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize(
-    ("input", "offset", "message"),
-    [
-        ((1, 1, 50000, 50000), (1, 2, 25000, 25000), r"input must have H \* W below 2\*\*31 on CUDA"),
-        ((1, 2**20, 1, 2**12), (1, 2, 1, 1), r"input must have C \* \(W \+ 2\) below 2\*\*31 on CUDA"),
-        ((2**16, 1, 2**15, 1), (2**16, 2, 1, 1), r"input must have N \* \(H \+ 2\) below 2\*\*31 on CUDA"),
-        ((2, 1, 4, 4), (2, 2, 2**15, 2**15), r"offset must have N \* H_out \* W_out below 2\*\*31 on CUDA"),
-        ((1, 1, 1, 5_000_000), (1, 2, 1, 1), r"input must have W \+ 2 of at most 64 \* 65535 on CUDA"),
-        ((1, 5_000_000, 1, 1), (1, 2, 1, 1), r"input must have C of at most 64 \* 65535 on CUDA"),
-        ((1, 1, 1, 9), (1, 2, 1, 5_000_000), r"offset must have W_out of at most 64 \* 65535 on CUDA"),
-        ((1, 70_000, 1, 1), (1, 140_000, 1, 1), "at most 65535 groups on CUDA, got 70000 offset groups"),
-    ],
-)
-def test_sizes_that_the_triton_kernels_cannot_index_are_refused_by_name(input, offset, message):
-    from omniops.backends.cuda.deform_conv2d import check_sizes
+# --- the Triton kernels ---
 
-    geometry = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1, offset[1] // 2)
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+FUSED_CASES = [
+    FUSED,
+    Case(2, 128, 2, 3, 40, (1, 2), (1, 1), (0, 1), (1, 2), offset_groups=2, masked=False),  # blocks within a run
+    Case(1, 64, 3, 2, 12, (2, 1), (2, 1), (1, 0), groups=4, offset_groups=2),
+]
+
+
+def assert_fused_is_right(case, dtype, tolerance=None):
+    module, tensors = kernels("cuda"), problem(case, dtype)
+    x = each(lambda tensor: tensor.to(TRITON_DEVICE), tensors)
+    geometry = geometry_of(x.offset, case.kernel_size, case.groups, *case.numbers)
+    assert module._is_fused(x.input, x.weight, geometry)
+    out = module.deform_conv2d(x.input, x.offset, x.weight, x.bias, x.mask, *case.numbers)
+    tensors = each(torch.Tensor.double, tensors)
+    expected = reference.deform_conv2d(
+        tensors.input, tensors.offset, tensors.weight, tensors.bias, tensors.mask, *case.numbers
+    )
+    error = (out.cpu() - expected).abs().max() / expected.abs().max()
+    assert error <= (tolerance or TOLERANCES[dtype])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", FUSED_CASES, ids=str)
+def test_the_fused_forward(case, dtype):
+    assert_fused_is_right(case, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize(("n", "positions", "counts"), [(2, 7, [6] * 4), (3, 30, [24, 12])])
+def test_the_fused_forward_in_chunks(n, positions, counts, monkeypatch):
+    """Of parts of an image, and of images."""
+    found = in_cuda_chunks(monkeypatch, positions)
+    assert_fused_is_right(FUSED._replace(n=n), torch.float32)
+    assert found == counts
+
+
+@pytest.fixture
+def matmul():
+    """PyTorch's switches of float32 products, which are afterwards as they were."""
+    switches = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    precision = torch.get_float32_matmul_precision()
+    before = [getattr(switch, "fp32_precision", None) for switch in switches]
+    yield torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision(precision)
+    for switch, value in zip(switches, before, strict=True):
+        if value is not None:
+            switch.fp32_precision = value
+
+
+@needs_triton
+def test_pytorchs_switches_of_tf32_are_honoured(matmul, monkeypatch):
+    module, tensor = kernels("cuda"), torch.zeros(1)
+
+    def is_tf32():
+        found = module._is_tf32()
+        # A tensor that is on no GPU is taken for one on a GPU with tensor cores.
+        assert module._is_precise(tensor) == (not found)
+        assert not any(module._is_precise(tensor.to(dtype)) for dtype in TOLERANCES if dtype != torch.float32)
+        return found
+
+    for allowed in (True, False, True):
+        matmul.allow_tf32 = allowed
+        assert is_tf32() == allowed
+    for precision, allowed in (("highest", False), ("high", True), ("highest", False), ("medium", True)):
+        torch.set_float32_matmul_precision(precision)
+        assert is_tf32() == allowed
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9
+        for precision in ("ieee", "tf32", "none"):
+            matmul.fp32_precision = precision
+            assert is_tf32() == (precision == "tf32")
+    for allowed in (True, False):  # before torch 2.9
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
+        assert is_tf32() == allowed
+    monkeypatch.setattr(module, "_has_tf32", lambda tensor: False)
+    assert not module._is_precise(tensor)
+
+
+@needs_triton
+def test_the_fused_forward_in_tf32(matmul, monkeypatch):
+    matmul.allow_tf32 = True
+    split = []
+    monkeypatch.setattr(kernels("cuda")._float32_products, "split", split.append)
+    assert_fused_is_right(FUSED, torch.float32, tolerance=2e-3)
+    assert not split
+
+
+def on_meta(case):
+    """The tensors of a case, without memory."""
+    taps, size = case.kernel_size[0] * case.kernel_size[1], case.out_size
+    shapes = {
+        "input": (case.n, case.c, case.h, case.w),
+        "offset": (case.n, case.offset_groups * taps * 2, *size),
+        "weight": (case.c_out, case.c // case.groups, *case.kernel_size),
+        "bias": (case.c_out,),
+        "mask": (case.n, case.offset_groups * taps, *size),
+        "grad": (case.n, case.c_out, *size),
+    }
+    return SimpleNamespace(
+        **{name: torch.empty(shape, dtype=torch.float16, device="meta") for name, shape in shapes.items()}
+    )
+
+
+POINT = Case(1, 1, 1, 1, 1, (1, 1), padding=(0, 0))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (POINT._replace(h=2**16, w=2**15, stride=(2**16, 1)), r"input must have H \* W below 2\*\*31"),
+        (POINT._replace(c=2**20, w=2**11 - 2), r"input must have C \* \(W \+ 2\) below 2\*\*31"),
+        (POINT._replace(n=2**16, h=2**15 - 2, stride=(2**15, 1)), r"input must have N \* \(H \+ 2\) below 2\*\*31"),
+        (POINT._replace(n=2, padding=(2**14, 2**14)), r"offset must have N \* H_out \* W_out below 2\*\*31"),
+        (POINT._replace(w=2**22 - 65), r"input must have W \+ 2 of at most 64 \* 65535"),
+        (POINT._replace(c=2**22 - 63), r"input must have C of at most 64 \* 65535"),
+        (POINT._replace(padding=(0, 2**21)), r"offset must have W_out of at most 64 \* 65535"),
+        (POINT._replace(c_out=2**22 - 63), r"weight must have C_out of at most 64 \* 65535 on CUDA, got 4194241"),
+        (
+            POINT._replace(c=2**20, kernel_size=(64, 32), padding=(32, 16)),
+            r"weight must have C \* kh \* kw below 2\*\*31 on CUDA, got C = 1048576 and a kernel of \(64, 32\)",
+        ),
+        (
+            POINT._replace(kernel_size=(256, 256), padding=(128, 128)),
+            r"weight must have at most 65535 taps on CUDA, got a kernel of \(256, 256\)",
+        ),
+        (POINT._replace(c=2**16, offset_groups=2**16), "at most 65535 groups on CUDA, got 65536 offset groups and 1"),
+        (POINT._replace(c=2**16, c_out=2**16, groups=2**16), "got 1 offset groups and 65536 weight groups"),
+    ],
+    ids=str,
+)
+def test_sizes_that_the_triton_kernels_cannot_index_are_refused_by_name(case, message):
+    module, x = kernels("cuda"), on_meta(case)
     with pytest.raises(ValueError, match=message):
-        check_sizes(input, offset, geometry)
+        module.deform_conv2d(x.input, x.offset, x.weight, x.bias, x.mask, *case.numbers)
+    with pytest.raises(ValueError, match=message):
+        module.deform_conv2d_backward_data(x.grad, x.input, x.offset, x.weight, x.mask, *case.numbers)
+    with pytest.raises(ValueError, match=message):
+        module.deform_conv2d_backward_weight(
+            x.grad, x.input, x.offset, x.mask, case.kernel_size, case.groups, *case.numbers
+        )
+
+
+@needs_triton
+def test_weights_beyond_32_bits_are_not_for_the_fused_kernel():
+    case = POINT._replace(c=2**21, kernel_size=(4, 4), padding=(2, 2), groups=2)
+    for per_group, fused in ((127, True), (128, False)):
+        x = on_meta(case._replace(c_out=2 * per_group))
+        geometry = geometry_of(x.offset, case.kernel_size, case.groups, *case.numbers)
+        assert kernels("cuda")._is_fused(x.input, x.weight, geometry) == fused
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ QUICK = ("--quick", "--seconds", "0", "--device", "cpu")
 def test_doctor_shows_its_own_dtypes(omniops):
     lines = [line for line in omniops("doctor").out.splitlines() if line.split()[:1] == [case.NAME]]
     assert len(lines) == 4
-    assert all("bool, uint8, int8, int16, int32, int64" in line for line in lines)
+    assert all("bool, uint8, int8, int16, int32, int64, uint16, uint32, uint64" in line for line in lines)
     assert cases.dtypes("carafe", cpu) == cpu.DTYPES
     assert doctor.serving(case.NAME, "cpu").TITLE in lines[0]
 
@@ -33,6 +33,21 @@ def test_selftest_wants_exact_results_and_no_gradients():
     check = next(case.checks())
     for dtype in case.DTYPES:
         assert selftest.errors(check, dtype, CPU) == {"labels": 0.0, "counts": 0.0}
+
+
+def test_selftest_leaves_out_and_names_what_pytorch_lacks(omniops, monkeypatch):
+    assert not selftest._lacks(CPU, torch.uint16)
+    # No build of PyTorch serves such a device.
+    absent = torch.device("fpga")
+    assert selftest._lacks(absent, torch.uint16)
+    assert not selftest._lacks(absent, torch.int64)
+    monkeypatch.setattr(selftest, "CASES", (case,))
+    monkeypatch.setattr(selftest, "_lacks", lambda device, dtype: dtype == torch.uint32)
+    result = omniops("selftest", "--device", "cpu")
+    assert result.status == 0
+    assert "Not checked: PyTorch has no uint32 on cpu." in result.out
+    assert result.out.count("uint32") == 1
+    assert "uint64" in result.out
 
 
 def _one_label_off(mask):

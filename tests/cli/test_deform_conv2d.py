@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from omniops.backends.columns import geometry_of
 from omniops.cli import bench, bench_plot, selftest, timing
 from omniops.cli.cases import deform_conv2d as case
 from omniops.cli.cases._types import BOTH, FORWARD, OURS
@@ -28,6 +29,20 @@ def test_selftest_checks_every_result_with_and_without_mask_and_bias():
         found = selftest.errors(check, torch.float32, CPU)
         assert list(found) == ["result", *(f"gradient of {name}" for name in check.inputs)]
         assert max(found.values()) < 1e-5
+
+
+def test_selftest_reaches_both_forward_kernels_of_cuda():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from omniops.backends.cuda.deform_conv2d import _is_fused
+
+    found = {}
+    for check in case.checks():
+        input, offset, weight = (check.inputs[name].half() for name in INPUTS[:3])
+        geometry = geometry_of(offset, weight.shape[2:], input.shape[1] // weight.shape[1], (1, 1), (1, 1), (1, 1))
+        groups = geometry.groups, geometry.offset_groups
+        found.setdefault(_is_fused(input, weight, geometry), set()).add(groups)
+    assert found[True] >= {(2, 2), (2, 3)}
+    assert found[False]
 
 
 def test_offsets_are_the_same_in_every_dtype_and_never_whole():

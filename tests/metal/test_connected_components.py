@@ -113,6 +113,29 @@ def test_the_order_of_threads_changes_nothing(connectivity: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run(masks, connectivity), strict=True))
 
 
+def test_images_begin_beyond_32_bits() -> None:
+    beginnings = """
+    kernel void beginnings(
+        device long* planes [[buffer(0)]],
+        device long* bitmaps [[buffer(1)]],
+        device const uint* bits [[buffer(2)]],
+        device long* words [[buffer(3)]],
+        constant int* sizes [[buffer(4)]],
+        uint image [[thread_position_in_grid]]) {
+      planes[image] = plane_of(sizes, image);
+      bitmaps[image] = bitmap_of(sizes, image);
+      words[image] = Place(sizes, bits, uint2(0u, image)).here - bits;
+    }
+    """
+    height, width, n = 2**29 + 1, 3, 70
+    planes, bitmaps, words = (torch.empty(n, dtype=torch.int64) for _ in range(3))
+    bits = torch.empty(1, dtype=torch.int32)
+    kernel = emulator.compile_shader(SOURCE + beginnings).beginnings
+    kernel(planes, bitmaps, bits, words, [height, width, 1], threads=n, arg_casts={4: "int32"})
+    assert planes.tolist() == [image * height * width for image in range(n)]
+    assert bitmaps.tolist() == words.tolist() == [image * height for image in range(n)]
+
+
 class Recorder:
     """Stands in for the library and keeps the launches."""
 

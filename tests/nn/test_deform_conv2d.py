@@ -99,6 +99,46 @@ def test_packs_have_the_parameters_of_mmcv():
     assert shapes(omniops.DeformConv2dPack(**arguments, bias=True))["bias"] == (6,)
 
 
+def load_as_mmengine_does(module, state, prefix=""):
+    """Every module is handed the whole dict; PyTorch hands it what lies below its name. Returns what it missed."""
+    missing = []
+    module._load_from_state_dict(state, prefix, state._metadata.get(prefix[:-1], {}), True, missing, [], [])
+    for name, child in module.named_children():
+        missing += load_as_mmengine_does(child, state, f"{prefix}{name}.")
+    return missing
+
+
+@PACKS
+def test_packs_load_what_mmcv_saved_before_its_version_2(pack):
+    def model(seed):
+        return stirred(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ModuleDict({"conv2": pack(4, 6, 3)})), seed)
+
+    def old(version, predictor="1.conv2_offset"):
+        state = model(0).state_dict()
+        assert state._metadata["1.conv2"]["version"] == 2
+        state._metadata["1.conv2"] = {} if version is None else {"version": version}
+        for parameter in ("weight", "bias"):
+            state[f"{predictor}.{parameter}"] = state.pop(f"1.conv2.conv_offset.{parameter}")
+        return state
+
+    expected = model(0).state_dict()
+    for version in (None, 1):
+        loaded = model(1)
+        assert not load_as_mmengine_does(loaded, old(version))
+        assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+    # None but that name, and none from version 2 on, nor in the place of the new one.
+    missing = ["1.conv2.conv_offset.weight", "1.conv2.conv_offset.bias"]
+    for state in (old(2), old(1, "1.conv2.offset"), old(1, "1.conv2._offset"), old(1, "conv2_offset")):
+        assert load_as_mmengine_does(model(1), state) == missing
+    both, loaded = old(1), model(1)
+    both.update({name: expected[name] * 2 for name in missing})
+    assert not load_as_mmengine_does(loaded, both)
+    for name in missing:
+        assert torch.equal(loaded.state_dict()[name], expected[name] * 2)
+    with pytest.raises(RuntimeError, match=r"1\.conv2_offset\.weight"):
+        model(1).load_state_dict(old(1))
+
+
 def bilinear(image, y, x):
     """One sample of an (H, W) map, zero outside of it."""
     total = 0.0

@@ -1,5 +1,8 @@
 """The operator as PyTorch sees it, and the functions on it: schema, fake kernel, compile, export, errors, areas."""
 
+import sys
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -109,12 +112,16 @@ M = torch.ones(2, 1, 3, 4, dtype=torch.bool)
     ("arguments", "error", "message"),
     [
         ((M.numpy(), 8), TypeError, "mask must be a torch.Tensor, got ndarray"),
-        ((M.float(), 8), TypeError, "mask must be bool or of an integer dtype, got float32: compare it with a thresh"),
-        ((M.cfloat(), 8), TypeError, "mask must be bool or of an integer dtype, got complex64"),
+        ((M.float(), 8), TypeError, "mask must be bool or of an integer dtype of 8 to 64 bits, got float32: compare"),
+        ((M.cfloat(), 8), TypeError, "mask must be bool or of an integer dtype of 8 to 64 bits, got complex64"),
+        ((M.byte().view(torch.bits8), 8), TypeError, "mask must be bool or of an integer dtype of 8 to 64 bits, got b"),
+        ((M.byte().view(torch.uint4), 8), TypeError, "mask must be bool or of an integer dtype of 8 to 64 bits, got u"),
         ((M, 8.0), TypeError, "connectivity must be an int, got float"),
         ((M, True), TypeError, "connectivity must be an int, got bool"),
         ((M, 6), ValueError, "connectivity must be 4 or 8, got 6"),
-        ((M, -8), ValueError, "connectivity must be at least 1, got -8"),
+        ((M, 0), ValueError, "connectivity must be 4 or 8, got 0"),
+        ((M, -8), ValueError, "connectivity must be 4 or 8, got -8"),
+        ((M, 2**64), ValueError, "connectivity must be 4 or 8, got 18446744073709551616"),
         ((M[0], 8), ValueError, "mask must have 4 dimensions (N, C, H, W), got shape (1, 3, 4)"),
         ((M.transpose(0, 1), 8), ValueError, "mask must have shape (N, 1, H, W), got (1, 2, 3, 4): make a batch of"),
         ((M.new_empty((1, 1, 65536, 32768), device="meta"), 8), ValueError, "mask must have H * W below 2**31"),
@@ -129,7 +136,7 @@ def test_errors_name_the_argument(arguments, error, message):
 def test_checks_come_before_any_kernel_of_the_raw_operator():
     with pytest.raises(ValueError, match="connectivity must be 4 or 8, got 5"):
         torch.ops.omniops.connected_components(M, 5)
-    with pytest.raises(TypeError, match="mask must be bool or of an integer dtype, got float16"):
+    with pytest.raises(TypeError, match="mask must be bool or of an integer dtype of 8 to 64 bits, got float16"):
         torch.ops.omniops.connected_components(M.half(), 8)
 
 
@@ -168,6 +175,46 @@ def test_specks_are_removed(device, shape, dtype):
         result = omniops.remove_small_components(mask.to(device), min_area)
         assert result.dtype == dtype
         assert torch.equal(result.cpu(), torch.where(small, torch.tensor(removed, dtype=dtype), mask))
+
+
+FUNCTIONS = pytest.mark.parametrize("function", [omniops.fill_holes, omniops.remove_small_components])
+BEYOND_INT32 = (2**31 - 1, 2**31, 2**32 + 1, sys.maxsize)
+
+
+@ON_DEVICES
+@FUNCTIONS
+def test_areas_that_no_count_reaches(device, function):
+    logits = torch.randn(2, 1, 9, 9, device=device)
+    compiled = torch.compile(function, fullgraph=True)
+    for area in BEYOND_INT32:
+        expected = function(logits, 81 + 1)
+        assert torch.equal(function(logits, area), expected)
+        assert torch.equal(compiled(logits, area), expected)
+
+
+def test_the_largest_area(monkeypatch):
+    """That of a mask of 2**31 - 1 pixels, which takes too much memory to be made here."""
+    module = import_module("omniops.ops.connected_components")
+    counts = torch.full((1, 1, 3, 4), 2**31 - 1, dtype=torch.int32)
+    monkeypatch.setattr(module, "connected_components", lambda mask: (None, counts))
+    mask, holes = torch.ones(1, 1, 3, 4, dtype=torch.bool), -torch.ones(1, 1, 3, 4)
+    for area in BEYOND_INT32:
+        assert (omniops.fill_holes(holes, area) == 0.1).all()
+        assert omniops.remove_small_components(mask, area).all() == (area == 2**31 - 1)
+    assert torch.equal(omniops.fill_holes(holes, 2**31 - 2), holes)
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_an_area_that_depends_on_the_size(function, strict):
+    class OfTheTenth(torch.nn.Module):
+        def forward(self, logits):
+            return function(logits, logits.shape[-2] * logits.shape[-1] // 10)
+
+    dynamic = {"logits": {2: torch.export.Dim("h", min=4), 3: torch.export.Dim("w", min=4)}}
+    exported = torch.export.export(OfTheTenth(), (torch.randn(2, 1, 7, 9),), dynamic_shapes=dynamic, strict=strict)
+    logits = torch.randn(2, 1, 20, 31)
+    assert torch.equal(exported.module()(logits), OfTheTenth()(logits))
 
 
 UNSIGNED = pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
@@ -229,13 +276,23 @@ def test_gradients_reach_what_was_left_alone():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: omniops.fill_holes(M, 3), TypeError, "mask_logits must be of a floating dtype, got bool"),
+        (lambda: omniops.fill_holes(M, 3), TypeError, "mask_logits must be of a floating dtype, got bool: pass the lo"),
+        (
+            lambda: omniops.fill_holes(M.to(torch.float8_e5m2), 3),
+            TypeError,
+            "mask_logits must be float64, float32, float16 or bfloat16, got float8_e5m2",
+        ),
         (lambda: omniops.fill_holes([1.0], 3), TypeError, "mask_logits must be a torch.Tensor, got list"),
         (lambda: omniops.fill_holes(M.float(), 0), ValueError, "max_area must be at least 1, got 0"),
         (lambda: omniops.fill_holes(M.float(), 2.0), TypeError, "max_area must be an int, got float"),
         (lambda: omniops.fill_holes(torch.ones(3), 3), ValueError, "mask_logits must have at least 2 dimensions"),
         (lambda: omniops.remove_small_components(M, 0), ValueError, "min_area must be at least 1, got 0"),
         (lambda: omniops.remove_small_components(M.cfloat(), 1), TypeError, "mask must be bool or of an integer dtype"),
+        (
+            lambda: omniops.remove_small_components(M.to(torch.float8_e4m3fn), 1),
+            TypeError,
+            "mask must be float64, float32, float16 or bfloat16, got float8_e4m3fn",
+        ),
         (lambda: omniops.remove_small_components(torch.ones(3), 3), ValueError, "mask must have at least 2 dimensions"),
     ],
 )
@@ -243,3 +300,10 @@ def test_errors_of_the_functions_on_it(call, error, message):
     with pytest.raises(error) as caught:
         call()
     assert message in str(caught.value)
+
+
+def test_what_the_error_for_a_mask_says_fills_its_holes():
+    mask, max_area = noise(2, 1, 20, 30, density=0.7), 3
+    expected = omniops.fill_holes(mask.float(), max_area) > 0
+    assert torch.equal(~omniops.remove_small_components(mask == 0, max_area + 1), expected)
+    assert not torch.equal(expected, mask)

@@ -89,7 +89,7 @@ def test_gradients_of_first_and_second_order(device, optional):
             return [x for x in results if x.numel()] if isinstance(results, tuple) else results
 
         inputs = [arguments[i] for i in differentiable]
-        # GPUs add with atomics, in any order.
+        # The second order is the reference kernels', whose scatters GPUs add in any order.
         tolerance = 0 if device == "cpu" else 1e-10
         assert torch.autograd.gradcheck(function, inputs, nondet_tol=tolerance)
         assert torch.autograd.gradgradcheck(function, inputs, nondet_tol=tolerance)
@@ -203,7 +203,7 @@ def test_a_backward_within_autocast_is_the_same_bits_as_outside(device, dtype):
     outside, within = derivatives(False), derivatives(True)
     assert len(outside) == 5 + 5  # none of the gradients depends on the bias
     assert all(x.dtype == torch.float32 for x in within)
-    # GPUs add with atomics, in any order.
+    # The second order is the reference kernels', whose scatters GPUs add in any order.
     tolerance = 0 if device == "cpu" else 1e-4
     torch.testing.assert_close(within, outside, rtol=tolerance, atol=tolerance)
 
@@ -339,6 +339,11 @@ I, O, W, B, M = (torch.zeros(*s) for s in ((1, 4, 5, 5), (1, 18, 3, 3), (6, 4, 3
         ({"weight": W[..., :0]}, ValueError, "weight must have a kernel of at least one tap, got (3, 0)"),
         ({"input": I[:, :0]}, ValueError, "input must have at least one channel and one pixel, got shape (1, 0, 5, 5)"),
         ({"input": I[..., :0]}, ValueError, "input must have at least one channel and one pixel, got shape (1, 4, 5,"),
+        (
+            {"input": I[:0, :0], "offset": O[:0], "mask": M[:0]},
+            ValueError,
+            "at least one channel and one pixel, got shape (0",
+        ),
         (
             {"input": I[:, :, :2]},
             ValueError,

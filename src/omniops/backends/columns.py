@@ -1,8 +1,8 @@
 """Deformable convolution as matrix products over columns: what backends share whose matrix products are PyTorch's.
 
 A column holds the samples that one position of the result sees; ``omniops.ops.deform_conv2d`` has the formula. The
-positions of a batch are numbered through, p = (n * H_out + i) * W_out + j, and taken in chunks, so that the workspace
-has a bound whatever the batch. A backend brings two kernels:
+positions of a batch are numbered through, p = (n * H_out + i) * W_out + j, and taken in chunks, of whole images or of a
+part of one, so that the workspace has a bound whatever the batch. A backend brings two kernels:
 
 ``sample(image, offset, mask, geometry, first, columns)`` fills columns, (G, P, K, C / G), with the samples of the
 positions first ... first + P - 1.
@@ -14,6 +14,10 @@ There image is (N, H, W, C), as channels that lie together are sampled at one po
 dtype that sums are kept in, columns are in one that the backend chooses, all else is in the input's; offset, mask and
 their gradients are (N, ..., H_out, W_out); mask and by_mask may be None. All are contiguous. ``gradients`` is called
 for one chunk after another.
+
+Beside the columns of a chunk stand copies of what is not in that order: of the whole input, offset and mask, and in the
+backward of the whole gradient of the result; what the product makes of the chunk; and by_image, which the gradient of
+the input is copied from.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omniops.backends import accumulator, finish, memory_format
+from omniops.backends import accumulator, empty, finish, memory_format
 
 Sample = Callable[[Tensor, Tensor, "Tensor | None", "Geometry", int, Tensor], None]
 Gradients = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Geometry", int, Tensor, Tensor, "Tensor | None"], None]
@@ -80,20 +84,22 @@ class Columns:
         geometry = geometry_of(offset, weight.shape[2:], groups, stride, padding, dilation)
         image, offset, mask = self._dense(input, offset, mask)
         kernels = by_tap(weight, groups, self.columns_dtype(input.dtype))
-        n, (height, width) = input.shape[0], offset.shape[2:]
-        out = input.new_empty((n * height * width, *kernels.shape[:2]))
-        bias = None if bias is None else bias.view(out.shape[1:])
-        for first, columns in self._chunks(len(out), image, geometry):
+        out = empty((input.shape[0], weight.shape[0], *offset.shape[2:]), like=input)
+        by_group = out.view(len(out), *kernels.shape[:2], -1)
+        bias = None if bias is None else bias.view(groups, 1, -1)
+        for first, columns in self._chunks(offset, image, geometry):
             self.sample(image, offset, mask, geometry, first, columns)
-            part = out[first : first + columns.shape[1]]
-            if groups == 1 and out.dtype == columns.dtype:
-                torch.mm(columns.flatten(2)[0], kernels[0].mT, out=part[:, 0])
-                if bias is not None:
-                    part += bias
-            else:
-                product = torch.bmm(columns.flatten(2), kernels.mT).transpose(0, 1)
-                part.copy_(product if bias is None else product.add_(bias))
-        return self._by_position(out.view(n, height, width, -1), input)
+            first_image, start = divmod(first, by_group.shape[3])
+            images = -(-columns.shape[1] // by_group.shape[3])
+            part = by_group[first_image : first_image + images, ..., start : start + columns.shape[1] // images]
+            part = part.permute(1, 0, 3, 2)  # (G, images, positions of each, C_out / G), as the product is
+            direct = part.is_contiguous() and part.dtype == columns.dtype
+            product = torch.bmm(columns.flatten(2), kernels.mT, out=part.flatten(1, 2) if direct else None)
+            if bias is not None:
+                product += bias
+            if not direct:
+                part.copy_(product.view(part.shape))
+        return out
 
     def backward_data(
         self,
@@ -114,7 +120,7 @@ class Columns:
         grads = self._by_channel(grad).view(-1, groups, grad.shape[1] // groups)
         by_image = torch.zeros_like(image, dtype=accumulator(image))
         by_offset, by_mask = torch.empty_like(moves), None if factors is None else torch.empty_like(factors)
-        for first, columns in self._chunks(len(grads), image, geometry):
+        for first, columns in self._chunks(offset, image, geometry):
             part = grads[first : first + columns.shape[1]].transpose(0, 1).to(columns.dtype)
             torch.bmm(part, kernels, out=columns.flatten(2))
             self.gradients(columns, image, moves, factors, geometry, first, by_image, by_offset, by_mask)
@@ -145,7 +151,7 @@ class Columns:
             (groups, per_group, geometry.taps * input.shape[1] // groups),
             dtype=accumulator(grad),
         )
-        for first, columns in self._chunks(len(grads), image, geometry):
+        for first, columns in self._chunks(offset, image, geometry):
             self.sample(image, offset, mask, geometry, first, columns)
             part = grads[first : first + columns.shape[1]].permute(1, 2, 0).to(columns.dtype)
             if total.dtype == columns.dtype:
@@ -173,17 +179,31 @@ class Columns:
             return finish(tensor.permute(0, 3, 1, 2), like)
         return finish(self.transpose(tensor.flatten(1, 2)).unflatten(2, tensor.shape[1:3]), like)
 
-    def _chunks(self, positions: int, image: Tensor, geometry: Geometry) -> Iterator[tuple[int, Tensor]]:
+    def _chunks(self, offset: Tensor, image: Tensor, geometry: Geometry) -> Iterator[tuple[int, Tensor]]:
         """The first position of each chunk, and memory for its columns, the same for all."""
         shape = (geometry.taps, image.shape[3] // geometry.groups)
         dtype = self.columns_dtype(image.dtype)
-        at_once = max(1, self.most_bytes // (geometry.taps * image.shape[3] * dtype.itemsize))
-        # Chunks of like sizes: the last would be a short one that keeps the device half idle.
-        at_once = -(-positions // -(-positions // at_once))
-        memory = image.new_empty((geometry.groups * min(at_once, positions), *shape), dtype=dtype)
-        for first in range(0, positions, at_once):
-            count = min(at_once, positions - first)
+        most = max(1, self.most_bytes // (geometry.taps * image.shape[3] * dtype.itemsize))
+        found = list(chunks(len(offset), offset[0, 0].numel(), most))
+        memory = image.new_empty((geometry.groups * found[0][1], *shape), dtype=dtype)
+        for first, count in found:
             yield first, memory[: geometry.groups * count].view(geometry.groups, count, *shape)
+
+
+def chunks(images: int, positions: int, most: int) -> Iterator[tuple[int, int]]:
+    """(first position, number of positions) of chunks of at most ``most``: whole images, or parts of one.
+
+    None is larger than the first, nor much smaller: a short one at the end would keep the device half idle.
+    """
+    if most >= positions:
+        size = -(-images // -(-images // (most // positions))) * positions
+        for first in range(0, images * positions, size):
+            yield first, min(size, images * positions - first)
+    else:
+        size = -(-positions // -(-positions // most))
+        for image in range(images):
+            for start in range(0, positions, size):
+                yield image * positions + start, min(size, positions - start)
 
 
 def geometry_of(

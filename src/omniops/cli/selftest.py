@@ -47,11 +47,17 @@ def selftest(
     Example: omniops selftest --device cpu
     """
     tested = devices.found() if device is None else [choose_device(device)]
-    jobs = [
-        (each, case.NAME, dtype, check)
+    settings = [
+        (each, case, dtype)
         for each in tested
         for case in CASES
         for dtype in dtypes(case.NAME, serving(case.NAME, each.type))
+    ]
+    lacking = {(each, dtype): None for each, _, dtype in settings if _lacks(each, dtype)}
+    jobs = [
+        (each, case.NAME, dtype, check)
+        for each, case, dtype in settings
+        if (each, dtype) not in lacking
         for check in case.checks()
     ]
     console = output()
@@ -90,11 +96,24 @@ def selftest(
         )
         above = head
     console.print(table)
+    for each, dtype in lacking:
+        console.print(f"Not checked: PyTorch has no {dtype_name(dtype)} on {each}.", markup=False, soft_wrap=True)
     for sentence in raised:
         console.print(sentence, markup=False, soft_wrap=True)
     if failed:
         raise CommandError(f"{failed} of {len(worst)} results are wrong", status=1)
     console.print(f"All {len(worst)} results are right in {len(jobs)} runs.")
+
+
+def _lacks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch cannot hold this dtype there, one of those that it does not have on every device."""
+    if dtype not in (torch.uint16, torch.uint32, torch.uint64):
+        return False
+    try:
+        torch.zeros(1, dtype=dtype).to(device)
+    except (RuntimeError, TypeError):
+        return True
+    return False
 
 
 def _header(tested: list[torch.device]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,14 @@ class DeformConv2d(nn.Module):
 
 
 class _Pack(DeformConv2d):
-    """A deformable convolution that is called as a plain one: ``conv_offset`` predicts what moves its taps."""
+    """A deformable convolution that is called as a plain one: ``conv_offset`` predicts what moves its taps.
+
+    State dicts of mmcv's first version have ``<name>_offset.*`` for ``<name>.conv_offset.*``. They load where the
+    loader hands every module the whole dict, as mmengine's does. PyTorch's hands it only what lies below its name: for
+    that one the keys must be renamed before.
+    """
+
+    _version = 2  # mmcv's
 
     _numbers_of_a_tap: int
     """How many channels ``conv_offset`` has for each offset group and tap."""
@@ -126,6 +134,17 @@ class _Pack(DeformConv2d):
         for parameter in self.conv_offset.parameters():
             nn.init.zeros_(parameter)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        # Before its version 2 mmcv had the predictor beside the module, <name>_offset, not in it, <name>.conv_offset.
+        if (local_metadata.get("version") or 1) < 2:
+            for parameter in ("weight", "bias"):
+                old, new = f"{prefix.removesuffix('.')}_offset.{parameter}", f"{prefix}conv_offset.{parameter}"
+                if old in state_dict and new not in state_dict:
+                    state_dict[new] = state_dict.pop(old)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
     def extra_repr(self) -> str:
         """The arguments, without those that are as usual."""
         return super().extra_repr() + (f", offset_groups={self.offset_groups}" if self.offset_groups != 1 else "")
@@ -134,7 +153,8 @@ class _Pack(DeformConv2d):
 class DeformConv2dPack(_Pack):
     """Deformable convolution that predicts its own offsets (mmcv's ``DeformConv2dPack``; arXiv:1703.06211).
 
-    At first the offsets are zero, and it is a plain convolution. A state dict of mmcv's module loads strictly.
+    At first the offsets are zero, and it is a plain convolution. A state dict of mmcv's module loads strictly, and by
+    mmengine's loader also one of before mmcv's version 2, with ``<name>_offset.*`` for ``<name>.conv_offset.*``.
 
     Args:
         in_channels: C of the input.
@@ -190,7 +210,8 @@ class DeformConv2dPack(_Pack):
 class ModulatedDeformConv2d(_Pack):
     """Deformable convolution that predicts its own offsets and masks (DCNv2, arXiv:1811.11168).
 
-    mmcv's ``ModulatedDeformConv2dPack``, whose state dict loads strictly. The first 2 * D * kh * kw channels of
+    mmcv's ``ModulatedDeformConv2dPack``, whose state dict loads strictly, and by mmengine's loader also one of before
+    mmcv's version 2, with ``<name>_offset.*`` for ``<name>.conv_offset.*``. The first 2 * D * kh * kw channels of
     ``conv_offset`` are the offsets, and the sigmoid of the others is the mask. At first the offsets are zero and the
     masks 0.5: it is half a plain convolution, and the bias.
 

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint16, torch.uint32, torch.uint64),
+)
 
 
 def tensor(**arguments: Any) -> None:
@@ -21,11 +25,17 @@ def tensor(**arguments: Any) -> None:
             raise TypeError(f"{name} must be a dense tensor, got a {layout} one: convert it with {name}.{convert}")
 
 
+def an_int(**arguments: Any) -> None:
+    """Raise TypeError for an argument that is not an int, or what stands for one while PyTorch traces."""
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
 def integer(**arguments: Any) -> None:
     """Raise TypeError for an argument that is not an int, ValueError for one below 1 or too large to be a size."""
+    an_int(**arguments)
     for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
         if value >= 2**63:

@@ -33,7 +33,8 @@ def connected_components(mask: Tensor, connectivity: int = 8) -> tuple[Tensor, T
         ValueError: for a wrong shape or connectivity, or masks of 2**31 pixels or more.
     """
     _checks.tensor(mask=mask)
-    _checks.integer(connectivity=connectivity)
+    _checks.an_int(connectivity=connectivity)
+    _check_connectivity(connectivity)
     labels, counts = _connected_components(mask, connectivity)
     return labels, counts
 
@@ -44,7 +45,7 @@ def fill_holes(mask_logits: Tensor, max_area: int) -> Tensor:
     A hole is an 8-connected component of the background, where the logit is not above 0. Its logits become 0.1.
 
     Args:
-        mask_logits: (..., H, W), floating, foreground where it is above 0.
+        mask_logits: (..., H, W), float64, float32, float16 or bfloat16, foreground where it is above 0.
         max_area: the area in pixels up to which holes are filled, at least 1.
 
     Returns:
@@ -57,9 +58,12 @@ def fill_holes(mask_logits: Tensor, max_area: int) -> Tensor:
     _checks.tensor(mask_logits=mask_logits)
     _checks.integer(max_area=max_area)
     if not mask_logits.is_floating_point():
-        raise TypeError(f"mask_logits must be of a floating dtype, got {_checks.dtype_name(mask_logits)}")
-    background = mask_logits <= 0
-    return torch.where(background & (_areas("mask_logits", background) <= max_area), _FILLED, mask_logits)
+        raise TypeError(
+            f"mask_logits must be of a floating dtype, got {_checks.dtype_name(mask_logits)}: pass the logits, "
+            "or fill the holes of a mask by ~remove_small_components(mask == 0, max_area + 1)"
+        )
+    _checks.alike(mask_logits=mask_logits)
+    return torch.where(_small("mask_logits", mask_logits <= 0, max_area), _FILLED, mask_logits)
 
 
 def remove_small_components(mask: Tensor, min_area: int) -> Tensor:
@@ -67,7 +71,8 @@ def remove_small_components(mask: Tensor, min_area: int) -> Tensor:
 
     Args:
         mask: (..., H, W). bool or an integer dtype, foreground where it is not zero: what is removed becomes 0. Or
-            logits in a floating dtype, foreground where they are above 0: what is removed becomes -0.1.
+            logits in float64, float32, float16 or bfloat16, foreground where they are above 0: what is removed becomes
+            -0.1.
         min_area: the area in pixels from which components stay, at least 1.
 
     Returns:
@@ -80,28 +85,35 @@ def remove_small_components(mask: Tensor, min_area: int) -> Tensor:
     _checks.tensor(mask=mask)
     _checks.integer(min_area=min_area)
     if mask.is_floating_point():
-        foreground = mask > 0
-        return torch.where(foreground & (_areas("mask", foreground) < min_area), _REMOVED, mask)
+        _checks.alike(mask=mask)
+        return torch.where(_small("mask", mask > 0, min_area - 1), _REMOVED, mask)
     _check_integers("mask", mask)
     integers = as_signed(mask)
-    foreground = integers != 0
-    return torch.where(foreground & (_areas("mask", foreground) < min_area), 0, integers).view(mask.dtype)
+    return torch.where(_small("mask", integers != 0, min_area - 1), 0, integers).view(mask.dtype)
 
 
-def _areas(name: str, foreground: Tensor) -> Tensor:
-    """The area of each pixel's component; foreground: (..., H, W)."""
+def _small(name: str, foreground: Tensor, max_area: int) -> Tensor:
+    """The pixels of components of at most ``max_area`` pixels; foreground: (..., H, W)."""
     if foreground.dim() < 2:
         raise ValueError(f"{name} must have at least 2 dimensions (..., H, W), got shape {tuple(foreground.shape)}")
     masks = foreground[None] if foreground.dim() == 2 else foreground.flatten(0, -3)
-    return connected_components(masks[:, None])[1].view(foreground.shape)
+    areas = connected_components(masks[:, None])[1].view(foreground.shape)
+    # No area is larger than int32, and a larger number would wrap around where it meets one.
+    small: Tensor = areas <= torch.sym_min(max_area, 2**31 - 1)
+    return foreground & small
 
 
 def _check_integers(name: str, value: Tensor) -> None:
-    if value.is_floating_point() or value.is_complex() or value.is_quantized:
+    if value.dtype not in _checks.INTEGERS:
         raise TypeError(
-            f"{name} must be bool or of an integer dtype, got {_checks.dtype_name(value)}: "
+            f"{name} must be bool or of an integer dtype of 8 to 64 bits, got {_checks.dtype_name(value)}: "
             f"compare it with a threshold first, as in {name} > 0"
         )
+
+
+def _check_connectivity(connectivity: int) -> None:
+    if connectivity not in (4, 8):
+        raise ValueError(f"connectivity must be 4 or 8, got {connectivity}")
 
 
 def _results(mask: Tensor, connectivity: int) -> list[Result]:
@@ -113,8 +125,7 @@ def _results(mask: Tensor, connectivity: int) -> list[Result]:
             f"mask must have shape (N, 1, H, W), got {tuple(mask.shape)}: "
             "make a batch of the channels with mask.flatten(0, 1).unsqueeze(1)"
         )
-    if connectivity not in (4, 8):
-        raise ValueError(f"connectivity must be 4 or 8, got {connectivity}")
+    _check_connectivity(connectivity)
     if h * w >= 2**31:
         raise ValueError(
             f"mask must have H * W below 2**31, as labels are int32, got shape {tuple(mask.shape)}: cut it into tiles"

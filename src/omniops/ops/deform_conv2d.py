@@ -6,11 +6,12 @@ With K = kernel height * kernel width taps t = (u, v), G weight groups and D off
     column[n, c, t, i, j] = mask[n, d*K + t, i, j] * bilinear(input[n, c], y, x)
     out[n, o, i, j] = bias[o] + sum over the channels c of o's group and t of weight[o, c, t] * column[n, c, t, i, j]
 
-``bilinear`` takes the pixels outside the map as zero. An infinite position lies outside; one that is not a number makes
-the sample so. Where a position is whole, the derivative by it is the one to the right, as in torchvision.
+``bilinear`` takes the pixels outside the map as zero. An infinite position lies outside, and all its derivatives are 0,
+where torchvision's kernel for CPUs has NaN in the gradient of the offset; a position that is not a number makes the
+sample so. Where a position is whole, the derivative by it is the one to the right, as in torchvision.
 
 The two backward operators are plain functions of their arguments too, and their own derivatives are autograd's, through
-the reference kernels.
+the reference kernels: these keep the samples of every tap, so that memory for the second derivative has no bound.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ def deform_conv2d(
 ) -> Tensor:
     """Convolve with taps moved by ``offset`` and weighted by ``mask``: ``torchvision.ops.deform_conv2d``.
 
-    Differentiable in every tensor, to any order. The numbers of groups follow from the shapes: G = C / weight.shape[1]
-    weight groups, and D = offset.shape[1] / (2 * kh * kw) offset groups. G divides C and C_out, D divides C.
+    Differentiable in every tensor, to any order; beyond the first order memory grows with the batch, to some hundreds
+    of times the input for 3x3 taps. At infinite offsets the gradient of the offset is 0 (on CPUs torchvision's is NaN).
+
+    The numbers of groups follow from the shapes: G = C / weight.shape[1] weight groups, and
+    D = offset.shape[1] / (2 * kh * kw) offset groups. G divides C and C_out, D divides C.
 
     Args:
         input: (N, C, H, W), float64, float32, float16 or bfloat16, in any memory layout.
@@ -60,7 +64,7 @@ def deform_conv2d(
 
     Raises:
         TypeError: for an argument of the wrong type or dtype.
-        ValueError: for a wrong shape, number or device. C, H and W are at least 1 unless N is 0.
+        ValueError: for a wrong shape, number or device. C is at least 1, and so are H and W unless N is 0.
     """
     _checks.tensor(input=input, offset=offset, weight=weight)
     for name, value in (("bias", bias), ("mask", mask)):
@@ -115,7 +119,7 @@ def _check(
     """What forward and backward ask of input, offset and mask; returns H_out and W_out."""
     _checks.four_dimensional(input=input, offset=offset)
     n, c, h, w = input.shape
-    if n != 0 and 0 in (c, h, w):
+    if c == 0 or (n != 0 and 0 in (h, w)):
         raise ValueError(f"input must have at least one channel and one pixel, got shape {tuple(input.shape)}")
     taps = kernel_size[0] * kernel_size[1]
     if taps == 0:

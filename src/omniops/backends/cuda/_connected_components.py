@@ -6,7 +6,7 @@ A mask becomes a bitmap with 32 pixels of a row in a word. A run is a maximal ro
 it is known by the node of its first pixel, 1 + y * W + x, which is what its label would be. While the kernels work,
 ``labels`` at a run's first pixel holds the node of its parent, an earlier run of the same component or itself, and
 ``counts`` there its length; the other pixels are not touched before the end. So there is no memory besides the results
-and the bitmap, an eighth of a byte a pixel. The kernels, each over all words of all images:
+and the bitmap, 4 bytes for up to 32 pixels of a row. The kernels, each over all words of all images:
 
     pack_mask     the bitmap
     link_runs     each run's parent: the run that it continues from the word on the left, else the first run that it
@@ -53,7 +53,7 @@ def _first_of_run(word, column):
 @triton.jit
 def _words(height, words, BLOCK: tl.constexpr):
     """This program's image and words, their rows and places in the rows, and whether they exist."""
-    blocks = tl.cdiv(height * words, BLOCK)
+    blocks = (height * words - 1) // BLOCK + 1  # tl.cdiv's sum may be beyond 32 bits
     program = tl.program_id(0)
     word = program % blocks * BLOCK + tl.arange(0, BLOCK)
     return (program // blocks).to(tl.int64), word, word // words, word % words, (word >= 0) & (word < height * words)
@@ -178,7 +178,10 @@ def flatten_runs(bits, labels, counts, height, width, words, COUNT: tl.constexpr
 
 @triton.jit
 def merge_runs(bits, labels, height, width, words, DIAGONALS: tl.constexpr, BLOCK: tl.constexpr):
-    """Each two runs that touch meet here once, at the first column where they do."""
+    """Each two runs that touch meet here once, at the first column where they do.
+
+    Not those where that is the corner at which the upper one ends and the lower one begins: link_runs has joined them.
+    """
     image, word, y, k, exists = _words(height, words, BLOCK)
     bits += image * height * words + word
     labels += image * height * width - 1
@@ -200,19 +203,8 @@ def merge_runs(bits, labels, height, width, words, DIAGONALS: tl.constexpr, BLOC
     if DIAGONALS:
         right = _load(bits + 1, has_above & (k + 1 < words))
         above_right = _load(bits - words + 1, has_above & (k + 1 < words))
-        alone = here & ~above
-        above_left_first = _first_of_run(above_left, tl.full((BLOCK,), 31, tl.int64)) - 32
-        # Above on the left: the run below begins here.
-        meetings = alone & (above << 1 | above_left >> 31) & ~(here << 1 | left >> 31)
-        while _any(meetings != 0):
-            active = meetings != 0
-            column = _log2(tl.where(active, meetings & -meetings, 1))
-            above_first = _first_of_run(above, tl.maximum(column - 1, 0).to(tl.int64))
-            above_first = tl.where(column == 0, above_left_first, above_first)
-            _unite(labels, origin + column, origin - width + above_first, active)
-            meetings &= meetings - 1
         # Above on the right: the run above begins there.
-        meetings = alone & (above >> 1 | (above_right & 1) << 31) & ~(here >> 1 | (right & 1) << 31)
+        meetings = here & ~above & (above >> 1 | (above_right & 1) << 31) & ~(here >> 1 | (right & 1) << 31)
         while _any(meetings != 0):
             active = meetings != 0
             column = _log2(tl.where(active, meetings & -meetings, 1))

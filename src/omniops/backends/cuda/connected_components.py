@@ -6,6 +6,8 @@ record them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ _PIXEL_WORDS, _PIXEL_WARPS = 32, 4
 def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
     """(N, 1, H, W) -> labels and counts, (N, 1, H, W), int32."""
     n, _, height, width = mask.shape
+    check_sizes(mask.shape)
     labels, counts = (empty(mask.shape, like=mask, dtype=torch.int32) for _ in range(2))
     mask = as_signed(mask).contiguous()
     words = cdiv(width, 32)
@@ -40,3 +43,14 @@ def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tenso
         kernels.flatten_runs[grid](bits, labels, counts, *sizes, COUNT=True, **by_word)
         kernels.write_result[pixel_grid](bits, labels, counts, *sizes, **by_pixel)
     return labels, counts
+
+
+def check_sizes(mask: Sequence[int]) -> None:
+    """Raise ValueError for masks that are more programs than a grid has."""
+    n, _, height, width = mask
+    words = min(_WORDS, _PIXEL_WORDS)
+    if n * cdiv(height * cdiv(width, 32), words) >= 2**31:
+        raise ValueError(
+            f"mask must have N * ceil(H * ceil(W / 32) / {words}) below 2**31 on CUDA, got shape {tuple(mask)}: "
+            "cut the batch into parts"
+        )

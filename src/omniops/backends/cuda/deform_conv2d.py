@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from omniops.backends import accumulator, empty, finish
-from omniops.backends.columns import Geometry, by_tap, geometry_of
+from omniops.backends.columns import Geometry, by_tap, chunks, geometry_of
 from omniops.backends.cuda import _deform_columns, _deform_fused, _float32_products
 from omniops.backends.cuda._grid import cdiv, next_power_of_2
 
@@ -48,7 +48,7 @@ def deform_conv2d(
     out = empty((input.shape[0], weight.shape[0], *offset.shape[2:]), like=input)
     kernels = by_tap(weight, geometry.groups, weight.dtype)
     with torch.cuda.device_of(input):
-        samples = _Samples.of(input, offset, mask, geometry)
+        samples = _Samples.of(input, offset, mask, geometry, weight.shape[0])
         if _is_fused(input, weight, geometry):
             kernels, bias = kernels.contiguous(), None if bias is None else bias.contiguous()
             high, low = _float32_products.split(kernels) if _is_precise(input) else (kernels, kernels)
@@ -81,7 +81,7 @@ def deform_conv2d_backward_data(
     geometry = geometry_of(offset, weight.shape[2:], input.shape[1] // weight.shape[1], stride, padding, dilation)
     n, c, height, width = input.shape
     with torch.cuda.device_of(input):
-        samples = _Samples.of(input, offset, mask, geometry)
+        samples = _Samples.of(input, offset, mask, geometry, weight.shape[0])
         # Both factors lie along the axis that is summed over.
         kernels = by_tap(weight, geometry.groups, weight.dtype).mT.contiguous().mT
         grads = grad.new_empty((n, *grad.shape[2:], geometry.groups, grad.shape[1] // geometry.groups))
@@ -119,7 +119,7 @@ def deform_conv2d_backward_weight(
     shape = (grad.shape[1], input.shape[1] // groups, *kernel_size)
     geometry = geometry_of(offset, kernel_size, groups, stride, padding, dilation)
     with torch.cuda.device_of(input):
-        samples = _Samples.of(input, offset, mask, geometry)
+        samples = _Samples.of(input, offset, mask, geometry, shape[0])
         # Both factors lie along the axis that is summed over, the positions.
         grads = grad.new_empty((grad.shape[1], len(input), *grad.shape[2:]))
         _relayout(grad, grads.transpose(0, 1))
@@ -133,7 +133,7 @@ def deform_conv2d_backward_weight(
         return finish(total.view(shape[0], geometry.taps, shape[1]).mT.unflatten(2, shape[2:]), grad)
 
 
-def check_sizes(input: Sequence[int], offset: Sequence[int], geometry: Geometry) -> None:
+def check_sizes(input: Sequence[int], offset: Sequence[int], out_channels: int, geometry: Geometry) -> None:
     """Raise ValueError for sizes that 32 bits or the axes of a grid of programs do not reach."""
     n, c, height, width = input
     for meaning, size in (
@@ -145,14 +145,22 @@ def check_sizes(input: Sequence[int], offset: Sequence[int], geometry: Geometry)
             raise ValueError(f"input must have {meaning} below 2**31 on CUDA, got shape {tuple(input)}")
     if n * offset[2] * offset[3] >= 2**31:
         raise ValueError(f"offset must have N * H_out * W_out below 2**31 on CUDA, got shape {tuple(offset)}")
+    if c * geometry.taps >= 2**31:
+        raise ValueError(
+            f"weight must have C * kh * kw below 2**31 on CUDA, got C = {c} and a kernel of {geometry.kernel_size}"
+        )
     # The second and the third axis of a grid.
     for name, shape, meaning, size in (
-        ("input", input, "W + 2", -(-(width + 2) // 64)),
-        ("input", input, "C", -(-c // 64)),
-        ("offset", offset, "W_out", -(-offset[3] // 64)),
+        ("input", input, "W + 2", cdiv(width + 2, 64)),
+        ("input", input, "C", cdiv(c, 64)),
+        ("offset", offset, "W_out", cdiv(offset[3], 64)),
     ):
         if size >= 2**16:
             raise ValueError(f"{name} must have {meaning} of at most 64 * 65535 on CUDA, got shape {tuple(shape)}")
+    if cdiv(out_channels, 64) >= 2**16:
+        raise ValueError(f"weight must have C_out of at most 64 * 65535 on CUDA, got {out_channels}")
+    if geometry.taps >= 2**16:
+        raise ValueError(f"weight must have at most 65535 taps on CUDA, got a kernel of {geometry.kernel_size}")
     if max(geometry.groups, geometry.offset_groups) >= 2**16:
         raise ValueError(
             f"offset and weight must have at most 65535 groups on CUDA, got {geometry.offset_groups} offset groups and "
@@ -171,29 +179,22 @@ class _Samples:
     geometry: Geometry
 
     @classmethod
-    def of(cls, input: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometry) -> _Samples:
+    def of(cls, input: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometry, out_channels: int) -> _Samples:
         n, c, height, width = input.shape
-        check_sizes(input.shape, offset.shape, geometry)
+        check_sizes(input.shape, offset.shape, out_channels, geometry)
         image = input.new_empty((n, height + 2, width + 2, c))
         _relayout(input, image.permute(0, 3, 1, 2), border=1)
         return cls(image, offset.contiguous(), None if mask is None else mask.contiguous(), geometry)
 
     def chunks(self, bytes_of_columns: int) -> Iterator[_Chunk]:
         """Chunks of positions, of whole images or of a part of one."""
-        n, _, rows, columns = self.offset.shape
-        size = rows * columns
+        n, positions = len(self.offset), self.offset[0, 0].numel()
         sum_bytes = accumulator(self.image).itemsize
         samples = self.geometry.offset_groups * self.geometry.taps
         most = max(1, MOST_BYTES // (bytes_of_columns + samples * (8 + 3 * sum_bytes)))
-        if most >= size:
-            most_images = min(most // size, 2**16 - 1)  # the second axis of the products' grid
-            images = -(-n // -(-n // most_images))  # as many in the last chunk as in the others, or nearly
-            for first in range(0, n, images):
-                yield _Chunk.of(self, first * size, min(images, n - first) * size)
-        else:
-            for first in range(0, n * size, size):
-                for start in range(0, size, most):
-                    yield _Chunk.of(self, first + start, min(most, size - start))
+        # Images are the second axis of the products' grid.
+        for first, count in chunks(n, positions, min(most, (2**16 - 1) * positions)):
+            yield _Chunk.of(self, first, count)
 
 
 @dataclass(frozen=True)
@@ -342,11 +343,13 @@ def _fused(chunk: _Chunk, high: Tensor, low: Tensor, bias: Tensor | None, out: T
 
 
 def _is_fused(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether ``_fused`` serves, and is the faster: tensor cores take 16 channels of one offset group at a time."""
+    """Whether ``_fused`` serves, and is the faster: tensor cores take 16 channels of one offset group at a time, and
+    its offsets within the weights of a group are 32 bits."""
     segment = math.gcd(input.shape[1] // geometry.offset_groups, weight.shape[1])
     return (
         segment % 16 == 0
         and weight.shape[0] // geometry.groups <= _FUSED_CHANNELS
+        and weight.numel() // geometry.groups < 2**31
         and input.dtype != torch.float64
         and (input.dtype != torch.float32 or _has_tf32(input))
     )

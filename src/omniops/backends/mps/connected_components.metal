@@ -17,10 +17,10 @@
 // Parents only ever become smaller and stay in their component, so a value read late costs a step and nothing else, and
 // relaxed atomics are enough. Roots are the first nodes of their components: the result is canonical.
 //
-// Grids: (32 * words of a row, H, N) in pack_mask and write_result, a thread a pixel, groups 32 wide, so that a simdgroup is a word;
-// (words of an image, N) in the others, a thread a word, which works through its runs. All tensors are contiguous. A
-// plane has fewer than 2^31 pixels: within it offsets take 32 bits, the step to an image is taken in 64. sizes: H, W,
-// words of a row.
+// Grids: (32 * words of a row, H, N) in pack_mask and write_result, a thread a pixel, groups 32 wide, so that a
+// simdgroup is a word; (words of an image, N) in the others, a thread a word, which works through its runs. All tensors
+// are contiguous. A plane has fewer than 2^31 pixels: within it offsets take 32 bits, the step to an image is taken in
+// 64. sizes: H, W, words of a row.
 //
 // ASCII and Metal 3.1 only: PyTorch hands the source to the compiler so.
 
@@ -51,6 +51,15 @@ struct Run {
   }
 };
 
+// Where an image begins in the mask and the results, and in the bitmap.
+inline long plane_of(constant int* sizes, uint image) {
+  return long(image) * long(uint(sizes[0]) * uint(sizes[1]));
+}
+
+inline long bitmap_of(constant int* sizes, uint image) {
+  return long(image) * long(uint(sizes[0]) * uint(sizes[2]));
+}
+
 // A thread's word, those around it and its nodes.
 struct Place {
   uint width, words, y, k;
@@ -66,7 +75,7 @@ struct Place {
     y = at.x / words;
     k = at.x - y * words;
     origin = y * width + k * 32u + 1u;
-    here = bits + long(at.y) * long(height * words) + at.x;
+    here = bits + bitmap_of(sizes, at.y) + at.x;
   }
 
   uint left() const { return k > 0u ? here[-1] : 0u; }
@@ -75,10 +84,6 @@ struct Place {
   uint above_left() const { return y > 0u && k > 0u ? here[-int(words) - 1] : 0u; }
   uint above_right() const { return y > 0u && k + 1u < words ? here[1 - int(words)] : 0u; }
 };
-
-inline long plane_of(constant int* sizes, uint image) {
-  return long(image) * long(uint(sizes[0]) * uint(sizes[1]));
-}
 
 inline uint parent_of(device const atomic_uint* labels, uint node) {
   return atomic_load_explicit(labels + (node - 1u), memory_order_relaxed);
@@ -120,7 +125,7 @@ kernel void pack_mask(
   const bool foreground = inside && mask[plane_of(sizes, at.z) + long(at.y * width + at.x)] != T(0);
   const uint word = simd_or(foreground ? 1u << column : 0u);
   if (column == 0u && at.y < height) {
-    bits[long(at.z) * long(height * words) + long(at.y * words + at.x / 32u)] = word;
+    bits[bitmap_of(sizes, at.z) + long(at.y * words + at.x / 32u)] = word;
   }
 }
 
@@ -192,7 +197,8 @@ kernel void flatten_runs(
   }
 }
 
-// Unites each two runs that touch, at the first column where they do. A thread: one word.
+// Unites each two runs that touch, at the first column where they do. Not those where that is the corner at which the
+// upper one ends and the lower one begins: link_runs has joined them. A thread: one word.
 template <bool DIAGONALS>
 kernel void merge_runs(
     device const uint* bits [[buffer(0)]],
@@ -212,18 +218,9 @@ kernel void merge_runs(
     unite(labels, origin + first_of_run(here, column), origin_above + first_of_run(above, column));
   }
   if (DIAGONALS) {
-    const uint alone = here & ~above;
-    // Above on the left: the run below begins here.
-    for (uint meetings = alone & (above << 1 | above_left >> 31) & ~(here << 1 | left >> 31); meetings != 0u;
-         meetings &= meetings - 1u) {
-      const uint column = ctz(meetings);
-      const uint above_first = column > 0u ? origin_above + first_of_run(above, column - 1u)
-                                           : origin_above - 32u + first_of_run(above_left, 31u);
-      unite(labels, origin + column, above_first);
-    }
     // Above on the right: the run above begins there.
     const uint after = place.right() << 31, above_after = place.above_right() << 31;
-    for (uint meetings = alone & (above >> 1 | above_after) & ~(here >> 1 | after); meetings != 0u;
+    for (uint meetings = here & ~above & (above >> 1 | above_after) & ~(here >> 1 | after); meetings != 0u;
          meetings &= meetings - 1u) {
       const uint column = ctz(meetings);
       unite(labels, origin + first_of_run(here, column), origin_above + column + 1u);
@@ -245,7 +242,7 @@ kernel void write_result(
   }
   labels += plane_of(sizes, at.z);
   counts += plane_of(sizes, at.z);
-  const uint here = bits[long(at.z) * long(height * words) + long(at.y * words + at.x / 32u)];
+  const uint here = bits[bitmap_of(sizes, at.z) + long(at.y * words + at.x / 32u)];
   const uint column = at.x & 31u, pixel = at.y * width + at.x;
   if ((here >> column & 1u) == 0u) {
     labels[pixel] = 0u;

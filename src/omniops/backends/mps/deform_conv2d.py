@@ -1,8 +1,9 @@
 """Deformable convolution in Metal: launches the kernels of deform_conv2d.metal; the matrix products are PyTorch's.
 
-``omniops.ops.deform_conv2d`` has the formula and ``omniops.backends.columns`` the order of the work. The workspace is
-MOST_BYTES for the columns, and in the backward 16 bytes a sample for at most MOST_SAMPLES samples and 4 bytes a cell
-for at most MOST_CELLS cells; where a single position, or two images, have more, what these have.
+``omniops.ops.deform_conv2d`` has the formula and ``omniops.backends.columns`` the order of the work and the copies that
+it takes. The workspace beside these is MOST_BYTES for the columns, and in the backward 16 bytes a sample for at most
+MOST_SAMPLES samples and 4 bytes a cell for at most MOST_CELLS cells; where a single position, or two images, have more,
+what these have.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,9 @@
 """Connected components in plain PyTorch; ``omniops.ops.connected_components`` says what they are.
 
 Every pixel points to a pixel of its component that does not come after it, at first to itself; one that points to
-itself is a root. For each two neighbours, the later one's root is pointed to the earlier one's root. Of the roots of a
-component each but the first has an earlier neighbour, or is a later root's, so every round at least halves them.
+itself is a root. A round points each root that has earlier ones beside it to the earliest of them. A root that has none
+takes in all roots beside it, or one of these went to an earlier root, beside which it goes itself in the next round: of
+a component's roots every two rounds leave half at most.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Deformable convolution in plain PyTorch; ``omniops.ops.deform_conv2d`` has the formula.
 
-Each function is differentiable by autograd, and loops over the taps, so that one tap's columns are the workspace. The
-letters are n batch, g weight group, d offset group, c channel of a group, o channel of the result, p position of the
-result. Positions are (N, D, P).
+Each function is differentiable by autograd, and loops over the taps, so that one tap's columns are the workspace, or
+every tap's where autograd keeps them. The letters are n batch, g weight group, d offset group, c channel of a group, o
+channel of the result, p position of the result. Positions are (N, D, P).
 """
 
 from __future__ import annotations

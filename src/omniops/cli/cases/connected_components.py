@@ -13,10 +13,11 @@ from torch import Tensor
 
 from omniops.backends.reference import connected_components as kernels
 from omniops.cli.cases._types import FORWARD, OURS, Check, Contender, Goal, Shape
+from omniops.ops._checks import INTEGERS
 from omniops.ops.connected_components import connected_components
 
 NAME = "connected_components"
-DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+DTYPES = INTEGERS
 TIMED_DTYPES = (torch.uint8,)
 
 

@@ -23,7 +23,8 @@ _Pair = tuple[int, int]
 
 
 def checks() -> Iterator[Check]:
-    """Odd sizes, both kinds of groups, numbers that differ along the axes, with and without mask and bias, layouts."""
+    """Odd sizes, both kinds of groups, numbers that differ along the axes, with and without mask and bias, layouts, and
+    channels in runs of 16 and 32, which CUDA has another kernel for."""
     yield _check((2, 8, 9, 11), 6)
     yield _check((2, 8, 9, 11), 6, masked=False)
     yield _check((1, 12, 17, 23), 16, groups=4, offset_groups=2, layout="channels_last")
@@ -31,6 +32,8 @@ def checks() -> Iterator[Check]:
     yield _check((1, 6, 13, 8), 10, kernel_size=(5, 3), stride=(1, 2), padding=(3, 0), dilation=(2, 1), groups=2)
     yield _check((2, 10, 8, 12), 5, kernel_size=(1, 4), padding=(0, 3), dilation=(1, 2), offset_groups=5)
     yield _check((1, 64, 14, 19), 64, offset_groups=16)
+    yield _check((2, 64, 9, 7), 72, groups=2, offset_groups=2, layout="channels_last")
+    yield _check((1, 96, 7, 11), 20, groups=2, offset_groups=3, masked=False)
     yield _check((1, 40, 33, 47), 24, kernel_size=(1, 1), padding=(0, 0), masked=False, layout="channels_last")
     yield _check((3, 9, 10, 7), 12, groups=3, offset_groups=9, dilation=(2, 3), padding=(2, 3), layout="transposed")
     yield _check((1, 5, 1, 1), 7)
