@@ -168,3 +168,13 @@ def test_pack_under_autocast_and_compile(dtype):
         expected = pack(x)
         torch.testing.assert_close(torch.compile(pack, fullgraph=True)(x), expected, rtol=2e-2, atol=1e-2)
     assert expected.dtype == dtype
+
+
+def test_pack_learns_nothing_from_an_empty_batch():
+    pack = omniops.CARAFEPack(4, 2)
+    x = torch.zeros(0, 4, 5, 6, requires_grad=True)
+    result = pack(x)
+    assert result.shape == (0, 4, 10, 12)
+    result.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(not parameter.grad.any() for parameter in pack.parameters())

@@ -122,7 +122,10 @@ class CARAFEPack(nn.Module):
 
     def kernel_normalizer(self, mask: Tensor) -> Tensor:
         """(N, G*k*k*s*s, H, W) -> (N, G*k*k, H*s, W*s), each kernel's weights summing to one."""
-        mask = F.pixel_shuffle(mask, self.scale_factor)
+        n, c, h, w = mask.shape
+        s = self.scale_factor
+        # PyTorch's pixel_shuffle fails in the backward of an empty batch.
+        mask = F.pixel_shuffle(mask, s) if mask.numel() > 0 else mask.reshape(n, c // s**2, h * s, w * s)
         # A softmax over an axis in the middle gives contiguous results, so channels_last takes it over the last axis.
         channels_last = memory_format(mask) == torch.channels_last
         kernels = (mask.permute(0, 2, 3, 1) if channels_last else mask).unflatten(
