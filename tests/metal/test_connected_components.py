@@ -1,6 +1,7 @@
 """The shipped Metal kernels of connected components and the code that launches them, in the emulator.
 
-Every launch has an order of threads of its own; what they race for are atomics, and the result may not depend on it.
+Every launch has an order of threads of its own, and of their turns at atomic operations, which are all that they race
+for: the result may not depend on it.
 """
 
 from collections.abc import Iterator
@@ -106,11 +107,20 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
 
 
 @connectivities
-def test_the_order_of_threads_changes_nothing(connectivity: int) -> None:
+@pytest.mark.parametrize("group_size", [64, 1], ids=["within groups", "across groups"])
+def test_the_order_of_threads_changes_nothing(
+    group_size: int, connectivity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 and of 60 orders. That they are enough to show a race is seen in test_planted_bugs.py."""
+    monkeypatch.setattr(metal, "WORD_GROUP", (group_size, 1))
     masks = torch.stack([noise(40, 70), noise(40, 70, density=0.593), spiral(40, 70)])[:, None]
-    first = run(masks, connectivity)
     for _ in range(20):
-        assert all(torch.equal(a, b) for a, b in zip(first, run(masks, connectivity), strict=True))
+        check(masks, connectivity)
+    # A row, and a pixel above each of its words but the first: their threads all change the parent of its first run.
+    meeting = torch.zeros(1, 1, 2, 512, dtype=torch.bool)
+    meeting[..., 1, :] = meeting[..., 0, 48::32] = True
+    for _ in range(60):
+        check(meeting, connectivity)
 
 
 def test_images_begin_beyond_32_bits() -> None:

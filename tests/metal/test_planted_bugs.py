@@ -1,6 +1,7 @@
 """Mistakes put into the shipped sources, each of which the emulator, or a comparison with the oracle, has to catch."""
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from problems import DeformConv2d, arguments, doubled, error, results
 from torch import Tensor
 
 from omniops.backends.mps import carafe as shipped
-from omniops.backends.mps import deform_conv2d
+from omniops.backends.mps import connected_components, deform_conv2d
+from omniops.backends.reference import connected_components as labelled
 from omniops.backends.reference import deform_conv2d as reference
 
 SOURCE = (Path(shipped.__file__).parent / "carafe.metal").read_text(encoding="ascii")
@@ -25,6 +27,12 @@ LAUNCHES = inspect.getsource(shipped)
 GENERAL = (1, 11, 5, 5, 3, 1, 3, 2)
 FEW_CHANNELS = (2, 3, 5, 5, 3, 1, 3, 2)
 DOUBLING = (1, 11, 5, 6, 5, 1, 2, 1)
+
+
+@pytest.fixture(autouse=True)
+def the_same_orders_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every test, whichever ran before: a bug that shows only in some orders is caught each time or never."""
+    monkeypatch.setattr(emulator, "_seeds", itertools.count())
 
 
 def replaced(text: str, old: str, new: str) -> str:
@@ -187,6 +195,10 @@ def test_the_shipped_deform_conv2d_passes(case: DeformConv2d, monkeypatch: pytes
         pytest.param("distance > 0;", "distance > 1;", AssertionError, "wrong result", id="a shuffle too few"),
         pytest.param("if (s.inside) {", "if (!s.inside) {", (KernelError, AssertionError), "wrong result|nothing wrote",
                      id="the samples outside are linked"),
+        pytest.param("atomic_exchange_explicit(&heads[cell], sample, memory_order_relaxed);",
+                     "atomic_load_explicit(&heads[cell], memory_order_relaxed); "
+                     "atomic_store_explicit(&heads[cell], sample, memory_order_relaxed);",
+                     AssertionError, "wrong result", id="an exchange in two steps"),
         pytest.param("link.w", "-1", AssertionError, "wrong result", id="the first sample of a list only"),
         pytest.param("if (first + q * step < end) {", "{", KernelError, f"a data race|not aligned|{OUTSIDE}",
                      id="channels that are not there"),
@@ -199,3 +211,57 @@ def test_bugs_in_deform_conv2d(
 ) -> None:
     with pytest.raises(error, match=message):
         run_deform_conv2d(replaced(DEFORM_CONV2D, old, new), case, monkeypatch)
+
+
+CONNECTED_COMPONENTS = (Path(connected_components.__file__).parent / "connected_components.metal").read_text(
+    encoding="ascii"
+)
+# A row, and a pixel above each of its words but the first: their threads all change the parent of the row's first run.
+MEETING = torch.zeros(1, 1, 2, 512, dtype=torch.bool)
+MEETING[..., 1, :] = MEETING[..., 0, 48::32] = True
+
+
+def run_connected_components(metal: str, group_size: int, patch: pytest.MonkeyPatch) -> None:
+    """The kernels of connected components from this source, in 60 orders of threads, against the oracle."""
+    library = emulator.compile_shader(metal)
+    patch.setattr(connected_components, "library", lambda name: library)
+    patch.setattr(connected_components, "WORD_GROUP", (group_size, 1))
+    expected = labelled.connected_components(MEETING, 8)
+    for _ in range(60):
+        for result, wanted in zip(connected_components.connected_components(MEETING, 8), expected, strict=True):
+            assert torch.equal(result, wanted), "wrong result"
+
+
+within_and_across = pytest.mark.parametrize("group_size", [64, 1], ids=["within a group", "across groups"])
+
+
+@within_and_across
+def test_the_shipped_connected_components_pass(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_connected_components(CONNECTED_COMPONENTS, group_size, monkeypatch)
+
+
+MINIMUM = "a = atomic_fetch_min_explicit(labels + (later - 1u), b, memory_order_relaxed);"
+
+
+@within_and_across
+@pytest.mark.parametrize(
+    ("old", "new", "error", "message"),
+    [
+        pytest.param("if (a == later) {\n      return;\n    }", "return;", AssertionError, "wrong result",
+                     id="no second try when another thread was first"),
+        pytest.param(MINIMUM, "a = parent_of(labels, later); "
+                     "atomic_store_explicit(labels + (later - 1u), b, memory_order_relaxed);",
+                     AssertionError, "wrong result", id="a minimum in two steps"),
+        pytest.param(MINIMUM, "a = later; *(device uint*)(labels + (later - 1u)) = b;", KernelError, "a data race",
+                     id="a minimum by a plain write"),
+        pytest.param("atomic_fetch_add_explicit(counts + (root - 1u), run.end - run.first, memory_order_relaxed);",
+                     "atomic_store_explicit(counts + (root - 1u), run.end - run.first + atomic_load_explicit("
+                     "counts + (root - 1u), memory_order_relaxed), memory_order_relaxed);",
+                     AssertionError, "wrong result", id="a sum in two steps"),
+    ],
+)  # fmt: skip
+def test_bugs_in_connected_components(
+    old: str, new: str, group_size: int, error: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(error, match=message):
+        run_connected_components(replaced(CONNECTED_COMPONENTS, old, new), group_size, monkeypatch)

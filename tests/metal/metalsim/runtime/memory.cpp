@@ -27,7 +27,7 @@ struct Mapping {
 };
 Mapping mappings[kSlots];
 
-uint32_t threadgroup_written[kThreadgroupVariables][kThreadgroupBytes];
+uint32_t threadgroup_written[kSlots - kBuffers][kThreadgroupBytes];
 
 uint64_t pages(uint64_t bytes) {
   const uint64_t page = sysconf(_SC_PAGESIZE);
@@ -176,12 +176,12 @@ void memory_unbind(const Buffer* buffers, int count) {
 uint64_t memory_address(int slot) { return slots[slot].base; }
 
 uint64_t memory_threadgroup(uint32_t site, uint64_t size, uint32_t element, const char* name, uint32_t line) {
-  const int index = kBuffers + (int)site;
-  if (index >= kSlots) fail(line, "more than %d threadgroup variables", kThreadgroupVariables);
+  if (site >= kThreadgroupVariables) fail(line, "more than %u threadgroup variables", kThreadgroupVariables);
+  const int first = kBuffers + (int)(schedule_self().place * kThreadgroupVariables), index = first + (int)site;
   Slot& slot = slots[index];
   if (slot.size) return slot.base;
   uint64_t total = size;
-  for (int i = kBuffers; i < kSlots; ++i) total += slots[i].size;
+  for (int i = first; i < first + (int)kThreadgroupVariables; ++i) total += slots[i].size;
   if (total > kThreadgroupBytes)
     fail(line, "%llu bytes of threadgroup memory with %s, Metal has %llu", (unsigned long long)total, name,
          (unsigned long long)kThreadgroupBytes);
@@ -195,7 +195,7 @@ uint64_t memory_threadgroup(uint32_t site, uint64_t size, uint32_t element, cons
   } else {
     memset(slot.cells, 0, (size / element) * sizeof(Cell));
   }
-  memset(threadgroup_written[site], 0, (size / element) * sizeof(uint32_t));
+  memset(threadgroup_written[index - kBuffers], 0, (size / element) * sizeof(uint32_t));
   memset((void*)middle(index), 0x7f, kThreadgroupBytes);
   slot.base = middle(index);
   slot.size = size;
@@ -203,7 +203,7 @@ uint64_t memory_threadgroup(uint32_t site, uint64_t size, uint32_t element, cons
   slot.space = kThreadgroup;
   slot.writable = true;
   slot.name = name;
-  slot.written_in = threadgroup_written[site];
+  slot.written_in = threadgroup_written[index - kBuffers];
   return slot.base;
 }
 

@@ -9,8 +9,9 @@
 #include <stdint.h>
 
 constexpr int kBuffers = 31;
-constexpr int kThreadgroupVariables = 33;
-constexpr int kSlots = kBuffers + kThreadgroupVariables;
+constexpr uint32_t kThreadgroupVariables = 33;
+constexpr uint32_t kGroups = 4;  // how many run at once, each with threadgroup memory of its own
+constexpr int kSlots = kBuffers + (int)(kGroups * kThreadgroupVariables);
 constexpr uint64_t kSlotSize = 1ull << 37;
 constexpr uint64_t kThreadgroupBytes = 32768;
 

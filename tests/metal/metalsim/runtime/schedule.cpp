@@ -14,11 +14,27 @@ constexpr uint32_t kWidth = 32;  // of a simdgroup
 constexpr uint64_t kStack = 256 << 10;
 constexpr uint32_t kMemDevice = 1, kMemThreadgroup = 2;
 
-enum State : uint32_t { kWaitingToStart, kReady, kAtBarrier, kAtSimd, kDone };
+struct Launch {
+  const char* name;
+  Kernel kernel;
+  const Buffer* buffers;
+  const char* const* names;
+  uint32_t buffer_count;
+  uint32_t threads[3];
+  uint32_t group_size[3];
+  uint64_t seed;
+};
+
+struct Fiber {
+  ucontext_t context;
+  char* stack = nullptr;
+};
+
+enum State : uint32_t { kReady, kAtBarrier, kAtSimd, kDone };
 
 struct Thread {
   State state;
-  int fiber;
+  Fiber* fiber;   // null: it has not begun
   uint64_t site;  // line << 32 | column of what it waits at
   uint32_t flags;
   const char* operation;
@@ -32,29 +48,37 @@ struct Simdgroup {
   uint32_t threadgroup_epoch, device_epoch;
 };
 
-struct Fiber {
-  ucontext_t context;
-  char* stack = nullptr;
+struct Group {
+  uint32_t index;  // in the grid
+  uint32_t count;  // threads of it
+  uint32_t ready;  // threads that neither wait nor have left the kernel
+  uint32_t threadgroup_epoch, device_epoch;
+  Thread threads[kMaxThreads];
+  Simdgroup simdgroups[kMaxThreads / kWidth];
+  Position positions[kMaxThreads];
 };
 
-Thread threads[kMaxThreads];
-Simdgroup simdgroups[kMaxThreads / kWidth];
-Position positions[kMaxThreads];
-Fiber fibers[kMaxThreads];
-int fibers_used;
-ucontext_t scheduler;
-
-Kernel kernel;
-const char* kernel_name;
+const Launch* launch;
 uint64_t buffer_addresses[kBuffers];
-uint32_t count;            // threads of the group
-uint32_t order[kMaxThreads];
-uint32_t started;          // how many of ``order`` have begun
-uint32_t current;          // the running thread
-bool running, failed;
-Self self;
+uint32_t grid[3];  // how many groups
+uint32_t* group_order;
+uint32_t groups_left;   // how many of ``group_order`` have not begun
+Group groups[kGroups];  // those that run at once
+uint32_t ready[kGroups * kMaxThreads];  // the threads that can run and do not: place * kMaxThreads + index
+uint32_t ready_count;
+Group* group;     // the running thread's
+Thread* current;  // the running thread
+Self self;        // the same, as memory sees it
+
+Fiber fibers[kGroups * kMaxThreads];
+uint32_t fibers_used;
+Fiber* idle[kGroups * kMaxThreads];  // fibers whose threads have left the kernel
+uint32_t idle_count;
+Fiber host;  // who launched
+
 char message[1024];
 uint64_t random_state;
+uint32_t patience;  // one atomic operation in so many lets another thread run first
 
 uint32_t random_below(uint32_t n) {
   random_state ^= random_state << 13;
@@ -72,63 +96,87 @@ void shuffle(uint32_t* values, uint32_t n) {
   }
 }
 
-void enter(uint32_t thread) {
-  current = thread;
-  self.thread = thread;
-  self.simdgroup = thread / kWidth;
-  self.threadgroup_simd_epoch = simdgroups[self.simdgroup].threadgroup_epoch;
-  self.device_simd_epoch = simdgroups[self.simdgroup].device_epoch;
+[[noreturn]] void end_launch() {
+  setcontext(&host.context);
+  abort();
 }
 
-// A fiber runs threads that have not begun one after the other: a kernel that never waits needs one fiber.
-void work() {
-  for (;;) {
-    while (started < count) {
-      const uint32_t thread = order[started++];
-      enter(thread);
-      threads[thread].fiber = fibers_used - 1;
-      kernel(&positions[thread], buffer_addresses);
-      threads[thread].state = kDone;
-      // A thread that had waited ends in the fiber of its own; only the newest fiber begins others.
-      if (threads[thread].fiber != fibers_used - 1) break;
+void set_message(uint32_t line, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  int n = snprintf(message, sizeof message, "kernel %s", launch->name);
+  if (line) n += snprintf(message + n, sizeof message - n, ", line %u", line);
+  n += snprintf(message + n, sizeof message - n, ": ");
+  vsnprintf(message + n, sizeof message - n, format, arguments);
+  va_end(arguments);
+}
+
+void make_ready(Group& its, uint32_t thread) {
+  its.threads[thread].state = kReady;
+  ++its.ready;
+  ready[ready_count++] = (uint32_t)(&its - groups) * kMaxThreads + thread;
+}
+
+Fiber* fresh_fiber();
+
+// Lets another of the threads that can run do so; comes back when ``fiber`` is to run again.
+void leave(Fiber& fiber) {
+  if (!ready_count) end_launch();
+  uint32_t& chosen = ready[random_below(ready_count)];
+  const uint32_t place = chosen / kMaxThreads, thread = chosen % kMaxThreads;
+  chosen = ready[--ready_count];
+  group = &groups[place];
+  current = &group->threads[thread];
+  const Simdgroup& simdgroup = group->simdgroups[thread / kWidth];
+  self = {thread, group->index, place, thread / kWidth, group->threadgroup_epoch, group->device_epoch,
+          simdgroup.threadgroup_epoch, simdgroup.device_epoch};
+  if (!current->fiber) current->fiber = idle_count ? idle[--idle_count] : fresh_fiber();
+  if (current->fiber != &fiber) swapcontext(&fiber.context, &current->fiber->context);
+}
+
+// The next group of the grid, if there is one, in the place of one that has ended.
+void begin_group(Group& its) {
+  if (!groups_left) return;
+  its.index = group_order[--groups_left];
+  its.threadgroup_epoch = its.device_epoch = 0;
+  memset(its.simdgroups, 0, sizeof its.simdgroups);
+  const uint32_t at[3] = {its.index % grid[0], its.index / grid[0] % grid[1], its.index / grid[0] / grid[1]};
+  uint32_t size[3];  // the last group of an axis has the threads that are left
+  for (int axis = 0; axis < 3; ++axis) {
+    const uint32_t left = launch->threads[axis] - at[axis] * launch->group_size[axis];
+    size[axis] = left < launch->group_size[axis] ? left : launch->group_size[axis];
+  }
+  its.count = size[0] * size[1] * size[2];
+  for (uint32_t i = 0; i < its.count; ++i) {
+    Position& position = its.positions[i];
+    const uint32_t inside[3] = {i % size[0], i / size[0] % size[1], i / size[0] / size[1]};
+    for (int axis = 0; axis < 3; ++axis) {
+      position.thread_position_in_grid[axis] = at[axis] * launch->group_size[axis] + inside[axis];
+      position.threadgroup_position_in_grid[axis] = at[axis];
+      position.thread_position_in_threadgroup[axis] = inside[axis];
+      position.threads_per_threadgroup[axis] = size[axis];
+      position.threadgroups_per_grid[axis] = grid[axis];
+      position.threads_per_grid[axis] = launch->threads[axis];
     }
-    swapcontext(&fibers[threads[current].fiber].context, &scheduler);
+    position.thread_index_in_threadgroup[0] = i;
+    position.thread_index_in_simdgroup[0] = i % kWidth;
+    position.simdgroup_index_in_threadgroup[0] = i / kWidth;
+    position.simdgroups_per_threadgroup[0] = (its.count + kWidth - 1) / kWidth;
+    position.threads_per_simdgroup[0] = kWidth;
+    its.threads[i] = Thread{};
+    make_ready(its, i);
   }
-}
-
-void wait(State state, const char* operation, uint32_t line, uint32_t column, uint32_t flags) {
-  Thread& thread = threads[current];
-  const int fiber = thread.fiber;
-  thread.state = state;
-  thread.operation = operation;
-  thread.site = (uint64_t)line << 32 | column;
-  thread.flags = flags;
-  swapcontext(&fibers[fiber].context, &scheduler);
-}
-
-void begin_fiber() {
-  Fiber& fiber = fibers[fibers_used++];
-  if (!fiber.stack) {
-    void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stack == MAP_FAILED || mprotect(stack, 4096, PROT_NONE)) abort();
-    fiber.stack = (char*)stack;
-  }
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack;
-  fiber.context.uc_stack.ss_size = kStack;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, work, 0);
-  swapcontext(&scheduler, &fiber.context);
 }
 
 uint32_t line_of(const Thread& thread) { return (uint32_t)(thread.site >> 32); }
 
 // Releases the simdgroups all of whose threads wait at the same simd function. Threads that left the kernel are
 // inactive lanes.
-bool release_simdgroups() {
+bool release_simdgroups(Group& its) {
+  Thread* const threads = its.threads;
   bool released = false;
-  for (uint32_t first = 0; first < count; first += kWidth) {
-    const uint32_t end = first + kWidth < count ? first + kWidth : count;
+  for (uint32_t first = 0; first < its.count; first += kWidth) {
+    const uint32_t end = first + kWidth < its.count ? first + kWidth : its.count;
     uint32_t mask = 0;
     const Thread* one = nullptr;
     bool all = true;
@@ -143,7 +191,7 @@ bool release_simdgroups() {
       mask |= 1u << (i - first);
     }
     if (!all || !one) continue;
-    Simdgroup& simdgroup = simdgroups[first / kWidth];
+    Simdgroup& simdgroup = its.simdgroups[first / kWidth];
     const bool barrier = one->size == 0;
     if (barrier) {
       simdgroup.threadgroup_epoch += (one->flags & kMemThreadgroup) != 0;
@@ -155,30 +203,19 @@ bool release_simdgroups() {
         if (mask >> (j - first) & 1)
           memcpy((char*)threads[i].take + (j - first) * threads[i].size, threads[j].give, threads[j].size);
       if (!barrier) *threads[i].active = mask;
-      threads[i].state = kReady;
+      make_ready(its, i);
     }
     released = true;
   }
   return released;
 }
 
-[[noreturn]] void report_in_scheduler();
-
-void set_message(uint32_t line, const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  int n = snprintf(message, sizeof message, "kernel %s", kernel_name);
-  if (line) n += snprintf(message + n, sizeof message - n, ", line %u", line);
-  n += snprintf(message + n, sizeof message - n, ": ");
-  vsnprintf(message + n, sizeof message - n, format, arguments);
-  va_end(arguments);
-}
-
-// Releases the threadgroup's barrier if every thread is at it. False with a message: some are not.
-bool release_group() {
+// Releases the threadgroup's barrier if every thread is at it. Ends the launch with a message: some are not.
+void release_group(Group& its) {
+  const Thread* const threads = its.threads;
   const Thread* one = nullptr;
   uint32_t done = 0, waiting = 0;
-  for (uint32_t i = 0; i < count; ++i) {
+  for (uint32_t i = 0; i < its.count; ++i) {
     if (threads[i].state == kDone) {
       ++done;
       continue;
@@ -187,50 +224,66 @@ bool release_group() {
     if (!one) one = &threads[i];
     if (threads[i].state != one->state || threads[i].site != one->site || threads[i].operation != one->operation) {
       set_message(line_of(*one), "divergence: thread %u of group %u waits at %s, thread %u at %s in line %u",
-                  (uint32_t)(one - threads), self.group, one->operation, i, threads[i].operation, line_of(threads[i]));
-      return false;
+                  (uint32_t)(one - threads), its.index, one->operation, i, threads[i].operation, line_of(threads[i]));
+      end_launch();
     }
   }
   if (one->state != kAtBarrier || done) {
     set_message(line_of(*one), "divergence: %u threads of group %u wait at %s, %u have left the kernel", waiting,
-                self.group, one->operation, done);
-    return false;
+                its.index, one->operation, done);
+    end_launch();
   }
-  self.threadgroup_epoch += (one->flags & kMemThreadgroup) != 0;
-  self.device_epoch += (one->flags & kMemDevice) != 0;
-  for (uint32_t i = 0; i < count; ++i) threads[i].state = kReady;
-  return true;
+  its.threadgroup_epoch += (one->flags & kMemThreadgroup) != 0;
+  its.device_epoch += (one->flags & kMemDevice) != 0;
+  for (uint32_t i = 0; i < its.count; ++i) make_ready(its, i);
 }
 
-bool run_group() {
-  for (uint32_t i = 0; i < count; ++i) {
-    threads[i] = Thread{};
-    order[i] = i;
-  }
-  memset(simdgroups, 0, sizeof simdgroups);
-  self.threadgroup_epoch = self.device_epoch = 0;
-  shuffle(order, count);
-  fibers_used = 0;
-  started = 0;
-  while (started < count) {
-    begin_fiber();
-    if (failed) return false;
-  }
-  uint32_t turn[kMaxThreads];
+// The running thread waits or has left the kernel. Was it the last of its group that could run, then the group goes on,
+// or another group takes its place.
+void stop(State state) {
+  current->state = state;
+  if (--group->ready) return;
+  bool done = true;
+  for (uint32_t i = 0; i < group->count; ++i) done = done && group->threads[i].state == kDone;
+  if (done)
+    begin_group(*group);
+  else if (!release_simdgroups(*group))
+    release_group(*group);
+}
+
+void wait(State state, const char* operation, uint32_t line, uint32_t column, uint32_t flags) {
+  current->operation = operation;
+  current->site = (uint64_t)line << 32 | column;
+  current->flags = flags;
+  Fiber& fiber = *current->fiber;
+  stop(state);
+  leave(fiber);
+}
+
+// A fiber runs one thread after the other, as long as it is given any that have not begun.
+void work() {
   for (;;) {
-    uint32_t left = 0;
-    for (uint32_t i = 0; i < count; ++i)
-      if (threads[i].state != kDone) turn[left++] = i;
-    if (!left) return true;
-    if (!release_simdgroups() && !release_group()) return false;
-    shuffle(turn, left);
-    for (uint32_t i = 0; i < left; ++i) {
-      if (threads[turn[i]].state != kReady) continue;
-      enter(turn[i]);
-      swapcontext(&scheduler, &fibers[threads[turn[i]].fiber].context);
-      if (failed) return false;
-    }
+    launch->kernel(&group->positions[self.thread], buffer_addresses);
+    Fiber& fiber = *current->fiber;
+    idle[idle_count++] = &fiber;
+    stop(kDone);
+    leave(fiber);
   }
+}
+
+Fiber* fresh_fiber() {
+  Fiber& fiber = fibers[fibers_used++];
+  if (!fiber.stack) {
+    void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED || mprotect(stack, 4096, PROT_NONE)) abort();
+    fiber.stack = (char*)stack;
+  }
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack;
+  fiber.context.uc_stack.ss_size = kStack;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, work, 0);
+  return &fiber;
 }
 
 }  // namespace
@@ -243,32 +296,17 @@ void fail(uint32_t line, const char* format, ...) {
   char text[768];
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  const uint32_t* at = positions[current].thread_position_in_grid;
+  const uint32_t* at = group->positions[self.thread].thread_position_in_grid;
   set_message(line, "thread (%u, %u, %u) of the grid %s", at[0], at[1], at[2], text);
-  failed = true;
-  setcontext(&scheduler);
-  abort();
+  end_launch();
 }
 
 extern "C" {
 
-struct Launch {
-  const char* name;
-  Kernel kernel;
-  const Buffer* buffers;
-  const char* const* names;
-  uint32_t buffer_count;
-  uint32_t threads[3];
-  uint32_t group_size[3];
-  uint64_t seed;
-};
-
 // Runs every thread of the grid. Returns null, or what went wrong.
-const char* emulator_launch(const Launch* launch) {
-  kernel = launch->kernel;
-  kernel_name = launch->name;
+const char* emulator_launch(const Launch* what) {
+  launch = what;
   random_state = launch->seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
-  failed = false;
   message[0] = 0;
   memory_reset();
   for (int i = 0; i < (int)launch->buffer_count; ++i) {
@@ -278,43 +316,20 @@ const char* emulator_launch(const Launch* launch) {
     memory_bind(i, launch->buffers[i], track, launch->names[i]);
     buffer_addresses[i] = memory_address(i);
   }
-  uint32_t groups[3];
   for (int axis = 0; axis < 3; ++axis)
-    groups[axis] = (launch->threads[axis] + launch->group_size[axis] - 1) / launch->group_size[axis];
-  const uint32_t total = groups[0] * groups[1] * groups[2];
-  uint32_t* group_order = (uint32_t*)malloc(total * sizeof(uint32_t));
-  for (uint32_t i = 0; i < total; ++i) group_order[i] = i;
-  shuffle(group_order, total);
-  for (uint32_t g = 0; g < total; ++g) {
-    const uint32_t group = group_order[g];
-    const uint32_t at[3] = {group % groups[0], group / groups[0] % groups[1], group / groups[0] / groups[1]};
-    uint32_t size[3];  // the last group of an axis has the threads that are left
-    for (int axis = 0; axis < 3; ++axis) {
-      const uint32_t first = at[axis] * launch->group_size[axis];
-      const uint32_t left = launch->threads[axis] - first;
-      size[axis] = left < launch->group_size[axis] ? left : launch->group_size[axis];
-    }
-    count = size[0] * size[1] * size[2];
-    for (uint32_t i = 0; i < count; ++i) {
-      Position& position = positions[i];
-      const uint32_t inside[3] = {i % size[0], i / size[0] % size[1], i / size[0] / size[1]};
-      for (int axis = 0; axis < 3; ++axis) {
-        position.thread_position_in_grid[axis] = at[axis] * launch->group_size[axis] + inside[axis];
-        position.threadgroup_position_in_grid[axis] = at[axis];
-        position.thread_position_in_threadgroup[axis] = inside[axis];
-        position.threads_per_threadgroup[axis] = size[axis];
-        position.threadgroups_per_grid[axis] = groups[axis];
-        position.threads_per_grid[axis] = launch->threads[axis];
-      }
-      position.thread_index_in_threadgroup[0] = i;
-      position.thread_index_in_simdgroup[0] = i % kWidth;
-      position.simdgroup_index_in_threadgroup[0] = i / kWidth;
-      position.simdgroups_per_threadgroup[0] = (count + kWidth - 1) / kWidth;
-      position.threads_per_simdgroup[0] = kWidth;
-    }
-    self.group = group;
-    if (!run_group()) break;
+    grid[axis] = (launch->threads[axis] + launch->group_size[axis] - 1) / launch->group_size[axis];
+  groups_left = grid[0] * grid[1] * grid[2];
+  group_order = (uint32_t*)malloc(groups_left * sizeof(uint32_t));
+  for (uint32_t i = 0; i < groups_left; ++i) group_order[i] = i;
+  shuffle(group_order, groups_left);
+  // From a turn at every operation to few, where a thread may stop while others run to their ends.
+  patience = 1u << random_below(5);
+  ready_count = idle_count = fibers_used = 0;
+  for (Group& its : groups) {
+    its.ready = 0;
+    begin_group(its);
   }
+  leave(host);
   free(group_order);
   memory_unbind(launch->buffers, (int)launch->buffer_count);
   return message[0] ? message : nullptr;
@@ -323,7 +338,12 @@ const char* emulator_launch(const Launch* launch) {
 // What the kernels call.
 
 void emulator_check(uint64_t address, uint64_t size, uint32_t align, uint32_t space_and_kind, uint32_t line) {
-  if (size) memory_check(address, size, align, space_and_kind & 3, space_and_kind >> 2, line);
+  const uint32_t space = space_and_kind & 3, kind = space_and_kind >> 2;
+  if (kind & kAtomic && random_below(patience) == 0) {
+    ready[ready_count++] = self.place * kMaxThreads + self.thread;
+    leave(*current->fiber);
+  }
+  if (size) memory_check(address, size, align, space, kind, line);
 }
 
 uint64_t emulator_threadgroup(uint32_t site, uint64_t size, uint32_t element, const char* name, uint32_t line) {
@@ -338,16 +358,15 @@ void emulator_barrier(uint32_t flags, uint32_t line, uint32_t column) {
 uint32_t emulator_simd(const char* operation, const void* value, void* lanes, uint32_t size, uint32_t flags,
                        uint32_t line, uint32_t column) {
   uint32_t active = 0;
-  Thread& thread = threads[current];
-  thread.give = value;
-  thread.take = lanes;
-  thread.size = size;
-  thread.active = &active;
+  current->give = value;
+  current->take = lanes;
+  current->size = size;
+  current->active = &active;
   wait(kAtSimd, operation, line, column, flags);
   return active;
 }
 
-uint32_t emulator_lane() { return current % kWidth; }
+uint32_t emulator_lane() { return self.thread % kWidth; }
 
 void emulator_fail(const char* what, uint32_t line) { fail(line, "%s", what); }
 

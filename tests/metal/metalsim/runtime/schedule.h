@@ -1,4 +1,5 @@
-// The threads of a group as fibers of one OS thread: deterministic, in an order shuffled by a seed.
+// The threads of a few groups at a time as fibers of one OS thread. They take turns where they wait and, now and then,
+// before an atomic operation; a seed decides which of them runs next, so the same one gives the same order.
 #pragma once
 
 #include "memory.h"
@@ -23,6 +24,7 @@ using Kernel = void (*)(const Position*, const uint64_t* buffers);
 struct Self {
   uint32_t thread;  // index in the group
   uint32_t group;   // index in the grid
+  uint32_t place;   // which of the groups that run at once it is
   uint32_t simdgroup;
   uint32_t threadgroup_epoch;
   uint32_t device_epoch;
@@ -30,7 +32,6 @@ struct Self {
   uint32_t device_simd_epoch;
 };
 const Self& schedule_self();
-bool schedule_running();
 
 // Ends the launch with a message; never returns to the kernel.
 [[noreturn]] void fail(uint32_t line, const char* format, ...) __attribute__((format(printf, 2, 3)));

@@ -1,5 +1,6 @@
-// <metal_atomic>, with the only memory order that Metal has before 3.2. One OS thread runs all fibers and switches at
-// barriers only, so plain reads and writes are atomic; the memory checker is told that they are meant to be.
+// <metal_atomic>, with the only memory order that Metal has before 3.2. One OS thread runs all fibers. It may switch
+// in the check that each operation begins with and not after it, so plain reads and writes are atomic; the memory checker
+// is told that they are meant to be.
 #pragma once
 
 namespace metal {
