@@ -1,6 +1,7 @@
 """Vision operators that PyTorch leaves on CUDA, on every device: see README.md."""
 
 from omniops import nn
+from omniops.dropin import disable, enable
 from omniops.nn import (
     CARAFE,
     CARAFENaive,
@@ -27,6 +28,8 @@ __all__ = [
     "carafe_naive",
     "connected_components",
     "deform_conv2d",
+    "disable",
+    "enable",
     "fill_holes",
     "nn",
     "remove_small_components",

@@ -1,6 +1,7 @@
 """omniops doctor: it says what the dispatcher does."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -15,8 +16,9 @@ from omniops.cli.cases import CASES
 def test_it_shows_versions_devices_and_kernels(omniops):
     result = omniops("doctor")
     assert result.status == 0
-    for word in (torch.__version__, numpy.__version__, *doctor.operators(), cuda.TITLE, mps.TITLE, reference.TITLE):
-        assert str(word) in result.out
+    packages = doctor.installed(doctor.PACKAGES).values()
+    for word in (*packages, *doctor.operators(), cuda.TITLE, mps.TITLE, reference.TITLE):
+        assert word in result.out
     assert ("The C++ kernels are not built" in result.out) == (not cpu.AVAILABLE)
 
 
@@ -53,6 +55,34 @@ def test_a_missing_extra_comes_with_its_command(omniops, monkeypatch):
         "typer and rich are not installed: pip install 'omniops[cli]'",
         "pillow and matplotlib are not installed: pip install 'omniops[pictures]'",
     ]
+
+
+def test_it_shows_who_serves_the_libraries_that_can_be_enabled(omniops, monkeypatch):
+    def library(installed=True, enabled=False, **serving):
+        return SimpleNamespace(installed=lambda: installed, enabled=lambda: enabled, serving=lambda: serving)
+
+    def broken():
+        raise RuntimeError("mmcv is installed but cannot be imported")
+
+    libraries = {
+        "numpy": library(enabled=True, cpu="omniops", cuda="numpy"),  # a package that is here, for its version
+        "mmcv": SimpleNamespace(installed=lambda: True, enabled=lambda: False, serving=broken),
+        "sam2": library(installed=False, mps="never asked"),
+    }
+    monkeypatch.setattr(doctor, "LIBRARIES", libraries)
+    monkeypatch.setattr(doctor, "packages_distributions", lambda: {"numpy": ["numpy"], "mmcv": ["numpy"]})
+    lines = [" ".join(line.split()) for line in omniops("doctor").out.splitlines()]
+    assert "library version enabled cpu cuda" in lines
+    assert f"numpy {numpy.__version__} yes omniops numpy" in lines
+    assert f"mmcv {numpy.__version__} (numpy) no" in lines
+    assert "mmcv is installed but cannot be imported" in lines
+    assert "sam2 not installed no" in lines
+
+
+def test_a_library_without_a_distribution_has_an_unknown_version(monkeypatch):
+    monkeypatch.setattr(doctor, "LIBRARIES", {"sam2": SimpleNamespace(installed=lambda: True)})
+    monkeypatch.setattr(doctor, "packages_distributions", dict)
+    assert doctor.library_version("sam2") == "unknown"
 
 
 def test_a_macs_system_is_its_macos(monkeypatch):

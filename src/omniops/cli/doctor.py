@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Iterable
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from types import ModuleType
 
 import torch
@@ -17,6 +17,7 @@ from omniops import device as devices
 from omniops.backends import BACKENDS, cpu, reference
 from omniops.cli import cases
 from omniops.cli.common import EXTRAS, dtype_name, missing_packages, output
+from omniops.dropin import LIBRARIES
 
 PACKAGES = ("omniops", "torch", "numpy", "triton")
 
@@ -49,7 +50,15 @@ def doctor() -> None:
         table.add_row(operator, "any other", "", reference.TITLE, _names(cases.dtypes(operator, reference)))
     console.print(table)
 
-    for sentence in [*missing(types), *missing_extras()]:
+    served = {library: who_serves(library) for library in LIBRARIES}
+    columns = list(dict.fromkeys(device_type for servers, _ in served.values() for device_type in servers))
+    table = Table("library", "version", "enabled", *columns, box=SIMPLE_HEAD)
+    for library, (servers, _) in served.items():
+        is_enabled = "yes" if LIBRARIES[library].enabled() else "no"
+        table.add_row(library, library_version(library), is_enabled, *(servers.get(each, "") for each in columns))
+    console.print(table)
+
+    for sentence in [*(why for _, why in served.values() if why), *missing(types), *missing_extras()]:
         console.print(sentence, style="yellow", markup=False, soft_wrap=True)
 
 
@@ -65,6 +74,25 @@ def serving(operator: str, device_type: str) -> ModuleType:
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"omniops::{operator}", key):
         return next(backend for backend in BACKENDS if _serves(backend, device_type))
     return reference
+
+
+def library_version(library: str) -> str:
+    """The version of a library that ``omniops.enable`` knows, with its distribution where that is called otherwise."""
+    if not LIBRARIES[library].installed():
+        return "not installed"
+    distributions = packages_distributions().get(library, [])
+    found = (version(name) if name == library else f"{version(name)} ({name})" for name in dict.fromkeys(distributions))
+    return ", ".join(found) or "unknown"
+
+
+def who_serves(library: str) -> tuple[dict[str, str], str]:
+    """For each type of device who serves a library there once it is enabled; or nothing, and why that is unknown."""
+    if not LIBRARIES[library].installed():
+        return {}, ""
+    try:
+        return LIBRARIES[library].serving(), ""
+    except RuntimeError as error:
+        return {}, str(error)
 
 
 def versions() -> dict[str, str]:

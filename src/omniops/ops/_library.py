@@ -17,7 +17,7 @@ from omniops.backends import BACKENDS, empty
 _LIBRARY = torch.library.Library("omniops", "DEF")
 
 # The device types of autocast, and how the dispatcher calls it there.
-_AUTOCAST_KEYS = {
+AUTOCAST_KEYS = {
     "cpu": "AutocastCPU",
     "cuda": "AutocastCUDA",
     "mps": "AutocastMPS",
@@ -58,8 +58,8 @@ def define(schema: str, *, file: str, results: Callable[..., Sequence[Result]], 
         return _one_or_all(empty(*result) for result in results(*args))
 
     torch.library.register_fake(f"omniops::{name}", fake, lib=_LIBRARY)
-    for device_type, key in _AUTOCAST_KEYS.items():
-        _LIBRARY.impl(name, _autocast(operator, device_type, autocast), key)
+    for device_type, key in AUTOCAST_KEYS.items():
+        _LIBRARY.impl(name, under_autocast(operator, device_type, autocast), key)
     return operator
 
 
@@ -98,7 +98,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
-def _autocast(operator: Any, device_type: str, casts: bool) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+def under_autocast(operator: Any, device_type: str, casts: bool) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """The operator with autocast off, so that no kernel's own products are cast, and its arguments cast before.
 
     They are cast as PyTorch's own operators do, which leave float64 as it is.

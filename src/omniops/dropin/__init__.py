@@ -1,0 +1,97 @@
+"""Existing code on our kernels with one line: what ``omniops.enable`` and ``omniops.disable`` do, one file a library.
+
+Each file has ``installed``, ``enable``, ``disable``, ``enabled`` and ``serving``, and imports its library when that is
+first needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from threading import RLock
+
+import torch
+
+from omniops.dropin import _mmcv, _sam2, _torchvision
+
+LIBRARIES = {"torchvision": _torchvision, "mmcv": _mmcv, "sam2": _sam2}
+"""What can be enabled. torchvision is first, as the others use it."""
+
+_LOCK = RLock()
+
+
+def enable(*libraries: str, devices: Sequence[str] | None = None) -> None:
+    """Let code written for torchvision, mmcv or sam2 run on our kernels, unchanged.
+
+    ``torchvision``: ``torchvision.ops.deform_conv2d`` and what uses it. ``mmcv``: ``mmcv.ops`` without mmcv's compiled
+    extension. ``sam2``: the connected components with which sam2 fills holes, without its compiled extension.
+
+    It may be called before or after the library is imported, and again, when the last call's ``devices`` count.
+
+    Args:
+        libraries: "torchvision", "mmcv", "sam2"; without names, those of the three that are installed.
+        devices: types of devices, "cpu", "cuda", "mps" or another of PyTorch's, where our kernels replace the
+            library's own, which are kept everywhere else. None, or a device not named: ours serve what the library
+            lacks there.
+
+    Raises:
+        TypeError: for an argument of the wrong type.
+        ValueError: for a name that is none of the three, or no type of device.
+        ModuleNotFoundError: for a named library that is not installed.
+        RuntimeError: if torchvision is installed but cannot be imported.
+    """
+    _check_names(libraries)
+    types = None if devices is None else _device_types(devices)
+    for name in libraries:
+        if not LIBRARIES[name].installed():
+            raise ModuleNotFoundError(
+                f"libraries must be installed to be enabled, got {name!r}, which is not: install it, or call "
+                f"omniops.enable() for those that are",
+                name=name,
+            )
+    with _LOCK:
+        for name, library in LIBRARIES.items():
+            if name in libraries or (not libraries and library.installed()):
+                library.enable(types)
+
+
+def disable(*libraries: str) -> None:
+    """Undo ``enable``: the libraries' own kernels serve again, and what they lack is lacking again.
+
+    Args:
+        libraries: "torchvision", "mmcv", "sam2"; without names, all three. One that is not enabled is left as it is.
+
+    Raises:
+        TypeError: for a name that is no str.
+        ValueError: for a name that is none of the three.
+    """
+    _check_names(libraries)
+    with _LOCK:
+        for name in libraries or LIBRARIES:
+            LIBRARIES[name].disable()
+
+
+def _check_names(libraries: Iterable[str]) -> None:
+    names = ", ".join(map(repr, LIBRARIES))
+    for name in libraries:
+        if not isinstance(name, str):
+            raise TypeError(f"libraries must be names among {names}, each an argument of its own, got {name!r}")
+        if name not in LIBRARIES:
+            raise ValueError(f"libraries must be among {names}, got {name!r}")
+
+
+def _device_types(devices: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(devices, str) or not isinstance(devices, Sequence):
+        raise TypeError(f"devices must be a sequence of types of devices, as ('cuda', 'cpu'), got {devices!r}")
+    for device_type in devices:
+        if not isinstance(device_type, str):
+            raise TypeError(f"devices must hold names of types of devices, as 'cuda', got {device_type!r}")
+        try:
+            known = torch.device(device_type).type
+        except RuntimeError:
+            known = None
+        if known != device_type:
+            instead = f", got {device_type!r}"
+            if known is not None:
+                instead += f": write {known!r}, which means every device of that type"
+            raise ValueError(f"devices must hold types of devices such as 'cpu', 'cuda' and 'mps'{instead}")
+    return tuple(devices)

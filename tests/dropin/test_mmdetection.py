@@ -1,0 +1,151 @@
+"""MMDetection and sam2 from PyPI on omniops, in an environment of their own: the example, and what else needs them.
+
+PyTorch, torchvision and what they need are not downloaded again: the environment links to those that run the tests.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+from matplotlib import cbook
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples/mmdetection.py"
+ENVIRONMENT = ROOT / "build/environments/mmdetection"
+SHARED = ("omniops", "torch", "torchvision", "pytest", "hypothesis", "matplotlib", "setuptools")
+INSTALLED = ("mmdet==3.3.0", "mmcv-lite==2.1.0", "sam2==1.1.0")
+# The tests that skip where mmdet, mmcv and sam2 are not installed.
+NEED_THEM = (
+    "tests/detection/test_mmdetection.py",
+    "tests/dropin/test_mmcv.py::test_mmcv_finds_all_that_it_asks_for",
+    "tests/dropin/test_mmcv.py::test_mmcvs_functions_pass_gradcheck",
+    "tests/dropin/test_mmcv.py::test_mmcvs_other_functions_work",
+    "tests/dropin/test_sam2.py",
+    "tests/nn/test_fpn_carafe.py::test_fpn_equals_that_of_mmdet",
+    "tests/nn/test_fpn_carafe.py::test_path_aggregation_equals_that_of_mmdet_with_nearest_interpolation",
+)
+
+
+@pytest.fixture(scope="module")
+def python():
+    pytest.importorskip("torchvision", reason="MMDetection needs torchvision, which the environment would share")
+    links = _links(_needed(SHARED))
+    python = ENVIRONMENT / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    made = ENVIRONMENT / "made"
+    wanted = "\n".join([sys.version, *INSTALLED, *sorted(map(str, links.values()))])
+    if not made.exists() or made.read_text(encoding="utf-8") != wanted:
+        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+        _run(sys.executable, "-m", "venv", ENVIRONMENT)
+        shared = ENVIRONMENT / "shared"
+        for name, target in links.items():
+            (shared / name).parent.mkdir(parents=True, exist_ok=True)
+            (shared / name).symlink_to(target)
+        (packages,) = ENVIRONMENT.glob("**/site-packages")
+        line = f"import site; site.addsitedir({str(shared)!r})\n"
+        (packages / "shared.pth").write_text(line, encoding="utf-8")
+        # Without isolation, for sam2's build would download PyTorch once more.
+        _run(python, "-m", "pip", "install", "--quiet", "--no-build-isolation", *INSTALLED, SAM2_BUILD_CUDA="0")
+        made.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def _needed(names):
+    """The distributions of those names, and all that they need here."""
+    found = {}
+    names = list(names)
+    while names:
+        name = names.pop()
+        try:
+            found[name] = distribution(name)
+        except PackageNotFoundError:  # for another system
+            continue
+        needed = (each for each in found[name].requires or () if "extra ==" not in each)
+        names += [name for each in needed if (name := _name(re.match(r"[\w.-]+", each)[0])) not in found]
+    return found.values()
+
+
+def _name(written):
+    return re.sub(r"[-_.]+", "-", written).lower()
+
+
+def _links(distributions):
+    """What of site-packages holds the distributions: name in there, and place."""
+    links = {}
+    for each in distributions:
+        for file in each.files or ():
+            name = file.parts[0]
+            if name not in ("..", "__pycache__"):
+                links[name] = Path(each.locate_file(name)).resolve()
+    return links
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    """The one that ships inside matplotlib."""
+    return cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+
+
+@pytest.mark.parametrize(("model", "losses"), [("carafe-mask", 5), ("dcn", 5)])
+def test_the_example_finds_and_learns(python, photograph, tmp_path, model, losses):
+    said = _example(python, photograph, tmp_path, "--model", model)
+    assert len(_losses(said)) == losses + 1  # and their sum
+
+
+def test_it_starts_from_a_checkpoint_that_mmengine_saved(python, photograph, tmp_path):
+    saved = tmp_path / "saved.pth"
+    _run(python, "-c", SAVE, saved)
+    said = _example(python, photograph, tmp_path, "--model", "carafe-faster", "--weights", saved)
+    assert str(saved) in said[0]
+    losses = _losses(said)
+    assert len(losses) == 4 + 1
+    assert losses["loss_cls"] < 1  # about 4 with random weights; the checkpoint knows nothing but the background
+
+
+def test_what_needs_the_packages(python):
+    said = _run(python, "-m", "pytest", "-p", "no:cacheprovider", *NEED_THEM)
+    assert " passed" in said
+    assert "skipped" not in said, said
+
+
+def _example(python, photograph, tmp_path, *options):
+    picture = tmp_path / "found.png"
+    options += ("--device", "cpu", "--score", "0", "--scale", "256", "192", "--out", picture, "--train-step")
+    said = _run(python, EXAMPLE, photograph, *options).splitlines()
+    assert "100 objects found on cpu" in said
+    assert f"drawn in {picture}" in said
+    assert picture.stat().st_size > 10_000
+    return said
+
+
+def _losses(said):
+    losses = {name: float(loss) for name, loss in (part.split() for part in said[-1].split(", "))}
+    assert all(0 <= loss < 100 for loss in losses.values())
+    return losses
+
+
+SAVE = """
+import sys
+import omniops
+omniops.enable()
+import mmdet
+from mmdet.apis import init_detector
+from mmengine.runner import save_checkpoint
+model = init_detector(mmdet.__path__[0] + "/.mim/configs/carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py", device="cpu")
+classify = model.roi_head.bbox_head.fc_cls
+classify.weight.data.zero_()
+classify.bias.data.zero_()[-1] = 9
+meta = {"dataset_meta": model.dataset_meta, "epoch": 1}
+save_checkpoint({"meta": meta, "state_dict": model.state_dict()}, sys.argv[1])
+"""
+
+
+def _run(*command, **variables):
+    command = list(map(str, command))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | variables)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
