@@ -7,6 +7,8 @@ from omniops.nn.deform_conv2d import (
     ModulatedDeformConv2d,
     ModulatedDeformConv2dPack,
 )
+from omniops.nn.fpn_carafe import FPNCarafe, PAFPNCarafe
+from omniops.nn.replace_upsampling import UpsamplingReport, replace_upsampling
 
 __all__ = [
     "CARAFE",
@@ -14,6 +16,10 @@ __all__ = [
     "CARAFEPack",
     "DeformConv2d",
     "DeformConv2dPack",
+    "FPNCarafe",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv2dPack",
+    "PAFPNCarafe",
+    "UpsamplingReport",
+    "replace_upsampling",
 ]
