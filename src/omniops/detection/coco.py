@@ -1,0 +1,215 @@
+"""COCO's formats and figures: detections as COCO results, annotation files checked, average precision."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from omniops.detection.carafe_rcnn import COCO_CATEGORIES, COCO_CATEGORY_IDS
+
+try:
+    from faster_coco_eval import COCO, COCOeval_faster
+    from faster_coco_eval.core import mask as rle
+except ImportError as error:
+    raise ImportError(
+        f"COCO's formats and figures need faster-coco-eval ({error}): pip install 'omniops[detect]'"
+    ) from error
+
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""COCO's twelve: AP over IoU 0.50:0.95, at 0.50 and 0.75; of small, medium and large objects; recall at most 1, 10,
+100 detections an image; and of the three sizes."""
+
+
+def to_results(
+    detections: Mapping[str, Tensor], image_id: int, category_ids: Sequence[int] = COCO_CATEGORY_IDS
+) -> list[dict[str, Any]]:
+    """One image's detections as the detectors give them -> COCO results, in the same order.
+
+    Args:
+        detections: ``boxes`` (N, 4), ``labels`` (N), ``scores`` (N) and perhaps ``masks`` (N, 1, H, W), boolean or
+            probabilities, of which at least 0.5 is the object.
+        image_id: COCO's id of the image.
+        category_ids: COCO's id of each label, 0 of the background first.
+
+    Returns:
+        For each a dict of ``image_id``, ``category_id``, ``bbox`` (x, y, width, height), ``score``, and with masks
+        ``segmentation``, compressed run lengths.
+    """
+    results = [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+        for (x1, y1, x2, y2), label, score in zip(
+            detections["boxes"].tolist(), detections["labels"].tolist(), detections["scores"].tolist(), strict=True
+        )
+    ]
+    for result, mask in zip(results, detections.get("masks", ()), strict=False):
+        encoded = rle.encode(np.asfortranarray((mask[0] >= 0.5).cpu().numpy(), dtype=np.uint8))
+        result["segmentation"] = {"size": list(encoded["size"]), "counts": encoded["counts"].decode()}
+    return results
+
+
+def read_annotations(path: str | PathLike[str]) -> dict[str, Any]:
+    """The contents of a COCO annotation file of instances.
+
+    Raises:
+        OSError: where it cannot be read.
+        ValueError: where it is no such file, naming the first entry that is not as it has to be.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if complaint := _complaint(content):
+        raise ValueError(f"{path} is not a COCO annotation file of instances: {complaint}")
+    return dict(content)
+
+
+def label_ids(annotations: Mapping[str, Any]) -> tuple[int, ...]:
+    """The category id of each label, 0 of the background first.
+
+    COCO's own where the file's categories are among COCO's, by id and name. Otherwise the file's, by id: what a
+    detector that was trained on such a file has learnt.
+    """
+    categories = {each["id"]: each["name"] for each in annotations["categories"]}
+    if categories.items() <= dict(zip(COCO_CATEGORY_IDS, COCO_CATEGORIES, strict=True)).items():
+        return COCO_CATEGORY_IDS
+    return (0, *sorted(categories))
+
+
+def has_masks(annotations: Mapping[str, Any]) -> bool:
+    """Whether every object has a mask, so that those of detections can be judged."""
+    return all(each.get("segmentation") for each in annotations["annotations"])
+
+
+def average_precision(
+    annotations: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    image_ids: Collection[int],
+    masks: bool = False,
+) -> dict[str, float | None]:
+    """COCO's figures of results, by the names in ``FIGURES``; None where there is nothing to find.
+
+    Args:
+        annotations: as ``read_annotations`` gives them. Objects without ``area`` have their box's.
+        results: as ``to_results`` gives them.
+        image_ids: the images that count.
+        masks: whether their masks are judged instead of their boxes.
+    """
+    found = []
+    for number, result in enumerate(results, 1):
+        # Small, medium and large are told by the area of what is judged.
+        area = rle.area(result["segmentation"]) if masks else result["bbox"][2] * result["bbox"][3]
+        found.append({**result, "id": number, "area": float(area), "iscrowd": 0})
+    truth = [
+        # The evaluation takes an id of 0 for none.
+        {"area": each["bbox"][2] * each["bbox"][3], "iscrowd": 0, **each, "id": number}
+        for number, each in enumerate(annotations["annotations"], 1)
+    ]
+    sets = []
+    for objects in (truth, found):
+        coco = COCO()
+        coco.dataset = {**annotations, "annotations": objects}
+        coco.createIndex()
+        sets.append(coco)
+    evaluation = COCOeval_faster(*sets, iouType="segm" if masks else "bbox")
+    evaluation.params.imgIds = sorted(image_ids)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return {
+        name: None if value < 0 else float(value)
+        for name, value in zip(FIGURES, evaluation.stats[: len(FIGURES)], strict=True)
+    }
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
+def _size(value: Any) -> bool:
+    return _whole(value) and value > 0
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) in (int, float) and math.isfinite(each) for each in value)
+
+
+def _box(value: Any) -> bool:
+    return _numbers(value) and len(value) == 4 and min(value[2:]) >= 0
+
+
+_FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "images": {
+        "id": (_whole, "an integer"),
+        "file_name": (_text, "a file's name"),
+        "height": (_size, "a positive integer"),
+        "width": (_size, "a positive integer"),
+    },
+    "categories": {"id": (_whole, "an integer"), "name": (_text, "a name")},
+    "annotations": {
+        "image_id": (_whole, "an integer"),
+        "category_id": (_whole, "an integer"),
+        "bbox": (_box, "[x, y, width, height]"),
+    },
+}
+
+
+def _complaint(content: Any) -> str:
+    """What is not as it has to be, or nothing."""
+    if not isinstance(content, dict):
+        return f"it holds a {type(content).__name__}, not an object"
+    for key, fields in _FIELDS.items():
+        entries = content.get(key)
+        if not isinstance(entries, list):
+            return f"it has no list of {key}"
+        if not entries and key != "annotations":
+            return f"its list of {key} is empty"
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                return f"{key}[{number}] is not an object"
+            for field, (right, expected) in fields.items():
+                if not right(entry.get(field)):
+                    return f"{key}[{number}] must have {expected} as {field!r}, got {entry.get(field)!r:.60}"
+    images, categories = ({entry["id"]: entry for entry in content[key]} for key in ("images", "categories"))
+    for key, ids in (("images", images), ("categories", categories)):
+        if len(ids) < len(content[key]):
+            return f"several of its {key} have the same id"
+    for number, entry in enumerate(content["annotations"]):
+        if entry["image_id"] not in images:
+            return f"annotations[{number}] is of an image that is not listed, {entry['image_id']}"
+        if entry["category_id"] not in categories:
+            return f"annotations[{number}] is of a category that is not listed, {entry['category_id']}"
+        if not _numbers([entry.get("area", 0)]) or entry.get("iscrowd", 0) not in (0, 1):
+            return f"annotations[{number}] must have a number as 'area' and 0 or 1 as 'iscrowd'"
+        if not _segmentation(entry.get("segmentation"), images[entry["image_id"]]):
+            return f"annotations[{number}] must have polygons or run lengths of its image's size as 'segmentation'"
+    return ""
+
+
+def _segmentation(value: Any, image: Mapping[str, Any]) -> bool:
+    """Whether it is none, a list of polygons, or run lengths, compressed or not, of the image's size."""
+    if not value:
+        return True
+    if isinstance(value, list):
+        return all(_numbers(each) and len(each) >= 6 and len(each) % 2 == 0 for each in value)
+    size = [image["height"], image["width"]]
+    if not isinstance(value, dict) or value.get("size") != size:
+        return False
+    counts = value.get("counts")
+    if isinstance(counts, list):
+        return all(_whole(each) and each >= 0 for each in counts) and sum(counts) == math.prod(size)
+    try:
+        rle.decode({"size": size, "counts": str(counts).encode()})
+    except (ValueError, RuntimeError):  # not as long as the image, or damaged
+        return False
+    return True
