@@ -1,7 +1,7 @@
 # make demo, make test: each sets up .venv first, and does nothing twice.
 PYTHON ?= python3
 # The torch that the development environment is tested with; any torch that pyproject.toml admits will do.
-TORCH ?= torch==2.13.0
+TORCH ?= torch==2.15.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -26,10 +26,11 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("omniops needs Python 3.10 or newer; make PYTHON=...")'
 	$(PYTHON) -m venv --clear $(VENV)
 
-# The build runs without isolation so that a second run finds CMake's cache where it left it.
+# torchvision comes with torch, so that it is the one made for it. The build runs without isolation so that a second run
+# finds CMake's cache where it left it.
 $(INSTALLED): $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
-	$(BIN)/python -m pip install --quiet '$(TORCH)' 'scikit-build-core>=0.11,<2' 'nanobind>=2.7,<4' ninja cmake
+	$(BIN)/python -m pip install --quiet '$(TORCH)' torchvision 'scikit-build-core>=0.11,<2' 'nanobind>=2.7,<4' ninja cmake
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	echo '$(ASKED_FOR)' >$(INSTALLED)
 

@@ -7,7 +7,7 @@ import pytest
 
 from omniops.cli.common import digits
 
-COMMANDS = ("doctor", "selftest", "bench", "demo")
+COMMANDS = ("doctor", "selftest", "bench", "demo", "detect", "detect-eval")
 
 
 def test_help_names_every_command(omniops):

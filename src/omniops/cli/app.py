@@ -10,6 +10,8 @@ import typer
 from omniops.cli.bench import bench
 from omniops.cli.common import CommandError
 from omniops.cli.demo import demo
+from omniops.cli.detect import detect
+from omniops.cli.detect_eval import detect_eval
 from omniops.cli.doctor import doctor
 from omniops.cli.selftest import selftest
 
@@ -20,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (doctor, selftest, bench, demo):
+for command in (doctor, selftest, bench, demo, detect, detect_eval):
     app.command()(command)
 
 

@@ -16,7 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from omniops import device as devices
 
 # The package's extras: what each installs, and the module that it is imported as.
-EXTRAS = {"cli": {"typer": "typer", "rich": "rich"}, "pictures": {"pillow": "PIL", "matplotlib": "matplotlib"}}
+EXTRAS = {
+    "cli": {"typer": "typer", "rich": "rich"},
+    "pictures": {"pillow": "PIL", "matplotlib": "matplotlib"},
+    "detect": {"torchvision": "torchvision", "faster-coco-eval": "faster_coco_eval"},
+}
 
 # Outside a terminal rich would wrap tables at 80 columns, whatever reads them.
 _PIPED_WIDTH = 140

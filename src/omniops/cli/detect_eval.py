@@ -1,0 +1,151 @@
+"""``omniops detect-eval``: COCO's average precision of a detector, on one process or on several."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from omniops import device as devices
+from omniops.cli.common import CommandError, DeviceOption, choose_device, output, progress, require_writable
+from omniops.cli.detect_parts import (
+    Model,
+    ModelOption,
+    RandomWeightsOption,
+    WeightsOption,
+    detect_objects,
+    fail_for,
+    load_detector,
+    read_picture,
+    require_detection,
+    require_weights,
+)
+from omniops.cli.doctor import versions
+
+
+def detect_eval(
+    images: Annotated[Path, typer.Option("--images", metavar="DIR", help="The folder of the pictures.")],
+    annotations: Annotated[
+        Path, typer.Option("--annotations", metavar="FILE.json", help="COCO's annotations of instances in them.")
+    ],
+    weights: WeightsOption = None,
+    model: ModelOption = Model.MASK,
+    random_weights: RandomWeightsOption = False,
+    device: DeviceOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
+) -> None:
+    """Compute COCO's average precision and recall of boxes, and of masks where model and annotations have them.
+
+    Where the annotations' categories are not COCO's, the detector's labels are taken for theirs in the order of their
+    ids. A picture that cannot be read is left out of the figures and named at the end, with status 1.
+
+    Under torchrun the pictures are shared among the processes, each with a GPU of its own, and the figures are the
+    same: torchrun --nproc-per-node 2 --no-python omniops detect-eval ...
+
+    Example: omniops detect-eval --images val2017 --annotations instances_val2017.json --weights coco
+    """
+    distributed = dist.is_available() and dist.is_torchelastic_launched()
+    chosen = _choose_device(device, distributed)
+    require_weights(weights, random_weights)
+    require_detection()
+    require_writable(json_file)
+    if not images.is_dir():
+        raise CommandError(f"no such folder: {images}")
+
+    from omniops.detection import coco
+
+    try:
+        truth = coco.read_annotations(annotations)
+    except OSError as error:
+        raise CommandError(f"cannot read {annotations}: {error.strerror}") from None
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    entries = truth["images"]
+    if not any(os.path.exists(images / entry["file_name"]) for entry in entries):
+        raise CommandError(f"{images} has none of the {len(entries)} images that {annotations} lists")
+    category_ids = coco.label_ids(truth)
+
+    if distributed:
+        # What processes tell each other is on the CPU on every device. A fast one may wait long for a slow one.
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    # One process of each machine fetches the weights.
+    if distributed and not first_here:
+        dist.barrier()
+    detector = load_detector(model, weights, chosen, progress=rank == 0, num_classes=len(category_ids))
+    if distributed and first_here:
+        dist.barrier()
+
+    results: dict[int, list[dict[str, Any]]] = {}
+    bad: dict[Path, str] = {}
+    with progress() as bar:
+        task = bar.add_task("", total=len(entries[rank::processes]), visible=rank == 0)
+        for entry in entries[rank::processes]:
+            path = images / entry["file_name"]
+            try:
+                picture = read_picture(path, (entry["width"], entry["height"]))
+                found = detect_objects(detector, picture, chosen)
+                results[entry["id"]] = coco.to_results(found, entry["id"], category_ids)
+            except CommandError as error:
+                bad[path] = str(error)
+            bar.advance(task)
+    if distributed:
+        gathered: list[Any] | None = [None] * processes if rank == 0 else None
+        dist.gather_object((results, bad), gathered)
+        dist.destroy_process_group()
+        if gathered is None:
+            return
+        for some_results, some_bad in gathered:
+            results.update(some_results)
+            bad.update(some_bad)
+
+    # In the file's order, however many processes there were: among equal scores the first counts.
+    ordered = [result for entry in entries for result in results.get(entry["id"], ())]
+    figures = {"bbox": coco.average_precision(truth, ordered, results)}
+    if model is Model.MASK and coco.has_masks(truth):
+        figures["segm"] = coco.average_precision(truth, ordered, results, masks=True)
+
+    table = Table(
+        "",
+        *coco.FIGURES,
+        title=f"{len(results)} images, {model.value}, {devices.title(chosen)}",
+        box=SIMPLE_HEAD,
+    )
+    for name, kind in (("bbox", "boxes"), ("segm", "masks")):
+        if name in figures:
+            values = figures[name].values()
+            table.add_row(kind, *("" if value is None else f"{100 * value:.1f}" for value in values))
+    console = output()
+    console.print(table)
+    if model is Model.MASK and "segm" not in figures:
+        console.print("Masks were not judged: some annotations have none.")
+    if json_file is not None:
+        report = {
+            "model": model.value,
+            "weights": weights or "random",
+            "annotations": str(annotations),
+            "images": len(results),
+            "failed": [str(path) for path in bad],
+            "device": devices.title(chosen),
+            "versions": versions(),
+            **figures,
+        }
+        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    fail_for(bad, len(entries))
+
+
+def _choose_device(name: str | None, distributed: bool) -> torch.device:
+    """As every command; but of several processes each takes its own GPU where none is named by its number."""
+    chosen = choose_device(name)
+    if distributed and chosen.type != "cpu" and ":" not in (name or ""):
+        return choose_device(f"{chosen.type}:{os.environ['LOCAL_RANK']}")
+    return chosen

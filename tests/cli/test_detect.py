@@ -1,0 +1,313 @@
+"""omniops detect: pictures of every kind, names, results, and every error."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("omniops.detection.coco", exc_type=ImportError, reason="needs torchvision and faster-coco-eval")
+
+from omniops import detection
+from omniops.cli import detect, detect_parts
+from omniops.cli.common import CommandError
+from omniops.detection import coco
+
+SMALL = {"min_size": 64, "max_size": 96, "rpn_post_nms_top_n_test": 50, "box_detections_per_img": 5}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """What the detectors look at, not what they are."""
+    for name in ("faster_rcnn_resnet50_fpn_carafe", "mask_rcnn_resnet50_fpn_carafe"):
+        monkeypatch.setattr(detection, name, functools.partial(getattr(detection, name), **SMALL))
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """In place of a detector: a surely found truck, an unsure person, masks of the left half; and what it was shown."""
+    shown = []
+
+    def detector(images):
+        (image,) = images
+        shown.append(image)
+        height, width = image.shape[1:]
+        masks = torch.zeros(2, 1, height, width, dtype=torch.bool)
+        masks[:, :, :, : (width + 1) // 2] = True
+        boxes = torch.tensor([[0, 0, width / 2, height], [1.5, 2, 3, 5]])
+        return [{"boxes": boxes, "labels": torch.tensor([8, 1]), "scores": torch.tensor([0.9, 0.3]), "masks": masks}]
+
+    monkeypatch.setattr(detect, "load_detector", lambda *args, **kwargs: detector)
+    return shown
+
+
+def _picture(path, size=(40, 30), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def _run(omniops, *arguments):
+    return omniops("detect", *map(str, arguments), "--random-weights", "--device", "cpu")
+
+
+def _results(out):
+    return json.loads((out / "detections.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["mask", "faster"])
+def test_it_detects_with_weights_from_disk(omniops, tmp_path, kind):
+    torch.manual_seed(1)
+    build = getattr(detection, f"{kind}_rcnn_resnet50_fpn_carafe")
+    expected = build(box_score_thresh=0.0, mask_threshold=0.5).eval()
+    torch.save(expected.state_dict(), tmp_path / "weights.pth")
+    path, out = _picture(tmp_path / "street.png"), tmp_path / "out"
+    result = omniops(
+        "detect", str(path), "--model", f"{kind}-rcnn-r50-carafe", "--weights", str(tmp_path / "weights.pth"),
+        "--out", str(out), "--threshold", "0", "--device", "cpu",
+    )  # fmt: skip
+    assert (result.status, result.err.strip()) == (0, "")
+    with torch.no_grad():
+        (found,) = expected([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255])
+    results = _results(out)
+    assert len(results) == len(found["scores"]) > 0
+    for each, box, label, score in zip(results, found["boxes"], found["labels"], found["scores"], strict=True):
+        assert each["file_name"] == path.as_posix()
+        assert each["image_id"] == 1
+        assert each["category_id"] == detection.COCO_CATEGORY_IDS[label]
+        assert each["score"] == pytest.approx(float(score), abs=1e-5)
+        assert each["bbox"][:2] == pytest.approx(box[:2].tolist(), abs=1e-2)
+        assert [a + b for a, b in zip(each["bbox"][:2], each["bbox"][2:], strict=True)] == pytest.approx(
+            box[2:].tolist(), abs=1e-2
+        )
+        assert ("segmentation" in each) == (kind == "mask")
+    assert f"{path} -> {out / 'street.jpg'}: " in result.out
+    with Image.open(out / "street.jpg") as drawn:
+        assert drawn.size == (40, 30)
+
+
+def test_masks_are_coco_s_run_lengths(omniops, scripted, tmp_path):
+    _run(omniops, _picture(tmp_path / "a.png", (4, 3)), "--out", tmp_path / "out")
+    truck, _ = _results(tmp_path / "out")
+    assert truck["category_id"] == 8
+    assert truck["bbox"] == [0, 0, 2, 3]
+    decoded = coco.rle.decode({**truck["segmentation"], "counts": truck["segmentation"]["counts"].encode()})
+    assert decoded.tolist() == [[1, 1, 0, 0]] * 3
+
+
+def test_the_threshold_is_for_drawing_alone(omniops, scripted, tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (200, 150), "grey").save(path)
+    drawn = {}
+    for threshold in ("0.2", "0.5", "0.95"):
+        result = _run(omniops, path, "--out", tmp_path / threshold, "--threshold", threshold)
+        assert len(_results(tmp_path / threshold)) == 2
+        drawn[threshold] = np.array(Image.open(tmp_path / threshold / "a.jpg")).astype(int)
+        words = {"0.2": "1 truck, 1 person", "0.5": "1 truck", "0.95": "nothing that scores 0.95"}[threshold]
+        assert result.out.splitlines()[0].endswith(f": {words}")
+    assert abs(drawn["0.95"] - 128).max() <= 2
+    assert (abs(drawn["0.5"] - 128)[30:, :98].max(axis=2) > 20).all()
+    assert abs(drawn["0.5"] - 128)[30:, 120:].max() <= 2
+    assert abs(drawn["0.2"] - drawn["0.5"]).max() > 20
+
+
+def test_same_names_do_not_overwrite_each_other(omniops, scripted, tmp_path):
+    paths = [
+        _picture(tmp_path / name, seed=seed) for seed, name in enumerate(["a/x.png", "a/x.bmp", "b/x.png", "b/X.png"])
+    ]
+    out = tmp_path / "out"
+    result = _run(omniops, tmp_path / "a", tmp_path / "b", paths[0], "--out", out)
+    assert result.status == 0
+    names = [path.name for path in out.iterdir()]
+    assert len({name.casefold() for name in names}) == len(names) == 5
+    assert {each["file_name"] for each in _results(out)} == {path.as_posix() for path in paths}
+    assert sorted({each["image_id"] for each in _results(out)}) == [1, 2, 3, 4]
+
+
+def test_nothing_is_written_outside_out(omniops, scripted, tmp_path, monkeypatch):
+    _picture(tmp_path / "outer.png")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert _run(omniops, "../outer.png", "--out", "out").status == 0
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
+        "outer.png", "work/out/detections.json", "work/out/outer.jpg",
+    ]  # fmt: skip
+
+
+def test_an_input_is_never_overwritten(fails, scripted, tmp_path):
+    path = _picture(tmp_path / "a.jpg")
+    before = path.read_bytes()
+    line = fails("detect", str(tmp_path), "--random-weights", "--out", str(tmp_path), status=2)
+    assert f"{path} would be overwritten" in line
+    assert path.read_bytes() == before
+
+
+def test_ids_are_those_of_coco_s_names(omniops, scripted, tmp_path):
+    for name in ("000000397133.png", "000000000139.png"):
+        _picture(tmp_path / "in" / name)
+    _run(omniops, tmp_path / "in", "--out", tmp_path / "out")
+    assert {each["image_id"] for each in _results(tmp_path / "out")} == {397133, 139}
+    _picture(tmp_path / "in" / "139.png")  # the same number
+    _run(omniops, tmp_path / "in", "--out", tmp_path / "out")
+    assert {each["image_id"] for each in _results(tmp_path / "out")} == {1, 2, 3}
+
+
+def test_bad_pictures_do_not_lose_the_others(omniops, scripted, tmp_path):
+    folder = tmp_path / "in"
+    for name in ("1.png", "3.png", "5.png"):
+        _picture(folder / name)
+    (folder / "2.jpg").write_text("hello")
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:500])
+    (folder / "4.png").symlink_to(folder / "gone.png")
+    (folder / "6.gif").write_bytes(b"")
+    (folder / "notes.txt").write_text("no picture")
+    result = _run(omniops, folder, "--out", tmp_path / "out")
+    assert result.status == 1
+    *reasons, last = result.err.strip().splitlines()
+    assert last == "omniops: error: 4 of 6 images failed"
+    assert [next(part for part in ("2.jpg", "3.png", "4.png", "6.gif") if part in line) for line in reasons] == [
+        "2.jpg", "3.png", "4.png", "6.gif",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.jpg", "5.jpg", "detections.json"]
+    assert {each["image_id"] for each in _results(tmp_path / "out")} == {1, 5} or len(_results(tmp_path / "out")) == 4
+
+
+def test_a_picture_that_cannot_be_written_is_named(omniops, scripted, tmp_path):
+    paths = [_picture(tmp_path / name) for name in ("a.png", "b.png")]
+    (tmp_path / "out" / "a.jpg").mkdir(parents=True)
+    result = _run(omniops, *paths, "--out", tmp_path / "out")
+    assert result.status == 1
+    assert "cannot write" in result.err
+    assert (tmp_path / "out" / "b.jpg").is_file()
+
+
+def _gradient(dtype, peak):
+    return np.linspace(0, peak, 30 * 40).reshape(30, 40).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    "kind", ["grey", "16-bit", "32-bit", "1-bit", "palette", "transparent palette", "RGBA", "CMYK"]
+)
+def test_every_kind_of_pixels(scripted, omniops, tmp_path, kind):
+    """All show the same: dark above, light below."""
+    grey = Image.fromarray(_gradient(np.uint8, 255))
+    path = tmp_path / ("a.tif" if kind in ("32-bit", "CMYK") else "a.png")
+    if kind == "16-bit":
+        grey = Image.fromarray(_gradient(np.uint16, 65535))
+    elif kind == "32-bit":
+        grey = Image.fromarray(_gradient(np.int32, 65535))
+    elif kind == "RGBA":
+        grey.putalpha(Image.fromarray(np.eye(30, 40, dtype=np.uint8) * 255))
+    elif kind != "grey":
+        grey = grey.convert({"1-bit": "1", "CMYK": "CMYK"}.get(kind, "P"))
+    grey.save(path, **({"transparency": b"\0" * 20} if kind == "transparent palette" else {}))
+    result = _run(omniops, path, "--out", tmp_path / "out")
+    assert (result.status, result.err.strip()) == (0, "")
+    (image,) = scripted
+    assert image.shape == (3, 30, 40)
+    tolerance = 1 if kind == "1-bit" else 0.02
+    expected = torch.from_numpy(_gradient(np.float64, 1)).float()
+    torch.testing.assert_close(image, expected.expand(3, -1, -1), rtol=0, atol=tolerance)
+    assert image[:, :10].mean() < 0.25
+    assert image[:, 20:].mean() > 0.75
+
+
+def test_pixels_without_a_white_are_refused(tmp_path):
+    for dtype, peak in ((np.float32, 1), (np.int32, 2**30)):
+        Image.fromarray(_gradient(dtype, peak)).save(tmp_path / "a.tif")
+        with pytest.raises(CommandError, match="neither of 8 nor of 16 bits"):
+            detect_parts.read_picture(tmp_path / "a.tif")
+
+
+def _turned(path):
+    """Stored 40 x 30, its left half red; to be shown 30 x 40, its top red."""
+    pixels = np.zeros((30, 40, 3), dtype=np.uint8)
+    pixels[:, :20, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(pixels).save(path, exif=exif)
+    return path
+
+
+def test_a_picture_is_turned_as_its_camera_was(scripted, omniops, tmp_path):
+    assert _run(omniops, _turned(tmp_path / "a.png"), "--out", tmp_path / "out").status == 0
+    (image,) = scripted
+    assert image.shape == (3, 40, 30)
+    assert image[0, :20].min() == 1
+    assert image[0, 20:].max() == 0
+    with Image.open(tmp_path / "out" / "a.jpg") as drawn:
+        assert drawn.size == (30, 40)
+        assert 0x0112 not in drawn.getexif()
+
+
+def test_a_picture_is_turned_as_its_annotations_are(tmp_path):
+    path = _turned(tmp_path / "a.png")
+    assert detect_parts.read_picture(path, (30, 40)).size == (30, 40)
+    assert detect_parts.read_picture(path, (40, 30)).size == (40, 30)
+    with pytest.raises(CommandError, match="has 30 x 40 pixels, its annotations 31 x 40"):
+        detect_parts.read_picture(path, (31, 40))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 60), (300, 1)])
+def test_a_picture_of_any_size(omniops, tmp_path, size):
+    path = _picture(tmp_path / "a.png", size)
+    result = _run(omniops, path, "--out", tmp_path / "out", "--threshold", "0")
+    assert (result.status, result.err.strip()) == (0, "")
+    with Image.open(tmp_path / "out" / "a.jpg") as drawn:
+        assert drawn.size == size
+
+
+def test_places_without_pictures(fails, tmp_path):
+    missing = tmp_path / "none.jpg"
+    assert fails("detect", str(missing), "--random-weights", status=2).endswith(f"{missing}: No such file or directory")
+    (tmp_path / "notes.txt").write_text("")
+    assert f"no pictures in {tmp_path}" in fails("detect", str(tmp_path), "--random-weights", status=2)
+
+
+def test_weights_that_are_missing_or_wrong(fails, tmp_path):
+    out = ("--out", str(tmp_path / "out"), "--device", "cpu")
+    path = str(_picture(tmp_path / "a.png"))
+    assert "--weights coco" in fails("detect", path, *out, status=2)
+    assert "exclude each other" in fails("detect", path, "--weights", "x", "--random-weights", *out, status=2)
+    missing = tmp_path / "none.pth"
+    assert str(missing) in fails("detect", path, "--weights", str(missing), *out, status=2)
+    (tmp_path / "empty.pth").touch()
+    assert "no checkpoint" in fails("detect", path, "--weights", str(tmp_path / "empty.pth"), *out, status=1)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    line = fails("detect", path, "--weights", str(tmp_path / "other.pth"), *out, status=1)
+    assert "missing" in line
+    assert "1 unexpected (weight)" in line
+    # Nothing listens there.
+    line = fails("detect", path, "--weights", "http://127.0.0.1:9/none-0123abcd.pth", *out, status=1)
+    assert "cannot fetch" in line
+
+
+@pytest.mark.parametrize("command", [("detect", "."), ("detect-eval", "--images", ".", "--annotations", "x.json")])
+def test_a_missing_package_is_named_before_the_work(fails, monkeypatch, command):
+    monkeypatch.delitem(sys.modules, "omniops.detection.coco")
+    monkeypatch.delattr(detection, "coco")
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    line = fails(*command, "--random-weights", status=1)
+    assert "faster-coco-eval" in line
+    assert line.endswith("pip install 'omniops[detect]'")
+
+
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_that_cannot_be_written_to(fails, tmp_path):
+    path = _picture(tmp_path / "a.png")
+    (tmp_path / "out").mkdir(mode=0o555)
+    assert "permission denied" in fails(
+        "detect", str(path), "--random-weights", "--out", str(tmp_path / "out"), status=2
+    )
+
+
+def test_out_below_a_file(fails, tmp_path):
+    path = _picture(tmp_path / "a.png")
+    assert "cannot write" in fails("detect", str(path), "--random-weights", "--out", str(path / "out"), status=2)
