@@ -409,7 +409,8 @@ def test_offsets_far_outside_or_not_finite(backend, device, pairs, dtype, case):
     tensors = problem(case, dtype)
     taps = tensors.offset.shape[1] // 2
     # Each pair for a tap of its own, of one offset group, at a few positions.
-    for tap, (value, axes) in enumerate(pairs, start=4):
+    for tap, (number, axes) in enumerate(pairs, start=4):
+        value = torch.tensor(number).to(dtype)  # infinite where it is too large
         for axis in ("yx".index(each) for each in axes):
             tensors.offset[0, 2 * (tap % taps) + axis, 1:3, 2] = value
             tensors.offset[1, 2 * ((tap + 5) % taps) + axis, 0, :] = value
