@@ -278,6 +278,8 @@ def test_weights_that_are_missing_or_wrong(fails, tmp_path):
     assert "exclude each other" in fails("detect", path, "--weights", "x", "--random-weights", *out, status=2)
     missing = tmp_path / "none.pth"
     assert str(missing) in fails("detect", path, "--weights", str(missing), *out, status=2)
+    (tmp_path / "text.pth").write_text("hello")
+    assert "no checkpoint" in fails("detect", path, "--weights", str(tmp_path / "text.pth"), *out, status=1)
     (tmp_path / "empty.pth").touch()
     assert "no checkpoint" in fails("detect", path, "--weights", str(tmp_path / "empty.pth"), *out, status=1)
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")

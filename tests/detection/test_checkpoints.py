@@ -133,6 +133,25 @@ class _Hostile:
         return os.system, ("touch executed",)
 
 
+class _Pointers:
+    """An array of objects whose addresses the file chooses."""
+
+    def __reduce__(self) -> object:
+        return np.ndarray, ((1,), np.dtype("O"), b"AAAAAAAA")
+
+
+class _Shape:
+    def __reduce__(self) -> object:
+        return np.ndarray, (_Pointers(), np.dtype("u1"))
+
+
+@pytest.mark.parametrize("hostile", [_Pointers, _Shape])
+def test_arrays_of_numpy_are_not_made(openmmlab, tmp_path, hostile):
+    path = tmp_path / "hostile.pth"
+    torch.save({"state_dict": _faster(openmmlab), "meta": hostile()}, path)
+    detection.faster_rcnn_resnet50_fpn_carafe(path, num_classes=4)
+
+
 @pytest.mark.parametrize("new_format", [True, False])
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch, new_format):
     monkeypatch.chdir(tmp_path)
@@ -153,6 +172,16 @@ def test_what_is_no_checkpoint(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"broken\.pth is no checkpoint"):
         detection.faster_rcnn_resnet50_fpn_carafe(path)
+
+
+def test_damaged_safetensors_and_names_that_are_none(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"")
+    with pytest.raises((ValueError, ImportError), match=r"a\.safetensors is no checkpoint|safetensors"):
+        detection.faster_rcnn_resnet50_fpn_carafe(path)
+    torch.save({1: torch.zeros(1)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="it holds no state dict"):
+        detection.faster_rcnn_resnet50_fpn_carafe(tmp_path / "a.pth")
 
 
 def test_no_state_dict_and_no_file(tmp_path):

@@ -90,10 +90,15 @@ def detect_objects(detector: CARAFERCNN, picture: Image, device: torch.device) -
     try:
         with torch.inference_mode():
             (detections,) = detector([image])
-            return {name: value.cpu() for name, value in detections.items()}
-    except torch.OutOfMemoryError as error:
+            found = {name: value.cpu() for name, value in detections.items()}
+    except (RuntimeError, ValueError) as error:  # RuntimeError: no memory, on the CPU too
         line = str(error).partition("\n")[0]
         raise CommandError(f"a picture of {picture.width} x {picture.height} pixels: {line}", status=1) from None
+    if not (found["boxes"].isfinite().all() and found["scores"].isfinite().all()):
+        raise CommandError(
+            "the detections are no finite numbers: are the weights damaged, or another model's?", status=1
+        )
+    return found
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
@@ -136,8 +141,9 @@ def read_picture(path: Path, size: tuple[int, int] | None = None) -> Image:
         raise CommandError(f"no such file: {path}") from None
     except UnidentifiedImageError:
         raise CommandError(f"not a picture that Pillow can read: {path}") from None
-    # Pillow's decoders raise what they like on damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
+    except CommandError:
+        raise
+    except Exception as error:  # Pillow's decoders raise what they like on damaged files
         raise CommandError(f"cannot read {path}: {error}") from None
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -117,9 +116,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     """The state dict in a file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
-    if path.suffix == ".safetensors":
-        return dict(import_module("safetensors.torch").load_file(path))
     try:
+        if path.suffix == ".safetensors":
+            return dict(import_module("safetensors.torch").load_file(path))
         with torch.serialization.safe_globals(_harmless()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -129,13 +128,20 @@ def _read(path: Path) -> dict[str, Tensor]:
                 "tensors, numbers and texts alone: whoever trusts the file may save its state_dict again"
             ) from None
         raise ValueError(f"{path} is no checkpoint: {error}") from None
+    except ImportError:  # safetensors is not installed
+        raise
     except Exception as error:  # of many types, whatever the bytes of a file that is none happen to mean
         raise ValueError(f"{path} is no checkpoint, or a damaged one: {error!r}") from None
     while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise ValueError(f"{path} is no checkpoint: it holds no state dict")
     return {name.removeprefix("module."): value for name, value in content.items()}  # of DistributedDataParallel
+
+
+_OF_NUMPY = ("_reconstruct", "scalar")
 
 
 class _Discarded:
@@ -145,16 +151,19 @@ class _Discarded:
         """Of anything."""
         return super().__new__(cls)
 
+    def __setstate__(self, _: object) -> None:
+        """Of anything."""
+
 
 def _harmless() -> list[Any]:
-    """What OpenMMLab's checkpoints hold beside tensors: arrays and numbers of NumPy, and the record of the losses."""
-    array, number = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
+    """What OpenMMLab's checkpoints hold beside tensors: arrays and numbers of NumPy, and the record of the losses.
+
+    None of it is made: an array of objects over bytes of the file's choice would be pointers of its choice.
+    """
     return [
-        *((array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-        *((number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"},
+        *((_Discarded, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in _OF_NUMPY),
+        (_Discarded, "numpy.ndarray"),
+        (_Discarded, "numpy.dtype"),
         (_Discarded, "mmengine.logging.history_buffer.HistoryBuffer"),
         *((_Discarded, f"{module}.getattr") for module in ("builtins", "__builtin__")),  # to its methods
     ]
@@ -191,6 +200,8 @@ def _require_answer(url: str) -> None:
             errors.clear()
         except OSError as error:
             errors[:] = [error]
+        except Exception as error:  # of the URL itself
+            errors[:] = [OSError(str(error))]
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()

@@ -115,9 +115,11 @@ class RegionProposalNetwork(TorchvisionRPN):  # type: ignore[misc]
 
     def _best(self, scores: Tensor, num_anchors_per_level: list[int]) -> tuple[Tensor, Tensor]:
         """The indices of each level's best anchors, and their levels."""
+        most = self.pre_nms_top_n()
         indices = torch.arange(len(scores), device=scores.device).split(num_anchors_per_level)
         best = [
-            own[level.argsort(descending=True, stable=True)[: self.pre_nms_top_n()]]
+            # Among equal scores this leaves the choice to PyTorch's sort, as MMDetection does.
+            own[level.sort(descending=True)[1][:most]] if len(own) > most else own
             for own, level in zip(indices, scores.split(num_anchors_per_level), strict=True)
         ]
         return torch.cat(best), torch.cat([torch.full_like(own, number) for number, own in enumerate(best)])
