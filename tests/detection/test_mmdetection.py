@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib import cbook
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 pytest.importorskip("omniops.detection", exc_type=ImportError, reason="needs torchvision")
@@ -72,8 +74,16 @@ def mmcv() -> Iterator[None]:
     dropin.disable("mmcv")
 
 
+@pytest.fixture(scope="module")
+def photograph() -> Callable[[int, int], np.ndarray]:
+    """The one that ships inside matplotlib, (H, W, 3), cut and resized to any size."""
+    with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as opened:
+        whole = opened.convert("RGB")
+    return lambda height, width: np.array(ImageOps.fit(whole, (width, height)))
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def both(request, mmcv, picture, tmp_path_factory) -> tuple[nn.Module, nn.Module]:
+def both(request, mmcv, photograph, tmp_path_factory) -> tuple[nn.Module, nn.Module]:
     """MMDetection's model and ours, of the same weights, by way of a checkpoint."""
     from mmdet.apis import init_detector
     from mmengine.config import Config
@@ -83,7 +93,7 @@ def both(request, mmcv, picture, tmp_path_factory) -> tuple[nn.Module, nn.Module
     config.test_dataloader.dataset.pipeline[1].scale = SCALE
     with pytest.warns(UserWarning, match="checkpoint is None"):
         theirs = init_detector(config, None, device="cpu")
-    _randomise(theirs, picture(240, 360))
+    _randomise(theirs, photograph(240, 360))
     path = tmp_path_factory.mktemp("checkpoints") / "random.pth"
     torch.save({"meta": theirs.dataset_meta, "state_dict": theirs.state_dict()}, path)
     return theirs, build(path, min_size=min(SCALE), max_size=max(SCALE)).eval()
@@ -91,11 +101,11 @@ def both(request, mmcv, picture, tmp_path_factory) -> tuple[nn.Module, nn.Module
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("size", [(240, 360), (150, 100), (97, 301), (400, 600), (40, 40)])
-def test_detections_are_mmdetections(both, picture, size):
+def test_detections_are_mmdetections(both, photograph, size):
     from mmdet.apis import inference_detector
 
     theirs, ours = both
-    image = picture(*size)
+    image = photograph(*size)
     expected = inference_detector(theirs, np.ascontiguousarray(image[..., ::-1])).pred_instances
     with torch.no_grad():
         (found,) = ours([torch.from_numpy(image).permute(2, 0, 1) / 255])
