@@ -46,7 +46,8 @@ def roi_align_forward(
     begin, extent = _regions(rois, spatial_scale, 0.5 if aligned else 0.0)
     if not aligned:
         extent = extent.clamp(min=1)
-    output.fill_(torch.finfo(output.dtype).min)  # mmcv's largest of no samples: of regions without area
+    # mmcv's largest of no samples, of regions without area, or what a half has nearest to it.
+    output.fill_(max(torch.finfo(torch.float32).min, torch.finfo(output.dtype).min))
     argmax_y.fill_(-1)
     argmax_x.fill_(-1)
     for rows, grid in _steps(extent, size, sampling_ratio, input.shape[1]):
