@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from masks import adversarial, noise, spiral
 from scipy import ndimage
 
 from omniops.backends import cpu
@@ -78,46 +79,6 @@ def assert_right(backend, device, mask, connectivity, layout=lambda mask: mask):
         assert result.is_contiguous()
         wrong = (result.cpu() != expected).nonzero()
         assert not len(wrong), f"{name} are wrong at {wrong[0].tolist()} and {len(wrong) - 1} more"
-
-
-def spiral(h, w):
-    """A line a pixel wide with a gap of as much between its turns."""
-    mask = torch.zeros(h, w, dtype=torch.bool)
-    for turn in range(0, (min(h, w) + 1) // 2, 2):
-        bottom, right = h - 1 - turn, w - 1 - turn
-        mask[turn, max(turn - 2, 0) : right + 1] = True
-        mask[turn : bottom + 1, right] = True
-        mask[bottom, turn : right + 1] = True
-        mask[turn + 2 : bottom + 1, turn] = True
-    return mask
-
-
-def noise(h, w, density, seed=0):
-    return torch.rand(h, w, generator=torch.Generator().manual_seed(seed)) < density
-
-
-def adversarial(h, w):
-    y, x = torch.arange(h)[:, None], torch.arange(w)
-    masks = {
-        "all": torch.ones(h, w, dtype=torch.bool),
-        "none": torch.zeros(h, w, dtype=torch.bool),
-        "checkerboard": (y + x) % 2 == 0,
-        "other checkerboard": (y + x) % 2 == 1,
-        "comb": (x % 2 == 0) | (y == h - 1),  # the teeth meet last
-        "comb upside down": (x % 2 == 0) | (y == 0),
-        "comb to the left": (y % 2 == 0) | (x == w - 1),
-        "combs in each other": ((x % 4 == 0) & (y < h - 1)) | ((x % 4 == 2) & (y > 0)) | (y == 0) | (y == h - 1),
-        "zigzag": ((x + y) % 8 == 0) | ((x - y) % 8 == 4),
-        "rings": torch.minimum(torch.minimum(y, h - 1 - y), torch.minimum(x, w - 1 - x)) % 2 == 0,
-        "spiral": spiral(h, w),
-        "what the spiral leaves": ~spiral(h, w),
-        "mirrored spiral": spiral(h, w).flip(1),
-        "serpent": (y % 2 == 0) | ((x == w - 1) & (y % 4 == 1)) | ((x == 0) & (y % 4 == 3)),
-        "staircase": (x - y) % 3 == 0,
-        "other staircase": (x + y) % 3 == 0,
-    }
-    densities = (0.02, 0.3, 0.41, 0.5, 0.593, 0.7, 0.95)
-    return masks | {f"{density:.0%} noise": noise(h, w, density) for density in densities}
 
 
 @BACKENDS

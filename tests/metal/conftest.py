@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import the emulator and the CUDA shim; skips them where the emulator does not run."""
+"""Skips the tests of this folder where the emulator does not run."""
 
 import sys
 from pathlib import Path
@@ -6,15 +6,12 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER))
 
 
 def pytest_collection_modifyitems(items):
     if sys.platform == "linux":
         return
-    reason = (
-        "the Metal emulator runs on Linux; on a Mac tests/backends/test_carafe.py runs the kernels on the Apple GPU"
-    )
+    reason = "the Metal emulator runs on Linux; on a Mac tests/backends runs the kernels on the Apple GPU"
     for item in items:
         if FOLDER in item.path.parents:
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from masks import adversarial
 from torch import Tensor
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -108,39 +109,6 @@ def arguments(operator: str, case: Case, dtype: torch.dtype, seed: int = 0, devi
         "deform_conv2d_backward_data": [grad, input, offset, weight, mask, *numbers],
         "deform_conv2d_backward_weight": [grad, input, offset, mask, case.kernel_size, case.groups, *numbers],
     }[operator]
-
-
-def spiral(h: int, w: int) -> Tensor:
-    """A line a pixel wide with a gap of as much between its turns."""
-    mask = torch.zeros(h, w, dtype=torch.bool)
-    for turn in range(0, (min(h, w) + 1) // 2, 2):
-        bottom, right = h - 1 - turn, w - 1 - turn
-        mask[turn, max(turn - 2, 0) : right + 1] = True
-        mask[turn : bottom + 1, right] = True
-        mask[bottom, turn : right + 1] = True
-        mask[turn + 2 : bottom + 1, turn] = True
-    return mask
-
-
-def adversarial(h: int, w: int) -> dict[str, Tensor]:
-    """Masks whose components are long, many, or meet late."""
-    y, x = torch.arange(h)[:, None], torch.arange(w)
-    return {
-        "all": torch.ones(h, w, dtype=torch.bool),
-        "none": torch.zeros(h, w, dtype=torch.bool),
-        "checkerboard": (y + x) % 2 == 0,
-        "comb": (x % 2 == 0) | (y == h - 1),
-        "comb upside down": (x % 2 == 0) | (y == 0),
-        "comb to the left": (y % 2 == 0) | (x == w - 1),
-        "combs in each other": ((x % 4 == 0) & (y < h - 1)) | ((x % 4 == 2) & (y > 0)) | (y == 0) | (y == h - 1),
-        "zigzag": ((x + y) % 8 == 0) | ((x - y) % 8 == 4),
-        "rings": torch.minimum(torch.minimum(y, h - 1 - y), torch.minimum(x, w - 1 - x)) % 2 == 0,
-        "spiral": spiral(h, w),
-        "what the spiral leaves": ~spiral(h, w),
-        "serpent": (y % 2 == 0) | ((x == w - 1) & (y % 4 == 1)) | ((x == 0) & (y % 4 == 3)),
-        "staircase": (x - y) % 3 == 0,
-        "other staircase": (x + y) % 3 == 0,
-    }
 
 
 def doubled(arguments: list[Any]) -> list[Any]:

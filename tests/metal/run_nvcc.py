@@ -28,9 +28,12 @@ from typing import Any, NamedTuple
 if "check" in sys.argv:
     os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
-import nvcc_shim
-import torch
-from problems import (
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+import nvcc_shim  # noqa: E402
+import torch  # noqa: E402
+from problems import (  # noqa: E402
     EXACT,
     OPERATORS,
     TOLERANCES,
@@ -43,9 +46,8 @@ from problems import (
     error,
     results,
 )
-from torch import Tensor
+from torch import Tensor  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 torch.mps.compile_shader = nvcc_shim.compile_shader
 
 from omniops.backends.columns import Geometry  # noqa: E402

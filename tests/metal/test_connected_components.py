@@ -12,7 +12,8 @@ import emulator
 import numpy as np
 import pytest
 import torch
-from problems import EXACT, adversarial, spiral
+from masks import adversarial, spiral
+from problems import EXACT
 from scipy import ndimage
 from torch import Tensor
 

@@ -29,7 +29,7 @@ def checks() -> Iterator[Check]:
         yield _check("(2, 1, 40, 64) 50% noise transposed", _noise((2, 1, 64, 40), 0.5).mT, connectivity)
         yield _check("(1, 1, 1, 100) 70% noise", _noise((1, 1, 1, 100), 0.7), connectivity)
         yield _check("(2, 1, 100, 1) 70% noise", _noise((2, 1, 100, 1), 0.7), connectivity)
-        yield _check("(1, 1, 129, 129) spiral", _spiral(129), connectivity)
+        yield _check("(1, 1, 129, 129) spiral", spiral(129, 129)[None, None], connectivity)
         yield _check("(1, 1, 65, 97) all", torch.ones(1, 1, 65, 97, dtype=torch.int64), connectivity)
         yield _check("(1, 1, 9, 33) none", torch.zeros(1, 1, 9, 33, dtype=torch.int64), connectivity)
 
@@ -46,16 +46,16 @@ def _noise(shape: Shape, density: float) -> Tensor:
     return (torch.rand(shape, generator=generator) < density).long() * 2
 
 
-def _spiral(side: int) -> Tensor:
-    """One line a pixel wide, with a gap of as much between its turns: no component is longer."""
-    mask = torch.zeros(side, side, dtype=torch.int64)
-    for turn in range(0, side // 2, 2):
-        near, far = turn, side - 1 - turn
-        mask[near, max(near - 2, 0) : far + 1] = 1
-        mask[near : far + 1, far] = 1
-        mask[far, near : far + 1] = 1
-        mask[near + 2 : far + 1, near] = 1
-    return mask[None, None]
+def spiral(h: int, w: int) -> Tensor:
+    """One line a pixel wide, with a gap of as much between its turns, (H, W) in bool: no component is longer."""
+    mask = torch.zeros(h, w, dtype=torch.bool)
+    for turn in range(0, (min(h, w) + 1) // 2, 2):
+        bottom, right = h - 1 - turn, w - 1 - turn
+        mask[turn, max(turn - 2, 0) : right + 1] = True
+        mask[turn : bottom + 1, right] = True
+        mask[bottom, turn : right + 1] = True
+        mask[turn + 2 : bottom + 1, turn] = True
+    return mask
 
 
 _IMAGE = (1, 1, 1024, 1024)
