@@ -32,6 +32,11 @@ def accumulator(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def accumulated(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype that sums over it are kept in; itself where it has it."""
+    return tensor.to(accumulator(tensor))
+
+
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

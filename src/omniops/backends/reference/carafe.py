@@ -8,7 +8,7 @@ group, y and x centres, a and b the result's place in its centre's block.
 import torch.nn.functional as F
 from torch import Tensor
 
-from omniops.backends import accumulator, finish
+from omniops.backends import accumulated, accumulator, finish
 
 
 def carafe(
@@ -40,7 +40,7 @@ def carafe_backward_features(
     n, c = grad.shape[:2]
     pad = kernel_size // 2
     weights = _blocks(masks, group_size, scale_factor).unflatten(2, (kernel_size, kernel_size))
-    blocks = _blocks(grad, group_size, scale_factor).to(accumulator(grad))
+    blocks = accumulated(_blocks(grad, group_size, scale_factor))
     padded = blocks.new_zeros((n, group_size, c // group_size, height + 2 * pad, width + 2 * pad))
     for u in range(kernel_size):
         for v in range(kernel_size):
@@ -54,7 +54,7 @@ def carafe_backward_masks(
     grad: Tensor, features: Tensor, kernel_size: int, group_size: int, scale_factor: int, stride: int
 ) -> Tensor:
     """(N, C, H*s/t, W*s/t), (N, C, H, W) -> (N, G*k*k, H*s/t, W*s/t)."""
-    blocks = _blocks(grad, group_size, scale_factor).to(accumulator(grad))
+    blocks = accumulated(_blocks(grad, group_size, scale_factor))
     padded = _padded(features, kernel_size, group_size)
     n, _, _, *places = blocks.shape
     out = grad.new_empty((n, group_size, kernel_size, kernel_size, *places))
@@ -76,7 +76,7 @@ def _padded(features: Tensor, kernel_size: int, group_size: int) -> Tensor:
     """(N, G*c, H, W) -> (N, G, c, H + 2p, W + 2p), zero outside the map, in the dtype of the sums."""
     n, c, h, w = features.shape
     pad = kernel_size // 2
-    features = features.to(accumulator(features))
+    features = accumulated(features)
     return F.pad(features, (pad, pad, pad, pad)).reshape(n, group_size, c // group_size, h + 2 * pad, w + 2 * pad)
 
 

@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from omniops.backends import accumulator, finish
+from omniops.backends import accumulated, finish
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def deform_conv2d(
 ) -> Tensor:
     """(N, C, H, W) -> (N, C_out, H_out, W_out)."""
     groups = input.shape[1] // weight.shape[1]
-    kernels = _accumulated(weight).unflatten(0, (groups, -1)).flatten(3)
+    kernels = accumulated(weight).unflatten(0, (groups, -1)).flatten(3)
     out: Tensor | None = None
     for tap, corners, factor in _taps(input, offset, mask, weight.shape[2:], stride, padding, dilation):
         columns = (_interpolated(input, corners) * factor).flatten(1, 2).unflatten(1, (groups, -1))
@@ -51,7 +51,7 @@ def deform_conv2d(
     assert out is not None
     out = out.flatten(1, 2).unflatten(2, offset.shape[2:])
     if bias is not None:
-        out = out + _accumulated(bias)[:, None, None]
+        out = out + accumulated(bias)[:, None, None]
     return finish(out, input)
 
 
@@ -67,8 +67,8 @@ def deform_conv2d_backward_data(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(N, C_out, H_out, W_out) -> the gradients of input, offset and mask."""
     groups = input.shape[1] // weight.shape[1]
-    kernels = _accumulated(weight).unflatten(0, (groups, -1)).flatten(3)
-    grads = _accumulated(grad).flatten(2).unflatten(1, (groups, -1))
+    kernels = accumulated(weight).unflatten(0, (groups, -1)).flatten(3)
+    grads = accumulated(grad).flatten(2).unflatten(1, (groups, -1))
     by_input = grads.new_zeros(input.flatten(2).shape).unflatten(1, (offset.shape[1] // (2 * kernels.shape[-1]), -1))
     by_offset, by_mask = [], []
     for tap, corners, factor in _taps(input, offset, mask, weight.shape[2:], stride, padding, dilation):
@@ -106,7 +106,7 @@ def deform_conv2d_backward_weight(
     dilation: Sequence[int],
 ) -> Tensor:
     """(N, C_out, H_out, W_out) -> (C_out, C / groups, kh, kw)."""
-    grads = _accumulated(grad).flatten(2).unflatten(1, (groups, -1))
+    grads = accumulated(grad).flatten(2).unflatten(1, (groups, -1))
     by_tap = []
     for _, corners, factor in _taps(input, offset, mask, kernel_size, stride, padding, dilation):
         columns = (_interpolated(input, corners) * factor).flatten(1, 2).unflatten(1, (groups, -1))
@@ -125,7 +125,7 @@ def _taps(
 ) -> Iterator[tuple[int, list[_Corner], Tensor]]:
     """For each tap its number, the four corners of its samples, and the samples' factors, (N, D, 1, P)."""
     taps = kernel_size[0] * kernel_size[1]
-    moves = _accumulated(offset).flatten(2).unflatten(1, (-1, taps, 2))
+    moves = accumulated(offset).flatten(2).unflatten(1, (-1, taps, 2))
     factors = moves.new_ones(()).expand(1, 1, taps, 1) if mask is None else mask.flatten(2).unflatten(1, (-1, taps))
     height, width = offset.shape[2:]
     rows = torch.arange(height, device=offset.device) * stride[0] - padding[0]
@@ -161,7 +161,3 @@ def _interpolated(input: Tensor, corners: list[_Corner]) -> Tensor:
     top_left, top_right, low_left, low_right = (corner.weight * _pixels(input, corner) for corner in corners)
     total: Tensor = top_left + top_right + low_left + low_right
     return total
-
-
-def _accumulated(tensor: Tensor) -> Tensor:
-    return tensor.to(accumulator(tensor))

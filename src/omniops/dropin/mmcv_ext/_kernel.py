@@ -25,8 +25,3 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return call
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision in float32, all else as it is: coordinates and sums need more than half precision has."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

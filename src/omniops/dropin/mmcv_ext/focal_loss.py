@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omniops.dropin.mmcv_ext._kernel import at_least_float32, kernel
+from omniops.backends import accumulated
+from omniops.dropin.mmcv_ext._kernel import kernel
 
 
 @kernel
@@ -17,7 +18,7 @@ def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
     """Fill ``output``, (N, C): the loss of each class by the logits ``input``; a target of C is the background."""
-    p = at_least_float32(input).sigmoid()
+    p = accumulated(input).sigmoid()
     positive = -alpha * (1 - p) ** gamma * _log(p)
     negative = -(1 - alpha) * p**gamma * _log(1 - p)
     output.copy_(torch.where(_is_target(target, p), positive, negative) * _weights(target, weight)[:, None])
@@ -28,7 +29,7 @@ def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
     """Fill ``grad_input``, (N, C), with the derivative of each loss by its logit."""
-    p = at_least_float32(input).sigmoid()
+    p = accumulated(input).sigmoid()
     positive = -alpha * (1 - p) ** gamma * (1 - p - gamma * p * _log(p))
     negative = -(1 - alpha) * p**gamma * (gamma * (1 - p) * _log(1 - p) - p)
     grad_input.copy_(torch.where(_is_target(target, p), positive, negative) * _weights(target, weight)[:, None])
@@ -39,7 +40,7 @@ def softmax_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
     """Fill ``output``, (N,), by the probabilities ``input``, (N, C); rows of a negative target have none."""
-    p = _of_target(at_least_float32(input), target)
+    p = _of_target(accumulated(input), target)
     loss = -alpha * (1 - p) ** gamma * _log(p) * _weights(target, weight)
     output.copy_(torch.where(target >= 0, loss, 0))
 
@@ -49,7 +50,7 @@ def softmax_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
     """Fill ``grad_input``, (N, C), with the derivative of each row's loss by its logits, and ``buff`` on the way."""
-    probabilities = at_least_float32(input)
+    probabilities = accumulated(input)
     p = _of_target(probabilities, target)
     # p dL/dp: with d p / d logit_c = p (1 where c is the target - p_c) it makes the derivative by a logit
     factor = alpha * (gamma * (1 - p) ** (gamma - 1) * p * _log(p) - (1 - p) ** gamma) * _weights(target, weight)
@@ -74,4 +75,4 @@ def _weights(target: Tensor, weight: Tensor) -> Tensor:
     if weight.numel() == 0:
         return torch.ones((), dtype=torch.float32, device=target.device)[None]
     is_class = (target >= 0) & (target < len(weight))
-    return torch.where(is_class, at_least_float32(weight)[target.where(is_class, 0)], 1)
+    return torch.where(is_class, accumulated(weight)[target.where(is_class, 0)], 1)

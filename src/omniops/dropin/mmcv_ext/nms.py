@@ -7,7 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from omniops.dropin.mmcv_ext._kernel import at_least_float32, kernel
+from omniops.backends import accumulated
+from omniops.dropin.mmcv_ext._kernel import kernel
 from omniops.dropin.mmcv_ext._torchvision import torchvision_ops
 
 Array = npt.NDArray[np.float32]
@@ -19,7 +20,7 @@ NAIVE, LINEAR = 0, 1
 @kernel
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
     """The indices of the boxes that no better box overlaps by more than ``iou_threshold``, best first."""
-    boxes = at_least_float32(boxes)
+    boxes = accumulated(boxes)
     # A pixel more at the far corners makes widths, heights and overlaps a pixel larger, as the offset does.
     wider = boxes + boxes.new_tensor([0, 0, offset, offset])
     threshold = float(np.float32(iou_threshold))  # a float in mmcv, a double in torchvision
