@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from omniops.dropin import _mmcv, mmcv_ext
+from omniops.dropin.mmcv_ext import roi
 
 EMPTY = torch.empty(0)
 
@@ -381,10 +383,115 @@ def test_regions_come_in_steps_that_memory_allows(monkeypatch):
     input, offset = _random(2, 3, 8, 9), _random(len(ROIS), 2, *SIZE, seed=1)
     outputs = []
     for most in (2**24, 100):
-        monkeypatch.setattr(importlib.import_module("omniops.dropin.mmcv_ext.roi"), "_MOST_SAMPLES", most)
+        monkeypatch.setattr(roi, "_MOST_SAMPLES", most)
         outputs.append(torch.empty(len(ROIS), 3, *SIZE, dtype=torch.float64))
         mmcv_ext.deform_roi_pool_forward(input, ROIS, offset, outputs[-1], *SIZE, SCALE, 2, 0.7)
     assert outputs[0].equal(outputs[1])
+
+
+class _Largest(TorchDispatchMode):
+    """How many elements the largest tensor has that an operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def _pooled(name, input, rois, grad, ratio=0):
+    """Forward and backward of one of the functions that sample in PyTorch."""
+    if name == "roi_align":
+        return _roi_align(input, rois, grad, ratio, "max", True)
+    output, by_input = torch.ones_like(grad), torch.ones_like(input)
+    if name == "roi_pool":
+        argmax = torch.zeros(grad.shape, dtype=torch.int)
+        mmcv_ext.roi_pool_forward(input, rois, output, argmax, *SIZE, SCALE)
+        mmcv_ext.roi_pool_backward(grad, rois, argmax, by_input, *SIZE, SCALE)
+        return output, by_input
+    offset = torch.zeros(len(rois), 2, *SIZE).double()
+    by_offset = torch.zeros_like(offset)
+    mmcv_ext.deform_roi_pool_forward(input, rois, offset, output, *SIZE, SCALE, ratio, 0.3)
+    mmcv_ext.deform_roi_pool_backward(grad, input, rois, offset, by_input, by_offset, *SIZE, SCALE, ratio, 0.3)
+    return output, by_input, by_offset
+
+
+@pytest.mark.parametrize("name", ["roi_align", "roi_pool", "deform_roi_pool"])
+def test_a_large_region_comes_in_parts_that_memory_allows(monkeypatch, name):
+    # Samples on pixels that are equal, and off the map: which of them is the first tells the gradient.
+    input = _random(2, 3, 8, 9).relu()
+    rois = torch.tensor([[1, -260.0, -310, 140, 290], [0, 1, 1, 401, 601], [1, -390, -595, 10, 5]], dtype=torch.float64)
+    grad = _random(3, 3, *SIZE, seed=1)
+    # 100 samples for each bin's 100 pixels, down and across: as many as without a ratio, and none of them left out.
+    expected = _pooled(name, input, rois, grad, 100)
+    monkeypatch.setattr(roi, "_MOST_SAMPLES", 2000)
+    with _Largest() as largest:
+        actual = _pooled(name, input, rois, grad)
+    assert largest.elements <= 4 * 2000  # a pixel number for each of the four around a sample
+    for one, wanted in zip(actual, expected, strict=True):
+        _close(one, wanted, 1e-12)
+    if name == "roi_align":  # as many parts as a ratio of the caller's makes
+        for one, wanted in zip(_pooled(name, input, rois, grad, 100), expected, strict=True):
+            assert one.equal(wanted)
+
+
+@pytest.mark.parametrize("name", ["roi_align", "roi_pool", "deform_roi_pool"])
+def test_of_a_huge_region_what_is_on_the_map_is_sampled(name):
+    input = _random(2, 3, 8, 9)
+    # Bins of 200000 x 200000 pixels, with the map in the second down and first across, and samples on its pixels.
+    rois = torch.tensor([[1, -200000, -600000, 600000, 600000]], dtype=torch.float64)
+    grad = torch.ones(1, 3, *SIZE, dtype=torch.float64)
+    with _Largest() as largest:
+        output, by_input, *_ = _pooled(name, input, rois, grad)
+    assert largest.elements < 2**17
+    wanted, x = torch.zeros_like(grad), input.clone().requires_grad_()
+    if name == "deform_roi_pool":  # the samples a pixel beside the map are the border's
+        output, by_input = output * 4e10, by_input * 4e10
+        value = F.pad(x[1], (1, 1, 1, 1), mode="replicate").sum((1, 2))
+    else:
+        value = x[1].amax((1, 2))
+    value.sum().backward()
+    wanted[0, :, 1, 0] = value.detach()
+    _close(output, wanted)
+    _close(by_input, x.grad)
+
+
+@pytest.mark.parametrize("image", [2, -1, -0.5, math.nan])
+@pytest.mark.parametrize("name", ["roi_align", "roi_align avg", "roi_pool", "deform_roi_pool"])
+def test_regions_of_an_image_that_is_not_there(name, image):
+    if name == "roi_align avg":
+        pytest.importorskip("torchvision")
+    input, rois = _random(2, 3, 8, 9), ROIS.clone()
+    rois[1, 0] = image
+    grad = _random(len(rois), 3, *SIZE)
+    expected = f"rois must have .* from 0 to 1 as input has batch size 2, got {image:g} in row 1$"
+    with pytest.raises(ValueError, match=expected):
+        _roi_align(input, rois, grad, 2, "avg", True) if "avg" in name else _pooled(name, input, rois, grad, 2)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("column", [3, 4])
+def test_regions_that_are_not_finite(column, number):
+    pytest.importorskip("torchvision")
+    input, rois = _random(2, 3, 8, 9), ROIS.clone()
+    rois[1, column] = number
+    grad = _random(len(rois), 3, *SIZE)
+    for output in (_pooled(name, input, rois, grad, 2)[0] for name in ("roi_align", "deform_roi_pool")):
+        assert (output[1] == 0).all()
+    with pytest.raises(ValueError, match="rois must be finite"):
+        _roi_align(input, rois, grad, 2, "avg", True)
+
+
+def test_pixels_of_a_map_too_large_for_float32_to_count():
+    y, x = torch.tensor([2.0]), torch.tensor([1.0])
+    pixels, weights = roi._neighbours(y, x, 3, 2**23 + 1)
+    assert pixels[0].item() == 2 * (2**23 + 1) + 1
+    assert weights[0].item() == 1
 
 
 @pytest.mark.parametrize("name", ["roi_align", "roi_pool", "deform_roi_pool"])

@@ -2,23 +2,35 @@
 
 ``input`` is (N, C, H, W), ``rois`` (K, 5): the index of the image, then x1, y1, x2, y2, which ``spatial_scale`` brings
 to pixels of the input. Each region is cut into bins, and results are (K, C, bins down, bins across).
+
+Each ``..._forward`` raises ValueError for the index of an image that ``input`` does not have; but for roi_align's
+average, on the CPU alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from omniops.dropin.mmcv_ext._kernel import at_least_float32, kernel
+from omniops.backends import accumulated
+from omniops.dropin.mmcv_ext._kernel import kernel
 from omniops.dropin.mmcv_ext._torchvision import torchvision_ops
 
 MAX = 0
 """A pool_mode of roi_align; the other, 1, is the average."""
 
 _MOST_SAMPLES = 2**24
-"""The numbers that one step samples at most, where it samples in PyTorch."""
+"""The numbers that one step samples at most, where it samples in PyTorch, or one number for each of a region's results.
+
+This bounds the working memory, however large regions are: :func:`_steps` takes so many regions at a time, and
+:func:`_parts` so many of a region's samples.
+"""
+
+_ROUNDING = 8
+"""Samples to each side for rounding: in float32 it moves a position by less, up to 10^7 pixels away from the map."""
 
 
 @kernel
@@ -36,11 +48,16 @@ def roi_align_forward(
     aligned: bool,
 ) -> None:
     """Fill ``output`` with each bin's average sample, or with its largest and ``argmax_y``, ``argmax_x`` with where."""
-    input = at_least_float32(input)
+    input = accumulated(input)
     rois = rois.to(input.dtype)
     size = (aligned_height, aligned_width)
     if pool_mode != MAX:
         roi_align = torchvision_ops("roi_align").roi_align
+        # On other devices torchvision's kernels do not look, and to look here would be to wait for the device.
+        if rois.device.type == "cpu":
+            _check_images(rois[:, 0].tolist(), len(input))
+            if not rois.isfinite().all():  # they would end the process
+                raise ValueError("rois must be finite, got NaN or infinity: look for it in what predicts the boxes")
         output.copy_(roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned))
         return
     begin, extent = _regions(rois, spatial_scale, 0.5 if aligned else 0.0)
@@ -50,15 +67,17 @@ def roi_align_forward(
     output.fill_(max(torch.finfo(torch.float32).min, torch.finfo(output.dtype).min))
     argmax_y.fill_(-1)
     argmax_x.fill_(-1)
-    for rows, grid in _steps(extent, size, sampling_ratio, input.shape[1]):
-        positions = _positions(_bins(begin[rows], extent[rows], size), extent[rows], size, grid)
-        pixels, weights = _neighbours(*positions, *input.shape[2:])
-        samples = _sample(_channels_last(input), _on_maps(pixels, rois[rows, 0], input), weights)
-        largest, best = _largest(samples)
-        output[rows] = largest.to(output.dtype)
-        for argmax, position in zip((argmax_y, argmax_x), positions, strict=True):
-            everywhere = position.flatten(3)[:, None].expand(*best.shape, -1)
-            argmax[rows] = everywhere.gather(4, best[..., None])[..., 0].to(argmax.dtype)
+    channels_last = _channels_last(input)
+    for rows, grid, counts in _steps(rois, input, extent, size, sampling_ratio):
+        bins = _bins(begin[rows], extent[rows], size)
+        found: tuple[Tensor, ...] = ()
+        for part in _parts(counts, rows, output):
+            positions = _positions(bins, extent[rows], size, grid, counts, part)
+            pixels, weights = _neighbours(*positions, *input.shape[2:])
+            samples = _sample(channels_last, _on_maps(pixels, rois[rows, 0], input), weights)
+            found = _larger(found, _largest(samples, *positions))
+        for result, values in zip((output, argmax_y, argmax_x), found, strict=True):
+            result[rows] = values.to(result.dtype)
 
 
 @kernel
@@ -76,7 +95,7 @@ def roi_align_backward(
     aligned: bool,
 ) -> None:
     """Fill ``grad_input``."""
-    grad = at_least_float32(grad_output)
+    grad = accumulated(grad_output)
     rois = rois.to(grad.dtype)
     if pool_mode != MAX:
         torchvision_ops("roi_align")
@@ -106,24 +125,27 @@ def roi_pool_forward(
     Bins are not torchvision's: a region ends a whole pixel of the image behind x2, y2, and is not rounded.
     """
     height, width = input.shape[2:]
-    begin, end = at_least_float32(rois[:, 1:3]) * spatial_scale, (at_least_float32(rois[:, 3:5]) + 1) * spatial_scale
+    rois = accumulated(rois)
+    begin, end = rois[:, 1:3] * spatial_scale, (rois[:, 3:5] + 1) * spatial_scale
     size = (pooled_height, pooled_width)
     channels_last = _channels_last(input)
     output.zero_()
     argmax.fill_(-1)
-    for rows, grid in _steps(end - begin, size, 0, input.shape[1]):
+    # A bin ends on pixels that it covers in part, and covers none that are not on the map.
+    for rows, _, counts in _steps(rois, input, end - begin, size, 0, lambda pixels, side: min(pixels + 2, side)):
         first, extent = begin[rows], (end - begin)[rows]
-        y, inside_y = _pixels(first[:, 1], extent[:, 1], pooled_height, grid[0] + 2, height)
-        x, inside_x = _pixels(first[:, 0], extent[:, 0], pooled_width, grid[1] + 2, width)
-        inside = inside_y[:, :, None, :, None] & inside_x[:, None, :, None, :]
-        pixels = y[:, :, None, :, None] * width + x[:, None, :, None, :]
-        samples = channels_last[_on_maps(pixels[None], rois[rows, 0], input)[0]]
-        samples.masked_fill_(~inside[..., None], -torch.inf)
-        largest, best = _largest(samples)
-        empty = ~inside.flatten(3).any(3)[:, None]
-        output[rows] = largest.masked_fill_(empty, 0)
-        pixels = pixels.flatten(3)[:, None].expand(*best.shape, -1).gather(4, best[..., None])[..., 0]
-        argmax[rows] = pixels.masked_fill_(empty, -1).to(argmax.dtype)
+        found: tuple[Tensor, ...] = ()
+        for down, across in _parts(counts, rows, output):
+            y, inside_y = _pixels(first[:, 1], extent[:, 1], pooled_height, down, height)
+            x, inside_x = _pixels(first[:, 0], extent[:, 0], pooled_width, across, width)
+            inside = inside_y[:, :, None] & inside_x[:, None]
+            pixels = y[:, :, None] * width + x[:, None]
+            samples = channels_last[_on_maps(pixels[None], rois[rows, 0], input)[0]]
+            samples.masked_fill_(~inside[..., None], -torch.inf)
+            found = _larger(found, _largest(samples, pixels.masked_fill_(~inside, -1)))
+        largest, best = found
+        output[rows] = largest.masked_fill_(best < 0, 0)
+        argmax[rows] = best.to(argmax.dtype)
 
 
 @kernel
@@ -157,17 +179,20 @@ def deform_roi_pool_forward(
     ``offset`` is (K, 2, bins down, bins across), x before y: ``gamma`` times it moves a bin, in units of its region's
     width and height; or it has no elements.
     """
-    input = at_least_float32(input)
+    input = accumulated(input)
     rois = rois.to(input.dtype)
     begin, extent = _regions(rois, spatial_scale, 0.5)
     size = (pooled_height, pooled_width)
     channels_last = _channels_last(input)
-    output.zero_()
-    for rows, grid in _steps(extent, size, sampling_ratio, input.shape[1]):
+    sums = input.new_zeros(output.shape)
+    for rows, grid, counts in _steps(rois, input, extent, size, sampling_ratio):
         bins = _moved(_bins(begin[rows], extent[rows], size), extent[rows], offset, rows, gamma)
-        pixels, weights = _neighbours(*_positions(bins, extent[rows], size, grid), *input.shape[2:])
-        samples = _sample(channels_last, _on_maps(pixels, rois[rows, 0], input), weights)
-        output[rows] = samples.mean((3, 4)).movedim(3, 1).to(output.dtype)
+        for part in _parts(counts, rows, output):
+            pixels, weights = _neighbours(*_positions(bins, extent[rows], size, grid, counts, part), *input.shape[2:])
+            samples = _sample(channels_last, _on_maps(pixels, rois[rows, 0], input), weights)
+            sums[rows] += samples.sum(3).movedim(3, 1)
+        sums[rows] /= float(grid[0] * grid[1])
+    output.copy_(sums)
 
 
 @kernel
@@ -189,24 +214,28 @@ def deform_roi_pool_backward(
     The derivative by the offsets is the forward's own, also at the border of the map, where that of mmcv's kernel is
     not.
     """
-    input = at_least_float32(input)
+    input = accumulated(input)
     rois = rois.to(input.dtype)
     begin, extent = _regions(rois, spatial_scale, 0.5)
     size = (pooled_height, pooled_width)
     channels_last = _channels_last(input)
     by_input = torch.zeros_like(channels_last)
-    for rows, grid in _steps(extent, size, sampling_ratio, input.shape[1]):
-        grad = grad_output[rows].to(input.dtype).movedim(1, 3)[:, :, :, None, None] / (grid[0] * grid[1])
-        with torch.enable_grad():
-            moves = offset.detach().requires_grad_()
-            bins = _moved(_bins(begin[rows], extent[rows], size), extent[rows], moves, rows, gamma)
-            pixels, weights = _neighbours(*_positions(bins, extent[rows], size, grid), *input.shape[2:])
-        pixels = _on_maps(pixels, rois[rows, 0], input)
-        for pixel, weight in zip(pixels, weights.detach(), strict=True):
-            by_input.index_add_(0, pixel.flatten(), (grad * weight[..., None]).flatten(0, -2))
-        if offset.numel():
-            by_weights = torch.stack([(grad * channels_last[pixel]).sum(-1) for pixel in pixels])
-            grad_offset += torch.autograd.grad(weights, moves, by_weights)[0]
+    by_offset = offset.new_zeros(offset.shape, dtype=input.dtype)
+    for rows, grid, counts in _steps(rois, input, extent, size, sampling_ratio):
+        grad = grad_output[rows].to(input.dtype).movedim(1, 3)[:, :, :, None] / float(grid[0] * grid[1])
+        for part in _parts(counts, rows, grad_output):
+            with torch.enable_grad():
+                moves = offset.detach().to(input.dtype).requires_grad_()
+                bins = _moved(_bins(begin[rows], extent[rows], size), extent[rows], moves, rows, gamma)
+                positions = _positions(bins, extent[rows], size, grid, counts, part)
+                pixels, weights = _neighbours(*positions, *input.shape[2:])
+            pixels = _on_maps(pixels, rois[rows, 0], input)
+            for pixel, weight in zip(pixels, weights.detach(), strict=True):
+                by_input.index_add_(0, pixel.flatten(), (grad * weight[..., None]).flatten(0, -2))
+            if offset.numel():
+                by_weights = torch.stack([(grad * channels_last[pixel]).sum(-1) for pixel in pixels])
+                by_offset += torch.autograd.grad(weights, moves, by_weights)[0]
+    grad_offset += by_offset
     n, c, h, w = input.shape
     grad_input.copy_(by_input.view(n, h, w, c).movedim(3, 1))
 
@@ -217,20 +246,63 @@ def _regions(rois: Tensor, spatial_scale: float, shift: float) -> tuple[Tensor, 
     return begin, rois[:, 3:5] * spatial_scale - shift - begin
 
 
+def _check_images(indices: list[float], images: int) -> None:
+    for row, index in enumerate(indices):
+        if not 0 <= index < images:
+            raise ValueError(
+                f"rois must have the index of an image in its first column, from 0 to {images - 1} as input has batch "
+                f"size {images}, got {index:g} in row {row}"
+            )
+
+
+def _on_map(samples: int, side: int) -> int:
+    """How many of a bin's samples along an axis can be on the map, and one beside it at each end.
+
+    So many samples are almost a pixel apart: at most side + 3 are from -1 to side.
+    """
+    return min(samples, side + 4 + 2 * _ROUNDING)
+
+
 def _steps(
-    extent: Tensor, size: tuple[int, int], sampling_ratio: int, channels: int
-) -> Iterator[tuple[Tensor, tuple[int, int]]]:
-    """Regions whose bins have as many samples, down and across, so many at a time as memory allows."""
+    rois: Tensor,
+    input: Tensor,
+    extent: Tensor,
+    size: tuple[int, int],
+    sampling_ratio: int,
+    counted: Callable[[int, int], int] = _on_map,
+) -> Iterator[tuple[Tensor, tuple[int, int], tuple[int, int]]]:
+    """Regions whose bins have as many samples, so many at a time as memory allows; those samples, down and across; and
+    of them those to look at: all of a given ``sampling_ratio``, else ``counted`` of their number and the map's side.
+    """
     alike: dict[tuple[int, int], list[int]] = {}
-    down, across = (extent.flip(1) / extent.new_tensor(size)).ceil().long().T.tolist()
-    for k, grid in enumerate(zip(down, across, strict=True)):
-        alike.setdefault((sampling_ratio, sampling_ratio) if sampling_ratio > 0 else grid, []).append(k)
-    for grid, rows in alike.items():
-        if min(grid) < 1:
+    samples = (extent.flip(1) / extent.new_tensor(size)).ceil()
+    # One transfer brings what a step needs and the indices of the images: to check them costs no further one.
+    down, across, indices = torch.cat([samples, rois[:, :1]], 1).T.tolist()
+    _check_images(indices, len(input))
+    for k, numbers in enumerate(zip(down, across, strict=True)):
+        if sampling_ratio > 0:
+            grid = (sampling_ratio, sampling_ratio)
+        elif all(1 <= number < math.inf for number in numbers):
+            grid = (int(numbers[0]), int(numbers[1]))
+        else:
             continue
-        most = max(1, _MOST_SAMPLES // (channels * size[0] * size[1] * grid[0] * grid[1]))
+        alike.setdefault(grid, []).append(k)
+    for grid, rows in alike.items():
+        counts = grid
+        if sampling_ratio <= 0:
+            counts = (counted(grid[0], input.shape[2]), counted(grid[1], input.shape[3]))
+        most = max(1, _MOST_SAMPLES // (input.shape[1] * size[0] * size[1] * counts[0] * counts[1]))
         for first in range(0, len(rows), most):
-            yield torch.tensor(rows[first : first + most], device=extent.device), grid
+            yield torch.tensor(rows[first : first + most], device=extent.device), grid, counts
+
+
+def _parts(counts: tuple[int, int], rows: Tensor, results: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The numbers of samples, down and across, line by line, so many at a time as memory allows for these regions."""
+    total = counts[0] * counts[1]
+    most = max(1, _MOST_SAMPLES // (len(rows) * results[0].numel()))
+    for first in range(0, total, most):
+        number = torch.arange(first, min(first + most, total), device=results.device)
+        yield number // counts[1], number % counts[1]
 
 
 def _bins(begin: Tensor, extent: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -250,39 +322,56 @@ def _moved(
     return bins[0] + moves[:, 1], bins[1] + moves[:, 0]
 
 
-def _pixels(begin: Tensor, extent: Tensor, bins: int, most: int, length: int) -> tuple[Tensor, Tensor]:
-    """Along one axis: the pixels of each bin, (K, bins, most), and which of them are the bin's and on the map."""
-    number = torch.arange(bins, device=begin.device)
+def _pixels(begin: Tensor, extent: Tensor, bins: int, number: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Along one axis: pixels of each bin by their number, (K, bins, S), and which are the bin's and on the map."""
+    place = torch.arange(bins, device=begin.device)
     step = extent[:, None] / bins
-    low = (number * step + begin[:, None]).floor().clamp(0, length).long()
-    high = ((number + 1) * step + begin[:, None]).ceil().clamp(0, length).long()
-    pixels = low[..., None] + torch.arange(most, device=begin.device)
+    low = (place * step + begin[:, None]).floor().clamp(0, length).long()
+    high = ((place + 1) * step + begin[:, None]).ceil().clamp(0, length).long()
+    pixels = low[..., None] + number
     return pixels.clamp(max=length - 1), pixels < high[..., None]
 
 
 def _positions(
-    bins: tuple[Tensor, Tensor], extent: Tensor, size: tuple[int, int], grid: tuple[int, int]
+    bins: tuple[Tensor, Tensor],
+    extent: Tensor,
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    counts: tuple[int, int],
+    part: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """y and x of the samples, (K, bins down, bins across, samples down, samples across)."""
-    u, v = (torch.arange(samples, device=extent.device) + 0.5 for samples in grid)
-    y = bins[0][..., None] + u * (extent[:, 1] / size[0])[:, None, None, None] / grid[0]
-    x = bins[1][..., None] + v * (extent[:, 0] / size[1])[:, None, None, None] / grid[1]
-    return y[..., :, None].expand(*y.shape, grid[1]), x[..., None, :].expand(*y.shape, grid[1])
+    """y and x of a part of the samples, (K, bins down, bins across, S), of the ``counts`` that :func:`_steps` gave."""
+    steps = extent[:, 1, None, None, None] / size[0], extent[:, 0, None, None, None] / size[1]
+    y, x = (_along(*axis) for axis in zip(bins, steps, map(float, grid), counts, part, strict=True))
+    return y, x
+
+
+def _along(begin: Tensor, length: Tensor, samples: float, count: int, number: Tensor) -> Tensor:
+    """Where samples of bins are along one axis, counted from the first that can be on the map, or is just before it.
+
+    What is left out is off the map and weighs nothing. One such sample stays at each end that has any, so that the
+    first of the largest samples is on the map if it was among all.
+    """
+    place = number + 0.5
+    if count < samples:
+        before = ((-1 - begin.detach())[..., None] / (length / samples)).floor() - 1 - _ROUNDING
+        place = place + before.clamp(0, samples - count)
+    return begin[..., None] + place * length / samples
 
 
 def _neighbours(y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """The four pixels around each position, as y * width + x, and their weights in bilinear interpolation.
 
-    Positions up to a pixel outside of the map are moved to its border, and those further out weigh nothing.
+    Positions up to a pixel outside of the map are moved to its border, and those further out, or NaN, weigh nothing.
     """
     inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
-    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
-    top, left = y.detach().floor(), x.detach().floor()
+    y, x = y.nan_to_num().clamp(0, height - 1), x.nan_to_num().clamp(0, width - 1)
+    top, left = y.detach().long(), x.detach().long()
     down, right = y - top, x - left
     rows = (top, 1 - down), ((top + 1).clamp(max=height - 1), down)
     columns = (left, 1 - right), ((left + 1).clamp(max=width - 1), right)
     corners = [(row * width + column, a * b * inside) for row, a in rows for column, b in columns]
-    return torch.stack([pixel for pixel, _ in corners]).long(), torch.stack([weight for _, weight in corners])
+    return torch.stack([pixel for pixel, _ in corners]), torch.stack([weight for _, weight in corners])
 
 
 def _channels_last(input: Tensor) -> Tensor:
@@ -292,28 +381,37 @@ def _channels_last(input: Tensor) -> Tensor:
 
 def _on_maps(pixels: Tensor, batch: Tensor, input: Tensor) -> Tensor:
     """The pixels' rows of :func:`_channels_last`."""
-    return batch.long().view(1, -1, 1, 1, 1, 1) * (input.shape[2] * input.shape[3]) + pixels
+    return batch.long().view(1, -1, 1, 1, 1) * (input.shape[2] * input.shape[3]) + pixels
 
 
 def _sample(channels_last: Tensor, pixels: Tensor, weights: Tensor) -> Tensor:
-    """(K, bins down, bins across, samples down, samples across, C)."""
+    """(K, bins down, bins across, S, C)."""
     samples = channels_last[pixels[0]] * weights[0, ..., None]
     for pixel, weight in zip(pixels[1:], weights[1:], strict=True):
         samples += channels_last[pixel] * weight[..., None]
     return samples
 
 
-def _largest(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest sample of each bin and its number, (K, C, bins down, bins across)."""
-    largest, best = samples.flatten(1, 2).flatten(2, 3).max(2)
-    return largest.mT.unflatten(2, samples.shape[1:3]), best.mT.unflatten(2, samples.shape[1:3])
+def _largest(samples: Tensor, *where: Tensor) -> tuple[Tensor, ...]:
+    """The first of each bin's largest samples and what ``where`` has for it, each (K, C, bins down, bins across)."""
+    largest, best = samples.flatten(1, 2).max(2)
+    found = largest, *(values.flatten(1, 2).gather(2, best) for values in where)
+    return tuple(values.mT.unflatten(2, samples.shape[1:3]) for values in found)
+
+
+def _larger(found: tuple[Tensor, ...], more: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of what :func:`_largest` gave for parts of the samples, if any, and for a later one."""
+    if not found:
+        return more
+    largest, later = torch.stack([found[0], more[0]]).max(0)
+    return largest, *(torch.where(later == 0, a, b) for a, b in zip(found[1:], more[1:], strict=True))
 
 
 def _scatter(grad_input: Tensor, rois: Tensor, pixels: Tensor, values: Tensor) -> None:
     """Fill ``grad_input`` with the sums of ``values``, (..., K, C, bins), at their pixels."""
     n, c, h, w = grad_input.shape
     maps = rois[:, :1].long() * c + torch.arange(c, device=rois.device)
-    values = at_least_float32(values)
+    values = accumulated(values)
     by_input = values.new_zeros(n * c * h * w)
     by_input.index_add_(0, (maps[..., None, None] * (h * w) + pixels).flatten(), values.flatten())
     grad_input.copy_(by_input.view(n, c, h, w))
