@@ -134,6 +134,11 @@ class Left(nn.Module):
         self.lazy = nn.LazyConvTranspose2d(3, 2, 2)
         self.shuffle = nn.PixelShuffle(2)
         self.grouped_shuffle = nn.Sequential(nn.Conv2d(4, 8, 1, groups=2), nn.PixelShuffle(2))
+        self.indivisible = nn.Sequential(nn.Conv2d(3, 6, 1), nn.PixelShuffle(2))
+        self.too_few = nn.Sequential(nn.Conv2d(3, 3, 1), nn.PixelShuffle(2))
+        self.infinite = nn.Upsample(scale_factor=float("inf"))
+        self.without = nn.Upsample(scale_factor=())
+        self.told_by_name = nn.ConvTranspose2d(3, 3, 2, 2)
         self.own = OwnForward(3, 3, 2, 2)
         self.kept = nn.ConvTranspose2d(3, 3, 2, 2)
 
@@ -145,6 +150,7 @@ class Left(nn.Module):
         self.integers(x.to(torch.uint8))
         self.several(x)
         self.several(x[:, :1])
+        self.told_by_name(output_size=(8, 8), input=x)
         return self.told_its_size(x, output_size=(8, 8))
 
 
@@ -180,6 +186,11 @@ def test_left_with_reasons():
         "lazy": "it or the layer before it is not initialised yet: give example_inputs",
         "shuffle": "there is no Conv2d right before it in an nn.Sequential, used there alone",
         "grouped_shuffle.1": "the Conv2d before it has groups",
+        "indivisible.1": "the Conv2d before it has 6 channels, no multiple of 4",
+        "too_few.1": "the Conv2d before it has 3 channels, no multiple of 4",
+        "infinite": "its factor must be an integer from 2 on, it is inf",
+        "without": "its factors differ, ()",
+        "told_by_name": "it is called with more than its input",
         "own": "its forward is not that of ConvTranspose2d",
         "kept": "excluded",
         "the model": "no layer: write a CARAFEPack in its place, or use FPNCarafe",
@@ -245,6 +256,16 @@ def test_device_dtype_and_training_mode_are_kept():
         assert (parameter.device.type, parameter.dtype) == ("meta", torch.bfloat16)
     assert not any(module.training for module in model.deconv.modules())
     assert all(module.training for module in model.up.modules())
+
+
+def test_a_new_convolution_has_the_dtype_of_the_old():
+    class Narrow(nn.Module):
+        def forward(self, x):
+            return x.bfloat16()
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Narrow(), nn.Conv2d(3, 12, 1).bfloat16(), nn.PixelShuffle(2))
+    replace_upsampling(model)
+    assert model(torch.zeros(1, 3, 4, 4)).dtype == torch.bfloat16
 
 
 def test_new_layers_are_where_the_layer_is_called():

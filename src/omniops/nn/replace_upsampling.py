@@ -125,7 +125,7 @@ def replace_upsampling(
         except _LeftError as error:
             report.left.append(Left(name, repr(module), str(error)))
             continue
-        device, dtype = _where(model, name)
+        device, dtype = _where(model, next(iter(found)))
         for replaced, new in found.items():
             new.to(device=seen[0][1] if seen else device, dtype=dtype).train(module.training)
             replacements[replaced] = new
@@ -202,6 +202,8 @@ def _replacement(
         _check_kind(before, nn.Conv2d)
         if before.groups != 1:
             raise _LeftError("the Conv2d before it has groups")
+        if before.out_channels % factor**2:
+            raise _LeftError(f"the Conv2d before it has {before.out_channels} channels, no multiple of {factor**2}")
         kept = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
         conv = nn.Conv2d(
             before.in_channels,
@@ -225,10 +227,10 @@ def _check_kind(module: nn.Module, kind: type[nn.Module]) -> None:
 
 def _factor(scale_factor: float | tuple[float, ...]) -> int:
     factors = {*scale_factor} if isinstance(scale_factor, tuple) else {scale_factor}
-    factor = factors.pop()
-    if factors:
+    if len(factors) != 1:
         raise _LeftError(f"its factors differ, {scale_factor}")
-    if factor != int(factor) or factor < 2:
+    factor = factors.pop()
+    if not float(factor).is_integer() or factor < 2:
         raise _LeftError(f"its factor must be an integer from 2 on, it is {factor}")
     return int(factor)
 
@@ -298,9 +300,10 @@ def _trace(model: nn.Module, example_inputs: Any, names: dict[nn.Module, list[st
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inside.append(module)
         if isinstance(module, _UPSAMPLING):
-            x, *others = *args, *kwargs.values()
+            values = [*args, *kwargs.values()]
+            x = kwargs.get("input", values[0])
             reason = ""
-            if others:
+            if len(values) > 1:
                 reason = "it is called with more than its input"
             elif x.dim() != 4:
                 reason = f"it is called with shape {tuple(x.shape)}, not (N, C, H, W)"
