@@ -198,6 +198,8 @@ def test_what_trains():
         build(trainable_backbone_layers=6)
     with pytest.raises(ValueError, match="num_classes must be at least 2"):
         build(num_classes=1)
+    with pytest.raises(TypeError, match="num_classes must be an int, got '3'"):
+        build(num_classes="3")
 
 
 @pytest.mark.parametrize("trained", [False, True])

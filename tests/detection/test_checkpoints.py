@@ -6,6 +6,8 @@ import hashlib
 import http.server
 import os
 import pickle
+import re
+import shutil
 import socket
 import threading
 import time
@@ -13,12 +15,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("omniops.detection", exc_type=ImportError, reason="needs torchvision")
 
-from omniops import detection
-from omniops.detection import checkpoints
+from omniops import detection, weights
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,8 @@ def test_other_classes_name_the_heads(openmmlab, tmp_path):
     assert torch.equal(model.roi_heads.mask_predictor.upsample.content_encoder.weight, upsample)
     with pytest.raises(ValueError, match="fresh must name modules of the model, got 'box_predictor'"):
         build(path, num_classes=6, fresh=["box_predictor"])
+    with pytest.raises(TypeError, match=r"fresh must be a sequence of names, got the string 'roi_heads': pass \['roi_"):
+        build(path, num_classes=6, fresh="roi_heads")
 
 
 class _Hostile:
@@ -179,15 +182,26 @@ def test_damaged_safetensors_and_names_that_are_none(tmp_path):
     path.write_bytes(b"")
     with pytest.raises((ValueError, ImportError), match=r"a\.safetensors is no checkpoint|safetensors"):
         detection.faster_rcnn_resnet50_fpn_carafe(path)
-    torch.save({1: torch.zeros(1)}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="it holds no state dict"):
-        detection.faster_rcnn_resnet50_fpn_carafe(tmp_path / "a.pth")
 
 
-def test_no_state_dict_and_no_file(tmp_path):
-    torch.save({"state_dict": {"a": 1}}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="it holds no state dict"):
-        detection.faster_rcnn_resnet50_fpn_carafe(tmp_path / "a.pth")
+@pytest.mark.parametrize(
+    ("content", "held"),
+    [
+        ({1: torch.zeros(1)}, r"1 \(Tensor\)"),
+        ({"state_dict": {"a": 1}}, r"'a' \(int\)"),
+        ({"model": {"a": torch.zeros(1)}, "epoch": 3}, r"'model' \(dict\), 'epoch' \(int\)"),
+        ({"a": torch.zeros(1), **dict.fromkeys("vwxyz", 1)}, r"('\w' \(int\), ){4}\.\.\."),
+        ([torch.zeros(1)], "one list"),
+    ],
+)
+def test_no_state_dict_names_what_is_there_instead(tmp_path, content, held):
+    torch.save(content, tmp_path / "a.pth")
+    expected = r"\. Expected are tensors by the names of the model's parameters, alone or in a dict as 'state_dict'"
+    with pytest.raises(ValueError, match=rf"a\.pth is no checkpoint: it holds no state dict but {held}{expected}"):
+        detection.load_checkpoint(nn.Linear(1, 1), tmp_path / "a.pth")
+
+
+def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint at .*b.pth"):
         detection.faster_rcnn_resnet50_fpn_carafe(tmp_path / "b.pth")
 
@@ -238,6 +252,35 @@ def test_a_url_is_fetched_once_and_its_checksum_checked(cache, server):
     assert [path.name for path in cache.iterdir()] == [good]
 
 
+def test_files_of_one_name_do_not_serve_each_other(cache, server):
+    folder, address, asked = server
+    for place in ("a", "b"):
+        (folder / place).mkdir()
+        torch.save(nn.Linear(1, 1).state_dict(), folder / place / "model.pth")
+    model = nn.Linear(1, 1)
+    for place in ("a", "b", "a", "b"):
+        detection.load_checkpoint(model, f"{address}/{place}/model.pth", progress=False)
+        assert torch.equal(model.weight, torch.load(folder / place / "model.pth")["weight"])
+    assert len(asked) == 2
+    assert all(path.name.endswith("-model.pth") for path in cache.iterdir())
+    with pytest.raises(ConnectionError, match="File not found") as caught:
+        detection.load_checkpoint(nn.Linear(1, 1), f"{address}/c/model.pth", progress=False)
+    # Put where the error says, it is used.
+    (path,) = re.findall(r"put it at (.*model\.pth), or", str(caught.value))
+    shutil.copy(folder / "a" / "model.pth", path)
+    detection.load_checkpoint(model, f"{address}/c/model.pth", progress=False)
+    assert torch.equal(model.weight, torch.load(folder / "a" / "model.pth")["weight"])
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:9/", "http://127.0.0.1:9/models/", "http://127.0.0.1:9", "http://127.0.0.1:9/m/?a=b/c.pth"],
+)
+def test_a_url_of_a_folder(cache, url):
+    with pytest.raises(ValueError, match=f"{re.escape(url)} names no file: the URL of a checkpoint ends with"):
+        detection.load_checkpoint(nn.Linear(1, 1), url)
+
+
 def test_the_published_weights_are_chosen_by_name(monkeypatch):
     asked = []
     monkeypatch.setattr("omniops.detection.carafe_rcnn.load_checkpoint", lambda _, source, **__: asked.append(source))
@@ -246,16 +289,32 @@ def test_the_published_weights_are_chosen_by_name(monkeypatch):
     assert asked == list(detection.COCO_WEIGHTS.values())
 
 
-@pytest.mark.parametrize("why", ["refused", "not found", "silent", "no name service"])
+def _serve_half(listener: socket.socket, then: float) -> None:
+    """Answer each request with half of what is promised, and close after so many seconds."""
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:  # the listener is closed
+            return
+        with connection:
+            connection.recv(2**16)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + bytes(50))
+            time.sleep(then)
+
+
+@pytest.mark.parametrize("why", ["refused", "not found", "silent", "no name service", "stalled", "cut short"])
 def test_what_cannot_be_fetched_says_so_in_time(cache, server, monkeypatch, why):
     _, address, _ = server
-    monkeypatch.setattr(checkpoints, "_PATIENCE", 1)
+    monkeypatch.setattr(weights, "_PATIENCE", 1)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        if why == "silent":
+        if why in ("silent", "stalled", "cut short"):
             listener.listen()
+        if why in ("stalled", "cut short"):
+            seconds = 12 if why == "stalled" else 0
+            threading.Thread(target=_serve_half, args=(listener, seconds), daemon=True).start()
         if why == "no name service":
-            monkeypatch.setattr(checkpoints, "urlopen", lambda *_, **__: time.sleep(4))
+            monkeypatch.setattr(weights, "urlopen", lambda *_, **__: time.sleep(4))
         if why != "not found":
             address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         start = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from operator import index
 from os import PathLike
 from typing import Any
 
@@ -122,6 +123,10 @@ class CARAFERCNN(GeneralizedRCNN):  # type: ignore[misc]
         box_positive_fraction: float = 0.25,
         mask_threshold: float | None = None,
     ) -> None:
+        try:
+            num_classes = index(num_classes)
+        except TypeError:
+            raise TypeError(f"num_classes must be an int, got {num_classes!r}") from None
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2: the background and one more, got {num_classes}")
         rpn = RegionProposalNetwork(
@@ -214,6 +219,7 @@ def faster_rcnn_resnet50_fpn_carafe(
     Raises:
         ValueError: for weights that are no checkpoint, do not fit (naming what is missing, unexpected and of another
             shape), or hold objects that only running code could restore; and for wrong numbers.
+        TypeError: for ``num_classes`` that is no integer, and for a string as ``fresh``.
         FileNotFoundError: where there is no such file.
         ConnectionError: for weights that cannot be fetched.
     """
