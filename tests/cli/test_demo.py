@@ -95,6 +95,14 @@ def test_a_truncated_photo(fails, photo, tmp_path):
     assert f"cannot read {photo}" in fails("demo", str(photo), "--out", str(tmp_path / "o.png"), status=2)
 
 
+def test_a_photo_of_16_bits_keeps_its_tones(tmp_path):
+    tones = np.linspace(0, 65535, 200 * 180).reshape(200, 180)
+    Image.fromarray(tones.astype(np.uint16)).save(tmp_path / "photo.png")
+    picture = demo._read(tmp_path / "photo.png")
+    expected = torch.from_numpy(tones / 65535).float().expand(3, -1, -1)
+    torch.testing.assert_close(picture, expected, rtol=0, atol=1 / 255)
+
+
 def test_matplotlib_without_its_photo(fails, monkeypatch, tmp_path):
     def missing(*args, **kwargs):
         raise FileNotFoundError

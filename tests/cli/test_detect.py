@@ -15,7 +15,7 @@ from PIL import Image
 pytest.importorskip("omniops.detection.coco", exc_type=ImportError, reason="needs torchvision and faster-coco-eval")
 
 from omniops import detection
-from omniops.cli import detect, detect_parts
+from omniops.cli import detect, pictures
 from omniops.cli.common import CommandError
 from omniops.detection import coco
 
@@ -179,6 +179,52 @@ def test_bad_pictures_do_not_lose_the_others(omniops, scripted, tmp_path):
     assert {each["image_id"] for each in _results(tmp_path / "out")} == {1, 5} or len(_results(tmp_path / "out")) == 4
 
 
+def test_broken_files_of_every_format_do_not_lose_the_others(omniops, scripted, tmp_path):
+    """Decoders raise what they like: Pillow's of AVIF a SyntaxError."""
+    folder = tmp_path / "in"
+    for name in ("0.png", "z.png"):
+        _picture(folder / name)
+    names = [f"broken{ending}" for ending in pictures._ENDINGS]
+    for name in names:
+        path = folder / name
+        try:
+            _picture(path)
+            broken = path.read_bytes()[: path.stat().st_size * 9 // 10]
+        except (OSError, KeyError, ValueError):  # this Pillow came without the format
+            broken = b"\0\0\0\x1cftypavif" + bytes(99)
+        path.write_bytes(broken)
+    result = _run(omniops, folder, "--out", tmp_path / "out")
+    assert result.status == 1
+    *reasons, last = result.err.strip().splitlines()
+    assert last == f"omniops: error: {len(names)} of {len(names) + 2} images failed"
+    for line, name in zip(reasons, sorted(names), strict=True):
+        assert name in line
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.jpg", "detections.json", "z.jpg"]
+    assert {each["file_name"] for each in _results(tmp_path / "out")} == {
+        (folder / name).as_posix() for name in ("0.png", "z.png")
+    }
+
+
+def test_an_interrupt_keeps_what_was_found(omniops, scripted, tmp_path, monkeypatch):
+    paths = [_picture(tmp_path / name) for name in ("a.png", "b.png", "c.png", "d.png")]
+    paths[1].write_text("hello")
+    read = detect.read_picture
+
+    def interrupted(path):
+        if path == paths[3]:
+            raise KeyboardInterrupt
+        return read(path)
+
+    monkeypatch.setattr(detect, "read_picture", interrupted)
+    result = _run(omniops, *paths, "--out", tmp_path / "out")
+    assert result.status == 130
+    reason, last = result.err.strip().splitlines()
+    assert "b.png" in reason
+    assert last == "omniops: error: interrupted: 2 of 4 images were done"
+    assert f"Wrote 4 detections in 2 pictures to {tmp_path / 'out' / 'detections.json'}" in result.out
+    assert [each["image_id"] for each in _results(tmp_path / "out")] == [1, 1, 3, 3]
+
+
 def test_a_picture_that_cannot_be_written_is_named(omniops, scripted, tmp_path):
     paths = [_picture(tmp_path / name) for name in ("a.png", "b.png")]
     (tmp_path / "out" / "a.jpg").mkdir(parents=True)
@@ -223,7 +269,7 @@ def test_pixels_without_a_white_are_refused(tmp_path):
     for dtype, peak in ((np.float32, 1), (np.int32, 2**30)):
         Image.fromarray(_gradient(dtype, peak)).save(tmp_path / "a.tif")
         with pytest.raises(CommandError, match="neither of 8 nor of 16 bits"):
-            detect_parts.read_picture(tmp_path / "a.tif")
+            pictures.read_picture(tmp_path / "a.tif")
 
 
 def _turned(path):
@@ -249,10 +295,10 @@ def test_a_picture_is_turned_as_its_camera_was(scripted, omniops, tmp_path):
 
 def test_a_picture_is_turned_as_its_annotations_are(tmp_path):
     path = _turned(tmp_path / "a.png")
-    assert detect_parts.read_picture(path, (30, 40)).size == (30, 40)
-    assert detect_parts.read_picture(path, (40, 30)).size == (40, 30)
+    assert pictures.read_picture(path, (30, 40)).size == (30, 40)
+    assert pictures.read_picture(path, (40, 30)).size == (40, 30)
     with pytest.raises(CommandError, match="has 30 x 40 pixels, its annotations 31 x 40"):
-        detect_parts.read_picture(path, (31, 40))
+        pictures.read_picture(path, (31, 40))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 60), (300, 1)])

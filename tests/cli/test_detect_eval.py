@@ -261,6 +261,39 @@ def test_bad_images_are_left_out_and_named(omniops, dataset, scripted, truth, wr
     assert [os.path.basename(name) for name in report["failed"]] == ["gone.png", "0.png"]
 
 
+def test_only_bad_images_give_no_figures(omniops, dataset, scripted, truth, write, tmp_path):
+    for each in truth["images"]:
+        each["width"] += 1
+        each["file_name"] = f"./{each['file_name']}"
+    truth["annotations"] = []
+    path = tmp_path / "figures.json"
+    result = omniops(*_arguments(dataset, "--random-weights", "--json", path, annotations=write(truth)))
+    assert (result.status, result.out) == (1, "")
+    *reasons, last = result.err.strip().splitlines()
+    assert len(reasons) == 5
+    assert last == "omniops: error: 5 of 5 images failed"
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["{outside}", "../secret.png", "a/../../secret.png", "../images/0.png"])
+def test_names_that_lead_out_of_the_folder_are_refused(fails, dataset, scripted, truth, write, tmp_path, name):
+    outside = dataset / "secret.png"
+    Image.new("RGB", (60, 40)).save(outside)
+    truth["images"][1]["file_name"] = name = name.format(outside=outside)
+    path = write(truth)
+    line = fails(*_arguments(dataset, "--random-weights", annotations=path), status=2)
+    assert f"{path} is refused: it names the picture {name}, which is not in the folder" in line
+
+
+def test_names_of_pictures_in_folders_of_the_folder(omniops, dataset, scripted, truth, write, tmp_path):
+    (tmp_path / "images" / "..val").mkdir(parents=True)
+    for each in truth["images"]:
+        (tmp_path / "images" / "..val" / each["file_name"]).symlink_to(dataset / "images" / each["file_name"])
+        each["file_name"] = f"..val/{each['file_name']}"
+    result = omniops(*_arguments(tmp_path, "--random-weights", annotations=write(truth)))
+    assert (result.status, result.err.strip()) == (0, "")
+
+
 def test_two_processes_give_the_figures_of_one(omniops, dataset, weights, truth, write, tmp_path):
     """The truth is made of what the random weights find, so that the figures are neither 0 nor 1."""
     truth["annotations"] = _found_by(weights, dataset, truth)

@@ -26,6 +26,7 @@ from omniops.cli.common import (
     require_pictures,
 )
 from omniops.cli.demo_parts import UPSAMPLERS, Box, Contestant, Network, centred, uncentred
+from omniops.cli.pictures import read_picture
 
 CROP = 64
 BATCH = 8
@@ -103,22 +104,12 @@ def _sample() -> Path:
 
 def _read(path: Path) -> Tensor:
     """(3, H, W) in 0..1, shrunk to LARGEST."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            turned = ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise CommandError(f"no such file: {path}") from None
-    except UnidentifiedImageError:
-        raise CommandError(f"not a picture that Pillow can read: {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CommandError(f"cannot read {path}: {error}") from None
-    turned.thumbnail((LARGEST, LARGEST))
-    if min(turned.size) < SMALLEST:
-        size = " x ".join(map(str, turned.size))
+    picture = read_picture(path)
+    picture.thumbnail((LARGEST, LARGEST))
+    if min(picture.size) < SMALLEST:
+        size = " x ".join(map(str, picture.size))
         raise CommandError(f"{path} is too small: {size} pixels (of at most {LARGEST}), at least {SMALLEST} are needed")
-    return torch.from_numpy(np.asarray(turned, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
 
 
 def _contestant(name: str, device: torch.device, steps: int, seed: int) -> Contestant:

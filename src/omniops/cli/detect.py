@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +23,11 @@ from omniops.cli.detect_parts import (
     WeightsOption,
     detect_objects,
     fail_for,
-    find_pictures,
     load_detector,
-    read_picture,
     require_detection,
     require_weights,
 )
+from omniops.cli.pictures import find_pictures, read_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,6 +57,7 @@ def detect(
     is the picture's name where all are named by different numbers, as COCO's are, or else counts the pictures from 1.
 
     A picture that cannot be read does not keep the others from being done: it is named at the end, with status 1.
+    Ctrl-C ends it with status 130, what was found so far written down.
 
     Example: omniops detect street.jpg photos/ --weights coco --out found
     """
@@ -75,23 +76,26 @@ def detect(
 
     from omniops.detection import COCO_CATEGORIES, coco
 
-    results, lines, bad = [], [], {}
-    with progress() as bar:
-        task = bar.add_task("", total=len(paths))
-        for path, image_id, target in zip(paths, _ids(paths), targets, strict=True):
-            bar.update(task, description=escape(path.name))
-            try:
-                picture = read_picture(path)
-                found = detect_objects(detector, picture, chosen)
-                results += [{**each, "file_name": path.as_posix()} for each in coco.to_results(found, image_id)]
-                shown = {name: value[found["scores"] >= threshold] for name, value in found.items()}
-                classes = [COCO_CATEGORIES[label] for label in shown["labels"].tolist()]
-                _save(_draw(picture, shown, classes), target)
-                counts = ", ".join(f"{count} {name}" for name, count in Counter(classes).most_common())
-                lines.append(f"{path} -> {target}: {counts or f'nothing that scores {threshold:g}'}")
-            except CommandError as error:
-                bad[path] = str(error)
-            bar.advance(task)
+    results, lines, bad, interrupted = [], [], {}, False
+    try:
+        with progress() as bar:
+            task = bar.add_task("", total=len(paths))
+            for path, image_id, target in zip(paths, _ids(paths), targets, strict=True):
+                bar.update(task, description=escape(path.name))
+                try:
+                    picture = read_picture(path)
+                    found = detect_objects(detector, picture, chosen)
+                    results += [{**each, "file_name": path.as_posix()} for each in coco.to_results(found, image_id)]
+                    shown = {name: value[found["scores"] >= threshold] for name, value in found.items()}
+                    classes = [COCO_CATEGORIES[label] for label in shown["labels"].tolist()]
+                    _save(_draw(picture, shown, classes), target)
+                    counts = ", ".join(f"{count} {name}" for name, count in Counter(classes).most_common())
+                    lines.append(f"{path} -> {target}: {counts or f'nothing that scores {threshold:g}'}")
+                except CommandError as error:
+                    bad[path] = str(error)
+                bar.advance(task)
+    except KeyboardInterrupt:  # what was found so far is kept
+        interrupted = True
     try:
         results_path.write_text(json.dumps(results) + "\n", encoding="utf-8")
     except OSError as error:
@@ -100,6 +104,9 @@ def detect(
     console = output()
     for line in [*lines, f"Wrote {len(results)} detections in {len(lines)} pictures to {results_path}"]:
         console.print(line, markup=False, soft_wrap=True)
+    if interrupted:
+        print(*bad.values(), sep="\n", end="\n" if bad else "", file=sys.stderr)
+        raise CommandError(f"interrupted: {len(lines)} of {len(paths)} images were done", status=130)
     fail_for(bad, len(paths))
 
 

@@ -24,11 +24,11 @@ from omniops.cli.detect_parts import (
     detect_objects,
     fail_for,
     load_detector,
-    read_picture,
     require_detection,
     require_weights,
 )
 from omniops.cli.doctor import versions
+from omniops.cli.pictures import read_picture
 
 
 def detect_eval(
@@ -69,7 +69,8 @@ def detect_eval(
     except ValueError as error:
         raise CommandError(str(error)) from None
     entries = truth["images"]
-    if not any(os.path.exists(images / entry["file_name"]) for entry in entries):
+    paths = [images / _inside(entry["file_name"], annotations) for entry in entries]
+    if not any(os.path.exists(path) for path in paths):
         raise CommandError(f"{images} has none of the {len(entries)} images that {annotations} lists")
     category_ids = coco.label_ids(truth)
 
@@ -89,8 +90,7 @@ def detect_eval(
     bad: dict[Path, str] = {}
     with progress() as bar:
         task = bar.add_task("", total=len(entries[rank::processes]), visible=rank == 0)
-        for entry in entries[rank::processes]:
-            path = images / entry["file_name"]
+        for entry, path in zip(entries[rank::processes], paths[rank::processes], strict=True):
             try:
                 picture = read_picture(path, (entry["width"], entry["height"]))
                 found = detect_objects(detector, picture, chosen)
@@ -107,6 +107,9 @@ def detect_eval(
         for some_results, some_bad in gathered:
             results.update(some_results)
             bad.update(some_bad)
+
+    if not results:  # nothing to judge
+        fail_for(bad, len(entries))
 
     # In the file's order, however many processes there were: among equal scores the first counts.
     ordered = [result for entry in entries for result in results.get(entry["id"], ())]
@@ -141,6 +144,17 @@ def detect_eval(
         }
         json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     fail_for(bad, len(entries))
+
+
+def _inside(name: str, annotations: Path) -> Path:
+    """The path of a picture from its folder; raise where an annotation file's name leads out of that folder."""
+    path = Path(os.path.normpath(name))  # as written: where links inside the folder lead is up to who made them
+    if path.anchor or ".." in path.parts:
+        raise CommandError(
+            f"{annotations} is refused: it names the picture {name}, which is not in the folder that --images names: "
+            "give the names from that folder on"
+        )
+    return path
 
 
 def _choose_device(name: str | None, distributed: bool) -> torch.device:
