@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import re
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from importlib import import_module
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.hub import tqdm  # type: ignore[attr-defined]  # or its stand-in where tqdm is not installed
 
-_PATIENCE = 8
+_PATIENCE = 5
 """Seconds of silence until a server counts as out of reach."""
 _BLOCK = 2**17
 _SHOWN = 4
@@ -66,7 +67,8 @@ def read(path: Path, key: str = "state_dict") -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return dict(import_module("safetensors.torch").load_file(path))
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
@@ -74,9 +76,12 @@ def read(path: Path, key: str = "state_dict") -> dict[str, Tensor]:
                 f"{path} is refused: it holds {found[1]}, which only running code could restore. A checkpoint needs "
                 "tensors, numbers and texts alone: whoever trusts the file may save its state_dict again"
             ) from None
-        raise ValueError(f"{path} is no checkpoint: {error}") from None
-    except ImportError:  # safetensors is not installed
-        raise
+        # Not what PyTorch says then: it explains how to have the file's code run.
+        raise ValueError(f"{path} is no checkpoint, or one that only running code could restore") from None
+    except ImportError:
+        raise ImportError(
+            f"reading {path} needs safetensors, which is not installed: pip install safetensors"
+        ) from None
     except Exception as error:  # of many types, whatever the bytes of a file that is none happen to mean
         raise ValueError(f"{path} is no checkpoint, or a damaged one: {error!r}") from None
     while isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

@@ -326,6 +326,10 @@ def test_weights_that_are_missing_or_wrong(fails, tmp_path):
     assert str(missing) in fails("detect", path, "--weights", str(missing), *out, status=2)
     (tmp_path / "text.pth").write_text("hello")
     assert "no checkpoint" in fails("detect", path, "--weights", str(tmp_path / "text.pth"), *out, status=1)
+    torch.save({"state_dict": {}}, tmp_path / "nothing.pth")
+    said = fails("detect", path, "--weights", str(tmp_path / "nothing.pth"), *out, status=1)
+    assert "missing (backbone." in said
+    assert "(--model is mask-rcnn-r50-carafe, here for COCO's 80 classes)" in said
     (tmp_path / "empty.pth").touch()
     assert "no checkpoint" in fails("detect", path, "--weights", str(tmp_path / "empty.pth"), *out, status=1)
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")

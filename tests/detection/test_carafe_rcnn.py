@@ -53,7 +53,8 @@ def _target(image: Tensor) -> dict[str, Tensor]:
     masks[0, 10:40, 20:60] = 1
     masks[1, 30:60, 5:50] = 1
     boxes = torch.tensor([[20.0, 10.0, 60.0, 40.0], [5.0, 30.0, 50.0, 60.0]])
-    return {"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks}
+    target = {"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks}
+    return {name: value.to(image.device) for name, value in target.items()}
 
 
 def _check(detections: dict[str, Tensor], image: Tensor, masks: bool) -> None:
@@ -121,8 +122,13 @@ def _train_once(model: nn.Module, *images: Tensor) -> dict[str, Tensor]:
     return losses
 
 
-def test_a_training_step_reaches_every_parameter(model, kind, image):
-    losses = _train_once(model, image, image.flip(2))
+ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
+DEVICES = [torch.device("cpu"), *([] if ACCELERATOR is None else [ACCELERATOR])]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_a_training_step_reaches_every_parameter(model, kind, image, device):
+    losses = _train_once(model.to(device), image.to(device), image.flip(2).to(device))
     names = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
     assert set(losses) == (names | {"loss_mask"} if kind == "mask" else names)
     assert all(loss.isfinite() for loss in losses.values())

@@ -164,7 +164,18 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch, new_
     assert not os.path.exists("executed")
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_bare_pickle_is_refused_and_nobody_told_to_run_it(tmp_path, monkeypatch, protocol):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "hostile.pkl"
+    path.write_bytes(pickle.dumps(_Hostile(), protocol))
+    with pytest.raises(ValueError, match=r"hostile\.pkl is (refused|no checkpoint)") as caught:
+        detection.faster_rcnn_resnet50_fpn_carafe(path)
+    assert "weights_only" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not os.path.exists("executed")
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"<html>Not Found</html>", pickle.dumps([1, 2]), pickle.dumps({"a": 1}), b"PK\x03\x04" + bytes(60)],

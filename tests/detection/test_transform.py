@@ -99,6 +99,11 @@ def test_wrong_images_are_named(images, error, message):
         _transform()(images)
 
 
+def test_targets_of_some_images_are_refused():
+    with pytest.raises(ValueError, match="targets must be one for each of 2 images, got 0"):
+        _transform()([torch.rand(3, 4, 4)] * 2, [])
+
+
 def test_masks_of_another_size_are_named():
     target = {"boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]), "masks": torch.ones(1, 5, 8), "labels": torch.tensor([1])}
     with pytest.raises(ValueError, match=r"must be \(1, 8, 8\).*got \(1, 5, 8\)"):

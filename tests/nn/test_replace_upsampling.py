@@ -299,6 +299,7 @@ def test_compile_export_and_gradients():
     ("arguments", "error", "message"),
     [
         ({"model": []}, TypeError, "model must be a torch.nn.Module, got list"),
+        ({"include": 3}, TypeError, "include must be a name or several, got int"),
         ({"up_kernel": 4}, ValueError, "up_kernel must be odd, got 4"),
         ({"up_kernel": 0}, ValueError, "up_kernel must be at least 1, got 0"),
         ({"compressed_channels": 0}, ValueError, "compressed_channels must be at least 1, got 0"),

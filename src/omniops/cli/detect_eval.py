@@ -82,7 +82,8 @@ def detect_eval(
     # One process of each machine fetches the weights.
     if distributed and not first_here:
         dist.barrier()
-    detector = load_detector(model, weights, chosen, progress=rank == 0, num_classes=len(category_ids))
+    classes = f"the {len(category_ids) - 1} classes of {annotations}"
+    detector = load_detector(model, weights, chosen, progress=rank == 0, classes=classes, num_classes=len(category_ids))
     if distributed and first_here:
         dist.barrier()
 

@@ -62,9 +62,17 @@ def require_detection() -> None:
 
 
 def load_detector(
-    model: Model, weights: str | None, device: torch.device, progress: bool = True, **arguments: Any
+    model: Model,
+    weights: str | None,
+    device: torch.device,
+    progress: bool = True,
+    classes: str = "COCO's 80 classes",
+    **arguments: Any,
 ) -> CARAFERCNN:
-    """The detector in evaluation on the device; without weights from a fixed seed. Its masks are boolean."""
+    """The detector in evaluation on the device; without weights from a fixed seed. Its masks are boolean.
+
+    ``classes`` says in an error what the model is for.
+    """
     from omniops import detection
 
     build = {
@@ -76,7 +84,9 @@ def load_detector(
         detector: CARAFERCNN = build(weights, progress=progress, mask_threshold=0.5, **arguments)
     except FileNotFoundError as error:
         raise CommandError(str(error)) from None
-    except (ValueError, OSError, ImportError) as error:
+    except ValueError as error:
+        raise CommandError(f"{error} (--model is {model.value}, here for {classes})", status=1) from None
+    except (OSError, ImportError) as error:
         raise CommandError(str(error), status=1) from None
     detector.eval().to(device)
     return detector

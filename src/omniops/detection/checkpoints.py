@@ -93,4 +93,6 @@ def _advice(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     """What to do where the heads alone are of another shape."""
     names = [name for name in own if name in state and own[name].shape != state[name].shape and "_predictor." in name]
     heads = sorted({name.rpartition(".")[0] for name in names})
-    return f". Is num_classes right? For other classes than the checkpoint's pass fresh={heads}" if heads else ""
+    return (
+        f". For other classes than the checkpoint's num_classes takes their number and fresh={heads}" if heads else ""
+    )

@@ -140,8 +140,13 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
+def _number(value: Any, below: int) -> bool:
+    return type(value) in (int, float) and abs(value) < below  # which NaN is not
+
+
 def _numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(each) in (int, float) and math.isfinite(each) for each in value)
+    # Farther out no picture has a pixel, and COCO's code that draws polygons asks for memory in proportion.
+    return isinstance(value, list) and all(_number(each, 2**20) for each in value)
 
 
 def _box(value: Any) -> bool:
@@ -189,7 +194,7 @@ def _complaint(content: Any) -> str:
             return f"annotations[{number}] is of an image that is not listed, {entry['image_id']}"
         if entry["category_id"] not in categories:
             return f"annotations[{number}] is of a category that is not listed, {entry['category_id']}"
-        if not _numbers([entry.get("area", 0)]) or entry.get("iscrowd", 0) not in (0, 1):
+        if not _number(entry.get("area", 0), 2**40) or entry.get("iscrowd", 0) not in (0, 1):
             return f"annotations[{number}] must have a number as 'area' and 0 or 1 as 'iscrowd'"
         if not _segmentation(entry.get("segmentation"), images[entry["image_id"]]):
             return f"annotations[{number}] must have polygons or run lengths of its image's size as 'segmentation'"

@@ -71,6 +71,8 @@ class Transform(GeneralizedRCNNTransform):  # type: ignore[misc]
                 raise ValueError(f"images[{number}] must be (3, H, W) and not empty, got {tuple(image.shape)}")
             if not image.is_floating_point():
                 raise TypeError(f"images[{number}] must be floating point in [0, 1], got {image.dtype}")
+        if targets is not None and len(targets) != len(images):
+            raise ValueError(f"targets must be one for each of {len(images)} images, got {len(targets)}")
         originals = [_size(image) for image in images]
         if targets is None:
             images = [self.resize(image)[0] for image in images]

@@ -76,7 +76,7 @@ def serving() -> dict[str, str]:
         return {}
     ours = "omniops" if find_spec("torchvision") else "omniops, without torchvision no nms and RoIAlign"
     if _compiled() is None:
-        return dict.fromkeys(("cpu", "cuda", "mps"), ours)
+        return dict.fromkeys(("cpu", "cuda", "mps", "any other"), ours)
     both = f"mmcv's compiled functions, {ours} for those that it lacks"
     return {device: ours if device in _devices else both for device in ("cpu", "cuda", "mps")}
 

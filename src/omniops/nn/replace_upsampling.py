@@ -95,6 +95,9 @@ def replace_upsampling(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _checks.integer(up_kernel=up_kernel, compressed_channels=compressed_channels)
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        if not isinstance(patterns, Iterable):
+            raise TypeError(f"{argument} must be a name or several, got {type(patterns).__name__}")
     included, excluded = ([names] if isinstance(names, str) else list(names) for names in (include, exclude))
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
