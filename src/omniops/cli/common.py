@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 from omniops import device as devices
 
@@ -20,6 +20,7 @@ EXTRAS = {
     "cli": {"typer": "typer", "rich": "rich"},
     "pictures": {"pillow": "PIL", "matplotlib": "matplotlib"},
     "detect": {"torchvision": "torchvision", "faster-coco-eval": "faster_coco_eval"},
+    "sam2": {"transformers": "transformers", "av": "av"},
 }
 
 # Outside a terminal rich would wrap tables at 80 columns, whatever reads them.
@@ -34,7 +35,7 @@ class CommandError(Exception):
         self.status = status
 
 
-DEVICE_NAMES = "cpu, cuda, cuda:1, mps, ..."
+DEVICE_NAMES = "auto, cpu, cuda, cuda:1, mps, ..."
 
 DeviceOption = Annotated[
     str | None,
@@ -43,9 +44,9 @@ DeviceOption = Annotated[
 
 
 def choose_device(name: str | None) -> torch.device:
-    """``omniops.device.choose``, its errors as the command's."""
+    """``omniops.device.pick``, its errors as the command's."""
     try:
-        device = devices.choose(name)
+        device = devices.pick("auto" if name is None else name)
     except ValueError as error:
         raise CommandError(str(error)) from None
     if device.type == "cuda":
@@ -68,12 +69,13 @@ def output() -> Console:
     return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
 
 
-def progress() -> Progress:
-    """A progress bar, beside the results on stderr and gone at the end."""
+def progress(*columns: ProgressColumn) -> Progress:
+    """A progress bar, beside the results on stderr and gone at the end, with more columns if wanted."""
     return Progress(
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        *columns,
         TextColumn("{task.description}"),
         console=Console(stderr=True),
         transient=True,
@@ -83,6 +85,17 @@ def progress() -> Progress:
 def missing_packages(extra: str) -> list[str]:
     """What an extra would install that is not here."""
     return [package for package, module in EXTRAS[extra].items() if find_spec(module) is None]
+
+
+def require_sam2() -> None:
+    """Raise before any work where a package of that extra is missing."""
+    pillow = [package for package in missing_packages("pictures") if package == "pillow"]
+    for package in [*missing_packages("sam2"), *pillow]:
+        raise CommandError(f"SAM 2 needs {package}, which is not installed: pip install 'omniops[sam2]'", status=1)
+    try:
+        import omniops.sam2  # noqa: F401
+    except ImportError as error:  # of another version, which lacks something
+        raise CommandError(str(error), status=1) from None
 
 
 def require_pictures() -> None:

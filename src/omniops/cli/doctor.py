@@ -36,8 +36,8 @@ def doctor() -> None:
     table = Table("device", "name", "memory", box=SIMPLE_HEAD)
     here = devices.found()
     for device in here:
-        memory = devices.memory(device)
-        table.add_row(str(device), devices.title(device), "" if memory is None else f"{memory / 2**30:.1f} GiB")
+        limit = devices.memory(device).limit
+        table.add_row(str(device), devices.title(device), "" if limit is None else f"{limit / 2**30:.1f} GiB")
     console.print(table)
 
     table = Table("operator", "device", "found", "kernel", "dtypes", box=SIMPLE_HEAD)
@@ -52,7 +52,8 @@ def doctor() -> None:
 
     served = {library: who_serves(library) for library in LIBRARIES}
     columns = list(dict.fromkeys(device_type for servers, _ in served.values() for device_type in servers))
-    table = Table("library", "version", "enabled", *columns, box=SIMPLE_HEAD)
+    caption = "Enabled in this process, which calls omniops.enable() for none: a program calls it for itself."
+    table = Table("library", "version", "enabled", *columns, box=SIMPLE_HEAD, caption=caption, caption_justify="left")
     for library, (servers, _) in served.items():
         is_enabled = "yes" if LIBRARIES[library].enabled() else "no"
         table.add_row(library, library_version(library), is_enabled, *(servers.get(each, "") for each in columns))
