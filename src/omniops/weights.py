@@ -7,17 +7,19 @@ import pickle
 import re
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.request import Request, urlopen
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 from torch.hub import tqdm  # type: ignore[attr-defined]  # or its stand-in where tqdm is not installed
+
+T = TypeVar("T")
 
 _PATIENCE = 5
 """Seconds of silence until a server counts as out of reach."""
@@ -148,24 +150,37 @@ def _download(url: str, path: Path, digits: str, progress: bool) -> None:
 
 
 def _answer(url: str) -> Any:
-    """A server's answer, whose silence raises too: sockets' own timeouts do not cover the look-up of its name."""
-    outcome: list[Any] = []
+    try:
+        return promptly(lambda: urlopen(Request(url, headers={"User-Agent": "torch.hub"}), timeout=_PATIENCE))
+    except (OSError, HTTPException):
+        raise
+    except Exception as error:  # of the URL itself
+        raise OSError(str(error)) from None
 
-    def ask() -> None:
+
+def promptly(ask: Callable[[], T]) -> T:
+    """What a server answers, whose silence is an error too: sockets' timeouts do not cover the look-up of its name.
+
+    Raises:
+        TimeoutError: after seconds of silence.
+    """
+    outcome: list[tuple[T | None, Exception | None]] = []
+
+    def run() -> None:
         try:
-            outcome.append(urlopen(Request(url, headers={"User-Agent": "torch.hub"}), timeout=_PATIENCE))
-        except OSError as error:
-            outcome.append(error)
-        except Exception as error:  # of the URL itself
-            outcome.append(OSError(str(error)))
+            outcome.append((ask(), None))
+        except Exception as error:
+            outcome.append((None, error))
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(_PATIENCE)
-    answer = outcome[0] if outcome else TimeoutError(f"no answer within {_PATIENCE} seconds")
-    if isinstance(answer, OSError):
-        raise answer
-    return answer
+    if not outcome:
+        raise TimeoutError(f"no answer within {_PATIENCE} seconds")
+    answer, error = outcome[0]
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]  # not None, or what ask() gave
 
 
 _OF_NUMPY = ("_reconstruct", "scalar")
