@@ -27,18 +27,18 @@ $(BIN)/python:
 	$(PYTHON) -m venv --clear $(VENV)
 
 # torchvision comes with torch, so that it is the one made for it. The build runs without isolation so that a second run
-# finds CMake's cache where it left it.
+# finds CMake's cache where it left it, and so that sam2, built of plain Python, does not download a torch to itself.
 $(INSTALLED): $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
-	$(BIN)/python -m pip install --quiet '$(TORCH)' torchvision 'scikit-build-core>=0.11,<2' 'nanobind>=2.7,<4' ninja cmake
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet '$(TORCH)' torchvision 'scikit-build-core>=0.11,<2' 'nanobind>=2.7,<4' ninja cmake setuptools wheel
+	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	echo '$(ASKED_FOR)' >$(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/omniops demo --out demo/demo.png
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,6 +1,10 @@
-"""Set up before any test module is imported: Triton's interpreter where there is no GPU, and hypothesis' settings."""
+"""Set up before any test module is imported: threads, Triton's interpreter without a GPU, and hypothesis' settings."""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each process has a core: threads that wait for a core that another process holds wait long.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from hypothesis import settings
