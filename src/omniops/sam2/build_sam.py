@@ -1,0 +1,81 @@
+"""The official package's builders, by their names: a configuration's name and a checkpoint give a model."""
+
+from __future__ import annotations
+
+import re
+from os import PathLike
+from typing import Any
+
+import torch
+from transformers import Sam2VideoModel
+
+from omniops import device as devices
+from omniops.sam2.architectures import IMAGE_SIZE, SIZES, VERSIONS, new
+from omniops.sam2.checkpoints import as_dtype, load
+from omniops.sam2.video_predictor import SAM2VideoPredictor
+
+
+def build_sam2(
+    config_file: str,
+    ckpt_path: str | PathLike[str] | None = None,
+    device: str | torch.device = "auto",
+    mode: str = "eval",
+    apply_postprocessing: bool = True,
+    *,
+    dtype: str | torch.dtype = "auto",
+    image_size: int | None = None,
+) -> Sam2VideoModel:
+    """The model of one of the official package's configurations, as its function of that name.
+
+    Args:
+        config_file: ``configs/sam2.1/sam2.1_hiera_t.yaml``, ... of sizes t, s, b+ and l, in ``sam2`` or ``sam2.1``;
+            only its name is looked at.
+        ckpt_path: as ``load`` takes it; random weights where there is none.
+        device, dtype, image_size: as in ``load``.
+        mode: ``eval``, or else the model is left in training mode.
+        apply_postprocessing: choose among all masks where the single one is not stable.
+
+    Raises:
+        ValueError: for another name of a configuration, or a checkpoint of another than it names.
+    """
+    found = re.fullmatch(r"(?:.*/)?sam2(\.1)?_hiera_(t|s|b\+|l)(?:\.yaml)?", str(config_file))
+    if not found:
+        raise ValueError(
+            "config_file must be a name as configs/sam2.1/sam2.1_hiera_t.yaml, of sizes t, s, b+ or l, got "
+            f"{config_file!r}"
+        )
+    size = dict(zip(("t", "s", "b+", "l"), SIZES, strict=True))[found[2]]
+    version = VERSIONS[found[1] is not None]
+    place = devices.pick(device)
+    if ckpt_path is None:
+        model = new(size, version, image_size=image_size or IMAGE_SIZE).to(place)
+        model.vision_encoder.to(as_dtype(dtype, place))
+    else:
+        model = load(ckpt_path, place, dtype, image_size=image_size)
+        depth, expected = len(model.vision_encoder.backbone.blocks), sum(SIZES[size].blocks)
+        if depth != expected:
+            raise ValueError(f"ckpt_path has {depth} blocks of an encoder, config_file {config_file!r} {expected}")
+    model.mask_decoder.dynamic_multimask_via_stability = apply_postprocessing
+    return model.train(mode != "eval")
+
+
+def build_sam2_video_predictor(
+    config_file: str,
+    ckpt_path: str | PathLike[str] | None = None,
+    device: str | torch.device = "auto",
+    mode: str = "eval",
+    apply_postprocessing: bool = True,
+    *,
+    dtype: str | torch.dtype = "auto",
+    image_size: int | None = None,
+    **options: Any,
+) -> SAM2VideoPredictor:
+    """``build_sam2``'s model in a ``SAM2VideoPredictor``, as the official function of that name.
+
+    Args:
+        config_file, ckpt_path, device, mode, dtype, image_size: as in ``build_sam2``.
+        apply_postprocessing: as in ``build_sam2``; and small holes are filled.
+        options: of ``SAM2VideoPredictor``.
+    """
+    model = build_sam2(config_file, ckpt_path, device, mode, apply_postprocessing, dtype=dtype, image_size=image_size)
+    return SAM2VideoPredictor(model, **{"fill_hole_area": 8 if apply_postprocessing else 0, **options})

@@ -1,0 +1,210 @@
+"""What SAM 2 remembers of an object, and how the next frame looks at it.
+
+An object on a frame leaves a map of its place and looks, ``remember``, and a pointer, one vector, ``Seen.pointer``. The
+next frame's features attend to those of the frames before, ``condition``, and the mask decoder finds the object there,
+``segment``. All as the official ``SAM2Base`` with the settings of the published weights, but for B objects at once.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from typing import IO, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Sam2VideoModel
+
+from omniops.sam2 import network
+
+NO_OBJECT = -1024.0
+"""The logit of every pixel where the object is not in the frame."""
+
+_GIVEN_SCALE, _GIVEN_BIAS = 20.0, -10.0  # the logits of a mask that a user gave: 10 inside, -10 outside
+
+
+class Seen(NamedTuple):
+    """B objects on a frame."""
+
+    logits: Tensor
+    """(B, 1, S/4, S/4), float32, ``NO_OBJECT`` all over where the object is not in the frame."""
+    pointer: Tensor
+    """(B, 256)"""
+    object_logits: Tensor
+    """(B, 1), above 0 where the object is in the frame."""
+
+
+def segment(
+    model: Sam2VideoModel,
+    features: network.Features,
+    embedding: Tensor,
+    points: Tensor | None = None,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    may_be_several: bool = True,
+) -> Seen:
+    """Find B objects on a frame.
+
+    Args:
+        features: of the frame, 1 image.
+        embedding: (1 or B, 256, S/16, S/16), conditioned on memories or on there being none.
+        points: (B, P, 2), x and y in pixels of the resized frame; without them the object is tracked.
+        labels: (B, P)
+        mask: (B, 1, S/4, S/4), the logits to start from.
+        may_be_several: decode three masks and take the best wherever few points leave open which one is meant.
+    """
+    if points is None or labels is None:
+        count = len(embedding) if mask is None else len(mask)
+        points = embedding.new_zeros(count, 1, 2, dtype=torch.float32)
+        labels = points.new_full((count, 1), -1, dtype=torch.int32)
+        number = 0
+    else:
+        number = points.shape[1]
+    config = model.config
+    several = may_be_several and config.multimask_min_pt_num <= number <= config.multimask_max_pt_num
+    masks = network.decode(model, features, embedding, points, labels, mask, multimask=several)
+    each = torch.arange(len(masks.logits), device=masks.logits.device)
+    best = masks.scores.argmax(dim=1) if several else torch.zeros_like(each)
+    logits = masks.logits[each, best][:, None].float()
+    is_there = masks.object_logits > 0
+    return Seen(
+        torch.where(is_there[..., None, None], logits, NO_OBJECT),
+        _pointer(model, model.object_pointer_proj(masks.tokens[each, best]), is_there),
+        masks.object_logits.float(),
+    )
+
+
+def given(model: Sam2VideoModel, features: network.Features, mask: Tensor) -> Seen:
+    """An object whose mask is known, (1, 1, S, S) of 0 and 1: it is taken as it is, of the decoder only the pointer."""
+    logits = mask * _GIVEN_SCALE + _GIVEN_BIAS
+    size = features.fine[0].shape[-2:]
+    smaller = F.interpolate(logits, size, mode="bilinear", align_corners=False, antialias=True)
+    prompt = model.mask_downsample(mask)
+    decoded = segment(model, features, features.embedding, mask=prompt, may_be_several=False)
+    is_there = mask.flatten(1).any(dim=1, keepdim=True)
+    object_logits = is_there * _GIVEN_SCALE + _GIVEN_BIAS
+    return Seen(smaller, _pointer(model, decoded.pointer, is_there), object_logits)
+
+
+def _pointer(model: Sam2VideoModel, pointer: Tensor, is_there: Tensor) -> Tensor:
+    return torch.where(is_there, pointer, model.no_object_pointer)
+
+
+def remember(
+    model: Sam2VideoModel, embedding: Tensor, logits: Tensor, object_logits: Tensor, *, prompted: bool
+) -> Tensor:
+    """The maps that later frames look at, (B, 64, S/16, S/16).
+
+    Args:
+        embedding: (1, 256, S/16, S/16), of the frame and not conditioned.
+        logits: (B, 1, S/4, S/4), of the objects' masks.
+        object_logits: (B, 1)
+        prompted: a user saw these masks and left them so; they count as they are seen, inside or outside.
+
+    Returns:
+        bfloat16, to which the official predictor rounds them too.
+    """
+    larger = F.interpolate(logits, scale_factor=4.0, mode="bilinear", align_corners=False)
+    soft = (larger > 0).float() if prompted else larger.sigmoid()
+    scaled = soft * model.config.sigmoid_scale_for_mem_enc + model.config.sigmoid_bias_for_mem_enc
+    memory: Tensor
+    memory, _ = model.memory_encoder(embedding.expand(len(logits), -1, -1, -1), scaled)
+    hidden = model.occlusion_spatial_embedding_parameter  # of version 2.1
+    if hidden is not None:
+        memory = memory + (object_logits <= 0)[..., None, None] * hidden[..., None, None]
+    return memory.to(torch.bfloat16)
+
+
+def condition(
+    model: Sam2VideoModel,
+    embedding: Tensor,
+    memories: Sequence[tuple[int, Tensor]],
+    pointers: Sequence[tuple[int, Tensor]],
+    longest: int,
+) -> Tensor:
+    """A frame's features after a look at B objects' memories, (B, 256, S/16, S/16).
+
+    Args:
+        embedding: (1, 256, S/16, S/16), of the frame.
+        memories: at least one (B, 64, S/16, S/16), each with the number of frames since, 0 for a frame with prompts.
+        pointers: (B, 256), each with the number of frames since.
+        longest: the largest number of frames since that a pointer may have.
+    """
+    _, channels, height, width = embedding.shape
+    batch = len(memories[0][1])
+    width_of_memory = memories[0][1].shape[1]
+    encoding = model.memory_encoder.position_encoding(
+        (1, width_of_memory, height, width), embedding.device, torch.float32
+    )
+    place = encoding.flatten(2).permute(2, 0, 1)
+    tokens = [memory.flatten(2).permute(2, 0, 1).float() for _, memory in memories]
+    # The last of the temporal encodings is that of frames with prompts.
+    places = [place + model.memory_temporal_positional_encoding[since - 1] for since, _ in memories]
+    split = channels // width_of_memory  # of a pointer into tokens as wide as those of a memory
+    if pointers:
+        stacked = torch.stack([pointer for _, pointer in pointers]).float()
+        tokens.append(stacked.unflatten(2, (split, width_of_memory)).transpose(1, 2).flatten(0, 1))
+        when = stacked.new_zeros(len(pointers), width_of_memory)
+        if model.config.enable_temporal_pos_encoding_for_object_pointers:
+            since = torch.tensor([since for since, _ in pointers], device=embedding.device)
+            when = model.temporal_positional_encoding_projection_layer(_sines(since / max(longest, 1), channels))
+        places.append(when.repeat_interleave(split, dim=0)[:, None])
+    frame_places = model.vision_encoder.neck.position_encoding(embedding.shape, embedding.device, torch.float32)
+    attended: Tensor = model.memory_attention(
+        current_vision_features=embedding.flatten(2).permute(2, 0, 1).expand(-1, batch, -1),
+        current_vision_position_embeddings=frame_places.flatten(2).permute(2, 0, 1),
+        memory=torch.cat(tokens),
+        memory_posision_embeddings=torch.cat(places),
+        num_object_pointer_tokens=split * len(pointers),
+    )
+    return attended.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _sines(position: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
+    """(N) -> (N, dim), the sines and cosines of Vaswani et al. (2017), https://arxiv.org/abs/1706.03762."""
+    half = dim // 2
+    power = torch.arange(half, device=position.device) // 2 * 2 / half
+    angles = position[:, None] / temperature**power
+    return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+class Shelf:
+    """Tensors of one shape and dtype, in a temporary file that goes with this object."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._free: list[int] = []
+        self._count = 0
+
+    def put(self, tensor: Tensor) -> Shelved:
+        """Write a tensor; its place is free again when what is returned is forgotten."""
+        data = tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the shelf
+        if not self._free:
+            self._free.append(self._count)
+            self._count += 1
+        place = self._free.pop()
+        self._file.seek(place * len(data))
+        self._file.write(data)
+        return Shelved(self._file, self._free, place, len(data), tensor.shape, tensor.dtype)
+
+
+class Shelved:
+    """A tensor on a ``Shelf``."""
+
+    def __init__(
+        self, file: IO[bytes], free: list[int], place: int, size: int, shape: torch.Size, dtype: torch.dtype
+    ) -> None:
+        self._file, self._free, self._place, self._size = file, free, place, size
+        self._shape, self._dtype = shape, dtype
+
+    def tensor(self) -> Tensor:
+        """It, on the CPU."""
+        self._file.seek(self._place * self._size)
+        return torch.frombuffer(bytearray(self._file.read(self._size)), dtype=self._dtype).view(self._shape)
+
+    def __del__(self) -> None:
+        self._free.append(self._place)

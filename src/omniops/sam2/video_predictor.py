@@ -1,0 +1,703 @@
+"""Masks of objects through a video, with the names, arguments and results of the official ``SAM2VideoPredictor``.
+
+As in the official predictor: which frames condition which, what a correction sees, what the memory encoder is given,
+hole filling, and the frames' pre-processing. With the same weights the mask logits are the same. So is this: a
+correction, after a propagation, of a frame with a first prompt shows in the call's result, but the next propagation
+goes on from the first prompt (``reset_state`` or ``clear_all_prompts_in_frame`` takes that back).
+
+What differs:
+
+- Frames are decoded when they are needed and never kept on the device, so ``init_state`` returns at once, and
+  ``offload_video_to_cpu`` and ``async_loading_frames`` have nothing left to do: while the model is at one frame of
+  ``propagate_in_video`` a thread decodes the next. See ``omniops.sam2.frames``.
+- Objects that look back at the same frames run as one batch, the official predictor's one by one.
+- What is kept of a frame that was tracked. The official predictor keeps its map and mask as long as the state lives,
+  0.75 MB for every frame and object at a size of 1024. Here the last 16 frames of each object keep them. Of an earlier
+  one a pointer stays, about 3 kB, and its low-resolution mask goes to a temporary file without a name (where
+  ``tempfile.gettempdir()`` says): 256 KiB for every frame and object at 1024, or 128 where the model computes in half
+  precision. Where a frame looks back at such frames, as a correction does, their maps are made again, from the frame
+  and that mask: the results do not change. Frames with first prompts keep all.
+- A clear error comes before the model runs, ``ValueError`` or ``TypeError``, and leaves the state as it was. Unknown
+  objects and frames are such errors. There is no progress bar.
+- Where all first prompts of an object were taken back, the next one is a first prompt, on any frame. The official
+  predictor fails on one that was tracked.
+- A video that breaks off gives the masks of its frames up to there, then a warning that names the frame.
+- ``clear_non_cond_mem_around_input``, for which the official package (1.1.0) calls a method that it does not have,
+  works. It leaves the frame with the prompt itself alone.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from torch import Tensor
+from transformers import Sam2VideoModel
+
+from omniops import fill_holes
+from omniops.sam2 import memory, network
+from omniops.sam2.frames import FrameError, Frames
+
+_RECENT = 16
+"""Of how many frames that were tracked last the state keeps everything; at least those that a frame looks back at."""
+_FEATURES = 4
+"""Of how many frames the state keeps the encoder's features, 16 MB each at 1024."""
+_AT_ONCE = 8
+"""How many objects run as one batch."""
+
+MasksOnFrame = tuple[int, list[Any], Tensor]
+"""The frame, the objects' ids, and their mask logits (N, 1, H, W) at the size of the video, above 0 inside."""
+
+
+@dataclass(eq=False)
+class _Output:
+    """What the model made of an object on a frame."""
+
+    logits: Tensor | memory.Shelved
+    """(1, 1, S/4, S/4), holes not filled"""
+    pointer: Tensor
+    object_logits: Tensor
+    prompted: bool
+    map: Tensor | None = None
+    """What later frames look at; None where it has to be made (again)."""
+
+
+@dataclass(eq=False)
+class _Track:
+    """An object: its prompts by frame, and what the model made of it by frame."""
+
+    points: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    masks: set[int] = field(default_factory=set)
+    conditioning: dict[int, _Output] = field(default_factory=dict)
+    """Of the frames that every other frame looks at."""
+    others: dict[int, _Output] = field(default_factory=dict)
+    """Of the frames that their neighbours look at."""
+    new_conditioning: dict[int, _Output] = field(default_factory=dict)
+    new_others: dict[int, _Output] = field(default_factory=dict)
+    """Of prompts since the last propagation, which may still change."""
+    reverse: dict[int, bool] = field(default_factory=dict)
+    """The frames that were tracked, and whether backwards."""
+    recent: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    """The frames of ``others`` of which all is kept, the latest last."""
+
+    def new(self, conditioning: bool) -> dict[int, _Output]:
+        return self.new_conditioning if conditioning else self.new_others
+
+    def latest(self, frame: int, conditioning: bool) -> _Output | None:
+        """Its last output on a frame, looked for where the official predictor looks."""
+        for outputs in (self.new(conditioning), self.conditioning, self.others):
+            if frame in outputs:
+                return outputs[frame]
+        return None
+
+
+class _Images(Sequence[Tensor]):
+    """The frames as the encoder takes them, (3, S, S), float32, normalised, on the device."""
+
+    def __init__(self, frames: Frames, side: int, device: torch.device) -> None:
+        self._frames, self._side, self._device = frames, side, device
+        self._ahead: dict[int, Future[Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __getitem__(self, index: Any) -> Any:
+        index = range(len(self))[index]
+        if isinstance(index, range):
+            return torch.stack([self[i] for i in index])
+        loading = self._ahead.pop(index, None)
+        pixels = loading.result() if loading else self._frames.resized(index, self._side)
+        return network.normalised(pixels.to(self._device) / 255)
+
+    def load(self, index: int, pool: ThreadPoolExecutor) -> None:
+        """Begin to decode a frame that will be asked for next."""
+        self._ahead = {index: pool.submit(self._frames.resized, index, self._side)}
+
+
+class InferenceState:
+    """A video, its objects and their masks so far; made by ``SAM2VideoPredictor.init_state``, for its other methods.
+
+    The attributes below can be read as the keys of the official predictor's dictionary too:
+    ``state["num_frames"]``.
+    """
+
+    frames: Frames
+    """The video, with its frames as they are."""
+    images: Sequence[Tensor]
+    """Its frames as the encoder takes them: (3, S, S), float32, normalised, on the device, made when asked for."""
+    num_frames: int
+    video_height: int
+    video_width: int
+    device: torch.device
+    """The model's."""
+    storage_device: torch.device
+    """Where masks and memories are kept."""
+    offload_video_to_cpu: bool
+    offload_state_to_cpu: bool
+
+    def __init__(
+        self, frames: Frames, side: int, device: torch.device, offload_video_to_cpu: bool, offload_state_to_cpu: bool
+    ) -> None:
+        self.frames = frames
+        self.images = self._images = _Images(frames, side, device)
+        self.num_frames = len(frames)
+        self.video_height, self.video_width = frames.height, frames.width
+        self.device = device
+        self.storage_device = torch.device("cpu") if offload_state_to_cpu else device
+        self.offload_video_to_cpu = offload_video_to_cpu
+        self.offload_state_to_cpu = offload_state_to_cpu
+        self._tracks: dict[Any, _Track] = {}
+        self._features: OrderedDict[int, network.Features] = OrderedDict()
+        self._shelf = memory.Shelf()
+
+    @property
+    def obj_ids(self) -> list[Any]:
+        """The objects, in the order in which their masks come."""
+        return list(self._tracks)
+
+    def __getitem__(self, key: str) -> Any:
+        if key.startswith("_") or key not in self.keys():
+            raise KeyError(f"{key!r}: the state has {', '.join(self.keys())}")
+        return getattr(self, key)
+
+    def keys(self) -> list[str]:
+        """What can be read as of a dictionary."""
+        return [*(name for name in vars(self) if not name.startswith("_")), "obj_ids"]
+
+
+class SAM2VideoPredictor:
+    """Follows objects through a video, from points, boxes or masks on any of its frames.
+
+    Args:
+        model: of ``omniops.sam2.load``.
+        fill_hole_area: holes up to that many pixels of the low-resolution mask (a quarter of the resized frame) are
+            filled; 0 for none. 8 as the official ``build_sam2_video_predictor`` has it.
+        non_overlap_masks: a pixel belongs to the object with the highest logit there alone.
+        clear_non_cond_mem_around_input: forget what was tracked within ``num_maskmem`` (7) frames of a new prompt,
+            which may show the object as it was before a correction.
+        add_all_frames_to_correct_as_cond: corrections of tracked frames condition all other frames, as first prompts
+            do.
+
+    Raises:
+        TypeError: where ``model`` is something else.
+    """
+
+    def __init__(
+        self,
+        model: Sam2VideoModel,
+        *,
+        fill_hole_area: int = 8,
+        non_overlap_masks: bool = False,
+        clear_non_cond_mem_around_input: bool = False,
+        add_all_frames_to_correct_as_cond: bool = False,
+    ) -> None:
+        if not isinstance(model, Sam2VideoModel):
+            raise TypeError(
+                f"model must be a Sam2VideoModel, got {type(model).__name__}: pass what omniops.sam2.load(...) returns"
+            )
+        self.model = model
+        self.fill_hole_area = fill_hole_area
+        self.non_overlap_masks = non_overlap_masks
+        self.clear_non_cond_mem_around_input = clear_non_cond_mem_around_input
+        self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
+
+    @classmethod
+    def from_pretrained(cls, model_id: str, **options: Any) -> SAM2VideoPredictor:
+        """With the weights of ``omniops.sam2.load(model_id)``; its options and those of the class are told apart."""
+        from omniops.sam2.checkpoints import load, load_options
+
+        return cls(load(model_id, **load_options(options)), **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return torch.device(self.model.device)
+
+    @property
+    def image_size(self) -> int:
+        """The side of the square that frames are resized to."""
+        return int(self.model.image_size)
+
+    def init_state(
+        self,
+        video_path: str | PathLike[str],
+        offload_video_to_cpu: bool = False,
+        offload_state_to_cpu: bool = False,
+        async_loading_frames: bool = False,
+    ) -> InferenceState:
+        """Open a video.
+
+        Args:
+            video_path: a video file of any kind that FFmpeg reads, or a folder of pictures, as ``Frames`` takes them.
+            offload_video_to_cpu: no matter: frames are on the CPU until the encoder is given one.
+            offload_state_to_cpu: keep masks and memories on the CPU; slower on a GPU, for many objects.
+            async_loading_frames: no matter: frames are loaded when they are needed.
+
+        Raises:
+            FileNotFoundError, ImportError, TypeError, ValueError: as ``Frames``.
+        """
+        frames = Frames(video_path)
+        return InferenceState(frames, self.image_size, self.device, offload_video_to_cpu, offload_state_to_cpu)
+
+    @torch.inference_mode()
+    def add_new_points_or_box(
+        self,
+        inference_state: InferenceState,
+        frame_idx: int,
+        obj_id: Hashable,
+        points: ArrayLike | Tensor | None = None,
+        labels: ArrayLike | Tensor | None = None,
+        clear_old_points: bool = True,
+        normalize_coords: bool = True,
+        box: ArrayLike | Tensor | None = None,
+    ) -> MasksOnFrame:
+        """Show an object on a frame, new or known, or correct its mask there.
+
+        Args:
+            inference_state: of ``init_state``.
+            frame_idx: from 0 to ``num_frames`` - 1.
+            obj_id: a number or a name of your choice.
+            points: (P, 2), x and y in pixels of the video.
+            labels: (P), 1 where a point is of the object and 0 where it is not; -1 for a point to ignore.
+            clear_old_points: the points replace those given before for this object and frame; else they join them.
+            normalize_coords: the coordinates are pixels; else fractions of the frame, from 0 to 1.
+            box: (4), x0, y0, x1, y1; points may come with it.
+
+        Returns:
+            The frame, all objects' ids, and their mask logits on this frame, (N, 1, H, W), float32, above 0 inside;
+            -1024 for an object that is unknown there.
+
+        Raises:
+            TypeError: for arguments of wrong types.
+            ValueError: for a frame that there is none, wrong shapes, labels, boxes, or no prompt at all.
+        """
+        state = _a_state(inference_state)
+        frame = _a_frame(state, "frame_idx", frame_idx)
+        width, height = (state.video_width, state.video_height) if normalize_coords else (1, 1)
+        where, which = _prompt(points, labels, box, clear_old_points)
+        where = (where / where.new_tensor([width, height]) * self.image_size).to(self.device)
+        which = which.to(self.device)
+        track = _a_track(state, obj_id)
+        if not clear_old_points and frame in track.points:
+            before = track.points[frame]
+            where, which = torch.cat((before[0], where), dim=1), torch.cat((before[1], which), dim=1)
+        first = _is_first(track, frame)
+        conditioning = first or self.add_all_frames_to_correct_as_cond
+        latest = track.latest(frame, conditioning)
+        # As SAM was trained: a mask to correct is given within these bounds.
+        mask = None if latest is None else self._mask(latest).clamp(-32, 32)
+        with network.precision(self.model):
+            features = self._features(state, frame)
+            if first:
+                embedding = network.without_memory(self.model, features.embedding)
+            else:
+                embedding = self._conditioned(state, [track], frame, features, reverse=track.reverse[frame])
+            seen = memory.segment(self.model, features, embedding, where, which, mask)
+        track.points[frame] = where, which
+        track.masks.discard(frame)
+        track.new(conditioning)[frame] = self._outputs(state, seen, prompted=True)[0]
+        state._tracks[obj_id] = track
+        return frame, state.obj_ids, self._masks_on(state, frame, conditioning)
+
+    def add_new_points(self, *args: Any, **kwargs: Any) -> MasksOnFrame:
+        """``add_new_points_or_box`` by its older name."""
+        return self.add_new_points_or_box(*args, **kwargs)
+
+    @torch.inference_mode()
+    def add_new_mask(
+        self, inference_state: InferenceState, frame_idx: int, obj_id: Hashable, mask: ArrayLike | Tensor
+    ) -> MasksOnFrame:
+        """Show an object on a frame by its mask, which is taken as it is.
+
+        Args:
+            inference_state, frame_idx, obj_id: as in ``add_new_points_or_box``.
+            mask: (H, W), above 0 or True inside, of any size: it is resized to the frame's.
+
+        Returns:
+            As ``add_new_points_or_box``.
+
+        Raises:
+            TypeError: for arguments of wrong types.
+            ValueError: for a frame that there is none, or a mask of another shape.
+        """
+        state = _a_state(inference_state)
+        frame = _a_frame(state, "frame_idx", frame_idx)
+        inside = _tensor("mask", mask)
+        if inside.dim() != 2 or 0 in inside.shape:
+            raise ValueError(f"mask must be (H, W) with H, W >= 1, got {tuple(inside.shape)}")
+        binary = (inside > 0).float()[None, None].to(self.device)
+        if binary.shape[-2:] != (self.image_size, self.image_size):
+            # Antialiased, as the official predictor; on the CPU, because not every device has it.
+            size = (self.image_size, self.image_size)
+            smooth = F.interpolate(binary.cpu(), size, mode="bilinear", align_corners=False, antialias=True)
+            binary = (smooth >= 0.5).float().to(self.device)
+        track = _a_track(state, obj_id)
+        conditioning = _is_first(track, frame) or self.add_all_frames_to_correct_as_cond
+        with network.precision(self.model):
+            seen = memory.given(self.model, self._features(state, frame), binary)
+        track.masks.add(frame)
+        track.points.pop(frame, None)
+        track.new(conditioning)[frame] = self._outputs(state, seen, prompted=True)[0]
+        state._tracks[obj_id] = track
+        return frame, state.obj_ids, self._masks_on(state, frame, conditioning)
+
+    @torch.inference_mode()
+    def propagate_in_video(
+        self,
+        inference_state: InferenceState,
+        start_frame_idx: int | None = None,
+        max_frame_num_to_track: int | None = None,
+        reverse: bool = False,
+    ) -> Iterator[MasksOnFrame]:
+        """Track all objects from frame to frame.
+
+        Args:
+            inference_state: of ``init_state``.
+            start_frame_idx: the first frame; by default the earliest with a prompt.
+            max_frame_num_to_track: how many frames to track after the first; by default all.
+            reverse: towards the beginning of the video.
+
+        Yields:
+            For each frame what ``add_new_points_or_box`` returns. It may be broken off and called again.
+
+        Raises:
+            ValueError: where an object has no prompt, or there is none, or an argument is out of range.
+
+        Warns:
+            UserWarning: where a frame cannot be decoded; it ends there.
+        """
+        state = _a_state(inference_state)
+        if start_frame_idx is not None:
+            start_frame_idx = _a_frame(state, "start_frame_idx", start_frame_idx)
+        count = state.num_frames if max_frame_num_to_track is None else operator.index(max_frame_num_to_track)
+        if count < 0:
+            raise ValueError(f"max_frame_num_to_track must not be negative, got {count}")
+        self._settle(state)
+        tracks = dict(state._tracks)
+        start = min(t for track in tracks.values() for t in track.conditioning)
+        if start_frame_idx is not None:
+            start = start_frame_idx
+        if reverse:  # from the first frame there is no way back
+            order = range(start, max(start - count, 0) - 1, -1) if start > 0 else range(0)
+        else:
+            order = range(start, min(start + count, state.num_frames - 1) + 1)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            for frame in order:
+                tracked = [track for track in tracks.values() if frame not in track.conditioning]
+                try:
+                    features = self._features(state, frame) if tracked else None
+                    if frame != order[-1]:
+                        state._images.load(frame + order.step, pool)
+                    if features is not None:
+                        self._track(state, tracked, frame, features, reverse)
+                except FrameError as error:
+                    warnings.warn(f"the masks end before frame {frame} of {len(state.frames)}: {error}", stacklevel=2)
+                    return
+                for track in tracks.values():
+                    if frame in track.conditioning and self.clear_non_cond_mem_around_input:
+                        self._forget_around(track, frame)
+                    track.reverse[frame] = reverse
+                outputs = [track.conditioning.get(frame) or track.others[frame] for track in tracks.values()]
+                yield frame, list(tracks), self._resized(state, outputs)
+
+    @torch.inference_mode()
+    def clear_all_prompts_in_frame(
+        self, inference_state: InferenceState, frame_idx: int, obj_id: Hashable, need_output: bool = True
+    ) -> MasksOnFrame | None:
+        """Take back an object's prompts on a frame; its mask there, if it was propagated, stays as if tracked.
+
+        Returns:
+            As ``add_new_points_or_box``, or None without ``need_output``.
+
+        Raises:
+            ValueError: for a frame or an object that there is none.
+        """
+        state = _a_state(inference_state)
+        frame = _a_frame(state, "frame_idx", frame_idx)
+        if obj_id not in state._tracks:
+            raise ValueError(f"obj_id {obj_id!r} is unknown: the objects are {state.obj_ids}")
+        self._clear(state, state._tracks[obj_id], frame)
+        if not need_output:
+            return None
+        return frame, state.obj_ids, self._masks_on(state, frame, _is_new(state, frame))
+
+    @torch.inference_mode()
+    def remove_object(
+        self, inference_state: InferenceState, obj_id: Hashable, strict: bool = False, need_output: bool = True
+    ) -> tuple[list[Any], list[tuple[int, Tensor]]]:
+        """Forget an object.
+
+        Args:
+            inference_state: of ``init_state``.
+            obj_id: of the object.
+            strict: an object that there is none is an error.
+            need_output: give the remaining objects' masks on the frames where this one had prompts.
+
+        Returns:
+            The remaining objects' ids, and for each such frame its number and their mask logits, (N, 1, H, W).
+
+        Raises:
+            ValueError: where it is unknown, and ``strict``.
+        """
+        state = _a_state(inference_state)
+        if obj_id not in state._tracks:
+            if strict:
+                raise ValueError(f"obj_id {obj_id!r} is unknown: the objects are {state.obj_ids}")
+            return state.obj_ids, []
+        removed = state._tracks.pop(obj_id)
+        if not state._tracks or not need_output:
+            return state.obj_ids, []
+        prompted = {*removed.points, *removed.masks}
+        return state.obj_ids, [(t, self._masks_on(state, t, _is_new(state, t))) for t in sorted(prompted)]
+
+    def reset_state(self, inference_state: InferenceState) -> None:
+        """Forget all objects; the video stays open."""
+        _a_state(inference_state)._tracks.clear()
+
+    def _features(self, state: InferenceState, frame: int) -> network.Features:
+        if frame not in state._features:
+            pixels = state.images[frame][None]
+            with network.precision(self.model):
+                features = network.encode(self.model, pixels)
+            if len(state._features) == _FEATURES:
+                state._features.popitem(last=False)
+            state._features[frame] = features
+        state._features.move_to_end(frame)
+        return state._features[frame]
+
+    def _outputs(self, state: InferenceState, seen: memory.Seen, *, prompted: bool) -> list[_Output]:
+        each = zip(seen.logits.to(state.storage_device), seen.pointer, seen.object_logits, strict=True)
+        return [_Output(logits[None], pointer[None], there[None], prompted) for logits, pointer, there in each]
+
+    def _mask(self, output: _Output, *, filled: bool = True) -> Tensor:
+        """(1, 1, S/4, S/4), its small holes filled or not."""
+        logits = output.logits.tensor() if isinstance(output.logits, memory.Shelved) else output.logits
+        logits = logits.to(self.device, torch.float32)
+        return fill_holes(logits, self.fill_hole_area) if filled and self.fill_hole_area > 0 else logits
+
+    def _resized(self, state: InferenceState, outputs: Sequence[_Output | None]) -> Tensor:
+        """The masks at the size of the video, (N, 1, H, W)."""
+        size = (state.video_height, state.video_width)
+        masks = torch.full((len(outputs), 1, *size), memory.NO_OBJECT, device=self.device)
+        known = [i for i, output in enumerate(outputs) if output is not None]
+        if known:
+            low = torch.cat([self._mask(output) for output in outputs if output is not None])
+            masks[known] = F.interpolate(low, size, mode="bilinear", align_corners=False)
+        if self.non_overlap_masks and len(masks) > 1:
+            best = masks.argmax(dim=0, keepdim=True)
+            index = torch.arange(len(masks), device=self.device)[:, None, None, None]
+            masks = torch.where(best == index, masks, masks.clamp(max=-10))
+        return masks
+
+    def _masks_on(self, state: InferenceState, frame: int, conditioning: bool) -> Tensor:
+        return self._resized(state, [track.latest(frame, conditioning) for track in state._tracks.values()])
+
+    def _track(
+        self, state: InferenceState, tracks: Iterable[_Track], frame: int, features: network.Features, reverse: bool
+    ) -> None:
+        """Find objects without prompts on a frame, those that look back at the same frames as one batch."""
+        most = self._most_pointers(state)
+        alike: dict[Any, list[_Track]] = {}
+        for track in tracks:
+            maps, pointers = self._looks_back(track, frame, reverse, most)
+            key = tuple(since for since, *_ in maps), tuple(since for since, _ in pointers)
+            alike.setdefault(key, []).append(track)
+        for group in alike.values():
+            for first in range(0, len(group), _AT_ONCE):
+                batch = group[first : first + _AT_ONCE]
+                with network.precision(self.model):
+                    embedding = self._conditioned(state, batch, frame, features, reverse=reverse)
+                    seen = memory.segment(self.model, features, embedding)
+                    made = memory.remember(
+                        self.model, features.embedding, seen.logits, seen.object_logits, prompted=False
+                    ).to(state.storage_device)
+                for i, output in enumerate(self._outputs(state, seen, prompted=False)):
+                    output.map = made[i : i + 1]
+                    self._keep(state, batch[i], frame, output)
+
+    def _conditioned(
+        self, state: InferenceState, tracks: Sequence[_Track], frame: int, features: network.Features, *, reverse: bool
+    ) -> Tensor:
+        """The features of a frame after its look back, (B, 256, S/16, S/16), of objects that look at alike frames."""
+        most = self._most_pointers(state)
+        maps: dict[int, list[Tensor]] = {}
+        pointers: dict[int, list[Tensor]] = {}
+        for track in tracks:
+            seen, pointed = self._looks_back(track, frame, reverse, most)
+            for i, (_, t, output) in enumerate(seen):
+                maps.setdefault(i, []).append(self._map(state, track, t, output))
+            for i, (_, output) in enumerate(pointed):
+                pointers.setdefault(i, []).append(output.pointer)
+        return memory.condition(
+            self.model,
+            features.embedding,
+            [(seen[i][0], torch.cat(each)) for i, each in maps.items()],
+            [(pointed[i][0], torch.cat(each)) for i, each in pointers.items()],
+            longest=most - 1,
+        )
+
+    def _most_pointers(self, state: InferenceState) -> int:
+        return min(state.num_frames, int(self.model.config.max_object_pointers_in_encoder))
+
+    def _looks_back(
+        self, track: _Track, frame: int, reverse: bool, most: int
+    ) -> tuple[list[tuple[int, int, _Output]], list[tuple[int, _Output]]]:
+        """What a frame sees of an object: maps (frames since or 0 with prompts, frame, output), and up to most pointers
+        (frames since, output)."""
+        step = -1 if reverse else 1
+        maps = [(0, t, output) for t, output in track.conditioning.items()]
+        pointers = [((frame - t) * step, output) for t, output in track.conditioning.items() if (frame - t) * step >= 0]
+        for since in range(self.model.config.num_maskmem - 1, 0, -1):
+            t = frame - since * step
+            if t in track.others:
+                maps.append((since, t, track.others[t]))
+        for since in range(1, most):
+            t = frame - since * step
+            if t in track.others:
+                pointers.append((since, track.others[t]))
+        return maps, pointers
+
+    def _map(self, state: InferenceState, track: _Track, frame: int, output: _Output) -> Tensor:
+        """What an output leaves to later frames, (1, 64, S/16, S/16); made where it is missing."""
+        if output.map is None:
+            logits = self._mask(output, filled=output.prompted)
+            embedding = self._features(state, frame).embedding
+            made = memory.remember(self.model, embedding, logits, output.object_logits, prompted=output.prompted)
+            output.map = made.to(state.storage_device)
+            if track.others.get(frame) is output:
+                self._keep(state, track, frame, output)
+        return output.map.to(self.device)
+
+    def _keep(self, state: InferenceState, track: _Track, frame: int, output: _Output) -> None:
+        """Put an output among those of frames that do not condition others, and what is too old there on the shelf."""
+        track.others[frame] = output
+        track.recent[frame] = None
+        track.recent.move_to_end(frame)
+        if len(track.recent) > _RECENT:
+            old = track.others[track.recent.popitem(last=False)[0]]
+            old.map = None
+            if isinstance(old.logits, Tensor):
+                old.logits = state._shelf.put(old.logits.to(self.model.vision_encoder.dtype))
+
+    def _settle(self, state: InferenceState) -> None:
+        """Let the prompts since the last propagation count."""
+        if not state._tracks:
+            raise ValueError("there is no object to propagate: call add_new_points_or_box or add_new_mask before")
+        for obj_id, track in state._tracks.items():
+            if not track.conditioning and not track.new_conditioning:
+                raise ValueError(f"obj_id {obj_id!r} has no prompt: add one, or call remove_object")
+        for track in state._tracks.values():
+            new = [*track.new_others, *track.new_conditioning]
+            for frame, output in track.new_others.items():
+                self._keep(state, track, frame, output)
+            track.conditioning.update(track.new_conditioning)
+            track.new_others.clear()
+            track.new_conditioning.clear()
+            if self.clear_non_cond_mem_around_input:
+                for frame in new:
+                    self._forget_around(track, frame)
+            for frame in track.conditioning:
+                _forget(track, frame)
+
+    def _forget_around(self, track: _Track, frame: int) -> None:
+        for t in range(frame - self.model.config.num_maskmem, frame + self.model.config.num_maskmem + 1):
+            if t != frame:
+                _forget(track, t)
+
+    def _clear(self, state: InferenceState, track: _Track, frame: int) -> None:
+        track.points.pop(frame, None)
+        track.masks.discard(frame)
+        track.new_conditioning.pop(frame, None)
+        track.new_others.pop(frame, None)
+        output = track.conditioning.pop(frame, None)
+        if output is not None:
+            self._keep(state, track, frame, output)
+            track.reverse.pop(frame, None)
+
+
+def _is_first(track: _Track, frame: int) -> bool:
+    """Whether a prompt on that frame shows the object, and does not correct what was tracked from another frame."""
+    return frame not in track.reverse or not track.conditioning
+
+
+def _forget(track: _Track, frame: int) -> None:
+    track.others.pop(frame, None)
+    track.recent.pop(frame, None)
+
+
+def _is_new(state: InferenceState, frame: int) -> bool:
+    return any(frame in track.new_conditioning for track in state._tracks.values())
+
+
+def _a_state(value: object) -> InferenceState:
+    if not isinstance(value, InferenceState):
+        raise TypeError(f"inference_state must be what init_state(...) returns, got {type(value).__name__}")
+    return value
+
+
+def _a_frame(state: InferenceState, name: str, value: object) -> int:
+    try:
+        frame = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    if not 0 <= frame < state.num_frames:
+        raise ValueError(f"{name} must be from 0 to {state.num_frames - 1}, got {frame}")
+    return frame
+
+
+def _a_track(state: InferenceState, obj_id: object) -> _Track:
+    if not isinstance(obj_id, Hashable):
+        raise TypeError(f"obj_id must be a number or a name, got {type(obj_id).__name__}")
+    return state._tracks.get(obj_id) or _Track()
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be an array of numbers, got {type(value).__name__} ({error})") from None
+
+
+def _prompt(points: object, labels: object, box: object, clear_old_points: bool) -> tuple[Tensor, Tensor]:
+    """(1, P, 2), float32, and (1, P), int32, the corners of a box first."""
+    if (points is None) != (labels is None):
+        raise ValueError("points and labels must be given together")
+    where, which = torch.zeros(1, 0, 2), torch.zeros(1, 0, dtype=torch.int32)
+    if points is not None:
+        where, given = _tensor("points", points).float(), _tensor("labels", labels)
+        if where.numel() == 0:
+            where = where.reshape(-1, 2)
+        where = where if where.dim() == 3 else where[None]
+        given = given if given.dim() == 2 else given[None]
+        if where.dim() != 3 or where.shape[0] != 1 or where.shape[2] != 2:
+            raise ValueError(f"points must be (P, 2), got {tuple(_tensor('points', points).shape)}")
+        if given.shape != where.shape[:2]:
+            raise ValueError(f"labels must be ({where.shape[1]},) as points say, got {tuple(given.shape[1:])}")
+        if not torch.isin(given, torch.tensor([-1, 0, 1, 2, 3], dtype=given.dtype, device=given.device)).all():
+            raise ValueError(f"labels must be 1 (object), 0 (not) or -1 (ignored), got {given.flatten().tolist()}")
+        which = given.to(torch.int32)
+    if box is not None:
+        if not clear_old_points:
+            raise ValueError("a box comes before all points: box needs clear_old_points=True")
+        corners = _tensor("box", box).float().to(where.device)
+        if corners.numel() != 4:
+            raise ValueError(f"box must be x0, y0, x1, y1, got the shape {tuple(corners.shape)}")
+        corners = corners.reshape(1, 2, 2)
+        if (corners[:, 0] > corners[:, 1]).any():
+            raise ValueError(f"box must be x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, got {corners.flatten().tolist()}")
+        where = torch.cat((corners, where), dim=1)
+        which = torch.cat((which.new_tensor([[2, 3]]), which), dim=1)
+    if where.shape[1] == 0:
+        raise ValueError("there is no prompt: give points and labels, or a box")
+    if not where.isfinite().all():
+        raise ValueError("points and box must be finite")
+    return where, which

@@ -1,0 +1,204 @@
+"""Weights of SAM 2: Meta's files and transformers' folders, and files that are neither."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pickle
+import socket
+import time
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+from omniops import weights
+from omniops.sam2 import build_sam2, load
+from omniops.sam2.architectures import SIZES, new, recognise
+from omniops.sam2.checkpoints import from_meta
+
+SIDE = 64
+
+
+@pytest.fixture(scope="module")
+def official(twins):
+    return twins(image_size=SIDE)[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(official, tmp_path_factory):
+    """As Meta's: the state dict under "model"."""
+    path = tmp_path_factory.mktemp("meta") / "sam2.1_hiera_tiny.pt"
+    torch.save({"model": official.state_dict()}, path)
+    return path
+
+
+def same(model, other) -> bool:
+    state, expected = model.state_dict(), other.state_dict()
+    return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.1"])
+@pytest.mark.parametrize("size", SIZES)
+def test_nothing_of_metas_is_left_over_or_missing(size, version, monkeypatch):
+    """By the names and shapes of both, with no memory for either."""
+    build_sam = pytest.importorskip("sam2.build_sam", reason="the oracle: the official package, sam2 from PyPI")
+    folder = "sam2" if version == "2.0" else "sam2.1"
+    letter = dict(zip(SIZES, ("t", "s", "b+", "l"), strict=True))[size]
+    monkeypatch.setattr(torch, "linspace", functools.partial(torch.linspace, device="cpu"))  # read while building
+    with torch.device("meta"):
+        meta = build_sam.build_sam2(f"configs/{folder}/{folder}_hiera_{letter}.yaml", device="meta").state_dict()
+        own = new(size, version).state_dict()
+    assert recognise(meta) == (size, version)
+    assert {name: value.shape for name, value in from_meta(meta).items()} == {
+        name: value.shape for name, value in own.items()
+    }
+
+
+def test_metas_checkpoint(twins, checkpoint):
+    model = load(checkpoint, "cpu", "float32", image_size=SIDE)
+    assert not model.training
+    assert model.image_size == SIDE
+    assert same(model, twins(image_size=SIDE)[1])
+    assert load(str(checkpoint), "cpu").image_size == 1024
+
+
+def test_folder(twins, tmp_path):
+    ours = twins(image_size=SIDE)[1]
+    ours.save_pretrained(tmp_path)
+    model = load(tmp_path, "cpu", "float32")
+    assert not model.training
+    assert model.image_size == SIDE
+    assert same(model, ours)
+    assert load(tmp_path, "cpu", image_size=96).config.memory_attention_rope_feat_sizes == [6, 6]
+
+
+def test_build_sam2(twins, checkpoint):
+    name = "configs/sam2.1/sam2.1_hiera_t.yaml"
+    model = build_sam2(name, checkpoint, "cpu", dtype="float32", image_size=SIDE)
+    assert same(model, twins(image_size=SIDE)[1])
+    assert model.mask_decoder.dynamic_multimask_via_stability
+    plain = build_sam2(name, checkpoint, "cpu", apply_postprocessing=False, image_size=SIDE)
+    assert not plain.mask_decoder.dynamic_multimask_via_stability
+    random = build_sam2("sam2_hiera_b+", device="cpu", mode="train", image_size=SIDE)
+    assert random.training
+    assert len(random.vision_encoder.backbone.blocks) == 24
+    assert random.occlusion_spatial_embedding_parameter is None
+    with pytest.raises(ValueError, match=r"12 blocks of an encoder, config_file '.*hiera_s.yaml' 16"):
+        build_sam2("sam2.1_hiera_s.yaml", checkpoint, "cpu", image_size=SIDE)
+    with pytest.raises(ValueError, match=r"config_file must be a name as configs/sam2.1/.*, got 'sam_vit_h'"):
+        build_sam2("sam_vit_h")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
+def test_half_precision(checkpoint, dtype):
+    model = load(checkpoint, "cpu", dtype, image_size=SIDE)
+    assert model.vision_encoder.dtype == (torch.float16 if dtype == "float16" else dtype)
+    assert model.prompt_encoder.point_embed.weight.dtype == torch.float32
+
+
+def _without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+BAD = {
+    "a tensor missing": (
+        lambda state: {"model": _without(state, "no_mem_embed")},
+        r"1 missing \(no_memory_embedding\)",
+    ),
+    "a tensor left over": (lambda state: {"model": {**state, "extra.weight": torch.ones(1)}}, "1 unexpected.*extra"),
+    "another shape": (
+        lambda state: {"model": {**state, "no_mem_embed": torch.ones(1, 1, 8)}},
+        r"1 of another shape \(no_memory_embedding \(1, 1, 8\) for \(1, 1, 256\)\)",
+    ),
+    "another model": (lambda _: {"model": {"fc.weight": torch.ones(2, 2)}}, "not a checkpoint of SAM 2.*fc.weight"),
+    "transformers' names": (
+        lambda _: {"vision_encoder.backbone.pos_embed": torch.ones(1)},
+        "pass the folder that its config.json is in",
+    ),
+    "a list": (lambda _: [1, 2], "it holds no state dict but one list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_checkpoints(official, tmp_path, case):
+    content, words = BAD[case]
+    path = tmp_path / "bad.pt"
+    torch.save(content(official.state_dict()), path)
+    with pytest.raises(ValueError, match=words) as caught:
+        load(path, "cpu", image_size=SIDE)
+    assert str(path) in str(caught.value)
+
+
+def test_nothing_in_a_checkpoint_is_run(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (tmp_path.joinpath("harm").touch, ())
+
+    path = tmp_path / "harmful.pt"
+    torch.save({"model": Harmful()}, path)
+    with pytest.raises(ValueError, match="is refused"):
+        load(path, "cpu")
+    path.write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(ValueError, match=r"is refused|no checkpoint"):
+        load(path, "cpu")
+    assert not tmp_path.joinpath("harm").exists()
+
+
+def test_bad_folders(twins, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in"):
+        load(tmp_path, "cpu")
+    twins(image_size=SIDE)[1].save_pretrained(tmp_path)
+    tensors = tmp_path / "model.safetensors"
+    state = load_file(tensors)
+    save_file(_without(state, "no_memory_embedding"), tensors, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not fit SAM 2's video model: 1 missing \(no_memory_embedding\)"):
+        load(tmp_path, "cpu")
+    tensors.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"model\.safetensors is no"):
+        load(tmp_path, "cpu")
+    tensors.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors in"):
+        load(tmp_path, "cpu")
+    tensors.touch()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match=r"config\.json is no configuration of SAM 2"):
+        load(tmp_path, "cpu")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is no configuration of SAM 2"):
+        load(tmp_path, "cpu")
+
+
+@pytest.fixture
+def silent():
+    """A server that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_without_a_network(monkeypatch, tmp_path, silent):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(weights, "_PATIENCE", 2)
+    began = time.monotonic()
+    for endpoint in ("http://127.0.0.1:9", silent):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        with pytest.raises(ConnectionError, match=r"cannot fetch facebook/sam2\.1-hiera-tiny .*config\.json and model"):
+            load("tiny", "cpu")
+    with pytest.raises(ConnectionError, match=r"sam2\.1_hiera_tiny\.pt.*put it at"):
+        load("http://127.0.0.1:9/sam2.1_hiera_tiny.pt", "cpu")
+    assert time.monotonic() - began < 10
+
+
+def test_bad_arguments(checkpoint):
+    for place in ("nowhere.pt", "checkpoints/nowhere.pt", "huge"):
+        with pytest.raises(FileNotFoundError, match=f"there is no checkpoint at {place}: pass"):
+            load(place, "cpu")
+    with pytest.raises(ValueError, match="dtype must be auto, float32, bfloat16 or float16, got 'float8'"):
+        load(checkpoint, "cpu", "float8")
+    with pytest.raises(ValueError, match="image_size must be a positive multiple of 32, got 100"):
+        load(checkpoint, "cpu", image_size=100)
+    with pytest.raises(ValueError, match="nodevice"):
+        load(checkpoint, "nodevice")
+    with pytest.raises(ValueError, match="size must be one of tiny, small, base-plus, large, got 'huge'"):
+        new("huge")

@@ -1,0 +1,259 @@
+"""The image predictor against the official package's, and with pictures and prompts of every kind."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from omniops import connected_components
+from omniops.sam2 import SAM2ImagePredictor, network
+from omniops.sam2.pictures import as_rgb, resized
+
+SIDE = 128
+
+
+@pytest.fixture(scope="module")
+def photograph() -> np.ndarray:
+    """Blobs, edges and noise, (H, W, 3) in uint8: as wide as no network is."""
+    y, x = np.mgrid[:150, :211]
+    disc = ((x - 60) ** 2 + (y - 80) ** 2 < 1500)[..., None] * np.array([200, 40, 90])
+    stripes = ((x // 9 % 2) * 60)[..., None] + np.array([10, 30, 50])
+    noise = np.random.default_rng(0).integers(0, 40, (150, 211, 3))
+    return (disc + stripes + noise).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def both(twins, photograph):
+    """The two predictors with the photograph set."""
+    from sam2.sam2_image_predictor import SAM2ImagePredictor as Official
+
+    official, ours = twins(image_size=SIDE)
+    pair = Official(official), SAM2ImagePredictor(ours)
+    pair[0]._bb_feat_sizes = [(SIDE // stride,) * 2 for stride in (4, 8, 16)]  # fixed there for 1024
+    for predictor in pair:
+        predictor.set_image(photograph)
+    return pair
+
+
+def assert_alike(found, expected):
+    assert len(found) == len(expected) == 3
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3 * np.abs(theirs).max())
+
+
+LOW = np.random.default_rng(1).normal(0, 8, (1, SIDE // 4, SIDE // 4)).astype(np.float32)
+PROMPTS = {
+    "a point": {"point_coords": np.array([[60, 80]]), "point_labels": np.array([1])},
+    "points": {"point_coords": [[60.5, 80.25], [5, 140]], "point_labels": [1, 0]},
+    "points of three prompts": {"point_coords": [[[60, 80]], [[5, 5]], [[200, 10]]], "point_labels": [[1], [1], [1]]},
+    "fractions": {"point_coords": [[0.25, 0.5]], "point_labels": [1], "normalize_coords": False},
+    "a point outside": {"point_coords": [[-20, 400]], "point_labels": [1]},
+    "a box": {"box": np.array([20, 40, 100, 120])},
+    "boxes": {"box": np.array([[20, 40, 100, 120], [0, 0, 211, 150]])},
+    "a box and a point": {"box": [20, 40, 100, 120], "point_coords": [[50, 60]], "point_labels": [0]},
+    "a mask": {"mask_input": LOW},
+    "a mask and a point": {"mask_input": LOW, "point_coords": [[60, 80]], "point_labels": [1]},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_predictions_are_the_official_ones(both, prompt, multimask):
+    official, ours = both
+    expected = official.predict(**PROMPTS[prompt], multimask_output=multimask, return_logits=True)
+    assert expected[0].std() > 0
+    assert_alike(ours.predict(**PROMPTS[prompt], multimask_output=multimask, return_logits=True), expected)
+    masks, _, _ = ours.predict(**PROMPTS[prompt], multimask_output=multimask)
+    assert masks.dtype == np.bool_
+    logits = ours.predict(**PROMPTS[prompt], multimask_output=multimask, return_logits=True)[0]
+    assert np.array_equal(masks, logits > 0)
+
+
+def test_the_embedding_is_the_official_one(both):
+    official, ours = (predictor.get_image_embedding() for predictor in both)
+    assert ours.shape == official.shape
+    torch.testing.assert_close(ours, official, rtol=0, atol=1e-3 * official.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("size", "version"), [("tiny", "2.0"), ("tiny", "2.1"), ("small", "2.1"), ("base-plus", "2.0"), ("large", "2.1")]
+)
+def test_every_model_is_the_official_one(twins, photograph, size, version):
+    official, ours = twins(size=size, version=version, image_size=64)
+    pixels = network.normalised(resized(as_rgb(photograph), 64, torch.device("cpu"))[None])
+    with torch.inference_mode():
+        expected = official.forward_image(pixels)["backbone_fpn"]
+        found = network.encode(ours, pixels)
+        for ours_here, theirs in zip((*found.fine, found.embedding), expected, strict=True):
+            torch.testing.assert_close(ours_here, theirs, rtol=0, atol=1e-3 * theirs.abs().max().item())
+
+
+def test_batches_are_the_official_ones(both, photograph):
+    pictures = [photograph, photograph[:90, :70].copy(), photograph[::-1].copy()]
+    prompts = {
+        "point_coords_batch": [np.array([[60, 80]]), np.array([[5.0, 6], [30, 40]]), None],
+        "point_labels_batch": [np.array([1]), np.array([1, 0]), None],
+        "box_batch": [None, None, np.array([10, 20, 90, 100])],
+    }
+    results = []
+    for predictor in both:
+        predictor.set_image_batch(pictures)
+        results.append(predictor.predict_batch(**prompts, return_logits=True))
+    for found, expected in zip(zip(*results[1], strict=True), zip(*results[0], strict=True), strict=True):
+        assert_alike(found, expected)
+
+
+def test_small_holes_and_specks_go_as_in_the_official_one(twins, photograph):
+    from sam2.sam2_image_predictor import SAM2ImagePredictor as Official
+
+    from omniops import dropin
+
+    official, ours = twins(image_size=SIDE)
+    limits = {"max_hole_area": 4, "max_sprinkle_area": 6, "mask_threshold": 0.25}
+    dropin.enable("sam2")
+    try:
+        theirs = Official(official, **limits)
+        theirs._bb_feat_sizes = [(SIDE // stride,) * 2 for stride in (4, 8, 16)]
+        theirs.set_image(photograph)
+        mended, plain = SAM2ImagePredictor(ours, **limits), SAM2ImagePredictor(ours, mask_threshold=0.25)
+        for predictor in (mended, plain):
+            predictor.set_image(photograph)
+        # Noise for a mask is what holes and specks come from.
+        logits = torch.from_numpy(np.random.default_rng(2).normal(0, 3, (1, 3, 32, 32))).float()
+        expected = theirs._transforms.postprocess_masks(logits, (150, 211))
+        found = mended._upsampled(0, logits)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        assert not torch.allclose(found, plain._upsampled(0, logits), atol=1)
+    finally:
+        dropin.disable("sam2")
+
+
+def test_no_small_hole_is_left(twins, photograph):
+    _, ours = twins(image_size=SIDE)
+    predictor = SAM2ImagePredictor(ours, max_hole_area=9)
+    predictor.set_image(photograph)
+    logits = torch.from_numpy(np.random.default_rng(3).normal(1, 2, (1, 1, 32, 32))).float()
+    predictor._sizes = [(32, 32)]  # as they are
+    _, areas = connected_components(predictor._upsampled(0, logits) <= 0)
+    assert not ((areas > 0) & (areas <= 9)).any()
+    _, before = connected_components(logits <= 0)
+    assert ((before > 0) & (before <= 9)).any()
+
+
+KINDS = {
+    "grey": lambda rgb: rgb[..., 0],
+    "grey with an axis": lambda rgb: rgb[..., :1],
+    "RGBA": lambda rgb: np.dstack([rgb, np.full(rgb.shape[:2], 7, np.uint8)]),
+    "uint16": lambda rgb: rgb.astype(np.uint16) * 257,
+    "float32": lambda rgb: (rgb / 255).astype(np.float32),
+    "float64": lambda rgb: rgb / 255,
+    "float16": lambda rgb: (rgb / 255).astype(np.float16),
+    "columns first in memory": np.asfortranarray,
+    "mirrored twice": lambda rgb: rgb[:, ::-1].copy()[:, ::-1],
+    "PIL": Image.fromarray,
+    "PIL's palette": lambda rgb: Image.fromarray(rgb).convert("RGBA").convert("P"),
+    "PIL's grey": lambda rgb: Image.fromarray(rgb[..., 0]),
+    "PIL's 16 bits": lambda rgb: Image.fromarray(rgb[..., 0].astype(np.uint16) * 257),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_picture(photograph, kind):
+    given = KINDS[kind](photograph)
+    expected = photograph
+    if kind == "PIL's palette":
+        expected = np.asarray(given.convert("RGB"))
+    elif "grey" in kind or "16 bits" in kind:
+        expected = photograph[..., :1].repeat(3, 2)
+    found, expected = (resized(as_rgb(each), 64, torch.device("cpu")) for each in (given, expected))
+    assert found.shape == (3, 64, 64)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 if kind == "float16" else 1e-6)
+
+
+def test_png_of_16_bits(photograph):
+    """As PIL opens it: no two versions give it the same mode."""
+    file = io.BytesIO()
+    Image.fromarray(photograph[..., 0].astype(np.uint16) * 257).save(file, "png")
+    found = resized(as_rgb(Image.open(file)), 64, torch.device("cpu"))
+    expected = resized(as_rgb(photograph[..., 0]), 64, torch.device("cpu"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_one_pixel(twins):
+    predictor = SAM2ImagePredictor(twins(image_size=SIDE)[1])
+    predictor.set_image(np.full((1, 1, 3), 200, np.uint8))
+    masks, scores, _ = predictor.predict([[0, 0]], [1])
+    assert masks.shape == (3, 1, 1)
+    assert np.isfinite(scores).all()
+
+
+BAD_PICTURES = {
+    "a path": ("photo.jpg", TypeError, "image must be a NumPy array or a PIL image, got str"),
+    "integers": (np.zeros((4, 4, 3), np.int64), TypeError, "uint8, uint16 or floating, got int64"),
+    "two channels": (np.zeros((4, 4, 2), np.uint8), ValueError, r"got \(4, 4, 2\)"),
+    "channels first": (np.zeros((3, 40, 50), np.uint8), ValueError, r"got \(3, 40, 50\)"),
+    "no pixel": (np.zeros((0, 4, 3), np.uint8), ValueError, "must not be empty"),
+    "0 to 255 in float": (np.full((4, 4, 3), 255.0), ValueError, "must be from 0 to 1, got 255 to 255"),
+    "NaN": (np.full((4, 4, 3), np.nan), ValueError, "must be from 0 to 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PICTURES)
+def test_bad_pictures(twins, case):
+    picture, error, words = BAD_PICTURES[case]
+    with pytest.raises(error, match=words):
+        SAM2ImagePredictor(twins(image_size=SIDE)[1]).set_image(picture)
+
+
+BAD_PROMPTS = {
+    "points without labels": ({"point_coords": [[1, 2]]}, "given together"),
+    "labels without points": ({"point_labels": [1]}, "given together"),
+    "points of three numbers": ({"point_coords": [[1, 2, 3]], "point_labels": [1]}, r"\(P, 2\) or \(B, P, 2\)"),
+    "a label too many": ({"point_coords": [[1, 2]], "point_labels": [1, 0]}, r"must be \(1,\) as point_coords"),
+    "another label": ({"point_coords": [[1, 2]], "point_labels": [5]}, r"must be 1 \(object\) or 0"),
+    "no number": ({"point_coords": [[1, float("nan")]], "point_labels": [1]}, "finite"),
+    "a box of three": ({"box": [1, 2, 3]}, r"box must be \(4\) or \(B, 4\), got \(3,\)"),
+    "a box inside out": ({"box": [100, 20, 30, 120]}, "x0 <= x1"),
+    "two boxes, three points": (
+        {"box": [[1, 2, 3, 4]] * 2, "point_coords": [[[1, 2]]] * 3, "point_labels": [[1]] * 3},
+        r"one number of prompts, got \[2, 3\]",
+    ),
+    "a mask of another size": ({"mask_input": np.zeros((1, 50, 50))}, r"\(1, 32, 32\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PROMPTS)
+def test_bad_prompts(both, case):
+    prompt, words = BAD_PROMPTS[case]
+    with pytest.raises(ValueError, match=words):
+        both[1].predict(**prompt)
+
+
+def test_order_of_calls(twins, photograph):
+    predictor = SAM2ImagePredictor(twins(image_size=SIDE)[1])
+    with pytest.raises(RuntimeError, match="call set_image"):
+        predictor.predict([[1, 2]], [1])
+    with pytest.raises(RuntimeError, match="call set_image"):
+        predictor.get_image_embedding()
+    predictor.set_image(photograph)
+    with pytest.raises(RuntimeError, match="call set_image_batch"):
+        predictor.predict_batch()
+    predictor.set_image_batch([photograph])
+    with pytest.raises(RuntimeError, match="predict_batch"):
+        predictor.predict([[1, 2]], [1])
+    with pytest.raises(ValueError, match="box_batch must have one entry for each of 1 pictures, got 2"):
+        predictor.predict_batch(box_batch=[None, None])
+    predictor.reset_predictor()
+    with pytest.raises(RuntimeError, match="call set_image"):
+        predictor.predict([[1, 2]], [1])
+    with pytest.raises(ValueError, match="image_list must not be empty"):
+        predictor.set_image_batch([])
+    with pytest.raises(TypeError, match="image_list must be a list"):
+        predictor.set_image_batch(photograph)

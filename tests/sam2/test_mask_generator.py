@@ -1,0 +1,428 @@
+"""The mask generator against the official package's: its choice among masks to the last bit, its network nearly so."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from omniops import dropin
+from omniops.sam2 import checkpoints, mask_generator, network, rle
+from omniops.sam2.checkpoints import from_meta
+from omniops.sam2.mask_generator import SAM2AutomaticMaskGenerator, nms
+
+SIDE = 64
+HEIGHT, WIDTH = 100, 142
+
+
+@pytest.fixture(scope="module")
+def photograph() -> np.ndarray:
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    disc = ((x - 40) ** 2 + (y - 54) ** 2 < 680)[..., None] * np.array([200, 40, 90])
+    stripes = ((x // 6 % 2) * 60)[..., None] + np.array([10, 30, 50])
+    noise = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3))
+    return (disc + stripes + noise).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def lively(twins):
+    """The official model and ours, whose masks and scores differ from point to point more than those of new weights."""
+    official, ours = copy.deepcopy(twins(image_size=SIDE))
+    decoder = official.sam_mask_decoder
+    with torch.no_grad():
+        for perceptron in decoder.output_hypernetworks_mlps:
+            perceptron.layers[-1].weight *= 40
+        decoder.iou_prediction_head.layers[-1].weight *= 20
+        for parameter in decoder.transformer.parameters():
+            if parameter.dim() == 2:
+                parameter *= 2
+    ours.load_state_dict(from_meta(official.state_dict()))
+    return official, ours
+
+
+def generators(models, **options):
+    """The official generator and ours, with the same options."""
+    from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator as Official
+
+    official, ours = Official(models[0], **options), SAM2AutomaticMaskGenerator(models[1], **options)
+    official.predictor._bb_feat_sizes = [(SIDE // stride,) * 2 for stride in (4, 8, 16)]  # fixed there for 1024
+    return official, ours
+
+
+def blobs(image, prompts, multimask):
+    """What stands for the network: three grainy blobs about each point, or one; less grainy where there was a mask."""
+    points, labels, mask = prompts
+    assert image == 0
+    assert points.shape == (len(points), 1, 2)
+    assert labels.eq(1).all()
+    side = SIDE // 4
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    where = points[:, :, None, None] / 4
+    away = (((x - where[..., 0]) / 1.5) ** 2 + (y - where[..., 1]) ** 2).sqrt()
+    phase = points.sum(-1) * 0.7
+    radius = torch.tensor([2.0, 4.0, 9.0] if multimask else [5.0]) + phase.sin()
+    grain = (5 * x + 3 * y + 2 * x * y).sin()
+    logits = 4 * (radius[..., None, None] - away) + (5 if mask is None else 1) * grain
+    if mask is not None:
+        logits = logits + mask / 2
+    scores = 0.6 + 0.4 * (radius * 5 + phase).cos()
+    return network.Masks(logits, scores, scores, scores)
+
+
+def without_network(generator):
+    """Have ``blobs`` for a network; the rest of the predictor stays."""
+    predictor = generator.predictor
+    predictor._predict = blobs
+    predictor.set_image = lambda picture: setattr(predictor, "_sizes", [picture.shape[:2]])
+    return generator
+
+
+class AsTheOfficial:
+    """Our predictor as the official generator calls its own."""
+
+    def __init__(self, predictor, official):
+        for name in ("device", "set_image", "reset_predictor", "_upsampled"):
+            setattr(self, name, getattr(predictor, name))
+        self._transforms = official._transforms
+
+    def _predict(self, points, labels, mask_input=None, multimask_output=True, return_logits=False):
+        assert return_logits
+        low = blobs(0, (points, labels, mask_input), multimask_output)
+        return self._upsampled(0, low.logits), low.scores, low.logits.clamp(-32, 32)
+
+
+MANY = {"points_per_side": 5, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.5}
+CASES = {
+    "plain": {},
+    "every mask": {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0},
+    "empty masks": {"mask_threshold": 1e4, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0},
+    "strict": {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.7, "stability_score_offset": 0.5},
+    "threshold": {"mask_threshold": 9.0, "box_nms_thresh": 0.4},
+    "crops": {"crop_n_layers": 1, "crop_nms_thresh": 0.5},
+    "crops of crops": {
+        "crop_n_layers": 2,
+        "crop_n_points_downscale_factor": 2,
+        "crop_overlap_ratio": 0.5,
+        "points_per_batch": 3,
+    },
+    "refined": {"use_m2m": True, "points_per_batch": 16},
+    "refined crops": {"use_m2m": True, "crop_n_layers": 1},
+    "mended": {"min_mask_region_area": 9.0},
+    "one mask a point": {"multimask_output": False},
+    "own grids": {
+        "points_per_side": None,
+        "crop_n_layers": 1,
+        "point_grids": [np.array([[0.1, 0.9], [0.5, 0.5], [0.0, 1.0]]), np.array([[0.25, 0.5], [0.75, 0.5]])],
+        "pred_iou_thresh": 0.0,
+        "stability_score_thresh": 0.0,
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_choice_is_the_official_one(lively, photograph, case):
+    """Of the same logits and scores, in every bit and every type."""
+    official, ours = generators(lively, **{**MANY, **CASES[case]})
+    official.predictor = AsTheOfficial(without_network(ours).predictor, official.predictor)
+    expected, found = official.generate(photograph), ours.generate(photograph)
+    assert len(found) == len(expected) >= 10
+    for record, right in zip(found, expected, strict=True):
+        assert list(record) == list(right)
+        assert np.array_equal(record.pop("segmentation"), right.pop("segmentation"))
+        np.testing.assert_equal(record, right)  # where NaN equals NaN
+        assert [type(value) for value in record.values()] == [type(value) for value in right.values()]
+
+
+@pytest.mark.parametrize("mode", ["uncompressed_rle", "coco_rle"])
+def test_run_lengths_are_the_official_ones(lively, photograph, mode):
+    official, ours = generators(lively, **MANY, crop_n_layers=1, output_mode=mode)
+    official.predictor = AsTheOfficial(without_network(ours).predictor, official.predictor)
+    expected, found = official.generate(photograph), ours.generate(photograph)
+    assert len(found) >= 10
+    assert found == expected
+    assert json.loads(json.dumps(found)) == expected
+    for record in found:
+        mask = rle.decode(record["segmentation"])
+        assert mask.sum() == record["area"]
+        y, x = mask.nonzero()
+        assert record["bbox"] == [x.min(), y.min(), np.ptp(x), np.ptp(y)]
+
+
+WHOLE = {
+    "plain": {},
+    "refined": {"use_m2m": True, "points_per_batch": 7},
+    "mended": {"min_mask_region_area": 5},
+    "crops": {"crop_n_layers": 1, "mask_threshold": 6.0, "points_per_side": 3},
+    "one mask a point": {"multimask_output": False},
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_masks_are_the_official_ones(lively, photograph, case):
+    """Network and all. Where a logit is next to nothing rounding may decide otherwise: in few pixels of all."""
+    options = {**MANY, "stability_score_thresh": 0.1, "box_nms_thresh": 1.0, "crop_nms_thresh": 1.0, **WHOLE[case]}
+    official, ours = generators(lively, **options)
+    if case == "crops":  # where fewer masks end near the edges
+        photograph = photograph.repeat(3, 0).repeat(3, 1)
+    dropin.enable("sam2")  # for what mends the official masks
+    try:
+        expected, found = official.generate(photograph), ours.generate(photograph)
+    finally:
+        dropin.disable("sam2")
+    assert len(found) == len(expected) >= 20
+    assert (len({tuple(record["crop_box"]) for record in found}) > 1) == (case == "crops")
+    differing = 0
+    for record, right in zip(found, expected, strict=True):
+        for name in ("predicted_iou", "stability_score"):
+            assert record[name] == pytest.approx(right[name], abs=1e-4)
+        for name in ("point_coords", "crop_box"):
+            assert record[name] == right[name]
+        pixels = (record["segmentation"] != right["segmentation"]).sum()
+        differing += pixels
+        if not pixels:
+            assert (record["bbox"], record["area"]) == (right["bbox"], right["area"])
+    assert differing <= 3
+
+
+def test_chunks_do_not_matter(lively, photograph, monkeypatch):
+    generator = without_network(SAM2AutomaticMaskGenerator(lively[1], **MANY, output_mode="coco_rle"))
+    expected = generator.generate(photograph)
+    monkeypatch.setattr(mask_generator, "_CHUNK", 1)
+    assert generator.generate(photograph) == expected
+
+
+def test_only_good_masks_become_large_and_few_at_once(lively, photograph, monkeypatch):
+    generator = without_network(SAM2AutomaticMaskGenerator(lively[1], **MANY))
+    upsampled, counts = generator.predictor._upsampled, []
+
+    def counted(image, logits):
+        counts.append(len(logits))
+        return upsampled(image, logits)
+
+    generator.predictor._upsampled = counted
+    monkeypatch.setattr(mask_generator, "_CHUNK", 5 * 4 * HEIGHT * WIDTH + 1)
+    generator.generate(photograph)
+    points = torch.from_numpy(generator.point_grids[0] * (WIDTH, HEIGHT)).float()
+    scores = blobs(0, (points[:, None] / torch.tensor([WIDTH, HEIGHT]) * SIDE, torch.ones(25, 1), None), True).scores
+    assert sum(counts) == (scores > MANY["pred_iou_thresh"]).sum() < 75
+    assert max(counts) == 5
+
+
+def test_no_mask_is_good_enough(lively, photograph):
+    for options in ({"pred_iou_thresh": 1.0}, {"stability_score_thresh": 2.0}, {"mask_threshold": 1e4}):
+        generator = SAM2AutomaticMaskGenerator(lively[1], points_per_side=2, crop_n_layers=1, **options)
+        assert without_network(generator).generate(photograph) == []
+
+
+def test_one_pixel(lively):
+    options = {"points_per_side": 2, "pred_iou_thresh": 0, "stability_score_thresh": 0, "crop_n_layers": 2}
+    generator = SAM2AutomaticMaskGenerator(lively[1], **options)
+    found = generator.generate(np.full((1, 1, 3), 99, np.uint8))
+    assert found
+    for record in found:
+        assert record["segmentation"].shape == (1, 1)
+        assert record["area"] == record["segmentation"].sum()
+        assert record["bbox"] == [0, 0, 0, 0]
+        assert record["crop_box"] == [0, 0, 1, 1]
+
+
+def test_pictures_of_other_kinds(lively, photograph):
+    generator = SAM2AutomaticMaskGenerator(lively[1], **{**MANY, "points_per_side": 2}, output_mode="coco_rle")
+    expected = generator.generate(photograph)
+    assert expected
+    assert generator.generate(Image.fromarray(photograph)) == expected
+    assert generator.generate(np.dstack([photograph, photograph[..., :1]])) == expected
+    grey = generator.generate(photograph[..., 0])
+    assert grey == generator.generate(photograph[..., :1].repeat(3, 2))
+    with pytest.raises(TypeError, match="image must be a NumPy array or a PIL image, got str"):
+        generator.generate("photo.jpg")
+
+
+def test_progress_is_told(lively, photograph):
+    generator = without_network(
+        SAM2AutomaticMaskGenerator(lively[1], points_per_side=3, points_per_batch=4, crop_n_layers=1)
+    )
+    told = []
+    generator.generate(photograph, progress=lambda *numbers: told.append(numbers))
+    assert told == [(9 * crop + done, 45) for crop in range(5) for done in (4, 8, 9)]
+
+
+def test_picture_is_forgotten(lively, photograph):
+    generator = SAM2AutomaticMaskGenerator(lively[1], points_per_side=1)
+    generator.generate(photograph)
+    with pytest.raises(RuntimeError, match="no picture is set"):
+        generator.predictor.get_image_embedding()
+
+
+def test_from_pretrained_tells_options_apart(lively, monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoints, "load", lambda *name, **options: asked.append((name, options)) or lively[1])
+    generator = SAM2AutomaticMaskGenerator.from_pretrained(
+        "facebook/sam2.1-hiera-tiny", device="cpu", points_per_side=3
+    )
+    assert asked == [(("facebook/sam2.1-hiera-tiny",), {"device": "cpu"})]
+    assert len(generator.point_grids[0]) == 9
+
+
+BAD = {
+    "both": (
+        {"point_grids": [np.zeros((1, 2))]},
+        ValueError,
+        "exactly one of points_per_side and point_grids .* got both",
+    ),
+    "neither": ({"points_per_side": None}, ValueError, "exactly one of points_per_side and point_grids .* got neither"),
+    "a mode": ({"output_mode": "png"}, ValueError, "output_mode must be one of binary_mask, .*, got 'png'"),
+    "no points": ({"points_per_side": 0}, ValueError, "points_per_side must be at least 1, got 0"),
+    "half a point": ({"points_per_side": 1.5}, TypeError, "points_per_side must be an int, got float"),
+    "no batch": ({"points_per_batch": 0}, ValueError, "points_per_batch must be at least 1, got 0"),
+    "layers": ({"crop_n_layers": -1}, ValueError, "crop_n_layers must not be negative, got -1"),
+    "area": ({"min_mask_region_area": -1}, ValueError, "min_mask_region_area must not be negative, got -1"),
+    "overlap": ({"crop_overlap_ratio": 1.0}, ValueError, "crop_overlap_ratio must be from 0 to below 1, got 1.0"),
+    "factor": ({"crop_n_points_downscale_factor": 0}, ValueError, "downscale_factor must be at least 1, got 0"),
+    "too few": (
+        {"points_per_side": 3, "crop_n_layers": 2, "crop_n_points_downscale_factor": 2},
+        ValueError,
+        "crop_n_points_downscale_factor leaves the crops without points, got 2: points_per_side is 3",
+    ),
+    "pixels": (
+        {"points_per_side": None, "point_grids": [[[0.5, 0.5], [20, 30]]]},
+        ValueError,
+        r"point_grids\[0\] must be fractions from 0 to 1, got 0.5 to 30",
+    ),
+    "a NaN": ({"points_per_side": None, "point_grids": [[[0.5, np.nan]]]}, ValueError, "must be fractions from 0 to 1"),
+    "a shape": ({"points_per_side": None, "point_grids": [[0.5, 0.5]]}, ValueError, r"must be \(P, 2\) .* got \(2,\)"),
+    "an empty one": ({"points_per_side": None, "point_grids": [np.zeros((0, 2))]}, ValueError, r"got \(0, 2\)"),
+    "one layer's": (
+        {"points_per_side": None, "point_grids": [[[0.5, 0.5]]], "crop_n_layers": 1},
+        ValueError,
+        "point_grids must have 2 grids, for the picture and each layer, got 1",
+    ),
+    "a word": ({"points_per_sides": 3}, TypeError, "points_per_sides"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_wrong_arguments(lively, case):
+    options, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        SAM2AutomaticMaskGenerator(lively[1], **options)
+
+
+@pytest.mark.parametrize("count", [0, 1, 40, 1100])
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
+def test_nms_is_that_of_torchvision(count, threshold):
+    ops = pytest.importorskip("torchvision.ops", reason="the oracle: torchvision")
+    numbers = np.random.default_rng(count)
+    corners = numbers.integers(0, 30, (count, 2))
+    boxes = torch.from_numpy(np.hstack([corners, corners + numbers.integers(0, 12, (count, 2))])).float()
+    distinct = torch.from_numpy(numbers.permutation(count)).float()
+    assert torch.equal(nms(boxes, distinct, threshold), ops.batched_nms(boxes, distinct, torch.zeros(count), threshold))
+    equal = (distinct % 9) / 9
+    expected = ops.nms(boxes, equal, threshold)
+    assert torch.equal(nms(boxes, equal, threshold), expected)
+    # From 1000 boxes on batched_nms sorts once more, and leaves the order of equal scores to chance.
+    batched = ops.batched_nms(boxes, equal, torch.zeros(count), threshold)
+    assert torch.equal(*((batched, expected) if count < 1000 else (batched.sort().values, expected.sort().values)))
+
+
+def test_nms_next_to_its_threshold():
+    """0.7 and 0.1 in float32 are less and more than what is asked for."""
+    batched_nms = pytest.importorskip("torchvision.ops", reason="the oracle: torchvision").batched_nms
+    for tenths in range(1, 10):
+        boxes = torch.tensor([[0, 0, 10, 1], [0, 0, tenths, 1]]).float()
+        scores = torch.tensor([0.5, 0.4])
+        expected = batched_nms(boxes, scores, torch.zeros(2), tenths / 10)
+        assert torch.equal(nms(boxes, scores, tenths / 10), expected)
+
+
+def masks_of(shape):
+    """Masks that are hard to encode, and some of noise."""
+    height, width = shape
+    numbers = np.random.default_rng(height)
+    masks = [np.zeros(shape, bool), np.ones(shape, bool), *(numbers.random((6, *shape)) < 0.5)]
+    masks += [np.kron(numbers.random((height, width)) < 0.4, np.ones((4, 4), bool))[:height, :width]]
+    for row, column in ((0, 0), (-1, -1), (0, -1), (-1, 0)):
+        corner = np.zeros(shape, bool)
+        corner[row, column] = True
+        masks += [corner, ~corner]
+    columns = np.zeros(shape, bool)
+    columns[:, ::2] = True
+    return [*masks, columns, ~columns]
+
+
+SHAPES = [(1, 1), (1, 9), (9, 1), (2, 2), (7, 5), (40, 61), (300, 500)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_coco_is_that_of_pycocotools(shape):
+    coco = pytest.importorskip("pycocotools.mask", reason="the oracle: pycocotools")
+    for mask in masks_of(shape):
+        found = rle.encode(mask)
+        expected = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        assert found == {"size": list(shape), "counts": expected["counts"].decode()}
+        assert np.array_equal(rle.decode(found), mask)
+        assert np.array_equal(rle.decode(expected), mask)
+        assert np.array_equal(coco.decode(found).astype(bool), mask)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_runs_tell_mask_area_and_box(shape):
+    masks = masks_of(shape)
+    for counts, mask in zip(rle.runs(torch.from_numpy(np.stack(masks))), masks, strict=True):
+        assert (counts[1:] > 0).all()
+        assert np.array_equal(rle.decode({"size": shape, "counts": counts.tolist()}), mask)
+        assert rle.area(counts) == mask.sum()
+        y, x = mask.nonzero()
+        assert rle.box(counts, shape[0]) == ((x.min(), y.min(), x.max(), y.max()) if len(x) else None)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (3, 0), (0, 4), (3, 4)])
+@pytest.mark.parametrize("more", [(0, 0), (0, 2), (2, 0), (1, 1)])
+def test_runs_of_a_part_of_the_picture(corner, more):
+    masks = torch.from_numpy(np.stack(masks_of((7, 5))))
+    x, y = corner
+    whole = torch.nn.functional.pad(masks, (x, more[1], y, more[0]))
+    found = rle.runs(masks, corner, tuple(whole.shape[1:]))
+    for ours, expected in zip(found, rle.runs(whole), strict=True):
+        assert np.array_equal(ours, expected)
+
+
+def test_runs_of_no_masks():
+    assert rle.runs(torch.zeros((0, 5, 4), dtype=torch.bool)) == []
+
+
+def test_long_runs():
+    """Whose numbers take all their characters: the string's largest in use is of 2**31 pixels and more."""
+    coco = pytest.importorskip("pycocotools.mask", reason="the oracle: pycocotools")
+    for counts in ([0, 1, 2**20, 3, 15, 2**29, 16, 17, 2**30 + 5, 0, 31, 32, 2**25, 1023, 1024], [2**31], [0, 5]):
+        size = [sum(counts), 1]
+        expected = coco.frPyObjects({"size": size, "counts": counts}, *size)["counts"].decode()
+        assert rle.compressed(np.array(counts)) == expected
+        assert np.array_equal(rle._decompressed(expected), counts)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([3, 4], "counts must be those of 4 x 2 pixels, got 7 in all"),
+        ([9, -1], "counts must be those of 4 x 2 pixels"),
+        ("9", "got 9 in all"),
+        ("", "got 0 in all"),
+        ("X", "counts must be COCO's string of runs, got b'X'"),
+        ("ä", "counts must be COCO's string of runs"),
+        ("~", "counts must be COCO's string of runs"),
+        ("o" * 20 + "1", "more than 60 bits"),
+    ],
+)
+def test_counts_of_something_else(counts, message):
+    with pytest.raises(ValueError, match=message):
+        rle.decode({"size": [4, 2], "counts": counts})
+
+
+def test_only_one_mask_is_encoded():
+    with pytest.raises(ValueError, match=r"mask must be \(H, W\), got \(2, 3, 4\)"):
+        rle.encode(np.zeros((2, 3, 4)))
