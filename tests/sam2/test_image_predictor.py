@@ -12,6 +12,7 @@ from PIL import Image
 from omniops import connected_components
 from omniops.sam2 import SAM2ImagePredictor, network
 from omniops.sam2.pictures import as_rgb, resized
+from omniops.sam2.upsampling import guided
 
 SIDE = 128
 
@@ -145,6 +146,25 @@ def test_no_small_hole_is_left(twins, photograph):
     assert not ((areas > 0) & (areas <= 9)).any()
     _, before = connected_components(logits <= 0)
     assert ((before > 0) & (before <= 9)).any()
+
+
+def test_masks_are_upsampled_along_the_edges_of_the_picture(twins, photograph):
+    _, ours = twins(image_size=SIDE)
+    guide = torch.from_numpy(photograph).permute(2, 0, 1)[None] / 255
+    predictor, plain = SAM2ImagePredictor(ours, upsampling="guided"), SAM2ImagePredictor(ours)
+    results = []
+    for each in (predictor, plain):
+        each.set_image(photograph)
+        results.append(each.predict([[60, 80]], [1], return_logits=True))
+    (masks, scores, low), (others, same_scores, same_low) = results
+    assert masks.shape == others.shape
+    assert not np.allclose(masks, others, atol=0.01 * np.abs(others).max())
+    assert np.array_equal(scores, same_scores)
+    assert np.array_equal(low, same_low)
+    expected = guided(torch.from_numpy(low)[None], guide, (150, 211))[0]  # no logit here is beyond 32
+    torch.testing.assert_close(torch.from_numpy(masks), expected)
+    with pytest.raises(ValueError, match="upsampling must be bilinear or guided, got 'bicubic'"):
+        SAM2ImagePredictor(ours, upsampling="bicubic")
 
 
 KINDS = {

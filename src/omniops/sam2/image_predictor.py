@@ -14,7 +14,8 @@ from transformers import Sam2VideoModel
 
 from omniops import fill_holes, remove_small_components
 from omniops.sam2 import network
-from omniops.sam2.pictures import as_rgb, resized
+from omniops.sam2.pictures import as_rgb, planes, resized
+from omniops.sam2.upsampling import guided
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,6 +35,11 @@ class SAM2ImagePredictor:
         max_hole_area: holes up to that many pixels of the low-resolution mask (a quarter of the resized picture) are
             filled; 0 for none.
         max_sprinkle_area: the same for specks, which are removed.
+        upsampling: how masks come to the size of the picture: ``bilinear`` as in the official predictor, or ``guided``
+            by the picture's colours, with edges that follow its own (``omniops.sam2.upsampling``).
+
+    Raises:
+        ValueError: for another way of upsampling.
     """
 
     def __init__(
@@ -42,11 +48,16 @@ class SAM2ImagePredictor:
         mask_threshold: float = 0.0,
         max_hole_area: float = 0.0,
         max_sprinkle_area: float = 0.0,
+        *,
+        upsampling: str = "bilinear",
     ) -> None:
+        if upsampling not in ("bilinear", "guided"):
+            raise ValueError(f"upsampling must be bilinear or guided, got {upsampling!r}")
         self.model = model
         self.mask_threshold = mask_threshold
         self.max_hole_area = max_hole_area
         self.max_sprinkle_area = max_sprinkle_area
+        self.upsampling = upsampling
         self.reset_predictor()
 
     @classmethod
@@ -65,6 +76,7 @@ class SAM2ImagePredictor:
         """Forget the picture."""
         self._features: network.Features | None = None
         self._sizes: list[tuple[int, int]] = []
+        self._guides: list[Tensor] = []
         self._is_batch = False
 
     def set_image(self, image: NDArray[Any] | Image) -> None:
@@ -171,6 +183,8 @@ class SAM2ImagePredictor:
             pixels = torch.stack([resized(picture, side, self.device) for picture in pictures])
             self._features = network.encode(self.model, network.normalised(pixels))
         self._sizes = [picture.shape[:2] for picture in pictures]
+        if self.upsampling == "guided":
+            self._guides = [planes(picture, self.device) for picture in pictures]
         self._is_batch = is_batch
 
     def _prompts(
@@ -257,6 +271,8 @@ class SAM2ImagePredictor:
                 # As it was before holes were filled, one of which may lie in a speck.
                 kept = remove_small_components(mask, int(self.max_sprinkle_area) + 1)
                 logits = torch.where(mask & ~kept, self.mask_threshold - _FILLED, logits)
+            if self.upsampling == "guided":
+                return guided(logits, self._guides[image], self._sizes[image])
             return F.interpolate(logits, self._sizes[image], mode="bilinear", align_corners=False)
 
     def _arrays(

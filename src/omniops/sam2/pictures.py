@@ -42,13 +42,18 @@ def as_rgb(image: Any) -> NDArray[Any]:
     return np.broadcast_to(image, (*image.shape[:2], 3)) if image.shape[2] == 1 else image[..., :3]
 
 
-def resized(image: NDArray[Any], side: int, device: torch.device) -> Tensor:
-    """(H, W, 3) -> (3, side, side) in float32 from 0 to 1, as the official image predictor: bilinear, antialiased."""
+def planes(image: NDArray[Any], device: torch.device) -> Tensor:
+    """(H, W, 3) -> (1, 3, H, W) in float32 from 0 to 1."""
     white = _WHITE.get(image.dtype, 1.0)
     if image.dtype == np.uint16:  # torch computes little with it
         image = image.astype(np.float32)
+    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).to(device)
+    return pixels.permute(2, 0, 1)[None].float().contiguous() / white
+
+
+def resized(image: NDArray[Any], side: int, device: torch.device) -> Tensor:
+    """(H, W, 3) -> (3, side, side) in float32 from 0 to 1, as the official image predictor: bilinear, antialiased."""
     # A GPU takes the pixels as they come. PyTorch has this interpolation on CUDA and on the CPU, not everywhere.
-    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).to(device if device.type == "cuda" else "cpu")
-    planes = pixels.permute(2, 0, 1)[None].float().contiguous() / white
-    smaller = F.interpolate(planes, (side, side), mode="bilinear", align_corners=False, antialias=True)
+    whole = planes(image, device if device.type == "cuda" else torch.device("cpu"))
+    smaller = F.interpolate(whole, (side, side), mode="bilinear", align_corners=False, antialias=True)
     return smaller[0].to(device)

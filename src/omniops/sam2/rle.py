@@ -1,0 +1,125 @@
+"""Masks as COCO writes them: the lengths of the runs down the columns, of background and of mask by turns."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+Runs = NDArray[np.int64]
+
+
+def encode(mask: ArrayLike) -> dict[str, Any]:
+    """A mask (H, W), foreground where it is not zero, as ``pycocotools.mask.encode``, with ``counts`` as str.
+
+    Raises:
+        ValueError: for another number of dimensions.
+    """
+    values = np.asarray(mask)
+    if values.ndim != 2:
+        raise ValueError(f"mask must be (H, W), got {values.shape}")
+    return {"size": list(values.shape), "counts": compressed(runs(torch.from_numpy(values != 0)[None])[0])}
+
+
+def decode(rle: dict[str, Any]) -> NDArray[np.bool_]:
+    """The mask (H, W) of ``{"size": [H, W], "counts": ...}``, whose counts are numbers, or COCO's str or bytes.
+
+    Raises:
+        ValueError: for counts that are not those of H x W pixels, or not COCO's.
+    """
+    height, width = rle["size"]
+    counts = rle["counts"]
+    lengths = _decompressed(counts) if isinstance(counts, (str, bytes)) else np.asarray(counts, np.int64)
+    if (lengths < 0).any() or lengths.sum() != height * width:
+        raise ValueError(f"counts must be those of {height} x {width} pixels, got {lengths.sum()} in all")
+    mask: NDArray[np.bool_] = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(width, height).T
+    return mask
+
+
+def runs(masks: Tensor, corner: tuple[int, int] = (0, 0), size: tuple[int, int] | None = None) -> list[Runs]:
+    """The lengths of the runs of each mask, of background first, which may be none.
+
+    Args:
+        masks: (K, h, w), bool, on any device, where all but a sort of the few places of change is done.
+        corner: where in the picture the masks lie: the x and y of their first pixel.
+        size: the height and width of the picture; that of the masks where it is not given.
+    """
+    k, h, w = masks.shape
+    height, width = size or (h, w)
+    # Every column's runs begin and end in it, so that it does not matter how much of the picture lies between two
+    # columns; where nothing does, one run's end is the next one's beginning, and both go.
+    changes = torch.empty((k, h + 1, w), dtype=torch.bool, device=masks.device)
+    changes[:, 0], changes[:, h] = masks[:, 0], masks[:, -1]
+    torch.ne(masks[:, 1:], masks[:, :-1], out=changes[:, 1:h])
+    mask, y, x = changes.nonzero().unbind(1)
+    pixels = height * width
+    places = (mask * (pixels + 1) + (x + corner[0]) * height + (y + corner[1])).sort().values.cpu().numpy()
+    meet = places[1:] == places[:-1]
+    places = places[~(np.append(meet, False) | np.append(False, meet))] if len(places) else places
+
+    starts = np.arange(k + 1) * (pixels + 1)
+    found = []
+    for start, (first, last) in zip(starts, pairwise(np.searchsorted(places, starts)), strict=False):
+        counts = np.diff(places[first:last] - start, prepend=0, append=pixels)
+        # A last run of mask that ends with the picture leaves no background after it.
+        found.append(counts[:-1] if len(counts) > 1 and counts[-1] == 0 else counts)
+    return found
+
+
+def area(counts: Runs) -> int:
+    """The pixels of the mask."""
+    return int(counts[1::2].sum())
+
+
+def box(counts: Runs, height: int) -> tuple[int, int, int, int] | None:
+    """The first and last column and row with a pixel of the mask, as x0, y0, x1, y1; None where there is no pixel."""
+    first = counts.cumsum()[:-1:2]
+    if not len(first):
+        return None
+    last = first + counts[1::2] - 1
+    (x0, y0), (x1, y1) = (np.divmod(ends, height) for ends in (first, last))
+    if (x0 < x1).any():  # a run from the bottom of a column to the top of the next
+        return int(x0[0]), 0, int(x1[-1]), height - 1
+    return int(x0[0]), int(y0.min()), int(x1[-1]), int(y1.max())
+
+
+def compressed(counts: Runs) -> str:
+    """The runs as COCO's string, as pycocotools' ``rleToString``.
+
+    From the fourth on each is told by how much it differs from the one before the last. Six bits make a character from
+    "0" on: five of the number, the lowest first, and one that says whether more follow.
+    """
+    rest = counts.copy()
+    rest[3:] -= counts[1:-2]
+    digits, used = [], []
+    more = np.ones(len(rest), dtype=bool)
+    while more.any():
+        used.append(more)
+        digit = rest & 31
+        rest = rest >> 5
+        more = more & (rest != np.where(digit & 16, -1, 0))
+        digits.append(digit + 32 * more + 48)
+    if not digits:
+        return ""
+    return bytes(np.stack(digits, 1)[np.stack(used, 1)].astype(np.uint8)).decode("ascii")
+
+
+def _decompressed(counts: str | bytes) -> Runs:
+    text = counts.encode("ascii", "backslashreplace") if isinstance(counts, str) else counts
+    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    if ((codes < 0) | (codes > 63)).any() or (len(codes) and codes[-1] & 32):
+        raise ValueError(f"counts must be COCO's string of runs, got {text[:40]!r}")
+    last = np.flatnonzero(codes & 32 == 0)
+    first = np.append(0, last[:-1] + 1)[: len(last)]
+    place = np.arange(len(codes)) - np.repeat(first, last - first + 1)
+    if (place > 11).any():
+        raise ValueError("counts must be COCO's string of runs, got one of more than 60 bits")
+    lengths = np.add.reduceat((codes & 31) << 5 * place, first) if len(first) else np.zeros(0, np.int64)
+    lengths -= np.where(codes[last] & 16, 1 << 5 * (place[last] + 1), 0)
+    lengths[1::2] = lengths[1::2].cumsum()
+    lengths[2::2] = lengths[2::2].cumsum()
+    return lengths
