@@ -7,7 +7,7 @@ import pytest
 
 from omniops.cli.common import digits
 
-COMMANDS = ("doctor", "selftest", "bench", "demo", "detect", "detect-eval")
+COMMANDS = ("doctor", "selftest", "bench", "demo", "detect", "detect-eval", "segment")
 
 
 def test_help_names_every_command(omniops):

@@ -8,11 +8,11 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -102,9 +102,13 @@ def bench(
     Contenders take turns, so that whatever disturbs the machine disturbs them all alike. Times are medians, with the
     quartiles in brackets; what takes over a second is timed once.
 
+    omniops bench sam2 times SAM 2 on one device beside another; omniops bench sam2 --help shows its own options.
+
     Example: omniops bench carafe --device cpu --json carafe.json --plot carafe.png
     """
     cases = {case.NAME: case for case in CASES}
+    if operator == "sam2":
+        raise CommandError("sam2 comes first, its own options after it: omniops bench sam2 [IMAGE] ...")
     if operator is not None and operator not in cases:
         raise CommandError(f"unknown operator {operator!r}: there are {', '.join(cases)}")
     chosen = choose_device(device)
@@ -132,13 +136,8 @@ def bench(
         console.print(f"* {origin}", markup=False, soft_wrap=True)
     if verdicts:
         console.print(_goals(verdicts))
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     report = {
-        "date": date,
-        "command": _command(),
-        "device": devices.title(chosen),
-        "hardware": {**machine(), "threads": torch.get_num_threads()},
-        "versions": {**versions(), **installed(PEERS), "cuda": torch.version.cuda},
+        **circumstances(devices.title(chosen), PEERS),
         "method": {mode: text for mode, text in timing.METHOD.items() if any(mode == each.mode for each in results)},
         "copy_bytes_per_second": bandwidth,
         "origin_of_what_was_not_measured": origin,
@@ -150,7 +149,26 @@ def bench(
     if plot is not None:
         from omniops.cli.bench_plot import draw
 
-        draw(results, f"{devices.title(chosen)}, torch {torch.__version__}, {date[:10]}", origin, plot)
+        draw(results, f"{devices.title(chosen)}, torch {torch.__version__}, {report['date'][:10]}", origin, plot)
+
+
+def circumstances(device: str, peers: Iterable[str]) -> dict[str, Any]:
+    """When figures were taken, by which command, on what and with which versions."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": _command(),
+        "device": device,
+        "hardware": {**machine(), "threads": torch.get_num_threads()},
+        "versions": {**versions(), **installed(peers), "cuda": torch.version.cuda},
+    }
+
+
+def quartiles(times: list[float]) -> tuple[float, float] | tuple[None, None]:
+    """The lower and the upper one, where there are times enough."""
+    if len(times) == 1:
+        return None, None
+    lower, _, upper = statistics.quantiles(times, n=4, method="inclusive")
+    return lower, upper
 
 
 def _measure(
@@ -181,7 +199,7 @@ def _measure(
                     reason = str(error).strip().partition("\n")[0]
                     yield Result(*setting, direction, each.name, mode, None, error=reason)
             for (name, mode), times in timing.milliseconds(calls, device, seconds, slow).items():
-                lower, upper = _quartiles(times)
+                lower, upper = quartiles(times)
                 yield Result(*setting, direction, name, mode, statistics.median(times), lower, upper, len(times))
             floor = elements * dtype.itemsize / bandwidth * 1e3
             yield Result(*setting, direction, FLOOR, "", floor, measured=False)
@@ -206,19 +224,12 @@ def _settings(
                         matmul.allow_tf32 = before
 
 
-def _quartiles(times: list[float]) -> tuple[float, float] | tuple[None, None]:
-    if len(times) == 1:
-        return None, None
-    lower, _, upper = statistics.quantiles(times, n=4, method="inclusive")
-    return lower, upper
-
-
 def _bandwidth(device: torch.device, quick: bool) -> float:
     size = 2**28 if device.type == "cpu" else 2**30
     if quick:
         size = 2**24
-    memory = devices.memory(device)
-    return timing.copy_bandwidth(device, size if memory is None else min(size, memory // 8))
+    limit = devices.memory(device).limit
+    return timing.copy_bandwidth(device, size if limit is None else min(size, limit // 8))
 
 
 def _read(path: Path, device: str) -> tuple[list[Result], str]:

@@ -93,9 +93,9 @@ def require_sam2() -> None:
     for package in [*missing_packages("sam2"), *pillow]:
         raise CommandError(f"SAM 2 needs {package}, which is not installed: pip install 'omniops[sam2]'", status=1)
     try:
-        import omniops.sam2  # noqa: F401
+        import omniops.sam2.architectures  # noqa: F401
     except ImportError as error:  # of another version, which lacks something
-        raise CommandError(str(error), status=1) from None
+        raise CommandError(f"SAM 2 cannot be used: {error}: pip install --upgrade 'omniops[sam2]'", status=1) from None
 
 
 def require_pictures() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import json
 import sys
 from collections import Counter
@@ -27,7 +26,7 @@ from omniops.cli.detect_parts import (
     require_detection,
     require_weights,
 )
-from omniops.cli.pictures import find_pictures, read_picture
+from omniops.cli.pictures import colour_of, find_pictures, read_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -139,7 +138,7 @@ def _draw(picture: Image, found: dict[str, Tensor], classes: Sequence[str]) -> I
     """The picture with everything found drawn on it, the surest on top."""
     from PIL import Image, ImageDraw, ImageFont
 
-    colours = [_colour(label) for label in found["labels"].tolist()]
+    colours = [colour_of(label) for label in found["labels"].tolist()]
     if "masks" in found:
         pixels = np.array(picture)
         for mask, colour in reversed(list(zip(found["masks"][:, 0].numpy(), colours, strict=True))):
@@ -158,9 +157,3 @@ def _draw(picture: Image, found: dict[str, Tensor], classes: Sequence[str]) -> I
         drawing.rectangle((*corner, corner[0] + right - left + 4, corner[1] + bottom - top + 2), fill=colour)
         drawing.text((corner[0] + 2 - left, corner[1] + 1 - top), text, fill="black", font=font)
     return picture
-
-
-def _colour(label: int) -> tuple[int, int, int]:
-    """A bright colour for each class; the golden ratio keeps those of neighbours apart."""
-    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.65, 1)
-    return int(255 * red), int(255 * green), int(255 * blue)

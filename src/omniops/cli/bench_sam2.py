@@ -1,0 +1,433 @@
+"""``omniops bench sam2``: SAM 2 on one device beside another, and beside the official package."""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from omniops import device as devices
+from omniops.cli import timing
+from omniops.cli.bench import circumstances, quartiles
+from omniops.cli.common import (
+    DEVICE_NAMES,
+    CommandError,
+    choose_device,
+    digits,
+    dtype_name,
+    output,
+    progress,
+    require_picture_path,
+    require_pictures,
+    require_sam2,
+    require_writable,
+)
+from omniops.cli.pictures import read_picture
+from omniops.cli.segment_parts import Precision, configuration, line, require_image_size
+
+CONTENDERS = OURS, COMPILED, OFFICIAL = "omniops", "omniops, compiled", "sam2"
+STEPS = SET_IMAGE, PREDICT, TOTAL, VIDEO = "set_image", "predict", "total", "video, a frame"
+
+METHOD = {
+    SET_IMAGE: "A picture in memory until its features are there.",
+    PREDICT: "One click in the middle, until its three masks at the picture's size are in memory.",
+    TOTAL: "The sum of these two medians.",
+    VIDEO: "From opening a folder of JPEG pictures, one click on the first, to the last mask; over their number.",
+    OFFICIAL: "The official package with the same weights, under torch.autocast to the same dtype unless that is "
+    "float32. Without its CUDA extension it leaves out the filling of holes in a video's masks.",
+}
+PEERS = ("transformers", "sam2", "av", "pillow")
+NOISE = (1200, 1800)
+"""The height and width of the picture that is made where none is given: those of the one in SAM 2's own examples."""
+_WARM_UP_FRAMES = 3
+
+
+@dataclass(frozen=True)
+class Time:
+    """Of one step by one contender on one device, in milliseconds."""
+
+    device: str
+    dtype: str
+    contender: str
+    step: str
+    median_ms: float | None
+    lower_quartile_ms: float | None = None
+    upper_quartile_ms: float | None = None
+    samples: int = 0
+    error: str = ""
+    """Why there is no time."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """The two predictors of a package, whose methods are called alike, ready on a device."""
+
+    name: str
+    image: Any
+    video: Any
+    precision: Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The first frames of a video, as JPEGs in a folder."""
+
+    folder: Path
+    frames: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is timed: the call of each contender, and what it is warmed up with."""
+
+    calls: dict[str, timing.Call] = field(default_factory=dict)
+    warm_ups: dict[str, timing.Call] = field(default_factory=dict)
+    frames: int = 1
+
+
+def bench_sam2(
+    picture: Annotated[
+        Path | None, typer.Argument(metavar="IMAGE", help="Any picture; noise of 1800 x 1200 pixels without it.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", metavar="SIZE", help="tiny, small, base-plus or large; its weights are random.")
+    ] = "tiny",
+    names: Annotated[
+        str | None,
+        typer.Option(
+            "--devices",
+            metavar="D,D,...",
+            help=f"Of {DEVICE_NAMES}; speed-ups are over the first.",
+            show_default="the CPU, and the GPU where there is one",
+        ),
+    ] = None,
+    video: Annotated[
+        Path | None, typer.Option("--video", metavar="FILE", help="Follow an object through this video as well.")
+    ] = None,
+    frames: Annotated[int, typer.Option("--frames", metavar="N", min=2, help="How many frames of it.")] = 16,
+    precision: Annotated[
+        Precision, typer.Option("--dtype", help="What is computed in; auto: the one that suits the device.")
+    ] = Precision.AUTO,
+    compile_encoder: Annotated[
+        bool, typer.Option("--compile", help="Also with the image encoder compiled, which takes minutes.")
+    ] = False,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            "--image-size",
+            metavar="N",
+            help="The side of the square that the model sees, a multiple of 32: less is faster and coarser.",
+            show_default="1024",
+        ),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=0.0, help="Time spent on each measurement, or three runs.")
+    ] = 2.0,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them there: .png, .svg.")] = None,
+) -> None:
+    """Time SAM 2 on one device beside another: set_image, predict of one click, and the two together.
+
+    Weights are random, which take the time of any others: nothing is fetched. The official package, sam2, stands beside
+    where it is installed, with the same weights and in the same dtype; the two take turns. Times are medians, with the
+    quartiles in brackets; of a video frames a second.
+
+    Example: omniops bench sam2 truck.jpg --devices cpu,mps --json sam2.json --plot sam2.png
+    """
+    asked = ["cpu", "auto"] if names is None else [name.strip() for name in names.split(",")]
+    chosen = list(dict.fromkeys(choose_device(name) for name in asked if name))
+    if not chosen:
+        raise CommandError("--devices must name a device")
+    require_image_size(image_size)
+    require_writable(json_file)
+    require_picture_path(plot)
+    if plot is not None:
+        require_pictures()
+    require_sam2()
+    config = configuration(model)
+    pixels = _noise() if picture is None else np.array(read_picture(picture))
+    height, width = pixels.shape[:2]
+
+    times: list[Time] = []
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the official package's, of its missing extension, at every frame
+        clip = None if video is None else _clip(video, frames, Path(folder))
+        official, note = _official(config, image_size)
+        with progress() as bar:
+            task = bar.add_task("", total=len(chosen) * (2 if clip is None else 3))
+            for device in chosen:
+                auto = precision is Precision.AUTO
+                dtype = devices.autocast_dtype(device) if auto else getattr(torch, precision.value)
+                contenders = _contenders(config, official, device, dtype, image_size, compile_encoder)
+                for name, step in _steps(contenders, pixels, clip).items():
+                    bar.update(task, description=f"{device} {name}")
+                    times += _timed(step, name, device, dtype, seconds)
+                    bar.advance(task)
+                times += list(_totals(times, str(device)))
+
+    what = f"SAM 2.1 {model}, {width} x {height} pixels"
+    console = output()
+    for device in chosen:
+        console.print(f"{device}: {devices.title(device)}", markup=False)
+    console.print(_table(times, what))
+    for each in dict.fromkeys((each.contender, each.device, each.error) for each in times if each.error):
+        console.print("{} on {} cannot run: {}".format(*each), style="yellow", markup=False, soft_wrap=True)
+    if note:
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
+    titles = {str(device): devices.title(device) for device in chosen}
+    report = {
+        **circumstances(", ".join(titles.values()), PEERS),
+        "devices": titles,
+        "model": {"size": model, "image_size": image_size or 1024, "weights": "random"},
+        "picture": {"file": "noise" if picture is None else picture.name, "width": width, "height": height},
+        "video": None if video is None or clip is None else {"file": video.name, "frames": clip.frames},
+        "method": METHOD,
+        "results": [asdict(each) for each in times],
+        "speed_up": _speed_ups(times),
+        "note": note,
+    }
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        _draw(times, f"{what}, torch {torch.__version__}, {report['date'][:10]}", plot)
+
+
+def _noise() -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (*NOISE, 3), dtype=np.uint8)
+
+
+def _clip(video: Path, frames: int, folder: Path) -> Clip:
+    """The first frames of a video as JPEGs, which both packages read; the official one needs decord for videos."""
+    from PIL import Image
+
+    from omniops.sam2.frames import Frames
+
+    try:
+        opened = Frames(video)
+        count = min(frames, len(opened))
+        for i in range(count):
+            Image.fromarray(opened[i]).save(folder / f"{i:05}.jpg", quality=95)
+    except (FileNotFoundError, ValueError) as error:
+        raise CommandError(str(error)) from None
+    return Clip(folder, count, opened.width, opened.height)
+
+
+def _official(config: str, image_size: int | None) -> tuple[Any, str]:
+    """The official package's model of random weights on the CPU; or none, and why."""
+    if find_spec("sam2") is None:
+        return None, "sam2, the official package, is not installed, so omniops stands alone: pip install sam2"
+    overrides = []
+    if image_size is not None:
+        places = image_size // 16
+        overrides = [
+            f"++model.image_size={image_size}",
+            *(
+                f"++model.memory_attention.layer.{part}_attention.feat_sizes=[{places},{places}]"
+                for part in ("self", "cross")
+            ),
+        ]
+    torch.manual_seed(0)
+    try:
+        build = import_module("sam2.build_sam").build_sam2_video_predictor
+        for module in ("sam2.sam2_video_predictor", "sam2.utils.misc"):  # no bars of its own in ours
+            loaded = import_module(module)
+            loaded.tqdm = functools.partial(loaded.tqdm, disable=True)  # type: ignore[attr-defined]
+        return build(config, device="cpu", hydra_overrides_extra=overrides), ""
+    except Exception as error:  # of many types, whatever is called sam2 there
+        return None, f"sam2 is installed but cannot be used, so omniops stands alone: {line(error)}"
+
+
+def _contenders(
+    config: str,
+    official: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    image_size: int | None,
+    compile_encoder: bool,
+) -> Iterator[Contender]:
+    from omniops.sam2 import SAM2ImagePredictor, build_sam2
+    from omniops.sam2.checkpoints import from_meta
+    from omniops.sam2.video_predictor import SAM2VideoPredictor
+
+    for name in (OURS, COMPILED) if compile_encoder else (OURS,):
+        torch.manual_seed(0)
+        model = build_sam2(config, device=device, dtype=dtype, image_size=image_size)
+        if official is not None:
+            model.load_state_dict(from_meta(official.state_dict()))
+        if name == COMPILED:  # as omniops.sam2.load(..., compile_encoder=True)
+            model.vision_encoder.backbone.compile()
+        yield Contender(name, SAM2ImagePredictor(model), SAM2VideoPredictor(model), nullcontext)
+    if official is not None:
+        predictor = import_module("sam2.sam2_image_predictor").SAM2ImagePredictor(official.to(device))
+        predictor._bb_feat_sizes = [[official.image_size // stride] * 2 for stride in (4, 8, 16)]  # those of 1024
+        yield Contender(OFFICIAL, predictor, official, functools.partial(devices.autocast, device, dtype))
+
+
+def _steps(contenders: Iterable[Contender], pixels: NDArray[np.uint8], clip: Clip | None) -> dict[str, Step]:
+    height, width = pixels.shape[:2]
+    click = {"point_coords": np.array([[width / 2, height / 2]]), "point_labels": np.array([1])}
+    steps = {SET_IMAGE: Step(), PREDICT: Step()}
+    if clip is not None:
+        steps[VIDEO] = Step(frames=clip.frames)
+    for each in contenders:
+        call = functools.partial(_call, each.precision)
+        steps[SET_IMAGE].calls[each.name] = functools.partial(call, each.image.set_image, pixels)
+        steps[PREDICT].calls[each.name] = functools.partial(call, each.image.predict, **click)
+        if clip is not None:
+            steps[VIDEO].calls[each.name] = functools.partial(call, _follow, each.video, clip, clip.frames)
+            steps[VIDEO].warm_ups[each.name] = functools.partial(call, _follow, each.video, clip, _WARM_UP_FRAMES)
+    return steps
+
+
+def _call(
+    precision: Callable[[], AbstractContextManager[object]], call: Callable[..., object], *args: Any, **kwargs: Any
+) -> None:
+    with precision():
+        call(*args, **kwargs)
+
+
+def _follow(predictor: Any, clip: Clip, frames: int) -> None:
+    state = predictor.init_state(str(clip.folder))
+    click = {"points": np.array([[clip.width / 2, clip.height / 2]], np.float32), "labels": np.array([1], np.int32)}
+    predictor.add_new_points_or_box(state, frame_idx=0, obj_id=1, **click)
+    for _ in predictor.propagate_in_video(state, max_frame_num_to_track=frames - 1):
+        pass
+
+
+def _timed(step: Step, name: str, device: torch.device, dtype: torch.dtype, seconds: float) -> Iterator[Time]:
+    setting = (str(device), dtype_name(dtype))
+    calls: dict[tuple[str, str], timing.Call] = {}
+    for contender, call in step.calls.items():
+        error = _warmed_up(step.warm_ups.get(contender, call), device, seconds / 2)
+        if error:
+            yield Time(*setting, contender, name, None, error=error)
+        else:
+            calls[contender, timing.CALL] = call
+    for (contender, _), whole in timing.milliseconds(calls, device, seconds).items():
+        taken = [each / step.frames for each in whole]
+        lower, upper = quartiles(taken)
+        yield Time(*setting, contender, name, statistics.median(taken), lower, upper, len(taken))
+
+
+def _warmed_up(call: timing.Call, device: torch.device, seconds: float) -> str:
+    """Why it cannot run, if it cannot."""
+    try:
+        timing.warm_up(call, device, seconds)
+    except (RuntimeError, NotImplementedError) as error:
+        return line(error)
+    return ""
+
+
+def _totals(times: Sequence[Time], device: str) -> Iterator[Time]:
+    medians = {(each.contender, each.step): each.median_ms for each in times if each.device == device}
+    for each in times:
+        second = medians.get((each.contender, PREDICT))
+        if each.device == device and each.step == SET_IMAGE and each.median_ms is not None and second is not None:
+            yield Time(device, each.dtype, each.contender, TOTAL, each.median_ms + second)
+
+
+def _speed_ups(times: Sequence[Time]) -> list[dict[str, Any]]:
+    """How many times faster each contender is on each device than it is on the first, step by step."""
+    medians = {(each.contender, each.device, each.step): each.median_ms for each in times}
+    first, *others = dict.fromkeys(each.device for each in times)
+    found: list[dict[str, Any]] = []
+    for device in others:
+        for contender in CONTENDERS:
+            ratios = {}
+            for step in STEPS:
+                slow, fast = (medians.get((contender, where, step)) for where in (first, device))
+                if slow is not None and fast is not None:
+                    ratios[step] = slow / fast
+            if ratios:
+                found.append({"contender": contender, "device": device, "over": first, "ratios": ratios})
+    return found
+
+
+def _rows(times: Sequence[Time]) -> list[tuple[str, str]]:
+    """Each device and contender, in the order in which they are shown."""
+    there = {(each.device, each.contender) for each in times}
+    on = dict.fromkeys(each.device for each in times)
+    return [(device, contender) for device in on for contender in CONTENDERS if (device, contender) in there]
+
+
+def _table(times: Sequence[Time], what: str) -> Table:
+    """The contenders on each device down, the steps across, and below how many times faster a device is."""
+    steps = [step for step in STEPS if any(each.step == step for each in times)]
+    table = Table("device", "dtype", "", box=SIMPLE_HEAD, title_justify="left")
+    table.title = f"{what}: medians (quartiles), and how many times omniops' time"
+    for step in steps:
+        table.add_column("video" if step == VIDEO else step, justify="right", no_wrap=True)
+    found = {(each.device, each.contender, each.step): each for each in times}
+    dtypes = {each.device: each.dtype for each in times}
+    for device, contender in _rows(times):
+        if dtype := dtypes.pop(device, ""):
+            table.add_section()
+        cells = [_cell(found.get((device, contender, step)), found.get((device, OURS, step))) for step in steps]
+        table.add_row(device if dtype else "", dtype, contender, *cells)
+    table.add_section()
+    for each in _speed_ups(times):
+        ratios = [f"{each['ratios'][step]:.1f}x" if step in each["ratios"] else "" for step in steps]
+        table.add_row(f"{each['device']} over {each['over']}", "", each["contender"], *ratios, style="bold")
+    return table
+
+
+def _cell(time: Time | None, ours: Time | None) -> str:
+    if time is None or time.median_ms is None:
+        return "" if time is None else "cannot run"
+    if time.step == VIDEO:
+        cell = f"{digits(1e3 / time.median_ms)} frames/s"
+    else:
+        cell = f"{digits(time.median_ms / 1e3)} s"
+        if time.lower_quartile_ms is not None and time.upper_quartile_ms is not None:
+            cell += f" ({digits(time.lower_quartile_ms / 1e3)}-{digits(time.upper_quartile_ms / 1e3)})"
+    if ours is not None and ours.median_ms and ours is not time:
+        cell += f" {time.median_ms / ours.median_ms:5.2f}x"
+    return cell
+
+
+def _draw(times: Sequence[Time], title: str, path: Path) -> None:
+    """A bar for each contender on each device: set_image, and predict on top of it; of a video another."""
+    from matplotlib.figure import Figure
+
+    steps = {each.step for each in times if each.median_ms is not None}
+    panels = [[SET_IMAGE, PREDICT], *([[VIDEO]] if VIDEO in steps else [])]
+    seconds = {(each.device, each.contender, each.step): (each.median_ms or 0) / 1e3 for each in times}
+    rows = _rows(times)
+    figure = Figure(figsize=(2 + 5 * len(panels), 1.6 + 0.4 * len(rows)), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, shown in zip(axes, panels, strict=True):
+        ends = [0.0] * len(rows)
+        for step, colour in zip(shown, ("#1f5fa8", "#e07b28"), strict=False):
+            lengths = [seconds.get((*row, step), 0.0) for row in rows]
+            axis.barh(range(len(rows)), lengths, left=ends, color=colour, label=step)
+            ends = [end + length for end, length in zip(ends, lengths, strict=True)]
+        for y, end in enumerate(ends):
+            written = f"{digits(end)} s" if end else "cannot run"
+            axis.annotate(written, (end, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.set_yticks(range(len(rows)), [f"{contender}, {device}" for device, contender in rows], fontsize=9)
+        axis.invert_yaxis()
+        axis.set_xlim(0, max(ends) * 1.25 or 1)
+        axis.set_xlabel("seconds", fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(f"Median times, less is better\n{title}", fontsize=11)
+    figure.savefig(path)
