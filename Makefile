@@ -49,6 +49,8 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/carafe.py
 	$(BIN)/python benchmarks/connected_components.py
 	$(BIN)/python benchmarks/deform_conv2d.py
+	$(BIN)/python benchmarks/sam2_predictors.py
+	$(BIN)/python benchmarks/guided_upsampling.py
 
 clean:
 	rm -rf $(VENV) build dist demo

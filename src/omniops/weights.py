@@ -7,19 +7,17 @@ import pickle
 import re
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.request import Request, urlopen
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 from torch.hub import tqdm  # type: ignore[attr-defined]  # or its stand-in where tqdm is not installed
-
-T = TypeVar("T")
 
 _PATIENCE = 5
 """Seconds of silence until a server counts as out of reach."""
@@ -122,7 +120,7 @@ def shown(names: Sequence[str]) -> str:
 
 def _download(url: str, path: Path, digits: str, progress: bool) -> None:
     """Write what a URL names; the path is there only once all of it came, with a checksum that begins with digits."""
-    with _answer(url) as answer:
+    with ask(url) as answer:
         size = answer.headers["Content-Length"] and int(answer.headers["Content-Length"])
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
@@ -149,38 +147,29 @@ def _download(url: str, path: Path, digits: str, progress: bool) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _answer(url: str) -> Any:
-    try:
-        return promptly(lambda: urlopen(Request(url, headers={"User-Agent": "torch.hub"}), timeout=_PATIENCE))
-    except (OSError, HTTPException):
-        raise
-    except Exception as error:  # of the URL itself
-        raise OSError(str(error)) from None
-
-
-def promptly(ask: Callable[[], T]) -> T:
-    """What a server answers, whose silence is an error too: sockets' timeouts do not cover the look-up of its name.
+def ask(url: str) -> Any:
+    """A server's answer to be read, whose silence raises too: sockets' timeouts do not cover the look-up of its name.
 
     Raises:
-        TimeoutError: after seconds of silence.
+        OSError: where there is none within seconds, or it is an error (``urllib.error.HTTPError``).
     """
-    outcome: list[tuple[T | None, Exception | None]] = []
+    outcome: list[Any] = []
 
     def run() -> None:
         try:
-            outcome.append((ask(), None))
-        except Exception as error:
-            outcome.append((None, error))
+            outcome.append(urlopen(Request(url, headers={"User-Agent": "torch.hub"}), timeout=_PATIENCE))
+        except (OSError, HTTPException) as error:
+            outcome.append(error)
+        except Exception as error:  # of the URL itself
+            outcome.append(OSError(str(error)))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(_PATIENCE)
-    if not outcome:
-        raise TimeoutError(f"no answer within {_PATIENCE} seconds")
-    answer, error = outcome[0]
-    if error is not None:
-        raise error
-    return answer  # type: ignore[return-value]  # not None, or what ask() gave
+    answer = outcome[0] if outcome else TimeoutError(f"no answer within {_PATIENCE} seconds")
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 _OF_NUMPY = ("_reconstruct", "scalar")

@@ -412,6 +412,7 @@ def test_a_file_is_what_is_in_it(omniops, tracker, scripted, tmp_path):
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (RuntimeError("out of memory\nlong story"), 1, "out of memory"),
+        (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device"),
     ],
 )
 def test_what_was_found_is_kept_when_it_stops(omniops, tracker, tmp_path, first, happening, status, said):

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from omniops import weights
-from omniops.sam2 import build_sam2, load
+from omniops.sam2 import build_sam2, build_sam2_video_predictor, load
 from omniops.sam2.architectures import SIZES, new, recognise
 from omniops.sam2.checkpoints import from_meta
 
@@ -89,6 +89,21 @@ def test_build_sam2(twins, checkpoint):
         build_sam2("sam2.1_hiera_s.yaml", checkpoint, "cpu", image_size=SIDE)
     with pytest.raises(ValueError, match=r"config_file must be a name as configs/sam2.1/.*, got 'sam_vit_h'"):
         build_sam2("sam_vit_h")
+    with pytest.raises(ValueError, match=r"hydra_overrides_extra must be empty, got \['\+\+model.image_size=512'\]"):
+        build_sam2(name, None, "cpu", "eval", ["++model.image_size=512"])
+
+
+def test_build_sam2_video_predictor(twins, checkpoint):
+    name = "configs/sam2.1/sam2.1_hiera_t.yaml"
+    predictor = build_sam2_video_predictor(name, checkpoint, "cpu", dtype="float32", image_size=SIDE)
+    assert same(predictor.model, twins(image_size=SIDE)[1])
+    assert predictor.fill_hole_area == 8
+    plain = build_sam2_video_predictor(
+        name, checkpoint, "cpu", "eval", [], False, image_size=SIDE, non_overlap_masks=True
+    )
+    assert plain.fill_hole_area == 0
+    assert plain.non_overlap_masks
+    assert not plain.model.mask_decoder.dynamic_multimask_via_stability
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
@@ -183,11 +198,23 @@ def test_without_a_network(monkeypatch, tmp_path, silent):
     began = time.monotonic()
     for endpoint in ("http://127.0.0.1:9", silent):
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        with pytest.raises(ConnectionError, match=r"cannot fetch facebook/sam2\.1-hiera-tiny .*config\.json and model"):
+        with pytest.raises(ConnectionError, match=r"cannot fetch facebook/sam2\.1-hiera-tiny .*sam2\.1_hiera_tiny\.pt"):
             load("tiny", "cpu")
     with pytest.raises(ConnectionError, match=r"sam2\.1_hiera_tiny\.pt.*put it at"):
         load("http://127.0.0.1:9/sam2.1_hiera_tiny.pt", "cpu")
     assert time.monotonic() - began < 10
+
+
+def test_what_the_hub_gave_before_needs_no_network(twins, monkeypatch, tmp_path, silent):
+    ours = twins(image_size=SIDE)[1]
+    snapshot = tmp_path / "models--facebook--sam2.1-hiera-tiny" / "snapshots" / ("0" * 40)
+    ours.save_pretrained(snapshot)
+    (tmp_path / "models--facebook--sam2.1-hiera-tiny" / "refs").mkdir()
+    (tmp_path / "models--facebook--sam2.1-hiera-tiny" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", silent)
+    monkeypatch.setattr(weights, "_PATIENCE", 1)
+    assert same(load("facebook/sam2.1-hiera-tiny", "cpu", "float32"), ours)
 
 
 def test_bad_arguments(checkpoint):

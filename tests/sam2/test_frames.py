@@ -68,7 +68,7 @@ VIDEOS = {
     "no-times.h264": {"options": B_FRAMES},
     "mpeg4.avi": {"codec": "mpeg4"},
     "mpeg2.mpg": {"codec": "mpeg2video"},
-    "hidden-frames.webm": {"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "8"}},
+    "vp8.webm": {"codec": "libvpx"},
     "vp9.webm": {"codec": "libvpx-vp9"},
     "jpegs.mov": {"codec": "mjpeg", "layout": "yuvj420p"},
 }
@@ -166,11 +166,13 @@ def test_threads_share_a_video(tmp_path, monkeypatch):
 def test_a_video_that_breaks_off(tmp_path):
     path = write(tmp_path / "video.mp4", options=B_FRAMES, muxer={"movflags": "faststart"})
     data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * 0.75)])
-    with pytest.warns(UserWarning, match=r"video.mp4 breaks off after \d+ of 20 frames"):
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    path.write_bytes(data[: packets[11].pos + packets[11].size // 2])
+    with pytest.warns(UserWarning, match=r"video.mp4 breaks off after 11 of 20 frames"):
         frames = Frames(path)
-    assert 5 < len(frames) < 15
-    assert len({shown(frame) for frame in frames}) == len(frames)
+    assert len(frames) == 11
+    assert len({shown(frame) for frame in frames}) == 11
     path.write_bytes(data[: data.index(b"mdat")])
     with (
         pytest.warns(UserWarning, match="breaks off after 0 of 20 frames"),

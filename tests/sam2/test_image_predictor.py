@@ -87,6 +87,8 @@ def test_the_embedding_is_the_official_one(both):
     ("size", "version"), [("tiny", "2.0"), ("tiny", "2.1"), ("small", "2.1"), ("base-plus", "2.0"), ("large", "2.1")]
 )
 def test_every_model_is_the_official_one(twins, photograph, size, version):
+    from sam2.sam2_image_predictor import SAM2ImagePredictor as OfficialPredictor
+
     official, ours = twins(size=size, version=version, image_size=64)
     pixels = network.normalised(resized(as_rgb(photograph), 64, torch.device("cpu"))[None])
     with torch.inference_mode():
@@ -94,6 +96,14 @@ def test_every_model_is_the_official_one(twins, photograph, size, version):
         found = network.encode(ours, pixels)
         for ours_here, theirs in zip((*found.fine, found.embedding), expected, strict=True):
             torch.testing.assert_close(ours_here, theirs, rtol=0, atol=1e-3 * theirs.abs().max().item())
+    # Behind the encoder all sizes are of the same width, in videos too.
+    pair = OfficialPredictor(official), SAM2ImagePredictor(ours)
+    pair[0]._bb_feat_sizes = [(16, 16), (8, 8), (4, 4)]
+    predicted = []
+    for predictor in pair:
+        predictor.set_image(photograph)
+        predicted.append(predictor.predict([[60, 80]], [1], return_logits=True))
+    assert_alike(predicted[1], predicted[0])
 
 
 def test_batches_are_the_official_ones(both, photograph):
@@ -254,6 +264,11 @@ def test_bad_prompts(both, case):
     prompt, words = BAD_PROMPTS[case]
     with pytest.raises(ValueError, match=words):
         both[1].predict(**prompt)
+
+
+def test_a_model_of_something_else_is_refused():
+    with pytest.raises(TypeError, match=r"sam_model must be a Sam2VideoModel, got str: pass what omniops\.sam2\.load"):
+        SAM2ImagePredictor("tiny")
 
 
 def test_order_of_calls(twins, photograph):

@@ -68,7 +68,7 @@ def blobs(image, prompts, multimask):
     grain = (5 * x + 3 * y + 2 * x * y).sin()
     logits = 4 * (radius[..., None, None] - away) + (5 if mask is None else 1) * grain
     if mask is not None:
-        logits = logits + mask / 2
+        logits = logits + mask / 2 + 9 * mask.sin()  # which also tells where logits were cut off
     scores = 0.6 + 0.4 * (radius * 5 + phase).cos()
     return network.Masks(logits, scores, scores, scores)
 
@@ -100,6 +100,13 @@ CASES = {
     "plain": {},
     "every mask": {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0},
     "empty masks": {"mask_threshold": 1e4, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0},
+    "empty masks of crops": {
+        "mask_threshold": 1e4,
+        "pred_iou_thresh": 0.0,
+        "stability_score_thresh": 0.0,
+        "crop_n_layers": 1,
+        "crop_overlap_ratio": 0.9,
+    },
     "strict": {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.7, "stability_score_offset": 0.5},
     "threshold": {"mask_threshold": 9.0, "box_nms_thresh": 0.4},
     "crops": {"crop_n_layers": 1, "crop_nms_thresh": 0.5},

@@ -21,17 +21,19 @@ from omniops.sam2.video_predictor import SAM2VideoPredictor
 
 SIDE = 64
 HEIGHT, WIDTH = 90, 140
-RED, GREEN = [35, 45], [98, 58, 122, 82]  # a point in one object and a box around the other, on frame 0
+RED, GREEN = [36, 44], [98, 58, 122, 82]  # a point in one object and a box around the other, on frame 0
 
 
 # By which random weights are multiplied, so that memories, pointers and prompts change more of a mask than its last
 # digits. With more, the rounding of memories to bfloat16 would make of a difference in the last digit a large one.
 SHARPER = {
     "cross_attn_image": 2,
-    "mask_downsampler.encoder.12": 8,
     "gamma": 10,
     "tpos_enc": 20,
     "no_obj": 20,
+    "no_mem_embed": 20,
+    "obj_ptr": 2,
+    "obj_ptr_tpos_proj": 5,
     "sam_prompt_encoder.point_embeddings": 4,
     "sam_prompt_encoder.mask_downscaling.6": 8,
     "pred_obj_score_head.layers.2.weight": 20,
@@ -87,10 +89,12 @@ def models(twins):
 class Both:
     """The official predictor and ours: every call goes to both, and what they return must be alike."""
 
-    def __init__(self, models, clip, **options):
+    def __init__(self, models, clip, share=1.0, **options):
+        """A share of the pixels must be alike. Less than all where a threshold makes more of the last digits."""
         official, ours = models
         self.official = copy.deepcopy(official)  # whose options are set
-        for name, value in {"fill_hole_area": 8, **options}.items():
+        options = {"fill_hole_area": 0, **options}
+        for name, value in options.items():
             setattr(self.official, name, value)
         # Without autocast, and with no pointer beside them, it leaves its memories in bfloat16 and fails.
         attention = self.official.memory_attention.forward
@@ -99,7 +103,7 @@ class Both:
         self.expected_state = self.official.init_state(str(clip))
         self.state = self.ours.init_state(clip)
         self.present, self.absent = 0, 0
-        self.share = 1.0  # of the pixels must be alike
+        self.share = share
 
     def __getattr__(self, name):
         def call(*args, **kwargs):
@@ -164,10 +168,17 @@ def test_two_objects_forward_and_backward(models, clip, version):
     assert both.present > 10
 
 
-@pytest.mark.parametrize(("version", "less"), [("2.1", 1.5), ("2.0", 3.2)])
-def test_objects_come_and_go(models, clip, version, less):
-    both = Both(models(version, less), clip)
-    for i, point in enumerate([[35, 45], [5, 5], [110, 70], [70, 20]]):
+@pytest.mark.parametrize("version", ["2.1", "2.0"])
+def test_objects_come_and_go(models, clip, version):
+    points = [RED, [5, 5], [110, 70], [70, 20]]
+    predictor = SAM2VideoPredictor(models(version)[1])
+    state = predictor.init_state(clip)
+    for i, point in enumerate(points):
+        predictor.add_new_points_or_box(state, 0, i, points=[point], labels=[1])
+    list(predictor.propagate_in_video(state))
+    logits = [output.object_logits.item() for track in state._tracks.values() for output in track.others.values()]
+    both = Both(models(version, less=np.median(logits).item()), clip)
+    for i, point in enumerate(points):
         both.add_new_points_or_box(0, i, points=[point], labels=[1])
     both.propagate_in_video()
     assert both.present > 3
@@ -217,6 +228,16 @@ def test_corrections_of_tracked_frames(models, clip, version):
     both.add_new_points_or_box(0, 2, points=[[110, 70]], labels=[0])  # tracked backwards
     both.add_new_points_or_box(1, 1, points=[[20, 20]], labels=[0])  # a first prompt, which stays
     both.propagate_in_video()
+
+
+def test_a_first_prompt_that_is_taken_back_and_given_again(models, clip):
+    both = Both(models(), clip)
+    both.add_new_points_or_box(0, 1, points=[RED], labels=[1])
+    both.add_new_mask(3, 1, np.eye(20))
+    both.propagate_in_video()
+    both.clear_all_prompts_in_frame(3, 1)
+    both.add_new_points_or_box(3, 1, points=[[60, 45]], labels=[1])
+    both.propagate_in_video(start_frame_idx=2)
 
 
 def test_corrections_that_condition_all_frames(models, clip):
@@ -286,27 +307,29 @@ def test_a_new_beginning_on_a_tracked_frame(models, clip):
 
 
 def test_masks_that_do_not_overlap(models, clip):
-    both = Both(models(), clip, non_overlap_masks=True)
-    both.share = 0.999  # the last digits decide some pixels
+    both = Both(models(), clip, share=0.999, non_overlap_masks=True)
     both.add_new_points_or_box(0, 1, points=[RED], labels=[1])
     both.add_new_points_or_box(0, 2, points=[[45, 50]], labels=[1])
     tracked = both.propagate_in_video(max_frame_num_to_track=2)
     assert all(((masks > 0).sum(dim=0) <= 1).all() for _, _, masks in tracked)
 
 
-def test_holes_of_another_size_or_none(models, clip):
+@pytest.mark.parametrize("version", ["2.1", "2.0"])
+def test_holes_are_filled(models, clip, version):
     counts = []
-    for area in (0, 30):
-        both = Both(models(), clip, fill_hole_area=area)
+    for area in (0, 8, 30):
+        both = Both(models(version), clip, share=0.99, fill_hole_area=area)
         both.add_new_points_or_box(0, 1, points=[RED], labels=[1])
+        both.add_new_points_or_box(0, 1, points=[[20, 20]], labels=[0], clear_old_points=False)
         counts.append([(masks > 0).sum().item() for _, _, masks in both.propagate_in_video(max_frame_num_to_track=2)])
-    assert counts[0] != counts[1]
+    assert counts[0] != counts[1] != counts[2]
+    assert SAM2VideoPredictor(models()[1]).fill_hole_area == 8
 
 
 def test_what_is_forgotten_is_made_again(models, long_clip, monkeypatch):
     monkeypatch.setattr(video_predictor, "_RECENT", 7)
     monkeypatch.setattr(video_predictor, "_FEATURES", 1)
-    both = Both(models(less=1.0), long_clip)
+    both = Both(models(less=1.0), long_clip, share=0.99, fill_hole_area=8)
     both.add_new_points_or_box(0, 1, points=[RED], labels=[1])
     both.add_new_mask(1, 2, np.eye(20))
     both.propagate_in_video()
@@ -491,6 +514,8 @@ def test_other_arguments_that_are_wrong(models, clip):
         next(predictor.propagate_in_video(state, start_frame_idx=6))
     with pytest.raises(ValueError, match="max_frame_num_to_track must not be negative, got -1"):
         next(predictor.propagate_in_video(state, max_frame_num_to_track=-1))
+    with pytest.raises(TypeError, match="max_frame_num_to_track must be an integer, got float"):
+        next(predictor.propagate_in_video(state, max_frame_num_to_track=2.0))
     predictor.clear_all_prompts_in_frame(state, 0, 1)
     with pytest.raises(ValueError, match="obj_id 1 has no prompt"):
         next(predictor.propagate_in_video(state))

@@ -272,7 +272,14 @@ def _follow(source: Path, written: list[Written], load: Load, out: Path) -> None
                     paint(pixels, zip((each["id"] for each in order), _masks(order), strict=True))
                     here = {number: each for (at, number), each in prompts.items() if at == frame}
                     writer.write(draw_prompts(pixels, here))
-        except (KeyboardInterrupt, CommandError, RuntimeError, ValueError) as error:  # what was found so far is kept
+        except (
+            KeyboardInterrupt,
+            CommandError,
+            RuntimeError,
+            ValueError,
+            OSError,
+        ) as error:
+            # What was found so far is kept.
             stopped = error
     seconds = perf_counter() - started
     try:
@@ -342,7 +349,7 @@ def _through(
         for frame, numbers, logits in predictor.propagate_in_video(state, first, reverse=True):
             before[frame] = _records(frame, numbers, logits)
             seen()
-    except (KeyboardInterrupt, CommandError, RuntimeError, ValueError) as error:
+    except (KeyboardInterrupt, CommandError, RuntimeError, ValueError, OSError) as error:
         stopped = error
     for frame, found in sorted(before.items()):
         yield frame, state.frames[frame], found

@@ -12,7 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omniops.sam2.build_sam import build_sam2, build_sam2_video_predictor
+    from omniops.sam2.build_sam import (
+        build_sam2,
+        build_sam2_hf,
+        build_sam2_video_predictor,
+        build_sam2_video_predictor_hf,
+    )
     from omniops.sam2.checkpoints import load
     from omniops.sam2.image_predictor import SAM2ImagePredictor
     from omniops.sam2.mask_generator import SAM2AutomaticMaskGenerator
@@ -25,7 +30,9 @@ __all__ = [
     "SAM2ImagePredictor",
     "SAM2VideoPredictor",
     "build_sam2",
+    "build_sam2_hf",
     "build_sam2_video_predictor",
+    "build_sam2_video_predictor_hf",
     "load",
     "remote",
 ]
@@ -36,7 +43,9 @@ _PLACES = {
     "SAM2ImagePredictor": "image_predictor",
     "SAM2VideoPredictor": "video_predictor",
     "build_sam2": "build_sam",
+    "build_sam2_hf": "build_sam",
     "build_sam2_video_predictor": "build_sam",
+    "build_sam2_video_predictor_hf": "build_sam",
     "load": "checkpoints",
     "remote": "remote_predictor",
 }

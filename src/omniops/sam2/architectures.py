@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Sam2HieraDetConfig, Sam2VideoConfig, Sam2VideoModel, Sam2VisionConfig
 
@@ -50,7 +52,33 @@ def new(size: str, version: str = "2.1", *, image_size: int = IMAGE_SIZE) -> Sam
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     if version not in VERSIONS:
         raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
-    return Sam2VideoModel(_config(SIZES[size], version, image_size)).eval()
+    return lightened(Sam2VideoModel(_config(SIZES[size], version, image_size)).eval())
+
+
+def lightened(model: Sam2VideoModel) -> Sam2VideoModel:
+    """The model, its image encoder without work that nobody sees.
+
+    transformers computes all attention weights between the heads of each place beside the attention itself, and forgets
+    them: seven kernels of each block.
+    """
+    for block in model.vision_encoder.backbone.blocks:
+        block.attn.forward = functools.partial(_attend, block.attn)
+    return model
+
+
+def _attend(attention: Any, hidden_states: Tensor, **_: Any) -> Tensor:
+    """transformers' ``Sam2MultiScaleAttention.forward``: (N, H, W, C), its queries pooled where a stage begins."""
+    n, height, width = hidden_states.shape[:3]
+    heads = attention.num_attention_heads
+    query, key, value = attention.qkv(hidden_states).unflatten(-1, (3, heads, -1)).flatten(1, 2).unbind(2)
+    if attention.query_stride:
+        places = query.flatten(2).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        pooled = F.max_pool2d(places, attention.query_stride, attention.query_stride).permute(0, 2, 3, 1)
+        height, width = pooled.shape[1:3]
+        query = pooled.flatten(1, 2).unflatten(-1, (heads, -1))
+    attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    projected: Tensor = attention.proj(attended.transpose(1, 2).reshape(n, height, width, -1))
+    return projected
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[str, str]:

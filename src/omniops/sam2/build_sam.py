@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -20,10 +21,12 @@ def build_sam2(
     ckpt_path: str | PathLike[str] | None = None,
     device: str | torch.device = "auto",
     mode: str = "eval",
+    hydra_overrides_extra: Sequence[str] = (),
     apply_postprocessing: bool = True,
     *,
     dtype: str | torch.dtype = "auto",
     image_size: int | None = None,
+    compile_encoder: bool = False,
 ) -> Sam2VideoModel:
     """The model of one of the official package's configurations, as its function of that name.
 
@@ -31,13 +34,20 @@ def build_sam2(
         config_file: ``configs/sam2.1/sam2.1_hiera_t.yaml``, ... of sizes t, s, b+ and l, in ``sam2`` or ``sam2.1``;
             only its name is looked at.
         ckpt_path: as ``load`` takes it; random weights where there is none.
-        device, dtype, image_size: as in ``load``.
+        device, dtype, image_size, compile_encoder: as in ``load``; the official package's results are those of
+            ``dtype="float32"``.
         mode: ``eval``, or else the model is left in training mode.
+        hydra_overrides_extra: must be empty: there is no configuration to override.
         apply_postprocessing: choose among all masks where the single one is not stable.
 
     Raises:
-        ValueError: for another name of a configuration, or a checkpoint of another than it names.
+        ValueError: for another name of a configuration, a checkpoint of another than it names, or overrides.
     """
+    if list(hydra_overrides_extra):
+        raise ValueError(
+            f"hydra_overrides_extra must be empty, got {list(hydra_overrides_extra)}: image_size and the predictors' "
+            "arguments say what it could"
+        )
     found = re.fullmatch(r"(?:.*/)?sam2(\.1)?_hiera_(t|s|b\+|l)(?:\.yaml)?", str(config_file))
     if not found:
         raise ValueError(
@@ -50,8 +60,10 @@ def build_sam2(
     if ckpt_path is None:
         model = new(size, version, image_size=image_size or IMAGE_SIZE).to(place)
         model.vision_encoder.to(as_dtype(dtype, place))
+        if compile_encoder:
+            model.vision_encoder.backbone.compile()
     else:
-        model = load(ckpt_path, place, dtype, image_size=image_size)
+        model = load(ckpt_path, place, dtype, image_size=image_size, compile_encoder=compile_encoder)
         depth, expected = len(model.vision_encoder.backbone.blocks), sum(SIZES[size].blocks)
         if depth != expected:
             raise ValueError(f"ckpt_path has {depth} blocks of an encoder, config_file {config_file!r} {expected}")
@@ -64,7 +76,9 @@ def build_sam2_video_predictor(
     ckpt_path: str | PathLike[str] | None = None,
     device: str | torch.device = "auto",
     mode: str = "eval",
+    hydra_overrides_extra: Sequence[str] = (),
     apply_postprocessing: bool = True,
+    vos_optimized: bool = False,
     *,
     dtype: str | torch.dtype = "auto",
     image_size: int | None = None,
@@ -73,9 +87,30 @@ def build_sam2_video_predictor(
     """``build_sam2``'s model in a ``SAM2VideoPredictor``, as the official function of that name.
 
     Args:
-        config_file, ckpt_path, device, mode, dtype, image_size: as in ``build_sam2``.
+        config_file, ckpt_path, device, mode, hydra_overrides_extra, dtype, image_size: as in ``build_sam2``.
         apply_postprocessing: as in ``build_sam2``; and small holes are filled.
+        vos_optimized: compile the image encoder.
         options: of ``SAM2VideoPredictor``.
     """
-    model = build_sam2(config_file, ckpt_path, device, mode, apply_postprocessing, dtype=dtype, image_size=image_size)
+    model = build_sam2(
+        config_file,
+        ckpt_path,
+        device,
+        mode,
+        hydra_overrides_extra,
+        apply_postprocessing,
+        dtype=dtype,
+        image_size=image_size,
+        compile_encoder=vos_optimized,
+    )
     return SAM2VideoPredictor(model, **{"fill_hole_area": 8 if apply_postprocessing else 0, **options})
+
+
+def build_sam2_hf(model_id: str, **options: Any) -> Sam2VideoModel:
+    """``load``, by the official package's name."""
+    return load(model_id, **options)
+
+
+def build_sam2_video_predictor_hf(model_id: str, **options: Any) -> SAM2VideoPredictor:
+    """``SAM2VideoPredictor.from_pretrained``, by the official package's name."""
+    return SAM2VideoPredictor.from_pretrained(model_id, **options)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_url, snapshot_download
 from torch import Tensor
 from transformers import Sam2VideoConfig, Sam2VideoModel
 
 from omniops import device as devices
 from omniops import weights
-from omniops.sam2.architectures import IMAGE_SIZE, SIZES, new, recognise, set_image_size
+from omniops.sam2.architectures import IMAGE_SIZE, SIZES, lightened, new, recognise, set_image_size
 
 _CONFIG, _TENSORS = "config.json", "model.safetensors"
 
@@ -207,18 +209,25 @@ def _folder(folder: Path, image_size: int | None) -> Sam2VideoModel:
     if any(wrong.values()):
         listed = "; ".join(f"{len(names)} {what} ({weights.shown(names)})" for what, names in wrong.items() if names)
         raise ValueError(f"{folder} does not fit SAM 2's video model: {listed}")
-    return model
+    return lightened(model)
 
 
 def _fetched(name: str) -> Path:
     """The hub's folder of that name in its own cache."""
     try:
-        weights.promptly(lambda: hf_hub_download(name, _CONFIG))  # which is small: what is slow to come is not there
+        # Whether the hub is there at all, which its own functions ask several times, and patiently.
+        with suppress(HTTPError):
+            weights.ask(hf_hub_url(name, _CONFIG)).close()
         folder = snapshot_download(name, allow_patterns=[_CONFIG, _TENSORS])
     except (OSError, ValueError) as error:  # ValueError: no name of a repository
+        try:  # what was fetched before
+            return Path(snapshot_download(name, allow_patterns=[_CONFIG, _TENSORS], local_files_only=True))
+        except (OSError, ValueError):
+            pass
         reason = str(error).partition("\n")[0]
         raise ConnectionError(
-            f"cannot fetch {name} from the Hugging Face hub: {reason}. Where there is a network, download its "
-            f"{_CONFIG} and {_TENSORS} into a folder and pass that, or Meta's .pt checkpoint and pass its path"
+            f"cannot fetch {name} from the Hugging Face hub: {reason}. Where there is a network, download "
+            f"https://huggingface.co/{name}/resolve/main/{_CONFIG} and .../{_TENSORS} into a folder and pass that, or "
+            "Meta's checkpoint, as sam2.1_hiera_tiny.pt, and pass its path"
         ) from None
     return Path(folder)

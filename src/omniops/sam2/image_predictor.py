@@ -30,7 +30,7 @@ class SAM2ImagePredictor:
     """Encodes a picture once, then gives the masks of as many prompts as are asked for.
 
     Args:
-        model: of ``omniops.sam2.load`` or ``build_sam2``.
+        sam_model: of ``omniops.sam2.load`` or ``build_sam2``.
         mask_threshold: the logit above which a pixel belongs to a mask.
         max_hole_area: holes up to that many pixels of the low-resolution mask (a quarter of the resized picture) are
             filled; 0 for none.
@@ -39,21 +39,27 @@ class SAM2ImagePredictor:
             by the picture's colours, with edges that follow its own (``omniops.sam2.upsampling``).
 
     Raises:
+        TypeError: where ``sam_model`` is something else.
         ValueError: for another way of upsampling.
     """
 
     def __init__(
         self,
-        model: Sam2VideoModel,
+        sam_model: Sam2VideoModel,
         mask_threshold: float = 0.0,
         max_hole_area: float = 0.0,
         max_sprinkle_area: float = 0.0,
         *,
         upsampling: str = "bilinear",
     ) -> None:
+        if not isinstance(sam_model, Sam2VideoModel):
+            raise TypeError(
+                f"sam_model must be a Sam2VideoModel, got {type(sam_model).__name__}: pass what omniops.sam2.load(...) "
+                "returns"
+            )
         if upsampling not in ("bilinear", "guided"):
             raise ValueError(f"upsampling must be bilinear or guided, got {upsampling!r}")
-        self.model = model
+        self.model = sam_model
         self.mask_threshold = mask_threshold
         self.max_hole_area = max_hole_area
         self.max_sprinkle_area = max_sprinkle_area
@@ -111,6 +117,9 @@ class SAM2ImagePredictor:
         normalize_coords: bool = True,
     ) -> Predicted:
         """The masks of a prompt, or of B prompts at once.
+
+        As the official predictor, it takes places outside of the picture, and no prompt at all: then the masks are of
+        what the model finds first.
 
         Args:
             point_coords: (P, 2) or (B, P, 2), x and y in pixels of the picture.

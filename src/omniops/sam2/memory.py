@@ -80,7 +80,8 @@ def given(model: Sam2VideoModel, features: network.Features, mask: Tensor) -> Se
     """An object whose mask is known, (1, 1, S, S) of 0 and 1: it is taken as it is, of the decoder only the pointer."""
     logits = mask * _GIVEN_SCALE + _GIVEN_BIAS
     size = features.fine[0].shape[-2:]
-    smaller = F.interpolate(logits, size, mode="bilinear", align_corners=False, antialias=True)
+    # On the CPU, because not every device has it.
+    smaller = F.interpolate(logits.cpu(), size, mode="bilinear", align_corners=False, antialias=True).to(mask.device)
     prompt = model.mask_downsample(mask)
     decoded = segment(model, features, features.embedding, mask=prompt, may_be_several=False)
     is_there = mask.flatten(1).any(dim=1, keepdim=True)

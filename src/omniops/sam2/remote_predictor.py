@@ -122,8 +122,9 @@ class Remote:
     ``RemoteError`` until one is set again, and so does every use of a state that was made there. To break a call off,
     by Ctrl-C, ends the process too.
 
-    Threads may share it: their calls take turns. ``close()``, the end of a ``with`` block, garbage collection and the
-    end of this process, however it ends, end the other one.
+    Threads may share it: their calls take turns. A picture that one thread sets is set for all of them, so hold a lock
+    of your own around ``set_image`` and ``predict``. ``close()``, the end of a ``with`` block, garbage collection and
+    the end of this process, however it ends, end the other one.
     """
 
     # Slots, so that an attribute cannot be set here in the belief that it is set on the predictor.

@@ -9,7 +9,7 @@ What differs:
 
 - Frames are decoded when they are needed and never kept on the device, so ``init_state`` returns at once, and
   ``offload_video_to_cpu`` and ``async_loading_frames`` have nothing left to do: while the model is at one frame of
-  ``propagate_in_video`` a thread decodes the next. See ``omniops.sam2.frames``.
+  ``propagate_in_video`` threads decode the next eight. See ``omniops.sam2.frames``.
 - Objects that look back at the same frames run as one batch, the official predictor's one by one.
 - What is kept of a frame that was tracked. The official predictor keeps its map and mask as long as the state lives,
   0.75 MB for every frame and object at a size of 1024. Here the last 16 frames of each object keep them. Of an earlier
@@ -53,6 +53,10 @@ _FEATURES = 4
 """Of how many frames the state keeps the encoder's features, 16 MB each at 1024."""
 _AT_ONCE = 8
 """How many objects run as one batch."""
+_AHEAD = 8
+"""How many frames are decoded before the model comes to them, 3 MB each at 1024."""
+_LOADERS = 4
+"""The threads that decode them: a GPU is faster than one thread at decoding and resizing pictures."""
 
 MasksOnFrame = tuple[int, list[Any], Tensor]
 """The frame, the objects' ids, and their mask logits (N, 1, H, W) at the size of the video, above 0 inside."""
@@ -73,10 +77,11 @@ class _Output:
 
 @dataclass(eq=False)
 class _Track:
-    """An object: its prompts by frame, and what the model made of it by frame."""
+    """An object: its points by frame, and what the model made of it by frame."""
 
     points: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    masks: set[int] = field(default_factory=set)
+    prompted: set[int] = field(default_factory=set)
+    """The frames with points or a mask."""
     conditioning: dict[int, _Output] = field(default_factory=dict)
     """Of the frames that every other frame looks at."""
     others: dict[int, _Output] = field(default_factory=dict)
@@ -118,9 +123,9 @@ class _Images(Sequence[Tensor]):
         pixels = loading.result() if loading else self._frames.resized(index, self._side)
         return network.normalised(pixels.to(self._device) / 255)
 
-    def load(self, index: int, pool: ThreadPoolExecutor) -> None:
-        """Begin to decode a frame that will be asked for next."""
-        self._ahead = {index: pool.submit(self._frames.resized, index, self._side)}
+    def load(self, indices: Iterable[int], pool: ThreadPoolExecutor) -> None:
+        """Begin to decode frames that will be asked for next."""
+        self._ahead = {i: self._ahead.get(i) or pool.submit(self._frames.resized, i, self._side) for i in indices}
 
 
 class InferenceState:
@@ -303,7 +308,7 @@ class SAM2VideoPredictor:
                 embedding = self._conditioned(state, [track], frame, features, reverse=track.reverse[frame])
             seen = memory.segment(self.model, features, embedding, where, which, mask)
         track.points[frame] = where, which
-        track.masks.discard(frame)
+        track.prompted.add(frame)
         track.new(conditioning)[frame] = self._outputs(state, seen, prompted=True)[0]
         state._tracks[obj_id] = track
         return frame, state.obj_ids, self._masks_on(state, frame, conditioning)
@@ -344,8 +349,8 @@ class SAM2VideoPredictor:
         conditioning = _is_first(track, frame) or self.add_all_frames_to_correct_as_cond
         with network.precision(self.model):
             seen = memory.given(self.model, self._features(state, frame), binary)
-        track.masks.add(frame)
         track.points.pop(frame, None)
+        track.prompted.add(frame)
         track.new(conditioning)[frame] = self._outputs(state, seen, prompted=True)[0]
         state._tracks[obj_id] = track
         return frame, state.obj_ids, self._masks_on(state, frame, conditioning)
@@ -378,7 +383,9 @@ class SAM2VideoPredictor:
         state = _a_state(inference_state)
         if start_frame_idx is not None:
             start_frame_idx = _a_frame(state, "start_frame_idx", start_frame_idx)
-        count = state.num_frames if max_frame_num_to_track is None else operator.index(max_frame_num_to_track)
+        count = state.num_frames
+        if max_frame_num_to_track is not None:
+            count = _an_int("max_frame_num_to_track", max_frame_num_to_track)
         if count < 0:
             raise ValueError(f"max_frame_num_to_track must not be negative, got {count}")
         self._settle(state)
@@ -390,13 +397,12 @@ class SAM2VideoPredictor:
             order = range(start, max(start - count, 0) - 1, -1) if start > 0 else range(0)
         else:
             order = range(start, min(start + count, state.num_frames - 1) + 1)
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            for frame in order:
+        with ThreadPoolExecutor(_LOADERS) as pool:
+            for position, frame in enumerate(order, start=1):
                 tracked = [track for track in tracks.values() if frame not in track.conditioning]
                 try:
                     features = self._features(state, frame) if tracked else None
-                    if frame != order[-1]:
-                        state._images.load(frame + order.step, pool)
+                    state._images.load(order[position : position + _AHEAD], pool)
                     if features is not None:
                         self._track(state, tracked, frame, features, reverse)
                 except FrameError as error:
@@ -456,8 +462,7 @@ class SAM2VideoPredictor:
         removed = state._tracks.pop(obj_id)
         if not state._tracks or not need_output:
             return state.obj_ids, []
-        prompted = {*removed.points, *removed.masks}
-        return state.obj_ids, [(t, self._masks_on(state, t, _is_new(state, t))) for t in sorted(prompted)]
+        return state.obj_ids, [(t, self._masks_on(state, t, _is_new(state, t))) for t in sorted(removed.prompted)]
 
     def reset_state(self, inference_state: InferenceState) -> None:
         """Forget all objects; the video stays open."""
@@ -615,7 +620,7 @@ class SAM2VideoPredictor:
 
     def _clear(self, state: InferenceState, track: _Track, frame: int) -> None:
         track.points.pop(frame, None)
-        track.masks.discard(frame)
+        track.prompted.discard(frame)
         track.new_conditioning.pop(frame, None)
         track.new_others.pop(frame, None)
         output = track.conditioning.pop(frame, None)
@@ -644,11 +649,15 @@ def _a_state(value: object) -> InferenceState:
     return value
 
 
-def _a_frame(state: InferenceState, name: str, value: object) -> int:
+def _an_int(name: str, value: Any) -> int:
     try:
-        frame = operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+
+
+def _a_frame(state: InferenceState, name: str, value: object) -> int:
+    frame = _an_int(name, value)
     if not 0 <= frame < state.num_frames:
         raise ValueError(f"{name} must be from 0 to {state.num_frames - 1}, got {frame}")
     return frame
