@@ -149,9 +149,8 @@ class _Folder:
         path = self._paths[index]
         try:
             with Image.open(path) as picture:
-                if picture.mode == "RGB":  # as it is: each copy holds up the other threads
-                    picture.load()
-                    return picture
+                if picture.mode == "RGB":  # each copy holds up the other threads
+                    return picture.copy()
                 rgb = as_rgb(picture)
         except Exception as error:  # Pillow's decoders raise what they like on damaged files
             raise FrameError(f"{path} cannot be read: {error}") from None
