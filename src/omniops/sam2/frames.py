@@ -150,7 +150,8 @@ class _Folder:
         try:
             with Image.open(path) as picture:
                 if picture.mode == "RGB":  # each copy holds up the other threads
-                    return picture.copy()
+                    copy: Image.Image = picture.copy()
+                    return copy
                 rgb = as_rgb(picture)
         except Exception as error:  # Pillow's decoders raise what they like on damaged files
             raise FrameError(f"{path} cannot be read: {error}") from None
