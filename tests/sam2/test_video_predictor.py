@@ -366,14 +366,21 @@ def test_a_frame_of_one_pixel(models, tmp_path):
 def test_objects_run_as_one_batch(models, clip, monkeypatch):
     predictor = SAM2VideoPredictor(models()[1])
     state = predictor.init_state(clip)
-    for i in range(10):
+    for i in range(5):
         predictor.add_new_points_or_box(state, 0, i, points=[[35, 45 + i]], labels=[1])
     predictor.add_new_points_or_box(state, 1, "late", points=[RED], labels=[1])
     sizes = []
     segment = memory.segment
     monkeypatch.setattr(memory, "segment", lambda *args: sizes.append(len(args[2])) or segment(*args))
-    list(predictor.propagate_in_video(state, start_frame_idx=2, max_frame_num_to_track=0))
-    assert sizes == [8, 2, 1]
+    alone = [masks for _, _, masks in predictor.propagate_in_video(state, start_frame_idx=2, max_frame_num_to_track=0)]
+    assert sizes == [2, 2, 1, 1]
+    sizes.clear()
+    monkeypatch.setattr(video_predictor, "_AT_ONCE_ON_CPU", video_predictor._AT_ONCE)
+    batched = [
+        masks for _, _, masks in predictor.propagate_in_video(state, start_frame_idx=2, max_frame_num_to_track=0)
+    ]
+    assert sizes == [5, 1]
+    torch.testing.assert_close(batched[0], alone[0], rtol=0, atol=1e-3)
 
 
 def test_frames_are_encoded_once(models, clip, monkeypatch):

@@ -51,8 +51,8 @@ _RECENT = 16
 """Of how many frames that were tracked last the state keeps everything; at least those that a frame looks back at."""
 _FEATURES = 4
 """Of how many frames the state keeps the encoder's features, 16 MB each at 1024."""
-_AT_ONCE = 8
-"""How many objects run as one batch."""
+_AT_ONCE, _AT_ONCE_ON_CPU = 8, 2
+"""How many objects run as one batch. The caches of a CPU do not hold more."""
 _AHEAD = 8
 """How many frames are decoded before the model comes to them, 3 MB each at 1024."""
 _LOADERS = 4
@@ -511,14 +511,15 @@ class SAM2VideoPredictor:
     ) -> None:
         """Find objects without prompts on a frame, those that look back at the same frames as one batch."""
         most = self._most_pointers(state)
+        at_once = _AT_ONCE_ON_CPU if self.device.type == "cpu" else _AT_ONCE
         alike: dict[Any, list[_Track]] = {}
         for track in tracks:
             maps, pointers = self._looks_back(track, frame, reverse, most)
             key = tuple(since for since, *_ in maps), tuple(since for since, _ in pointers)
             alike.setdefault(key, []).append(track)
         for group in alike.values():
-            for first in range(0, len(group), _AT_ONCE):
-                batch = group[first : first + _AT_ONCE]
+            for first in range(0, len(group), at_once):
+                batch = group[first : first + at_once]
                 with network.precision(self.model):
                     embedding = self._conditioned(state, batch, frame, features, reverse=reverse)
                     seen = memory.segment(self.model, features, embedding)
