@@ -39,7 +39,7 @@ from omniops.cli.common import (
     require_writable,
 )
 from omniops.cli.pictures import read_picture
-from omniops.cli.segment_parts import Precision, configuration, line, require_image_size
+from omniops.cli.segment_parts import Precision, PrecisionOption, configuration, line, require_image_size
 
 CONTENDERS = OURS, COMPILED, OFFICIAL = "omniops", "omniops, compiled", "sam2"
 STEPS = SET_IMAGE, PREDICT, TOTAL, VIDEO = "set_image", "predict", "total", "video, a frame"
@@ -123,9 +123,7 @@ def bench_sam2(
         Path | None, typer.Option("--video", metavar="FILE", help="Follow an object through this video as well.")
     ] = None,
     frames: Annotated[int, typer.Option("--frames", metavar="N", min=2, help="How many frames of it.")] = 16,
-    precision: Annotated[
-        Precision, typer.Option("--dtype", help="What is computed in; auto: the one that suits the device.")
-    ] = Precision.AUTO,
+    precision: PrecisionOption = Precision.AUTO,
     compile_encoder: Annotated[
         bool, typer.Option("--compile", help="Also with the image encoder compiled, which takes minutes.")
     ] = False,

@@ -33,6 +33,7 @@ from omniops.cli.pictures import read_picture
 from omniops.cli.segment_parts import (
     Mask,
     Precision,
+    PrecisionOption,
     Prompts,
     VideoWriter,
     Written,
@@ -100,9 +101,7 @@ def segment(
         bool, typer.Option("--random-weights", help="To see it run without any: its masks mean nothing.")
     ] = False,
     device: DeviceOption = None,
-    precision: Annotated[
-        Precision, typer.Option("--dtype", help="What is computed in; auto: the one that suits the device.")
-    ] = Precision.AUTO,
+    precision: PrecisionOption = Precision.AUTO,
     image_size: Annotated[
         int | None,
         typer.Option(

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from numpy.typing import NDArray
 
 from omniops.cli.common import CommandError
@@ -38,6 +39,11 @@ class Precision(str, Enum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+PrecisionOption = Annotated[
+    Precision, typer.Option("--dtype", help="What is computed in; auto: the one that suits the device.")
+]
 
 
 @dataclass
