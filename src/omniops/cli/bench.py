@@ -42,6 +42,9 @@ from omniops.cli.timing import CALL, GRAPH
 PEERS = ("torchvision", "sam2", "opencv-python-headless", "opencv-python", "scipy")
 """The packages that contenders are from."""
 
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.")]
+PlotOption = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them there: .png, .svg.")]
+
 
 @dataclass(frozen=True)
 class Result:
@@ -82,8 +85,8 @@ class Verdict:
 def bench(
     operator: Annotated[str | None, typer.Argument(metavar="OP", help="One operator; all without it.")] = None,
     device: DeviceOption = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them there: .png, .svg.")] = None,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
     beside: Annotated[
         Path | None,
         typer.Option(

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from omniops import device as devices
 from omniops.cli import timing
-from omniops.cli.bench import circumstances, quartiles
+from omniops.cli.bench import JsonOption, PlotOption, circumstances, quartiles
 from omniops.cli.common import (
     DEVICE_NAMES,
     CommandError,
@@ -39,7 +39,14 @@ from omniops.cli.common import (
     require_writable,
 )
 from omniops.cli.pictures import read_picture
-from omniops.cli.segment_parts import Precision, PrecisionOption, configuration, line, require_image_size
+from omniops.cli.segment_parts import (
+    ImageSizeOption,
+    Precision,
+    PrecisionOption,
+    configuration,
+    line,
+    require_image_size,
+)
 
 CONTENDERS = OURS, COMPILED, OFFICIAL = "omniops", "omniops, compiled", "sam2"
 STEPS = SET_IMAGE, PREDICT, TOTAL, VIDEO = "set_image", "predict", "total", "video, a frame"
@@ -127,20 +134,12 @@ def bench_sam2(
     compile_encoder: Annotated[
         bool, typer.Option("--compile", help="Also with the image encoder compiled, which takes minutes.")
     ] = False,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            "--image-size",
-            metavar="N",
-            help="The side of the square that the model sees, a multiple of 32: less is faster and coarser.",
-            show_default="1024",
-        ),
-    ] = None,
+    image_size: ImageSizeOption = None,
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", min=0.0, help="Time spent on each measurement, or three runs.")
     ] = 2.0,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them there: .png, .svg.")] = None,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
 ) -> None:
     """Time SAM 2 on one device beside another: set_image, predict of one click, and the two together.
 

@@ -31,6 +31,7 @@ from omniops.cli.common import (
 )
 from omniops.cli.pictures import read_picture
 from omniops.cli.segment_parts import (
+    ImageSizeOption,
     Mask,
     Precision,
     PrecisionOption,
@@ -102,15 +103,7 @@ def segment(
     ] = False,
     device: DeviceOption = None,
     precision: PrecisionOption = Precision.AUTO,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            "--image-size",
-            metavar="N",
-            help="The side of the square that the model sees, a multiple of 32: less is faster and coarser.",
-            show_default="1024, as the model was trained",
-        ),
-    ] = None,
+    image_size: ImageSizeOption = None,
     grid: Annotated[
         int, typer.Option("--grid", metavar="N", min=1, help="The points along a side of the grid of --everything.")
     ] = 32,

@@ -44,6 +44,15 @@ class Precision(str, Enum):
 PrecisionOption = Annotated[
     Precision, typer.Option("--dtype", help="What is computed in; auto: the one that suits the device.")
 ]
+ImageSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        "--image-size",
+        metavar="N",
+        help="The side of the square that the model sees, a multiple of 32: less is faster and coarser.",
+        show_default="1024, as the model was trained",
+    ),
+]
 
 
 @dataclass

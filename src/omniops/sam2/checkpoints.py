@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 
 import torch
@@ -21,6 +21,7 @@ from omniops.sam2.architectures import IMAGE_SIZE, SIZES, lightened, new, recogn
 
 _CONFIG, _TENSORS = "config.json", "model.safetensors"
 
+_Predictor = TypeVar("_Predictor")
 _LOAD_OPTIONS = ("device", "dtype", "image_size", "compile_encoder")
 
 # Meta's names, as patterns, and transformers'. The first that fits counts.
@@ -119,9 +120,26 @@ def load(
     return built.to(place).eval()
 
 
+class Pretrained:
+    """What makes a predictor of a model's name."""
+
+    @classmethod
+    def from_pretrained(cls: Callable[..., _Predictor], model_id: str, **options: Any) -> _Predictor:
+        """With the weights of ``omniops.sam2.load(model_id)``; its options and those of the class are told apart."""
+        return cls(load(model_id, **load_options(options)), **options)
+
+
 def load_options(options: dict[str, Any]) -> dict[str, Any]:
     """Takes those of ``load`` out of a call's options."""
     return {name: options.pop(name) for name in _LOAD_OPTIONS if name in options}
+
+
+def require_model(model: object, argument: str) -> None:
+    """Raise ``TypeError`` where a predictor is given something else than what ``load`` returns."""
+    if not isinstance(model, Sam2VideoModel):
+        raise TypeError(
+            f"{argument} must be a Sam2VideoModel, got {type(model).__name__}: pass what omniops.sam2.load(...) returns"
+        )
 
 
 def as_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

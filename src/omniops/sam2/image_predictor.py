@@ -14,6 +14,7 @@ from transformers import Sam2VideoModel
 
 from omniops import fill_holes, remove_small_components
 from omniops.sam2 import network
+from omniops.sam2.checkpoints import Pretrained, require_model
 from omniops.sam2.pictures import as_rgb, planes, resized
 from omniops.sam2.upsampling import guided
 
@@ -26,7 +27,7 @@ _LARGEST_LOGIT = 32.0
 _FILLED = 10.0
 
 
-class SAM2ImagePredictor:
+class SAM2ImagePredictor(Pretrained):
     """Encodes a picture once, then gives the masks of as many prompts as are asked for.
 
     Args:
@@ -52,11 +53,7 @@ class SAM2ImagePredictor:
         *,
         upsampling: str = "bilinear",
     ) -> None:
-        if not isinstance(sam_model, Sam2VideoModel):
-            raise TypeError(
-                f"sam_model must be a Sam2VideoModel, got {type(sam_model).__name__}: pass what omniops.sam2.load(...) "
-                "returns"
-            )
+        require_model(sam_model, "sam_model")
         if upsampling not in ("bilinear", "guided"):
             raise ValueError(f"upsampling must be bilinear or guided, got {upsampling!r}")
         self.model = sam_model
@@ -65,13 +62,6 @@ class SAM2ImagePredictor:
         self.max_sprinkle_area = max_sprinkle_area
         self.upsampling = upsampling
         self.reset_predictor()
-
-    @classmethod
-    def from_pretrained(cls, model_id: str, **options: Any) -> SAM2ImagePredictor:
-        """With the weights of ``omniops.sam2.load(model_id)``; its options and those of the class are told apart."""
-        from omniops.sam2.checkpoints import load, load_options
-
-        return cls(load(model_id, **load_options(options)), **options)
 
     @property
     def device(self) -> torch.device:

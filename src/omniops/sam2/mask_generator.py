@@ -15,6 +15,7 @@ from transformers import Sam2VideoModel
 
 from omniops.ops import _checks
 from omniops.sam2 import rle
+from omniops.sam2.checkpoints import Pretrained
 from omniops.sam2.image_predictor import SAM2ImagePredictor
 from omniops.sam2.network import Masks
 from omniops.sam2.pictures import as_rgb
@@ -42,7 +43,7 @@ class _Found(NamedTuple):
     point: list[float]
 
 
-class SAM2AutomaticMaskGenerator:
+class SAM2AutomaticMaskGenerator(Pretrained):
     """Prompts a model with a grid of points, and keeps of their masks those that are good and not found twice.
 
     Args:
@@ -132,13 +133,6 @@ class SAM2AutomaticMaskGenerator:
         self.output_mode = output_mode
         self.use_m2m = use_m2m
         self.multimask_output = multimask_output
-
-    @classmethod
-    def from_pretrained(cls, model_id: str, **options: Any) -> SAM2AutomaticMaskGenerator:
-        """With the weights of ``omniops.sam2.load(model_id)``; its options and those of the class are told apart."""
-        from omniops.sam2.checkpoints import load, load_options
-
-        return cls(load(model_id, **load_options(options)), **options)
 
     def generate(
         self, image: NDArray[Any] | Image, *, progress: Callable[[int, int], object] | None = None

@@ -45,6 +45,7 @@ from transformers import Sam2VideoModel
 
 from omniops import fill_holes
 from omniops.sam2 import memory, network
+from omniops.sam2.checkpoints import Pretrained, require_model
 from omniops.sam2.frames import FrameError, Frames
 
 _RECENT = 16
@@ -179,7 +180,7 @@ class InferenceState:
         return [*(name for name in vars(self) if not name.startswith("_")), "obj_ids"]
 
 
-class SAM2VideoPredictor:
+class SAM2VideoPredictor(Pretrained):
     """Follows objects through a video, from points, boxes or masks on any of its frames.
 
     Args:
@@ -205,22 +206,12 @@ class SAM2VideoPredictor:
         clear_non_cond_mem_around_input: bool = False,
         add_all_frames_to_correct_as_cond: bool = False,
     ) -> None:
-        if not isinstance(model, Sam2VideoModel):
-            raise TypeError(
-                f"model must be a Sam2VideoModel, got {type(model).__name__}: pass what omniops.sam2.load(...) returns"
-            )
+        require_model(model, "model")
         self.model = model
         self.fill_hole_area = fill_hole_area
         self.non_overlap_masks = non_overlap_masks
         self.clear_non_cond_mem_around_input = clear_non_cond_mem_around_input
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
-
-    @classmethod
-    def from_pretrained(cls, model_id: str, **options: Any) -> SAM2VideoPredictor:
-        """With the weights of ``omniops.sam2.load(model_id)``; its options and those of the class are told apart."""
-        from omniops.sam2.checkpoints import load, load_options
-
-        return cls(load(model_id, **load_options(options)), **options)
 
     @property
     def device(self) -> torch.device:
