@@ -406,7 +406,7 @@ def test_what_is_kept_does_not_grow_but_for_pointers(models, long_clip, monkeypa
     outputs = state._tracks[1].others.values()
     assert sum(output.map is not None for output in outputs) == 7
     assert sum(isinstance(output.logits, torch.Tensor) for output in outputs) == 7
-    assert len(state._features) == 4
+    assert len(state._features) == 8
     assert state._shelf._count <= 4
 
 
@@ -447,7 +447,9 @@ def test_breaking_off_and_going_on(models, clip):
     torch.testing.assert_close(torch.cat([masks for _, masks in found]), torch.cat(expected[2:]), rtol=0, atol=1e-3)
 
 
-def test_a_frame_that_cannot_be_read_ends_the_masks(models, tmp_path):
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_frame_that_cannot_be_read_ends_the_masks(models, tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(video_predictor, "_ENCODED_AT_ONCE", {"cpu": at_once})
     folder = write_clip(tmp_path / "clip", 5)
     data = (folder / "3.jpg").read_bytes()
     (folder / "3.jpg").write_bytes(data[: len(data) // 2])
@@ -551,3 +553,18 @@ def test_half_precision(models, clip):
     for masks, reference in zip(results[1], results[0], strict=True):
         assert masks.dtype == torch.float32
         assert ((masks > 0) == (reference > 0)).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("kept", [1, 2, 4])
+def test_frames_encoded_as_one_batch(models, long_clip, monkeypatch, kept):
+    monkeypatch.setattr(video_predictor, "_ENCODED_AT_ONCE", {"cpu": 3})
+    monkeypatch.setattr(video_predictor, "_FEATURES", kept)
+    batches, encode = [], network.encode
+    monkeypatch.setattr(network, "encode", lambda model, pixels: batches.append(len(pixels)) or encode(model, pixels))
+    both = Both(models(), long_clip, share=0.99)
+    both.add_new_points_or_box(2, 1, points=[RED], labels=[1])
+    both.propagate_in_video()
+    assert max(batches) == min(kept, 3)
+    if kept == 4:
+        assert batches == [1, 3, 3, 2]  # of the prompt, of what comes, and what is left
+    both.propagate_in_video(reverse=True)

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Sam2HieraDetConfig, Sam2VideoConfig, Sam2VideoModel, Sam2VisionConfig
 
 IMAGE_SIZE = 1024
@@ -79,6 +80,18 @@ def _attend(attention: Any, hidden_states: Tensor, **_: Any) -> Tensor:
     attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     projected: Tensor = attention.proj(attended.transpose(1, 2).reshape(n, height, width, -1))
     return projected
+
+
+def cast(model: Sam2VideoModel, dtype: torch.dtype) -> Sam2VideoModel:
+    """The model with weights in that dtype wherever ``autocast`` would cast them at each call.
+
+    That is the whole image encoder, and of all else what multiplies matrices; the rest stays in float32.
+    """
+    model.vision_encoder.to(dtype)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            module.to(dtype)
+    return model
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[str, str]:

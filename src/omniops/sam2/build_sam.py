@@ -11,7 +11,7 @@ import torch
 from transformers import Sam2VideoModel
 
 from omniops import device as devices
-from omniops.sam2.architectures import IMAGE_SIZE, SIZES, VERSIONS, new
+from omniops.sam2.architectures import IMAGE_SIZE, SIZES, VERSIONS, cast, new
 from omniops.sam2.checkpoints import as_dtype, load
 from omniops.sam2.video_predictor import SAM2VideoPredictor
 
@@ -58,8 +58,7 @@ def build_sam2(
     version = VERSIONS[found[1] is not None]
     place = devices.pick(device)
     if ckpt_path is None:
-        model = new(size, version, image_size=image_size or IMAGE_SIZE).to(place)
-        model.vision_encoder.to(as_dtype(dtype, place))
+        model = cast(new(size, version, image_size=image_size or IMAGE_SIZE), as_dtype(dtype, place)).to(place)
         if compile_encoder:
             model.vision_encoder.backbone.compile()
     else:

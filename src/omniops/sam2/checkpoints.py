@@ -17,7 +17,7 @@ from transformers import Sam2VideoConfig, Sam2VideoModel
 
 from omniops import device as devices
 from omniops import weights
-from omniops.sam2.architectures import IMAGE_SIZE, SIZES, lightened, new, recognise, set_image_size
+from omniops.sam2.architectures import IMAGE_SIZE, SIZES, cast, lightened, new, recognise, set_image_size
 
 _CONFIG, _TENSORS = "config.json", "model.safetensors"
 
@@ -114,7 +114,7 @@ def load(
             f"there is no checkpoint at {source}: pass the path of Meta's .pt or of a folder with {_CONFIG} and "
             f"{_TENSORS}, a hub id as facebook/sam2.1-hiera-tiny, or one of {', '.join(SIZES)}"
         )
-    built.vision_encoder.to(precision)
+    cast(built, precision)
     if compile_encoder:
         built.vision_encoder.backbone.compile()
     return built.to(place).eval()

@@ -31,9 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from omniops.sam2.pictures import as_rgb
 
@@ -96,10 +94,9 @@ class Frames:
     def __iter__(self) -> Iterator[NDArray[np.uint8]]:
         return (self[i] for i in range(len(self)))
 
-    def resized(self, index: int, side: int) -> Tensor:
-        """A frame for the network: uint8, (3, side, side), as the official package resizes it."""
-        pixels = torch.from_numpy(self._source.resized(self._index(index), side))
-        return pixels.permute(2, 0, 1).contiguous()
+    def resized(self, index: int, side: int) -> NDArray[np.uint8]:
+        """A frame for the network: (side, side, 3), as the official package resizes it."""
+        return self._source.resized(self._index(index), side)
 
     def _index(self, index: int) -> int:
         count = len(self)

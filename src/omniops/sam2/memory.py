@@ -17,10 +17,12 @@ from torch import Tensor
 from transformers import Sam2VideoModel
 
 from omniops.sam2 import network
+from omniops.sam2.memory_attention import look_back
 
 NO_OBJECT = -1024.0
 """The logit of every pixel where the object is not in the frame."""
 
+_PLACES = 0.1  # how much of the encoding of its places is added to the frame that looks back
 _GIVEN_SCALE, _GIVEN_BIAS = 20.0, -10.0  # the logits of a mask that a user gave: 10 inside, -10 outside
 
 
@@ -110,8 +112,10 @@ def remember(
     larger = F.interpolate(logits, scale_factor=4.0, mode="bilinear", align_corners=False)
     soft = (larger > 0).float() if prompted else larger.sigmoid()
     scaled = soft * model.config.sigmoid_scale_for_mem_enc + model.config.sigmoid_bias_for_mem_enc
-    memory: Tensor
-    memory, _ = model.memory_encoder(embedding.expand(len(logits), -1, -1, -1), scaled)
+    encoder = model.memory_encoder
+    memory: Tensor = encoder.projection(
+        encoder.memory_fuser(encoder.feature_projection(embedding) + encoder.mask_downsampler(scaled))
+    )
     hidden = model.occlusion_spatial_embedding_parameter  # of version 2.1
     if hidden is not None:
         memory = memory + (object_logits <= 0)[..., None, None] * hidden[..., None, None]
@@ -134,33 +138,27 @@ def condition(
         longest: the largest number of frames since that a pointer may have.
     """
     _, channels, height, width = embedding.shape
-    batch = len(memories[0][1])
     width_of_memory = memories[0][1].shape[1]
     encoding = model.memory_encoder.position_encoding(
         (1, width_of_memory, height, width), embedding.device, torch.float32
     )
-    place = encoding.flatten(2).permute(2, 0, 1)
-    tokens = [memory.flatten(2).permute(2, 0, 1).float() for _, memory in memories]
     # The last of the temporal encodings is that of frames with prompts.
-    places = [place + model.memory_temporal_positional_encoding[since - 1] for since, _ in memories]
+    when = torch.stack([model.memory_temporal_positional_encoding[since - 1, 0] for since, _ in memories])
+    places = (encoding.flatten(2).transpose(1, 2) + when).flatten(0, 1)
+    tokens = torch.stack([memory for _, memory in memories], dim=1).flatten(3).transpose(2, 3).flatten(1, 2).float()
     split = channels // width_of_memory  # of a pointer into tokens as wide as those of a memory
     if pointers:
-        stacked = torch.stack([pointer for _, pointer in pointers]).float()
-        tokens.append(stacked.unflatten(2, (split, width_of_memory)).transpose(1, 2).flatten(0, 1))
+        stacked = torch.stack([pointer for _, pointer in pointers], dim=1).float()
+        tokens = torch.cat((tokens, stacked.unflatten(2, (split, width_of_memory)).flatten(1, 2)), dim=1)
         when = stacked.new_zeros(len(pointers), width_of_memory)
         if model.config.enable_temporal_pos_encoding_for_object_pointers:
             since = torch.tensor([since for since, _ in pointers], device=embedding.device)
             when = model.temporal_positional_encoding_projection_layer(_sines(since / max(longest, 1), channels))
-        places.append(when.repeat_interleave(split, dim=0)[:, None])
+        places = torch.cat((places, when.repeat_interleave(split, dim=0)))
     frame_places = model.vision_encoder.neck.position_encoding(embedding.shape, embedding.device, torch.float32)
-    attended: Tensor = model.memory_attention(
-        current_vision_features=embedding.flatten(2).permute(2, 0, 1).expand(-1, batch, -1),
-        current_vision_position_embeddings=frame_places.flatten(2).permute(2, 0, 1),
-        memory=torch.cat(tokens),
-        memory_posision_embeddings=torch.cat(places),
-        num_object_pointer_tokens=split * len(pointers),
-    )
-    return attended.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+    frame = (embedding + _PLACES * frame_places).flatten(2).transpose(1, 2)
+    attended = look_back(model.memory_attention, frame, tokens, places, split * len(pointers))
+    return attended.transpose(1, 2).reshape(len(attended), channels, height, width)
 
 
 def _sines(position: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:

@@ -33,13 +33,15 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from transformers import Sam2VideoModel
 
@@ -50,8 +52,11 @@ from omniops.sam2.frames import FrameError, Frames
 
 _RECENT = 16
 """Of how many frames that were tracked last the state keeps everything; at least those that a frame looks back at."""
-_FEATURES = 4
+_FEATURES = 8
 """Of how many frames the state keeps the encoder's features, 16 MB each at 1024."""
+_ENCODED_AT_ONCE = {"cuda": 4}
+"""How many frames are encoded as one batch, at most ``_FEATURES``; one elsewhere. CUDA has done the kernels of a small
+model before Python has begun the next."""
 _AT_ONCE, _AT_ONCE_ON_CPU = 8, 2
 """How many objects run as one batch. The caches of a CPU do not hold more."""
 _AHEAD = 8
@@ -111,7 +116,7 @@ class _Images(Sequence[Tensor]):
 
     def __init__(self, frames: Frames, side: int, device: torch.device) -> None:
         self._frames, self._side, self._device = frames, side, device
-        self._ahead: dict[int, Future[Tensor]] = {}
+        self._ahead: dict[int, Future[NDArray[np.uint8]]] = {}
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -122,9 +127,10 @@ class _Images(Sequence[Tensor]):
             return torch.stack([self[i] for i in index])
         loading = self._ahead.pop(index, None)
         pixels = loading.result() if loading else self._frames.resized(index, self._side)
-        return network.normalised(pixels.to(self._device) / 255)
+        tensor = torch.from_numpy(pixels).to(self._device)
+        return network.normalised(tensor.permute(2, 0, 1).contiguous() / 255)
 
-    def load(self, indices: Iterable[int], pool: ThreadPoolExecutor) -> None:
+    def load(self, indices: Sequence[int], pool: ThreadPoolExecutor) -> None:
         """Begin to decode frames that will be asked for next."""
         self._ahead = {i: self._ahead.get(i) or pool.submit(self._frames.resized, i, self._side) for i in indices}
 
@@ -392,8 +398,9 @@ class SAM2VideoPredictor(Pretrained):
             for position, frame in enumerate(order, start=1):
                 tracked = [track for track in tracks.values() if frame not in track.conditioning]
                 try:
-                    features = self._features(state, frame) if tracked else None
-                    state._images.load(order[position : position + _AHEAD], pool)
+                    coming = order[position : position + _AHEAD]
+                    state._images.load([t for t in (frame, *coming) if t not in state._features], pool)
+                    features = self._features(state, frame, coming) if tracked else None
                     if features is not None:
                         self._track(state, tracked, frame, features, reverse)
                 except FrameError as error:
@@ -459,14 +466,21 @@ class SAM2VideoPredictor(Pretrained):
         """Forget all objects; the video stays open."""
         _a_state(inference_state)._tracks.clear()
 
-    def _features(self, state: InferenceState, frame: int) -> network.Features:
+    def _features(self, state: InferenceState, frame: int, coming: Sequence[int] = ()) -> network.Features:
+        """Those of a frame; where they have to be made, also those of frames that come next, as one batch."""
         if frame not in state._features:
-            pixels = state.images[frame][None]
+            pixels = {frame: state.images[frame]}
+            more = min(_ENCODED_AT_ONCE.get(self.device.type, 1), _FEATURES) - 1
+            with suppress(FrameError):  # it is raised where that frame's turn comes
+                for t in coming[:more]:
+                    if t not in state._features:
+                        pixels[t] = state.images[t]
             with network.precision(self.model):
-                features = network.encode(self.model, pixels)
-            if len(state._features) == _FEATURES:
+                features = network.encode(self.model, torch.stack(list(pixels.values())))
+            for i, t in enumerate(pixels):
+                state._features[t] = features.of(i)
+            while len(state._features) > _FEATURES:
                 state._features.popitem(last=False)
-            state._features[frame] = features
         state._features.move_to_end(frame)
         return state._features[frame]
 

@@ -1,0 +1,70 @@
+"""How a frame's features look at memories, with half of the kernels of transformers' ``Sam2VideoMemoryAttention``.
+
+The weights are its modules'. In each of its layers they are normalised and cast three times, the memories are added to
+their places and cast again, and the rotary encoding (Su et al., 2021, https://arxiv.org/abs/2104.09864) lays out its
+angles anew for every memory. Here the first is done once a layer, the second once, and the last not at all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMemoryAttention, Sam2VideoRoPEAttention
+
+
+class _Angles(NamedTuple):
+    """Of each place of the frame: channels 2i and 2i + 1 are turned by the same angle."""
+
+    cos: Tensor
+    """(N, D)"""
+    sin: Tensor
+    """(N, D/2)"""
+
+
+def look_back(attention: Sam2VideoMemoryAttention, frame: Tensor, memory: Tensor, places: Tensor, still: int) -> Tensor:
+    """The frame's features after their look at B objects' memories, (B, N, C).
+
+    Args:
+        attention: the model's.
+        frame: (1, N, C), the features of N places with the encoding of these.
+        memory: (B, R * N + still, M), R memories of every place of the frame, then tokens that have no place.
+        places: (R * N + still, M), the encoding of where and when each is of.
+        still: the number of tokens that have no place, and so are not turned.
+    """
+    cos, sin = attention.rotary_emb(frame, attention.position_ids)
+    angles = _Angles(cos[0], sin[0, :, ::2])
+    dtype = attention.layers[0].linear1.weight.dtype
+    keys, values = (memory + places).to(dtype), memory.to(dtype)
+    x = frame
+    for layer in attention.layers:
+        normed = layer.layer_norm1(x).to(dtype)
+        x = x + _attend(layer.self_attn, normed, normed, normed, angles, 0)
+        x = x + _attend(layer.cross_attn_image, layer.layer_norm2(x).to(dtype), keys, values, angles, still)
+        x = x + layer.linear2(layer.activation(layer.linear1(layer.layer_norm3(x).to(dtype))))
+    result: Tensor = attention.layer_norm(x)
+    return result
+
+
+def _attend(
+    attention: Sam2VideoRoPEAttention, query: Tensor, key: Tensor, value: Tensor, angles: _Angles, still: int
+) -> Tensor:
+    """(1 or B, N, C), (B, K, M) and (B, K, M) -> (B, N, C)."""
+    projected = attention.q_proj(query), attention.k_proj(key), attention.v_proj(value)
+    q, k, v = (x.unflatten(2, (attention.num_attention_heads, -1)).transpose(1, 2) for x in projected)
+    q = _turned(q, angles).to(q.dtype)
+    count = k.shape[2] - still
+    k[:, :, :count] = _turned(k[:, :, :count], angles)
+    attended = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v)
+    result: Tensor = attention.o_proj(attended.transpose(1, 2).flatten(2))
+    return result
+
+
+def _turned(x: Tensor, angles: _Angles) -> Tensor:
+    """(B, heads, R * N, D), each pair of channels turned by its angle, in float32."""
+    x = x.float().unflatten(2, (-1, len(angles.cos)))
+    turned = x * angles.cos
+    turned[..., ::2].addcmul_(x[..., 1::2], angles.sin, value=-1)
+    turned[..., 1::2].addcmul_(x[..., ::2], angles.sin)
+    return turned.flatten(2, 3)
