@@ -15,7 +15,9 @@ from PIL import Image
 pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 
 from omniops import connected_components
+from omniops.device import autocast_dtype
 from omniops.sam2 import memory, network, video_predictor
+from omniops.sam2.architectures import cast
 from omniops.sam2.checkpoints import from_meta
 from omniops.sam2.video_predictor import SAM2VideoPredictor
 
@@ -540,19 +542,42 @@ def test_from_pretrained_tells_options_apart(models, tmp_path):
     assert predictor.device == torch.device("cpu")
 
 
-def test_half_precision(models, clip):
-    """The same objects where the encoder's weights are bfloat16, as nearly as that is."""
-    expected, found = (SAM2VideoPredictor(copy.deepcopy(models()[1])) for _ in range(2))
-    found.model.vision_encoder.to(torch.bfloat16)
-    results = []
-    for predictor in (expected, found):
-        state = predictor.init_state(clip)
-        predictor.add_new_mask(state, 0, 1, np.eye(20))
-        predictor.add_new_points_or_box(state, 0, 2, points=[RED], labels=[1])
-        results.append([masks for _, _, masks in predictor.propagate_in_video(state, max_frame_num_to_track=2)])
-    for masks, reference in zip(results[1], results[0], strict=True):
+def tracked(model, clip):
+    """The masks of two objects on three frames."""
+    predictor = SAM2VideoPredictor(model)
+    state = predictor.init_state(clip)
+    predictor.add_new_mask(state, 0, 1, np.eye(20))
+    predictor.add_new_points_or_box(state, 0, 2, points=[RED], labels=[1])
+    return [masks for _, _, masks in predictor.propagate_in_video(state, max_frame_num_to_track=2)]
+
+
+ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
+ELSEWHERE = [("cpu", torch.bfloat16, 0.8)]
+if ACCELERATOR is not None:
+    ELSEWHERE += [(ACCELERATOR, torch.float32, 0.99), (ACCELERATOR, autocast_dtype(ACCELERATOR), 0.8)]
+
+
+@pytest.mark.parametrize(("device", "dtype", "share"), ELSEWHERE, ids=str)
+def test_the_same_objects_on_other_devices_and_in_half_precision(models, clip, device, dtype, share):
+    """As nearly as that is: the share of the pixels that must be alike."""
+    model = models()[1]
+    found = tracked(cast(copy.deepcopy(model), dtype).to(device), clip)
+    for masks, expected in zip(found, tracked(model, clip), strict=True):
         assert masks.dtype == torch.float32
-        assert ((masks > 0) == (reference > 0)).float().mean() > 0.8
+        assert masks.device.type == torch.device(device).type
+        assert ((masks.cpu() > 0) == (expected > 0)).float().mean() > share
+
+
+def test_weights_cast_once_give_what_weights_cast_at_each_call_do(models, clip):
+    """But for what becomes of a last bit of bfloat16: biases are added before or after they are cast."""
+    once, each = (copy.deepcopy(models()[1]) for _ in range(2))
+    cast(once, torch.bfloat16)
+    each.vision_encoder.to(torch.bfloat16)
+    assert once.memory_attention.layers[0].linear1.weight.dtype == torch.bfloat16
+    assert once.memory_attention.layer_norm.weight.dtype == torch.float32
+    for masks, expected in zip(tracked(once, clip), tracked(each, clip), strict=True):
+        assert ((masks > 0) == (expected > 0)).float().mean() > 0.98
+        assert (masks - expected).abs().mean() < 0.01
 
 
 @pytest.mark.parametrize("kept", [1, 2, 4])
