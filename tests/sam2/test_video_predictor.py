@@ -552,32 +552,29 @@ def tracked(model, clip):
 
 
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
-ELSEWHERE = [("cpu", torch.bfloat16, 0.8)]
+ELSEWHERE = [("cpu", torch.bfloat16, 0.95)]
 if ACCELERATOR is not None:
-    ELSEWHERE += [(ACCELERATOR, torch.float32, 0.99), (ACCELERATOR, autocast_dtype(ACCELERATOR), 0.8)]
+    ELSEWHERE += [(ACCELERATOR, torch.float32, 0.99), (ACCELERATOR, autocast_dtype(ACCELERATOR), 0.95)]
 
 
 @pytest.mark.parametrize(("device", "dtype", "share"), ELSEWHERE, ids=str)
-def test_the_same_objects_on_other_devices_and_in_half_precision(models, clip, device, dtype, share):
-    """As nearly as that is: the share of the pixels that must be alike."""
-    model = models()[1]
+def test_the_same_objects_on_other_devices_and_in_half_precision(twins, clip, device, dtype, share):
+    """Of so many pixels at least. Sharper weights would make more of the last digits."""
+    _, model = twins(image_size=SIDE, seed=3)
     found = tracked(cast(copy.deepcopy(model), dtype).to(device), clip)
     for masks, expected in zip(found, tracked(model, clip), strict=True):
+        assert 0.1 < (expected > 0).float().mean() < 0.9
         assert masks.dtype == torch.float32
         assert masks.device.type == torch.device(device).type
         assert ((masks.cpu() > 0) == (expected > 0)).float().mean() > share
 
 
-def test_weights_cast_once_give_what_weights_cast_at_each_call_do(models, clip):
-    """But for what becomes of a last bit of bfloat16: biases are added before or after they are cast."""
-    once, each = (copy.deepcopy(models()[1]) for _ in range(2))
-    cast(once, torch.bfloat16)
-    each.vision_encoder.to(torch.bfloat16)
-    assert once.memory_attention.layers[0].linear1.weight.dtype == torch.bfloat16
-    assert once.memory_attention.layer_norm.weight.dtype == torch.float32
-    for masks, expected in zip(tracked(once, clip), tracked(each, clip), strict=True):
-        assert ((masks > 0) == (expected > 0)).float().mean() > 0.98
-        assert (masks - expected).abs().mean() < 0.01
+def test_what_multiplies_matrices_is_cast_once(twins):
+    model = cast(copy.deepcopy(twins(image_size=SIDE)[1]), torch.bfloat16)
+    assert model.memory_attention.layers[0].linear1.weight.dtype == torch.bfloat16
+    assert model.memory_encoder.projection.bias.dtype == torch.bfloat16
+    assert model.memory_attention.layer_norm.weight.dtype == torch.float32
+    assert model.no_memory_embedding.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kept", [1, 2, 4])

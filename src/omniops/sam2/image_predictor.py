@@ -172,7 +172,7 @@ class SAM2ImagePredictor(Pretrained):
         """(N, 256, 64, 64), what the encoder makes of the N pictures that are set."""
         if self._features is None:
             raise RuntimeError("no picture is set: call set_image(...) before get_image_embedding()")
-        return network.without_memory(self.model, self._features.embedding)
+        return self._features.embedding.clone()  # which autograd takes, as it does not what inference mode made
 
     def _encode(self, images: Sequence[NDArray[Any] | Image], *, is_batch: bool) -> None:
         self.reset_predictor()
@@ -180,7 +180,8 @@ class SAM2ImagePredictor(Pretrained):
         side = self.model.image_size
         with torch.inference_mode(), network.precision(self.model):
             pixels = torch.stack([resized(picture, side, self.device) for picture in pictures])
-            self._features = network.encode(self.model, network.normalised(pixels))
+            features = network.encode(self.model, network.normalised(pixels))
+            self._features = features._replace(embedding=network.without_memory(self.model, features.embedding))
         self._sizes = [picture.shape[:2] for picture in pictures]
         if self.upsampling == "guided":
             self._guides = [planes(picture, self.device) for picture in pictures]
@@ -255,8 +256,7 @@ class SAM2ImagePredictor(Pretrained):
         assert self._features is not None
         features = self._features.of(image)
         with torch.inference_mode(), network.precision(self.model):
-            embedding = network.without_memory(self.model, features.embedding)
-            masks = network.decode(self.model, features, embedding, *prompts, multimask=multimask_output)
+            masks = network.decode(self.model, features, features.embedding, *prompts, multimask=multimask_output)
         return network.Masks(*(each.float() for each in masks))
 
     def _upsampled(self, image: int, logits: Tensor) -> Tensor:

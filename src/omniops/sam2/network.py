@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Sam2VideoModel
 
 from omniops import device as devices
+from omniops.sam2.mask_decoder import decode_masks
 
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
@@ -112,16 +113,9 @@ def decode(
     """
     encoder = model.prompt_encoder
     if points is not None and labels is not None:
-        sparse, _ = encoder(points[:, None], labels[:, None], None, None)
+        sparse = encoder(points[:, None], labels[:, None], None, None)[0].squeeze(1)
     else:
-        sparse = embedding.new_zeros((1 if mask is None else len(mask), 1, 0, embedding.shape[1]))
+        sparse = embedding.new_zeros(1 if mask is None else len(mask), 0, embedding.shape[1])
     dense = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1) if mask is None else encoder.mask_embed(mask)
-    logits, scores, tokens, object_logits = model.mask_decoder(
-        image_embeddings=embedding.expand(len(sparse), -1, -1, -1),
-        image_positional_embeddings=features.places,
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-        multimask_output=multimask,
-        high_resolution_features=list(features.fine),
-    )
-    return Masks(logits.squeeze(1), scores.squeeze(1), tokens.squeeze(1), object_logits.squeeze(1))
+    image = (embedding + dense).expand(len(sparse), -1, -1, -1)
+    return Masks(*decode_masks(model.mask_decoder, image, features.places, features.fine, sparse, multimask=multimask))

@@ -519,6 +519,7 @@ class SAM2VideoPredictor(Pretrained):
         at_once = _AT_ONCE_ON_CPU if self.device.type == "cpu" else _AT_ONCE
         alike: dict[Any, list[_Track]] = {}
         for track in tracks:
+            self._shelve(state, track, _RECENT - 1)  # which waits for the device: now, before it is given work
             maps, pointers = self._looks_back(track, frame, reverse, most)
             key = tuple(since for since, *_ in maps), tuple(since for since, _ in pointers)
             alike.setdefault(key, []).append(track)
@@ -589,11 +590,15 @@ class SAM2VideoPredictor(Pretrained):
         return output.map.to(self.device)
 
     def _keep(self, state: InferenceState, track: _Track, frame: int, output: _Output) -> None:
-        """Put an output among those of frames that do not condition others, and what is too old there on the shelf."""
+        """Put an output among those of frames that do not condition others."""
         track.others[frame] = output
         track.recent[frame] = None
         track.recent.move_to_end(frame)
-        if len(track.recent) > _RECENT:
+        self._shelve(state, track, _RECENT)
+
+    def _shelve(self, state: InferenceState, track: _Track, most: int) -> None:
+        """Put what is oldest on the shelf, until all is kept of so many frames at most."""
+        while len(track.recent) > most:
             old = track.others[track.recent.popitem(last=False)[0]]
             old.map = None
             if isinstance(old.logits, Tensor):
