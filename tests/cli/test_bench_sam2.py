@@ -18,7 +18,7 @@ pytest.importorskip("omniops.sam2.architectures", exc_type=ImportError, reason="
 pytest.importorskip("av", reason="needs PyAV")
 
 from omniops.cli import bench_sam2 as bench
-from omniops.cli.bench_sam2 import COMPILED, OFFICIAL, OURS, PREDICT, SET_IMAGE, STEPS, TOTAL, VIDEO, Time
+from omniops.cli.bench_sam2 import COMPILED, OFFICIAL, OPEN, OURS, PREDICT, SET_IMAGE, STEPS, TOTAL, VIDEO, Time
 from omniops.device import title
 
 CPU = torch.device("cpu")
@@ -50,14 +50,16 @@ def test_it_times_both_packages(omniops, tmp_path, picture):
     for i in range(4):
         Image.open(picture).rotate(5 * i).save(tmp_path / "frames" / f"{i}.png")
     files = ("--json", str(tmp_path / "new" / "s.json"), "--plot", str(tmp_path / "s.png"))
-    result = omniops(*QUICK, str(picture), "--video", str(tmp_path / "frames"), "--frames", "3", *files)
+    result = omniops(
+        *QUICK, str(picture), "--video", str(tmp_path / "frames"), "--frames", "3", "--objects", "2", *files
+    )
     assert (result.status, result.err.strip()) == (0, "")
     report = json.loads((tmp_path / "new" / "s.json").read_text())
     assert {"date", "command", "device", "hardware", "versions"} < set(report)
     assert report["devices"] == {"cpu": title(CPU)}
     assert report["model"] == {"size": "tiny", "image_size": 64, "weights": "random"}
     assert report["picture"] == {"file": "a.png", "width": 40, "height": 30}
-    assert report["video"] == {"file": "frames", "frames": 3}
+    assert report["video"] == {"file": "frames", "frames": 3, "objects": 2}
     assert report["speed_up"] == []
     times = {(each["contender"], each["step"]): each for each in report["results"]}
     assert set(times) == {(name, step) for name in (OURS, OFFICIAL) for step in STEPS}
@@ -73,7 +75,7 @@ def test_it_times_both_packages(omniops, tmp_path, picture):
     assert lines[0] == f"cpu: {title(CPU)}"
     assert lines[1].startswith("SAM 2.1 tiny, 40 x 30 pixels")
     heads = next(line for line in lines if line.split()[:2] == ["device", "dtype"])
-    assert heads.split() == ["device", "dtype", "set_image", "predict", "total", "video"]
+    assert heads.split() == ["device", "dtype", "set_image", "predict", "total", "video", "open", "video"]
     assert "frames/s" in result.out
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
@@ -132,21 +134,25 @@ def test_what_is_timed():
     predictor = Predictor()
     contender = bench.Contender(OURS, predictor, predictor, bench.nullcontext)
     pixels = np.zeros((30, 40, 3), np.uint8)
-    steps = bench._steps([contender], pixels, bench.Clip(Path("folder"), 7, 20, 10))
-    assert list(steps) == [SET_IMAGE, PREDICT, VIDEO]
+    steps = bench._steps([contender], pixels, bench.Clip(Path("folder"), 7, 20, 10, 3))
+    assert list(steps) == [SET_IMAGE, PREDICT, VIDEO, OPEN]
     for step in steps.values():
         step.calls[OURS]()
-    (_, image, _), (_, _, click), *video = predictor.asked
+    (_, image, _), (_, _, click), opening, *video = predictor.asked
     assert image[0] is pixels
     assert click["point_coords"].tolist() == [[20, 15]]
     assert click["point_labels"].tolist() == [1]
-    assert [name for name, _, _ in video] == ["init_state", "add_new_points_or_box", "propagate_in_video"]
-    assert video[0][1] == ("folder",)
-    assert video[1][2]["points"].tolist() == [[10, 5]]
-    assert video[2][2] == {"max_frame_num_to_track": 6}
-    predictor.asked.clear()
-    steps[VIDEO].warm_ups[OURS]()
-    assert predictor.asked[2][2] == {"max_frame_num_to_track": 2}
+    assert opening[:2] == ("init_state", ("folder",))
+    follow = ["reset_state", *["add_new_points_or_box"] * 3, "propagate_in_video"]
+    assert [name for name, _, _ in video] == follow * 2
+    assert [each["points"].tolist() for _, _, each in video[1:4]] == [[[5, 5]], [[10, 5]], [[15, 5]]]
+    assert [each["obj_id"] for _, _, each in video[1:4]] == [0, 1, 2]
+    assert video[4][2] == {"max_frame_num_to_track": 6}
+    for name, opened in ((VIDEO, ["init_state"]), (OPEN, [])):
+        predictor.asked.clear()
+        steps[name].warm_ups[OURS]()
+        assert [each for each, _, _ in predictor.asked] == [*opened, *follow]
+        assert predictor.asked[-1][2] == {"max_frame_num_to_track": 2}
     assert list(bench._steps([contender], pixels, None)) == [SET_IMAGE, PREDICT]
 
 
@@ -202,7 +208,7 @@ def test_the_table_is_the_sources(capsys, monkeypatch):
     bench.output().print(bench._table(_times(SOURCE), "what"))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line.strip(" ─\n")]
     assert lines == [
-        "what: medians (quartiles), and how many times omniops' time",
+        "what: medians, and how many times omniops' time",
         "device dtype set_image predict total",
         "cpu float32 omniops 0.711 s 0.0310 s 0.742 s",
         "sam2 1.42 s 2.00x 0.0620 s 2.00x 1.48 s 2.00x",

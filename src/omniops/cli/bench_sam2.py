@@ -49,13 +49,22 @@ from omniops.cli.segment_parts import (
 )
 
 CONTENDERS = OURS, COMPILED, OFFICIAL = "omniops", "omniops, compiled", "sam2"
-STEPS = SET_IMAGE, PREDICT, TOTAL, VIDEO = "set_image", "predict", "total", "video, a frame"
+STEPS = SET_IMAGE, PREDICT, TOTAL, VIDEO, OPEN = (
+    "set_image",
+    "predict",
+    "total",
+    "video, a frame",
+    "open video, a frame",
+)
+VIDEOS = {VIDEO: "video", OPEN: "open video"}
 
 METHOD = {
     SET_IMAGE: "A picture in memory until its features are there.",
     PREDICT: "One click in the middle, until its three masks at the picture's size are in memory.",
     TOTAL: "The sum of these two medians.",
-    VIDEO: "From opening a folder of JPEG pictures, one click on the first, to the last mask; over their number.",
+    VIDEO: "From opening a folder of JPEG pictures, a click for each object on the first, to the last mask; over their "
+    "number.",
+    OPEN: "The same from the clicks on, of a video that was opened before.",
     OFFICIAL: "The official package with the same weights, under torch.autocast to the same dtype unless that is "
     "float32. Without its CUDA extension it leaves out the filling of holes in a video's masks.",
 }
@@ -99,6 +108,33 @@ class Clip:
     frames: int
     width: int
     height: int
+    objects: int
+
+
+class Video:
+    """A clip in a predictor, opened with the first call."""
+
+    def __init__(self, predictor: Any, clip: Clip) -> None:
+        self._predictor, self._clip = predictor, clip
+
+    @functools.cached_property
+    def _state(self) -> Any:
+        return self._predictor.init_state(str(self._clip.folder))
+
+    def open_and_follow(self, frames: int) -> None:
+        """From the opening to the last mask."""
+        self.__dict__.pop("_state", None)
+        self.follow(frames)
+
+    def follow(self, frames: int) -> None:
+        """Follow the objects through so many frames."""
+        self._predictor.reset_state(self._state)
+        for number in range(self._clip.objects):
+            place = [(number + 1) / (self._clip.objects + 1) * self._clip.width, self._clip.height / 2]
+            click = {"points": np.array([place], np.float32), "labels": np.array([1], np.int32)}
+            self._predictor.add_new_points_or_box(self._state, frame_idx=0, obj_id=number, **click)
+        for _ in self._predictor.propagate_in_video(self._state, max_frame_num_to_track=frames - 1):
+            pass
 
 
 @dataclass(frozen=True)
@@ -130,6 +166,7 @@ def bench_sam2(
         Path | None, typer.Option("--video", metavar="FILE", help="Follow an object through this video as well.")
     ] = None,
     frames: Annotated[int, typer.Option("--frames", metavar="N", min=2, help="How many frames of it.")] = 16,
+    objects: Annotated[int, typer.Option("--objects", metavar="N", min=1, help="How many objects, in one row.")] = 1,
     precision: PrecisionOption = Precision.AUTO,
     compile_encoder: Annotated[
         bool, typer.Option("--compile", help="Also with the image encoder compiled, which takes minutes.")
@@ -144,8 +181,8 @@ def bench_sam2(
     """Time SAM 2 on one device beside another: set_image, predict of one click, and the two together.
 
     Weights are random, which take the time of any others: nothing is fetched. The official package, sam2, stands beside
-    where it is installed, with the same weights and in the same dtype; the two take turns. Times are medians, with the
-    quartiles in brackets; of a video frames a second.
+    where it is installed, with the same weights and in the same dtype; the two take turns. Times are medians, of a
+    video frames a second; --json has the quartiles.
 
     Example: omniops bench sam2 truck.jpg --devices cpu,mps --json sam2.json --plot sam2.png
     """
@@ -166,10 +203,10 @@ def bench_sam2(
     times: list[Time] = []
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the official package's, of its missing extension, at every frame
-        clip = None if video is None else _clip(video, frames, Path(folder))
+        clip = None if video is None else _clip(video, frames, objects, Path(folder))
         official, note = _official(config, image_size)
         with progress() as bar:
-            task = bar.add_task("", total=len(chosen) * (2 if clip is None else 3))
+            task = bar.add_task("", total=len(chosen) * (2 if clip is None else 4))
             for device in chosen:
                 auto = precision is Precision.AUTO
                 dtype = devices.autocast_dtype(device) if auto else getattr(torch, precision.value)
@@ -190,12 +227,13 @@ def bench_sam2(
     if note:
         console.print(note, style="yellow", markup=False, soft_wrap=True)
     titles = {str(device): devices.title(device) for device in chosen}
+    followed = {} if video is None or clip is None else {"file": video.name, "frames": clip.frames, "objects": objects}
     report = {
         **circumstances(", ".join(titles.values()), PEERS),
         "devices": titles,
         "model": {"size": model, "image_size": image_size or 1024, "weights": "random"},
         "picture": {"file": "noise" if picture is None else picture.name, "width": width, "height": height},
-        "video": None if video is None or clip is None else {"file": video.name, "frames": clip.frames},
+        "video": followed or None,
         "method": METHOD,
         "results": [asdict(each) for each in times],
         "speed_up": _speed_ups(times),
@@ -211,7 +249,7 @@ def _noise() -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (*NOISE, 3), dtype=np.uint8)
 
 
-def _clip(video: Path, frames: int, folder: Path) -> Clip:
+def _clip(video: Path, frames: int, objects: int, folder: Path) -> Clip:
     """The first frames of a video as JPEGs, which both packages read; the official one needs decord for videos."""
     from PIL import Image
 
@@ -224,7 +262,7 @@ def _clip(video: Path, frames: int, folder: Path) -> Clip:
             Image.fromarray(opened[i]).save(folder / f"{i:05}.jpg", quality=95)
     except (FileNotFoundError, ValueError) as error:
         raise CommandError(str(error)) from None
-    return Clip(folder, count, opened.width, opened.height)
+    return Clip(folder, count, opened.width, opened.height, objects)
 
 
 def _official(config: str, image_size: int | None) -> tuple[Any, str]:
@@ -283,14 +321,16 @@ def _steps(contenders: Iterable[Contender], pixels: NDArray[np.uint8], clip: Cli
     click = {"point_coords": np.array([[width / 2, height / 2]]), "point_labels": np.array([1])}
     steps = {SET_IMAGE: Step(), PREDICT: Step()}
     if clip is not None:
-        steps[VIDEO] = Step(frames=clip.frames)
+        steps |= {name: Step(frames=clip.frames) for name in VIDEOS}
     for each in contenders:
         call = functools.partial(_call, each.precision)
         steps[SET_IMAGE].calls[each.name] = functools.partial(call, each.image.set_image, pixels)
         steps[PREDICT].calls[each.name] = functools.partial(call, each.image.predict, **click)
         if clip is not None:
-            steps[VIDEO].calls[each.name] = functools.partial(call, _follow, each.video, clip, clip.frames)
-            steps[VIDEO].warm_ups[each.name] = functools.partial(call, _follow, each.video, clip, _WARM_UP_FRAMES)
+            video = Video(each.video, clip)
+            for name, follow in ((VIDEO, video.open_and_follow), (OPEN, video.follow)):
+                steps[name].calls[each.name] = functools.partial(call, follow, clip.frames)
+                steps[name].warm_ups[each.name] = functools.partial(call, follow, _WARM_UP_FRAMES)
     return steps
 
 
@@ -299,14 +339,6 @@ def _call(
 ) -> None:
     with precision():
         call(*args, **kwargs)
-
-
-def _follow(predictor: Any, clip: Clip, frames: int) -> None:
-    state = predictor.init_state(str(clip.folder))
-    click = {"points": np.array([[clip.width / 2, clip.height / 2]], np.float32), "labels": np.array([1], np.int32)}
-    predictor.add_new_points_or_box(state, frame_idx=0, obj_id=1, **click)
-    for _ in predictor.propagate_in_video(state, max_frame_num_to_track=frames - 1):
-        pass
 
 
 def _timed(step: Step, name: str, device: torch.device, dtype: torch.dtype, seconds: float) -> Iterator[Time]:
@@ -369,9 +401,9 @@ def _table(times: Sequence[Time], what: str) -> Table:
     """The contenders on each device down, the steps across, and below how many times faster a device is."""
     steps = [step for step in STEPS if any(each.step == step for each in times)]
     table = Table("device", "dtype", "", box=SIMPLE_HEAD, title_justify="left")
-    table.title = f"{what}: medians (quartiles), and how many times omniops' time"
+    table.title = f"{what}: medians, and how many times omniops' time"
     for step in steps:
-        table.add_column("video" if step == VIDEO else step, justify="right", no_wrap=True)
+        table.add_column(VIDEOS.get(step, step), justify="right", no_wrap=True)
     found = {(each.device, each.contender, each.step): each for each in times}
     dtypes = {each.device: each.dtype for each in times}
     for device, contender in _rows(times):
@@ -389,12 +421,10 @@ def _table(times: Sequence[Time], what: str) -> Table:
 def _cell(time: Time | None, ours: Time | None) -> str:
     if time is None or time.median_ms is None:
         return "" if time is None else "cannot run"
-    if time.step == VIDEO:
+    if time.step in VIDEOS:
         cell = f"{digits(1e3 / time.median_ms)} frames/s"
     else:
         cell = f"{digits(time.median_ms / 1e3)} s"
-        if time.lower_quartile_ms is not None and time.upper_quartile_ms is not None:
-            cell += f" ({digits(time.lower_quartile_ms / 1e3)}-{digits(time.upper_quartile_ms / 1e3)})"
     if ours is not None and ours.median_ms and ours is not time:
         cell += f" {time.median_ms / ours.median_ms:5.2f}x"
     return cell
@@ -405,7 +435,7 @@ def _draw(times: Sequence[Time], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     steps = {each.step for each in times if each.median_ms is not None}
-    panels = [[SET_IMAGE, PREDICT], *([[VIDEO]] if VIDEO in steps else [])]
+    panels = [[SET_IMAGE, PREDICT], *([name] for name in VIDEOS if name in steps)]
     seconds = {(each.device, each.contender, each.step): (each.median_ms or 0) / 1e3 for each in times}
     rows = _rows(times)
     figure = Figure(figsize=(2 + 5 * len(panels), 1.6 + 0.4 * len(rows)), dpi=150, layout="constrained")
