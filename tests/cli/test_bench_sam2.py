@@ -147,18 +147,24 @@ def test_what_is_timed():
     assert [name for name, _, _ in video] == follow * 2
     assert [each["points"].tolist() for _, _, each in video[1:4]] == [[[5, 5]], [[10, 5]], [[15, 5]]]
     assert [each["obj_id"] for _, _, each in video[1:4]] == [0, 1, 2]
-    assert video[4][2] == {"max_frame_num_to_track": 6}
-    for name, opened in ((VIDEO, ["init_state"]), (OPEN, [])):
-        predictor.asked.clear()
-        steps[name].warm_ups[OURS]()
-        assert [each for each, _, _ in predictor.asked] == [*opened, *follow]
-        assert predictor.asked[-1][2] == {"max_frame_num_to_track": 2}
     assert list(bench._steps([contender], pixels, None)) == [SET_IMAGE, PREDICT]
+
+
+def test_a_video_that_is_open_is_encoded_anew(monkeypatch, tmp_path, picture):
+    from omniops.sam2 import network
+
+    (contender,) = bench._contenders(CONFIG, None, CPU, torch.float32, 64, False)
+    video = bench.Video(contender.video, bench.Clip(_folder(tmp_path, picture), 3, 40, 30, 1))
+    video.open_and_follow()
+    encoded, encode = [], network.encode
+    monkeypatch.setattr(network, "encode", lambda model, pixels: encoded.append(len(pixels)) or encode(model, pixels))
+    video.follow()
+    assert sum(encoded) == 3
 
 
 def test_a_videos_time_is_that_of_a_frame(monkeypatch):
     monkeypatch.setattr(bench.timing, "milliseconds", lambda calls, *_: {key: [30.0, 60.0, 90.0] for key in calls})
-    step = bench.Step({OURS: lambda: None}, {OURS: lambda: None}, frames=6)
+    step = bench.Step({OURS: lambda: None}, frames=6)
     (time,) = bench._timed(step, VIDEO, CPU, torch.float32, 0)
     assert time == Time("cpu", "float32", OURS, VIDEO, 10.0, 7.5, 12.5, 3)
 

@@ -194,12 +194,14 @@ def silent():
 
 def test_without_a_network(monkeypatch, tmp_path, silent):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(weights, "_PATIENCE", 2)
+    monkeypatch.setattr(weights, "_PATIENCE", 1)
     began = time.monotonic()
     for endpoint in ("http://127.0.0.1:9", silent):
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         with pytest.raises(ConnectionError, match=r"cannot fetch facebook/sam2\.1-hiera-tiny .*sam2\.1_hiera_tiny\.pt"):
             load("tiny", "cpu")
+        with pytest.raises(ConnectionError, match=r"Meta's checkpoint, sam2_hiera_base_plus\.pt, and pass"):
+            load("facebook/sam2-hiera-base-plus", "cpu")
     with pytest.raises(ConnectionError, match=r"sam2\.1_hiera_tiny\.pt.*put it at"):
         load("http://127.0.0.1:9/sam2.1_hiera_tiny.pt", "cpu")
     assert time.monotonic() - began < 10

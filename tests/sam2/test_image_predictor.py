@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from omniops import connected_components
 from omniops.sam2 import SAM2ImagePredictor, network
+from omniops.sam2.architectures import cast
 from omniops.sam2.pictures import as_rgb, resized
 from omniops.sam2.upsampling import guided
 
@@ -224,6 +226,19 @@ def test_one_pixel(twins):
     assert np.isfinite(scores).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["a point", "a box", "a mask and a point"])
+def test_half_precision(both, photograph, case, dtype):
+    """Logits and scores as nearly as that is."""
+    prompts = PROMPTS[case]
+    half = SAM2ImagePredictor(cast(copy.deepcopy(both[1].model), dtype))
+    half.set_image(photograph)
+    found, expected = (each.predict(**prompts, return_logits=True) for each in (half, both[1]))
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=0.05 * np.abs(exact).max())
+
+
 BAD_PICTURES = {
     "a path": ("photo.jpg", TypeError, "image must be a NumPy array or a PIL image, got str"),
     "integers": (np.zeros((4, 4, 3), np.int64), TypeError, "uint8, uint16 or floating, got int64"),
@@ -255,6 +270,12 @@ BAD_PROMPTS = {
         {"box": [[1, 2, 3, 4]] * 2, "point_coords": [[[1, 2]]] * 3, "point_labels": [[1]] * 3},
         r"one number of prompts, got \[2, 3\]",
     ),
+    "no box": ({"box": np.zeros((0, 4))}, "point_coords, box and mask_input must hold a prompt or more, got none"),
+    "no points": (
+        {"point_coords": np.zeros((0, 1, 2)), "point_labels": np.zeros((0, 1))},
+        "a prompt or more, got none",
+    ),
+    "a mask that is no number": ({"mask_input": np.full((1, 32, 32), np.nan)}, "mask_input must be finite"),
     "a mask of another size": ({"mask_input": np.zeros((1, 50, 50))}, r"\(1, 32, 32\)"),
 }
 

@@ -64,14 +64,14 @@ METHOD = {
     TOTAL: "The sum of these two medians.",
     VIDEO: "From opening a folder of JPEG pictures, a click for each object on the first, to the last mask; over their "
     "number.",
-    OPEN: "The same from the clicks on, of a video that was opened before.",
+    OPEN: "The same from the clicks on, of a video that was opened before: omniops decodes its frames on the way, sam2 "
+    "has decoded them before.",
     OFFICIAL: "The official package with the same weights, under torch.autocast to the same dtype unless that is "
     "float32. Without its CUDA extension it leaves out the filling of holes in a video's masks.",
 }
 PEERS = ("transformers", "sam2", "av", "pillow")
 NOISE = (1200, 1800)
 """The height and width of the picture that is made where none is given: those of the one in SAM 2's own examples."""
-_WARM_UP_FRAMES = 3
 
 
 @dataclass(frozen=True)
@@ -121,28 +121,27 @@ class Video:
     def _state(self) -> Any:
         return self._predictor.init_state(str(self._clip.folder))
 
-    def open_and_follow(self, frames: int) -> None:
+    def open_and_follow(self) -> None:
         """From the opening to the last mask."""
         self.__dict__.pop("_state", None)
-        self.follow(frames)
+        self.follow()
 
-    def follow(self, frames: int) -> None:
-        """Follow the objects through so many frames."""
+    def follow(self) -> None:
+        """From the clicks to the last mask."""
         self._predictor.reset_state(self._state)
         for number in range(self._clip.objects):
             place = [(number + 1) / (self._clip.objects + 1) * self._clip.width, self._clip.height / 2]
             click = {"points": np.array([place], np.float32), "labels": np.array([1], np.int32)}
             self._predictor.add_new_points_or_box(self._state, frame_idx=0, obj_id=number, **click)
-        for _ in self._predictor.propagate_in_video(self._state, max_frame_num_to_track=frames - 1):
+        for _ in self._predictor.propagate_in_video(self._state):
             pass
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is timed: the call of each contender, and what it is warmed up with."""
+    """What is timed: the call of each contender."""
 
     calls: dict[str, timing.Call] = field(default_factory=dict)
-    warm_ups: dict[str, timing.Call] = field(default_factory=dict)
     frames: int = 1
 
 
@@ -163,7 +162,7 @@ def bench_sam2(
         ),
     ] = None,
     video: Annotated[
-        Path | None, typer.Option("--video", metavar="FILE", help="Follow an object through this video as well.")
+        Path | None, typer.Option("--video", metavar="FILE", help="Follow objects through this video as well.")
     ] = None,
     frames: Annotated[int, typer.Option("--frames", metavar="N", min=2, help="How many frames of it.")] = 16,
     objects: Annotated[int, typer.Option("--objects", metavar="N", min=1, help="How many objects, in one row.")] = 1,
@@ -329,8 +328,7 @@ def _steps(contenders: Iterable[Contender], pixels: NDArray[np.uint8], clip: Cli
         if clip is not None:
             video = Video(each.video, clip)
             for name, follow in ((VIDEO, video.open_and_follow), (OPEN, video.follow)):
-                steps[name].calls[each.name] = functools.partial(call, follow, clip.frames)
-                steps[name].warm_ups[each.name] = functools.partial(call, follow, _WARM_UP_FRAMES)
+                steps[name].calls[each.name] = functools.partial(call, follow)
     return steps
 
 
@@ -345,7 +343,7 @@ def _timed(step: Step, name: str, device: torch.device, dtype: torch.dtype, seco
     setting = (str(device), dtype_name(dtype))
     calls: dict[tuple[str, str], timing.Call] = {}
     for contender, call in step.calls.items():
-        error = _warmed_up(step.warm_ups.get(contender, call), device, seconds / 2)
+        error = _warmed_up(call, device, seconds / 2)
         if error:
             yield Time(*setting, contender, name, None, error=error)
         else:

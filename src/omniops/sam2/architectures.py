@@ -33,6 +33,10 @@ SIZES = {
     "base-plus": Hiera(112, 2, (2, 3, 16, 3), (12, 16, 20), position_size=(14, 14)),
     "large": Hiera(144, 2, (2, 6, 36, 4), (23, 33, 43), windows=(8, 4, 16, 8)),
 }
+# How many queries are too few for PyTorch's attention. Its Metal kernel for up to 8, for heads of 96 as tiny and small
+# have them, goes wrong on what is not contiguous in 2.8 (pytorch issue 163597) and up to 2.11 (issue 181133), and reads
+# past the end where there are fewer than 32 keys (pull request 169222).
+_BY_HAND = {"mps": 8}
 VERSIONS = ("2.0", "2.1")
 """2.1 tells a hidden object from a seen one in the memory, and gives the pointers to objects a place in time."""
 
@@ -77,9 +81,18 @@ def _attend(attention: Any, hidden_states: Tensor, **_: Any) -> Tensor:
         pooled = F.max_pool2d(places, attention.query_stride, attention.query_stride).permute(0, 2, 3, 1)
         height, width = pooled.shape[1:3]
         query = pooled.flatten(1, 2).unflatten(-1, (heads, -1))
-    attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    attended = _attended(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     projected: Tensor = attention.proj(attended.transpose(1, 2).reshape(n, height, width, -1))
     return projected
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention, (N, heads, Q, D), (N, heads, K, D) and (N, heads, K, D) -> (N, heads, Q, D)."""
+    if query.shape[2] <= _BY_HAND.get(query.device.type, 0):
+        weights = (query @ key.transpose(2, 3) * query.shape[3] ** -0.5).softmax(dim=3)
+        result: Tensor = weights @ value
+        return result
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 def cast(model: Sam2VideoModel, dtype: torch.dtype) -> Sam2VideoModel:

@@ -85,7 +85,8 @@ def load(
             ``omniops.device.autocast`` computes in on that device.
         image_size: the side of the square that pictures are resized to, a multiple of 32; by default the model's own,
             1024. Less is faster and coarser.
-        compile_encoder: have ``torch.compile`` make the image encoder faster, at its first picture: that takes minutes.
+        compile_encoder: have ``torch.compile`` make the image encoder faster, at its first picture, and in videos on
+            CUDA at the first batch of frames too: that takes minutes.
 
     Returns:
         transformers' ``Sam2VideoModel`` in evaluation mode.
@@ -135,10 +136,21 @@ def load_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_model(model: object, argument: str) -> None:
-    """Raise ``TypeError`` where a predictor is given something else than what ``load`` returns."""
+    """Raise where a predictor is given something else than what ``load`` returns.
+
+    Raises:
+        TypeError: for another type.
+        ValueError: for a model that is in half precision all over.
+    """
     if not isinstance(model, Sam2VideoModel):
         raise TypeError(
             f"{argument} must be a Sam2VideoModel, got {type(model).__name__}: pass what omniops.sam2.load(...) returns"
+        )
+    dtype = model.memory_attention.layer_norm.weight.dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f"{argument} must have float32 where precision matters, as in its norms, got {dtype} all over: "
+            "omniops.sam2.load(..., dtype=...) has the rest in half precision"
         )
 
 
@@ -243,9 +255,10 @@ def _fetched(name: str) -> Path:
         except (OSError, ValueError):
             pass
         reason = str(error).partition("\n")[0]
+        own = name.rpartition("/")[2].replace("-", "_") if name.startswith("facebook/sam2") else "sam2.1_hiera_tiny"
         raise ConnectionError(
             f"cannot fetch {name} from the Hugging Face hub: {reason}. Where there is a network, download "
             f"https://huggingface.co/{name}/resolve/main/{_CONFIG} and .../{_TENSORS} into a folder and pass that, or "
-            "Meta's checkpoint, as sam2.1_hiera_tiny.pt, and pass its path"
+            f"Meta's checkpoint, {own}.pt, and pass its path"
         ) from None
     return Path(folder)

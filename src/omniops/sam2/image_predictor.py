@@ -230,7 +230,7 @@ class SAM2ImagePredictor(Pretrained):
         mask = None
         side = self.model.image_size // 4
         if mask_input is not None:
-            mask = torch.as_tensor(mask_input, dtype=torch.float32).to(self.device)
+            mask = torch.as_tensor(mask_input, dtype=torch.float32)
             mask = mask[None] if mask.dim() == 3 else mask
             if mask.dim() != 4 or mask.shape[1:] != (1, side, side):
                 raise ValueError(
@@ -239,6 +239,12 @@ class SAM2ImagePredictor(Pretrained):
         counts = {len(each) for each in (*points, *([] if mask is None else [mask]))}
         if len(counts) > 1:
             raise ValueError(f"point_coords, box and mask_input must be of one number of prompts, got {sorted(counts)}")
+        if 0 in counts:
+            raise ValueError("point_coords, box and mask_input must hold a prompt or more, got none")
+        if mask is not None:
+            if not mask.isfinite().all():
+                raise ValueError("mask_input must be finite")
+            mask = mask.to(self.device)
         if not points:
             return None, None, mask
         where = torch.cat(points, dim=1)

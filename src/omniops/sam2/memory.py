@@ -133,7 +133,8 @@ def condition(
 
     Args:
         embedding: (1, 256, S/16, S/16), of the frame.
-        memories: at least one (B, 64, S/16, S/16), each with the number of frames since, 0 for a frame with prompts.
+        memories: at least one (B, 64, S/16, S/16), float32, each with the number of frames since, 0 for a frame with
+            prompts.
         pointers: (B, 256), each with the number of frames since.
         longest: the largest number of frames since that a pointer may have.
     """
@@ -145,7 +146,7 @@ def condition(
     # The last of the temporal encodings is that of frames with prompts.
     when = torch.stack([model.memory_temporal_positional_encoding[since - 1, 0] for since, _ in memories])
     places = (encoding.flatten(2).transpose(1, 2) + when).flatten(0, 1)
-    tokens = torch.stack([memory for _, memory in memories], dim=1).flatten(3).transpose(2, 3).flatten(1, 2).float()
+    tokens = torch.stack([memory for _, memory in memories], dim=1).flatten(3).transpose(2, 3).flatten(1, 2)
     split = channels // width_of_memory  # of a pointer into tokens as wide as those of a memory
     if pointers:
         stacked = torch.stack([pointer for _, pointer in pointers], dim=1).float()
@@ -170,16 +171,18 @@ def _sines(position: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
 
 
 class Shelf:
-    """Tensors of one shape and dtype, in a temporary file that goes with this object."""
+    """Tensors of one shape, in a temporary file that goes with this object, all in the dtype of the first."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
+        self._dtype: torch.dtype | None = None
         self._free: list[int] = []
         self._count = 0
 
     def put(self, tensor: Tensor) -> Shelved:
         """Write a tensor; its place is free again when what is returned is forgotten."""
-        data = tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        self._dtype = self._dtype or tensor.dtype
+        data = tensor.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().tobytes()
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the shelf
         if not self._free:
@@ -188,7 +191,7 @@ class Shelf:
         place = self._free.pop()
         self._file.seek(place * len(data))
         self._file.write(data)
-        return Shelved(self._file, self._free, place, len(data), tensor.shape, tensor.dtype)
+        return Shelved(self._file, self._free, place, len(data), tensor.shape, self._dtype)
 
 
 class Shelved:

@@ -1,8 +1,9 @@
-"""How a frame's features look at memories, with half of the kernels of transformers' ``Sam2VideoMemoryAttention``.
+"""How a frame's features look at memories, with fewer kernels than transformers' ``Sam2VideoMemoryAttention``.
 
-The weights are its modules'. In each of its layers they are normalised and cast three times, the memories are added to
-their places and cast again, and the rotary encoding (Su et al., 2021, https://arxiv.org/abs/2104.09864) lays out its
-angles anew for every memory. Here the first is done once a layer, the second once, and the last not at all.
+The weights are its modules'. Its forward adds the memories to the encoding of their places in every layer, and lays out
+the angles of the rotary encoding (Su et al., 2021, https://arxiv.org/abs/2104.09864) once for every memory and layer;
+autocast casts the normalised features three times a layer and the memories twice. Here memories are added up and cast
+once for all layers, features cast once for queries, keys and values, and the angles broadcast.
 """
 
 from __future__ import annotations

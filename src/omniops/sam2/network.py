@@ -24,7 +24,7 @@ class Features(NamedTuple):
     """What the image encoder makes of N images of side S."""
 
     embedding: Tensor
-    """(N, 256, S/16, S/16), without the embedding that says that there is no memory."""
+    """(N, 256, S/16, S/16), as ``encode`` gives it without the embedding that says that there is no memory."""
     fine: tuple[Tensor, Tensor]
     """(N, 32, S/4, S/4) and (N, 64, S/8, S/8), what the mask decoder adds for sharp edges."""
     places: Tensor

@@ -16,7 +16,9 @@ What differs:
   one a pointer stays, about 3 kB, and its low-resolution mask goes to a temporary file without a name (where
   ``tempfile.gettempdir()`` says): 256 KiB for every frame and object at 1024, or 128 where the model computes in half
   precision. Where a frame looks back at such frames, as a correction does, their maps are made again, from the frame
-  and that mask: the results do not change. Frames with first prompts keep all.
+  and that mask: the results do not change, but for the rounding of a given mask's edge in half precision. Frames with
+  first prompts keep all.
+- On CUDA four frames are encoded as one batch, so that a caller who breaks off may have three encoded in vain.
 - A clear error comes before the model runs, ``ValueError`` or ``TypeError``, and leaves the state as it was. Unknown
   objects and frames are such errors. There is no progress bar.
 - Where all first prompts of an object were taken back, the next one is a first prompt, on any frame. The official
@@ -53,7 +55,8 @@ from omniops.sam2.frames import FrameError, Frames
 _RECENT = 16
 """Of how many frames that were tracked last the state keeps everything; at least those that a frame looks back at."""
 _FEATURES = 8
-"""Of how many frames the state keeps the encoder's features, 16 MB each at 1024."""
+"""Of how many frames the state keeps the encoder's features, 20 MB each at 1024; those that were encoded as one batch
+go when the last of them does."""
 _ENCODED_AT_ONCE = {"cuda": 4}
 """How many frames are encoded as one batch, at most ``_FEATURES``; one elsewhere. CUDA has done the kernels of a small
 model before Python has begun the next."""
@@ -463,8 +466,10 @@ class SAM2VideoPredictor(Pretrained):
         return state.obj_ids, [(t, self._masks_on(state, t, _is_new(state, t))) for t in sorted(removed.prompted)]
 
     def reset_state(self, inference_state: InferenceState) -> None:
-        """Forget all objects; the video stays open."""
-        _a_state(inference_state)._tracks.clear()
+        """Forget all objects, and what the encoder made of the frames; the video stays open."""
+        state = _a_state(inference_state)
+        state._tracks.clear()
+        state._features.clear()
 
     def _features(self, state: InferenceState, frame: int, coming: Sequence[int] = ()) -> network.Features:
         """Those of a frame; where they have to be made, also those of frames that come next, as one batch."""
@@ -519,7 +524,7 @@ class SAM2VideoPredictor(Pretrained):
         at_once = _AT_ONCE_ON_CPU if self.device.type == "cpu" else _AT_ONCE
         alike: dict[Any, list[_Track]] = {}
         for track in tracks:
-            self._shelve(state, track, _RECENT - 1)  # which waits for the device: now, before it is given work
+            self._shelve(state, track, _RECENT - 1)  # for speed: it waits for the device, so before that is given work
             maps, pointers = self._looks_back(track, frame, reverse, most)
             key = tuple(since for since, *_ in maps), tuple(since for since, _ in pointers)
             alike.setdefault(key, []).append(track)
@@ -587,7 +592,7 @@ class SAM2VideoPredictor(Pretrained):
             output.map = made.to(state.storage_device)
             if track.others.get(frame) is output:
                 self._keep(state, track, frame, output)
-        return output.map.to(self.device)
+        return output.map.to(self.device, torch.float32)
 
     def _keep(self, state: InferenceState, track: _Track, frame: int, output: _Output) -> None:
         """Put an output among those of frames that do not condition others."""
