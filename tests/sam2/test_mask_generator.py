@@ -274,6 +274,9 @@ def test_from_pretrained_tells_options_apart(lively, monkeypatch):
     )
     assert asked == [(("facebook/sam2.1-hiera-tiny",), {"device": "cpu"})]
     assert len(generator.point_grids[0]) == 9
+    with pytest.raises(TypeError, match="point_per_side"):
+        SAM2AutomaticMaskGenerator.from_pretrained("facebook/sam2.1-hiera-tiny", point_per_side=3)
+    assert len(asked) == 1
 
 
 BAD = {

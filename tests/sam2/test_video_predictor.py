@@ -608,6 +608,6 @@ def test_frames_encoded_as_one_batch(models, long_clip, monkeypatch, kept):
     both = Both(models(), long_clip, share=0.99)
     both.add_new_points_or_box(2, 1, points=[RED], labels=[1])
     both.propagate_in_video()
-    # Of the prompt, then of what comes; of few that are kept, once more for the prompt's map and for what that displaced.
+    # Of the prompt, then of what comes; of few that are kept, again for the prompt's map and for what that displaced.
     assert batches == {1: [1] * 10, 2: [1, 2, 1, 2, 2, 2, 1], 4: [1, 3, 3, 2]}[kept]
     both.propagate_in_video(reverse=True)

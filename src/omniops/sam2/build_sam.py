@@ -36,7 +36,7 @@ def build_sam2(
         ckpt_path: as ``load`` takes it; random weights where there is none.
         device, dtype, image_size, compile_encoder: as in ``load``; the official package's results are those of
             ``dtype="float32"``.
-        mode: ``eval``, or else the model is left in training mode.
+        mode: ``eval``, or else the model is left in training mode, where the memory attention has no dropout here.
         hydra_overrides_extra: must be empty: there is no configuration to override.
         apply_postprocessing: choose among all masks where the single one is not stable.
 

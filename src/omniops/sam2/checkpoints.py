@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from inspect import signature
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,7 +128,9 @@ class Pretrained:
     @classmethod
     def from_pretrained(cls: Callable[..., _Predictor], model_id: str, **options: Any) -> _Predictor:
         """With the weights of ``omniops.sam2.load(model_id)``; its options and those of the class are told apart."""
-        return cls(load(model_id, **load_options(options)), **options)
+        own = load_options(options)
+        signature(cls).bind(None, **options)  # which raises TypeError, before anything is fetched
+        return cls(load(model_id, **own), **options)
 
 
 def load_options(options: dict[str, Any]) -> dict[str, Any]:
