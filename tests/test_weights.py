@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -62,6 +63,13 @@ def test_a_damaged_safetensors(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"a\.safetensors is no checkpoint"):
         weights.read(path)
+
+
+def test_safetensors_that_are_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    with pytest.raises(ImportError, match=r"a\.safetensors needs safetensors, which is not installed: pip install"):
+        weights.read(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
