@@ -11,10 +11,8 @@ import torch
 
 pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 
-from omniops.sam2.architectures import SIZES, new
+from omniops.sam2.architectures import LETTERS, new
 from omniops.sam2.checkpoints import from_meta
-
-CONFIGURATIONS = dict(zip(SIZES, ("t", "s", "b+", "l"), strict=True))
 
 
 @functools.lru_cache(maxsize=2)  # the large ones are large
@@ -24,7 +22,7 @@ def _twins(size: str, version: str, image_size: int, seed: int) -> tuple[Any, An
     places = image_size // 16
     torch.manual_seed(seed)
     official = build_sam.build_sam2_video_predictor(
-        f"configs/{folder}/{folder}_hiera_{CONFIGURATIONS[size]}.yaml",
+        f"configs/{folder}/{folder}_hiera_{LETTERS[size]}.yaml",
         device="cpu",
         hydra_overrides_extra=[
             f"++model.image_size={image_size}",

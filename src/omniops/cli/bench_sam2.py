@@ -116,18 +116,17 @@ class Video:
 
     def __init__(self, predictor: Any, clip: Clip) -> None:
         self._predictor, self._clip = predictor, clip
-
-    @functools.cached_property
-    def _state(self) -> Any:
-        return self._predictor.init_state(str(self._clip.folder))
+        self._state: Any = None
 
     def open_and_follow(self) -> None:
         """From the opening to the last mask."""
-        self.__dict__.pop("_state", None)
+        self._state = None
         self.follow()
 
     def follow(self) -> None:
         """From the clicks to the last mask."""
+        if self._state is None:
+            self._state = self._predictor.init_state(str(self._clip.folder))
         self._predictor.reset_state(self._state)
         for number in range(self._clip.objects):
             place = [(number + 1) / (self._clip.objects + 1) * self._clip.width, self._clip.height / 2]
@@ -303,11 +302,10 @@ def _contenders(
 
     for name in (OURS, COMPILED) if compile_encoder else (OURS,):
         torch.manual_seed(0)
-        model = build_sam2(config, device=device, dtype=dtype, image_size=image_size)
+        compiled = name == COMPILED
+        model = build_sam2(config, device=device, dtype=dtype, image_size=image_size, compile_encoder=compiled)
         if official is not None:
             model.load_state_dict(from_meta(official.state_dict()))
-        if name == COMPILED:  # as omniops.sam2.load(..., compile_encoder=True)
-            model.vision_encoder.backbone.compile()
         yield Contender(name, SAM2ImagePredictor(model), SAM2VideoPredictor(model), nullcontext)
     if official is not None:
         predictor = import_module("sam2.sam2_image_predictor").SAM2ImagePredictor(official.to(device))

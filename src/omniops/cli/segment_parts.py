@@ -195,12 +195,11 @@ def load_model(
 
 def configuration(size: str) -> str:
     """The official package's configuration of a size."""
-    from omniops.sam2.architectures import SIZES
+    from omniops.sam2.architectures import LETTERS, SIZES
 
     if size not in SIZES:
         raise CommandError(f"random weights are of a size, --model {', '.join(SIZES)}; got {size!r}")
-    letter = dict(zip(SIZES, ("t", "s", "b+", "l"), strict=True))[size]
-    return f"configs/sam2.1/sam2.1_hiera_{letter}.yaml"
+    return f"configs/sam2.1/sam2.1_hiera_{LETTERS[size]}.yaml"
 
 
 def require_image_size(image_size: int | None) -> None:

@@ -33,6 +33,8 @@ SIZES = {
     "base-plus": Hiera(112, 2, (2, 3, 16, 3), (12, 16, 20), position_size=(14, 14)),
     "large": Hiera(144, 2, (2, 6, 36, 4), (23, 33, 43), windows=(8, 4, 16, 8)),
 }
+LETTERS = dict(zip(SIZES, ("t", "s", "b+", "l"), strict=True))
+"""How the official package's configurations call the sizes."""
 # How many queries are too few for PyTorch's attention. Its Metal kernel for up to 8, for heads of 96 as tiny and small
 # have them, goes wrong on what is not contiguous in 2.8 (pytorch issue 163597) and up to 2.11 (issue 181133), and reads
 # past the end where there are fewer than 32 keys (pull request 169222).

@@ -11,7 +11,7 @@ import torch
 from transformers import Sam2VideoModel
 
 from omniops import device as devices
-from omniops.sam2.architectures import IMAGE_SIZE, SIZES, VERSIONS, cast, new
+from omniops.sam2.architectures import IMAGE_SIZE, LETTERS, SIZES, VERSIONS, cast, new
 from omniops.sam2.checkpoints import as_dtype, load
 from omniops.sam2.video_predictor import SAM2VideoPredictor
 
@@ -54,7 +54,7 @@ def build_sam2(
             "config_file must be a name as configs/sam2.1/sam2.1_hiera_t.yaml, of sizes t, s, b+ or l, got "
             f"{config_file!r}"
         )
-    size = dict(zip(("t", "s", "b+", "l"), SIZES, strict=True))[found[2]]
+    size = next(size for size, letter in LETTERS.items() if letter == found[2])
     version = VERSIONS[found[1] is not None]
     place = devices.pick(device)
     if ckpt_path is None:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Predicted = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]
 
-_LARGEST_LOGIT = 32.0
 _FILLED = 10.0
 
 
@@ -291,6 +290,6 @@ class SAM2ImagePredictor(Pretrained):
         masks = self._upsampled(image, low.logits)
         if not return_logits:
             masks = masks > self.mask_threshold
-        each = (masks, low.scores, low.logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT))
+        each = (masks, low.scores, low.logits.clamp(-network.LARGEST_LOGIT, network.LARGEST_LOGIT))
         one = len(low.scores) == 1
         return tuple((value[0] if one else value).cpu().numpy() for value in each)  # type: ignore[return-value]

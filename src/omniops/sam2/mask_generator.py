@@ -17,7 +17,7 @@ from omniops.ops import _checks
 from omniops.sam2 import rle
 from omniops.sam2.checkpoints import Pretrained
 from omniops.sam2.image_predictor import SAM2ImagePredictor
-from omniops.sam2.network import Masks
+from omniops.sam2.network import LARGEST_LOGIT, Masks
 from omniops.sam2.pictures import as_rgb
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ Box = tuple[int, int, int, int]
 """x0, y0, x1, y1"""
 
 _MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
-_LARGEST_LOGIT = 32.0
 _EDGE = 20
 """How near to the edge of its crop, in pixels, a mask counts as cut off by it."""
 _CHUNK = 2**25
@@ -186,7 +185,7 @@ class SAM2AutomaticMaskGenerator(Pretrained):
         points = points.repeat_interleave(low.scores.shape[1], 0)
         logits, scores = low.logits.flatten(0, 1), low.scores.flatten()
         if self.use_m2m:
-            prompts = logits.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)[:, None].split(self.points_per_batch)
+            prompts = logits.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)[:, None].split(self.points_per_batch)
             each = zip(points.split(self.points_per_batch), prompts, strict=True)
             refined = [self._predict(where, crop, prompt, False) for where, prompt in each]
             logits = torch.cat([masks.logits for masks in refined]).flatten(0, 1)

@@ -16,6 +16,8 @@ from transformers import Sam2VideoModel
 from omniops import device as devices
 from omniops.sam2.mask_decoder import decode_masks
 
+LARGEST_LOGIT = 32.0
+"""Of masks that the model is given to start from, as it was trained."""
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 

@@ -299,7 +299,7 @@ class SAM2VideoPredictor(Pretrained):
         conditioning = first or self.add_all_frames_to_correct_as_cond
         latest = track.latest(frame, conditioning)
         # As SAM was trained: a mask to correct is given within these bounds.
-        mask = None if latest is None else self._mask(latest).clamp(-32, 32)
+        mask = None if latest is None else self._mask(latest).clamp(-network.LARGEST_LOGIT, network.LARGEST_LOGIT)
         with network.precision(self.model):
             features = self._features(state, frame)
             if first:
