@@ -127,7 +127,11 @@ class Predictor:
         self.asked = []
 
     def __getattr__(self, name):
-        return lambda *args, **kwargs: self.asked.append((name, args, kwargs)) or []
+        masks = [(0, [0], self)] if name == "propagate_in_video" else []
+        return lambda *args, **kwargs: self.asked.append((name, args, kwargs)) or masks
+
+    def __gt__(self, zero):
+        return self
 
 
 def test_what_is_timed():
@@ -143,7 +147,7 @@ def test_what_is_timed():
     assert click["point_coords"].tolist() == [[20, 15]]
     assert click["point_labels"].tolist() == [1]
     assert opening[:2] == ("init_state", ("folder",))
-    follow = ["reset_state", *["add_new_points_or_box"] * 3, "propagate_in_video"]
+    follow = ["reset_state", *["add_new_points_or_box"] * 3, "propagate_in_video", "cpu"]
     assert [name for name, _, _ in video] == follow * 2
     assert [each["points"].tolist() for _, _, each in video[1:4]] == [[[5, 5]], [[10, 5]], [[15, 5]]]
     assert [each["obj_id"] for _, _, each in video[1:4]] == [0, 1, 2]
@@ -167,6 +171,13 @@ def test_a_videos_time_is_that_of_a_frame(monkeypatch):
     step = bench.Step({OURS: lambda: None}, frames=6)
     (time,) = bench._timed(step, VIDEO, CPU, torch.float32, 0)
     assert time == Time("cpu", "float32", OURS, VIDEO, 10.0, 7.5, 12.5, 3)
+
+
+def test_frames_and_objects_need_a_video(omniops, picture):
+    for option in ("--frames", "--objects"):
+        result = omniops(*QUICK, str(picture), option, "3")
+        assert result.status == 2
+        assert "--video" in result.err
 
 
 def test_a_contender_that_cannot_run_is_reported(omniops, monkeypatch, picture, alone, tmp_path):

@@ -62,8 +62,8 @@ METHOD = {
     SET_IMAGE: "A picture in memory until its features are there.",
     PREDICT: "One click in the middle, until its three masks at the picture's size are in memory.",
     TOTAL: "The sum of these two medians.",
-    VIDEO: "From opening a folder of JPEG pictures, a click for each object on the first, to the last mask; over their "
-    "number.",
+    VIDEO: "From opening a folder of JPEG pictures, a click for each object on the first, to the last masks, which are "
+    "fetched into memory frame by frame; over the number of frames.",
     OPEN: "The same from the clicks on, of a video that was opened before: omniops decodes its frames on the way, sam2 "
     "has decoded them before.",
     OFFICIAL: "The official package with the same weights, under torch.autocast to the same dtype unless that is "
@@ -132,8 +132,8 @@ class Video:
             place = [(number + 1) / (self._clip.objects + 1) * self._clip.width, self._clip.height / 2]
             click = {"points": np.array([place], np.float32), "labels": np.array([1], np.int32)}
             self._predictor.add_new_points_or_box(self._state, frame_idx=0, obj_id=number, **click)
-        for _ in self._predictor.propagate_in_video(self._state):
-            pass
+        for _, _, masks in self._predictor.propagate_in_video(self._state):
+            (masks > 0).cpu()
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,13 @@ def bench_sam2(
     video: Annotated[
         Path | None, typer.Option("--video", metavar="FILE", help="Follow objects through this video as well.")
     ] = None,
-    frames: Annotated[int, typer.Option("--frames", metavar="N", min=2, help="How many frames of it.")] = 16,
-    objects: Annotated[int, typer.Option("--objects", metavar="N", min=1, help="How many objects, in one row.")] = 1,
+    frames: Annotated[
+        int | None, typer.Option("--frames", metavar="N", min=2, help="How many frames of it.", show_default="16")
+    ] = None,
+    objects: Annotated[
+        int | None,
+        typer.Option("--objects", metavar="N", min=1, help="How many objects, in one row.", show_default="1"),
+    ] = None,
     precision: PrecisionOption = Precision.AUTO,
     compile_encoder: Annotated[
         bool, typer.Option("--compile", help="Also with the image encoder compiled, which takes minutes.")
@@ -188,6 +193,8 @@ def bench_sam2(
     chosen = list(dict.fromkeys(choose_device(name) for name in asked if name))
     if not chosen:
         raise CommandError("--devices must name a device")
+    if video is None and (frames is not None or objects is not None):
+        raise CommandError("--frames and --objects are of a video: name one by --video")
     require_image_size(image_size)
     require_writable(json_file)
     require_picture_path(plot)
@@ -201,7 +208,7 @@ def bench_sam2(
     times: list[Time] = []
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the official package's, of its missing extension, at every frame
-        clip = None if video is None else _clip(video, frames, objects, Path(folder))
+        clip = None if video is None else _clip(video, frames or 16, objects or 1, Path(folder))
         official, note = _official(config, image_size)
         with progress() as bar:
             task = bar.add_task("", total=len(chosen) * (2 if clip is None else 4))
@@ -225,13 +232,15 @@ def bench_sam2(
     if note:
         console.print(note, style="yellow", markup=False, soft_wrap=True)
     titles = {str(device): devices.title(device) for device in chosen}
-    followed = {} if video is None or clip is None else {"file": video.name, "frames": clip.frames, "objects": objects}
+    followed = None
+    if video is not None and clip is not None:
+        followed = {"file": video.name, "frames": clip.frames, "objects": clip.objects}
     report = {
         **circumstances(", ".join(titles.values()), PEERS),
         "devices": titles,
         "model": {"size": model, "image_size": image_size or 1024, "weights": "random"},
         "picture": {"file": "noise" if picture is None else picture.name, "width": width, "height": height},
-        "video": followed or None,
+        "video": followed,
         "method": METHOD,
         "results": [asdict(each) for each in times],
         "speed_up": _speed_ups(times),

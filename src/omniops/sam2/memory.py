@@ -7,13 +7,14 @@ next frame's features attend to those of the frames before, ``condition``, and t
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from typing import IO, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Sam2VideoModel
 
 from omniops.sam2 import network
@@ -140,9 +141,7 @@ def condition(
     """
     _, channels, height, width = embedding.shape
     width_of_memory = memories[0][1].shape[1]
-    encoding = model.memory_encoder.position_encoding(
-        (1, width_of_memory, height, width), embedding.device, torch.float32
-    )
+    encoding = _encoding(model.memory_encoder.position_encoding, (1, width_of_memory, height, width), embedding.device)
     # The last of the temporal encodings is that of frames with prompts.
     when = torch.stack([model.memory_temporal_positional_encoding[since - 1, 0] for since, _ in memories])
     places = (encoding.flatten(2).transpose(1, 2) + when).flatten(0, 1)
@@ -156,10 +155,18 @@ def condition(
             since = torch.tensor([since for since, _ in pointers], device=embedding.device)
             when = model.temporal_positional_encoding_projection_layer(_sines(since / max(longest, 1), channels))
         places = torch.cat((places, when.repeat_interleave(split, dim=0)))
-    frame_places = model.vision_encoder.neck.position_encoding(embedding.shape, embedding.device, torch.float32)
+    frame_places = _encoding(model.vision_encoder.neck.position_encoding, tuple(embedding.shape), embedding.device)
     frame = (embedding + _PLACES * frame_places).flatten(2).transpose(1, 2)
     attended = look_back(model.memory_attention, frame, tokens, places, split * len(pointers))
     return attended.transpose(1, 2).reshape(len(attended), channels, height, width)
+
+
+@functools.lru_cache(maxsize=2)
+def _encoding(module: nn.Module, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Of places, of which every frame takes two; transformers remembers one alone."""
+    with torch.inference_mode(False):
+        encoding: Tensor = module(shape, device, torch.float32)
+        return encoding
 
 
 def _sines(position: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:

@@ -8,10 +8,12 @@ once for all layers, features cast once for queries, keys and values, and the an
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMemoryAttention, Sam2VideoRoPEAttention
 
 
@@ -34,8 +36,7 @@ def look_back(attention: Sam2VideoMemoryAttention, frame: Tensor, memory: Tensor
         places: (R * N + still, M), the encoding of where and when each is of.
         still: the number of tokens that have no place, and so are not turned.
     """
-    cos, sin = attention.rotary_emb(frame, attention.position_ids)
-    angles = _Angles(cos[0], sin[0, :, ::2])
+    angles = _angles(attention.rotary_emb, attention.position_ids)
     dtype = attention.layers[0].linear1.weight.dtype
     keys, values = (memory + places).to(dtype), memory.to(dtype)
     x = frame
@@ -46,6 +47,14 @@ def look_back(attention: Sam2VideoMemoryAttention, frame: Tensor, memory: Tensor
         x = x + layer.linear2(layer.activation(layer.linear1(layer.layer_norm3(x).to(dtype))))
     result: Tensor = attention.layer_norm(x)
     return result
+
+
+@functools.lru_cache(maxsize=2)
+def _angles(rotary: nn.Module, places: Tensor) -> _Angles:
+    """Of the places of a model's frames, which are the same for all of them."""
+    with torch.inference_mode(False):
+        cos, sin = rotary(places, places)
+        return _Angles(cos[0], sin[0, :, ::2])
 
 
 def _attend(

@@ -6,9 +6,11 @@ package; what is here calls the modules that hold the weights, and decides nothi
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Sam2VideoModel
@@ -58,8 +60,15 @@ def precision(model: Sam2VideoModel) -> AbstractContextManager[object]:
 
 def normalised(images: Tensor) -> Tensor:
     """(N, 3, S, S) from 0 to 1 -> what the encoder takes."""
-    mean, std = (images.new_tensor(each)[:, None, None] for each in (_MEAN, _STD))
+    mean, std = _statistics(images.device)
     return (images - mean) / std
+
+
+@functools.lru_cache(maxsize=2)
+def _statistics(device: torch.device) -> list[Tensor]:
+    """Sent to a device once: it is waited for."""
+    with torch.inference_mode(False):
+        return [torch.tensor(each, device=device)[:, None, None] for each in (_MEAN, _STD)]
 
 
 def encode(model: Sam2VideoModel, pixels: Tensor) -> Features:

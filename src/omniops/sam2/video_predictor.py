@@ -40,10 +40,9 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import Sam2VideoModel
 
@@ -119,7 +118,7 @@ class _Images(Sequence[Tensor]):
 
     def __init__(self, frames: Frames, side: int, device: torch.device) -> None:
         self._frames, self._side, self._device = frames, side, device
-        self._ahead: dict[int, Future[NDArray[np.uint8]]] = {}
+        self._ahead: dict[int, Future[Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -129,13 +128,18 @@ class _Images(Sequence[Tensor]):
         if isinstance(index, range):
             return torch.stack([self[i] for i in index])
         loading = self._ahead.pop(index, None)
-        pixels = loading.result() if loading else self._frames.resized(index, self._side)
-        tensor = torch.from_numpy(pixels).to(self._device)
-        return network.normalised(tensor.permute(2, 0, 1).contiguous() / 255)
+        pixels = loading.result() if loading else self._load(index)
+        pixels = pixels.to(self._device, non_blocking=pixels.is_pinned())
+        return network.normalised(pixels.permute(2, 0, 1).contiguous() / 255)
 
     def load(self, indices: Sequence[int], pool: ThreadPoolExecutor) -> None:
         """Begin to decode frames that will be asked for next."""
-        self._ahead = {i: self._ahead.get(i) or pool.submit(self._frames.resized, i, self._side) for i in indices}
+        self._ahead = {i: self._ahead.get(i) or pool.submit(self._load, i) for i in indices}
+
+    def _load(self, index: int) -> Tensor:
+        """(S, S, 3), uint8, on the CPU, from where CUDA fetches it without being waited for."""
+        pixels = torch.from_numpy(self._frames.resized(index, self._side))
+        return pixels.pin_memory() if self._device.type == "cuda" else pixels
 
 
 class InferenceState:
