@@ -126,38 +126,45 @@ def remember(
 def condition(
     model: Sam2VideoModel,
     embedding: Tensor,
-    memories: Sequence[tuple[int, Tensor]],
-    pointers: Sequence[tuple[int, Tensor]],
+    memories: Tensor,
+    memories_since: Sequence[int],
+    pointers: Tensor | None,
+    pointers_since: Sequence[int],
     longest: int,
 ) -> Tensor:
     """A frame's features after a look at B objects' memories, (B, 256, S/16, S/16).
 
     Args:
         embedding: (1, 256, S/16, S/16), of the frame.
-        memories: at least one (B, 64, S/16, S/16), float32, each with the number of frames since, 0 for a frame with
-            prompts.
-        pointers: (B, 256), each with the number of frames since.
+        memories: (R, B, 64, S/16, S/16), R >= 1, float32.
+        memories_since: R numbers of frames since, 0 for a frame with prompts.
+        pointers: (P, B, 256); None where there are none.
+        pointers_since: P numbers of frames since.
         longest: the largest number of frames since that a pointer may have.
     """
     _, channels, height, width = embedding.shape
-    width_of_memory = memories[0][1].shape[1]
+    width_of_memory = memories.shape[2]
     encoding = _encoding(model.memory_encoder.position_encoding, (1, width_of_memory, height, width), embedding.device)
     # The last of the temporal encodings is that of frames with prompts.
-    when = torch.stack([model.memory_temporal_positional_encoding[since - 1, 0] for since, _ in memories])
+    when = torch.stack([model.memory_temporal_positional_encoding[since - 1, 0] for since in memories_since])
     places = (encoding.flatten(2).transpose(1, 2) + when).flatten(0, 1)
-    tokens = torch.stack([memory for _, memory in memories], dim=1).flatten(3).transpose(2, 3).flatten(1, 2)
-    split = channels // width_of_memory  # of a pointer into tokens as wide as those of a memory
-    if pointers:
-        stacked = torch.stack([pointer for _, pointer in pointers], dim=1).float()
-        tokens = torch.cat((tokens, stacked.unflatten(2, (split, width_of_memory)).flatten(1, 2)), dim=1)
-        when = stacked.new_zeros(len(pointers), width_of_memory)
+    tokens = memories.flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
+    still = 0
+    if pointers is not None:
+        # Each split into tokens as wide as those of a memory.
+        parts = pointers.float().transpose(0, 1).unflatten(2, (-1, width_of_memory)).flatten(1, 2)
+        tokens = torch.cat((tokens, parts), dim=1)
+        still = parts.shape[1]
+        when = parts.new_zeros(len(pointers), width_of_memory)
         if model.config.enable_temporal_pos_encoding_for_object_pointers:
-            since = torch.tensor([since for since, _ in pointers], device=embedding.device)
-            when = model.temporal_positional_encoding_projection_layer(_sines(since / max(longest, 1), channels))
-        places = torch.cat((places, when.repeat_interleave(split, dim=0)))
+            # CUDA copies so little aside at once: nothing is waited for.
+            sines = _sines(torch.tensor(pointers_since) / max(longest, 1), channels)
+            sines = sines.to(embedding.device, non_blocking=embedding.device.type == "cuda")
+            when = model.temporal_positional_encoding_projection_layer(sines)
+        places = torch.cat((places, when.repeat_interleave(still // len(pointers), dim=0)))
     frame_places = _encoding(model.vision_encoder.neck.position_encoding, tuple(embedding.shape), embedding.device)
     frame = (embedding + _PLACES * frame_places).flatten(2).transpose(1, 2)
-    attended = look_back(model.memory_attention, frame, tokens, places, split * len(pointers))
+    attended = look_back(model.memory_attention, frame, tokens, places, still)
     return attended.transpose(1, 2).reshape(len(attended), channels, height, width)
 
 

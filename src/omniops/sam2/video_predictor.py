@@ -506,11 +506,15 @@ class SAM2VideoPredictor(Pretrained):
     def _resized(self, state: InferenceState, outputs: Sequence[_Output | None]) -> Tensor:
         """The masks at the size of the video, (N, 1, H, W)."""
         size = (state.video_height, state.video_width)
-        masks = torch.full((len(outputs), 1, *size), memory.NO_OBJECT, device=self.device)
         known = [i for i, output in enumerate(outputs) if output is not None]
-        if known:
-            low = torch.cat([self._mask(output) for output in outputs if output is not None])
-            masks[known] = F.interpolate(low, size, mode="bilinear", align_corners=False)
+        low = [self._mask(output) for output in outputs if output is not None]
+        masks = torch.empty(0, 1, *size, device=self.device)
+        if low:
+            masks = F.interpolate(torch.cat(low), size, mode="bilinear", align_corners=False)
+        if len(known) < len(outputs):
+            among = masks.new_full((len(outputs), 1, *size), memory.NO_OBJECT)
+            among[known] = masks
+            masks = among
         if self.non_overlap_masks and len(masks) > 1:
             best = masks.argmax(dim=0, keepdim=True)
             index = torch.arange(len(masks), device=self.device)[:, None, None, None]
@@ -550,19 +554,20 @@ class SAM2VideoPredictor(Pretrained):
     ) -> Tensor:
         """The features of a frame after its look back, (B, 256, S/16, S/16), of objects that look at alike frames."""
         most = self._most_pointers(state)
-        maps: dict[int, list[Tensor]] = {}
-        pointers: dict[int, list[Tensor]] = {}
-        for track in tracks:
-            seen, pointed = self._looks_back(track, frame, reverse, most)
-            for i, (_, t, output) in enumerate(seen):
-                maps.setdefault(i, []).append(self._map(state, track, t, output))
-            for i, (_, output) in enumerate(pointed):
-                pointers.setdefault(i, []).append(output.pointer)
+        looks = [self._looks_back(track, frame, reverse, most) for track in tracks]
+        maps_since, pointers_since = ([since for since, *_ in each] for each in looks[0])
+        maps = [
+            [self._map(state, track, t, output) for _, t, output in seen]
+            for track, (seen, _) in zip(tracks, looks, strict=True)
+        ]
+        pointers = [[output.pointer for _, output in pointed] for _, pointed in looks]
         return memory.condition(
             self.model,
             features.embedding,
-            [(seen[i][0], torch.cat(each)) for i, each in maps.items()],
-            [(pointed[i][0], torch.cat(each)) for i, each in pointers.items()],
+            _joined(maps),
+            maps_since,
+            _joined(pointers) if pointers_since else None,
+            pointers_since,
             longest=most - 1,
         )
 
@@ -647,6 +652,12 @@ class SAM2VideoPredictor(Pretrained):
         if output is not None:
             self._keep(state, track, frame, output)
             track.reverse.pop(frame, None)
+
+
+def _joined(objects: Sequence[Sequence[Tensor]]) -> Tensor:
+    """B objects' N tensors (1, ...) -> (N, B, ...)."""
+    slots = torch.cat([each for slot in zip(*objects, strict=True) for each in slot])
+    return slots.reshape(-1, len(objects), *slots.shape[1:])
 
 
 def _is_first(track: _Track, frame: int) -> bool:
