@@ -35,10 +35,12 @@ def assert_alike(found, expected):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("projected_after", [set(), {("cpu", torch.float32)}])
 @pytest.mark.parametrize("still", [0, 8])
 @pytest.mark.parametrize("memories", [1, 3])
 @pytest.mark.parametrize("objects", [1, 3])
-def test_a_look_back(model, objects, memories, still):
+def test_a_look_back(model, monkeypatch, objects, memories, still, projected_after):
+    monkeypatch.setattr("omniops.sam2.memory_attention._PROJECTED_AFTER", projected_after)
     torch.manual_seed(1)
     attention, count = model.memory_attention, PLACES**2
     frame = torch.randn(1, count, 256)

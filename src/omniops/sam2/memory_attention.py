@@ -16,6 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMemoryAttention, Sam2VideoRoPEAttention
 
+# Where the values of memories are projected after the attention: weights that add up to 1 leave it the same, and the
+# attention has a quarter of the channels to add up. Flash attention, of half precision and of the CPU, wants values as
+# wide as keys.
+_PROJECTED_AFTER = {("cuda", torch.float32)}
+
 
 class _Angles(NamedTuple):
     """Of each place of the frame: channels 2i and 2i + 1 are turned by the same angle."""
@@ -61,13 +66,15 @@ def _attend(
     attention: Sam2VideoRoPEAttention, query: Tensor, key: Tensor, value: Tensor, angles: _Angles, still: int
 ) -> Tensor:
     """(1 or B, N, C), (B, K, M) and (B, K, M) -> (B, N, C)."""
-    projected = attention.q_proj(query), attention.k_proj(key), attention.v_proj(value)
-    q, k, v = (x.unflatten(2, (attention.num_attention_heads, -1)).transpose(1, 2) for x in projected)
+    heads = attention.num_attention_heads
+    q, k = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (attention.q_proj(query), attention.k_proj(key)))
+    after = heads == 1 and value.shape[2] < k.shape[3] and (k.device.type, k.dtype) in _PROJECTED_AFTER
+    v = (value if after else attention.v_proj(value)).unflatten(2, (heads, -1)).transpose(1, 2)
     q = _turned(q, angles).to(q.dtype)
     count = k.shape[2] - still
     k[:, :, :count] = _turned(k[:, :, :count], angles)
-    attended = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v)
-    result: Tensor = attention.o_proj(attended.transpose(1, 2).flatten(2))
+    attended = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v).transpose(1, 2).flatten(2)
+    result: Tensor = attention.o_proj(attention.v_proj(attended) if after else attended)
     return result
 
 
