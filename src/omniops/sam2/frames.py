@@ -146,9 +146,10 @@ class _Folder:
         path = self._paths[index]
         try:
             with Image.open(path) as picture:
-                if picture.mode == "RGB":  # each copy holds up the other threads
-                    copy: Image.Image = picture.copy()
-                    return copy
+                if picture.mode == "RGB":
+                    picture.load()
+                    whole: Image.Image = picture  # not a copy: that would hold up the other threads
+                    return whole
                 rgb = as_rgb(picture)
         except Exception as error:  # Pillow's decoders raise what they like on damaged files
             raise FrameError(f"{path} cannot be read: {error}") from None
