@@ -46,7 +46,9 @@ def test_nothing_of_metas_is_left_over_or_missing(size, version, monkeypatch):
     build_sam = pytest.importorskip("sam2.build_sam", reason="the oracle: the official package, sam2 from PyPI")
     folder = "sam2" if version == "2.0" else "sam2.1"
     letter = dict(zip(SIZES, ("t", "s", "b+", "l"), strict=True))[size]
-    monkeypatch.setattr(torch, "linspace", functools.partial(torch.linspace, device="cpu"))  # read while building
+    # What is read while it is built, and what would go to a GPU without being asked.
+    monkeypatch.setattr(torch, "linspace", functools.partial(torch.linspace, device="cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with torch.device("meta"):
         meta = build_sam.build_sam2(f"configs/{folder}/{folder}_hiera_{letter}.yaml", device="meta").state_dict()
         own = new(size, version).state_dict()

@@ -416,7 +416,7 @@ print(pid, heir, flush=True)
 def test_a_script_needs_no_guard_and_when_it_is_killed_nothing_is_left(tmp_path):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     script = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         pid, heir = map(int, script.stdout.readline().split())
