@@ -19,7 +19,7 @@ pytest.importorskip("av", reason="videos need PyAV")
 import av
 
 from omniops.sam2 import frames as module
-from omniops.sam2.frames import FrameError, Frames
+from omniops.sam2.frames import FrameError, Frames, _Video
 
 HEIGHT, WIDTH, COUNT = 48, 64, 20
 
@@ -161,11 +161,35 @@ def test_threads_share_a_video(tmp_path, monkeypatch):
     assert not wrong
 
 
+def _packets(path):
+    with av.open(str(path)) as container:
+        return [packet for packet in container.demux(video=0) if packet.size]
+
+
+def _damage(path, packets):
+    data = bytearray(path.read_bytes())
+    for packet in packets:
+        data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    path.write_bytes(data)
+
+
+@pytest.fixture(params=[1, 16])
+def threads(request, monkeypatch):
+    """How many decode, as on a machine of so many cores."""
+    opened = _Video._open
+
+    def open_and_set(self):
+        opened(self)
+        self._stream.codec_context.thread_count = request.param
+
+    monkeypatch.setattr(_Video, "_open", open_and_set)
+
+
+@pytest.mark.usefixtures("threads")
 def test_a_video_that_breaks_off(tmp_path):
     path = write(tmp_path / "video.mp4", options=B_FRAMES, muxer={"movflags": "faststart"})
     data = path.read_bytes()
-    with av.open(str(path)) as container:
-        packets = [packet for packet in container.demux(video=0) if packet.size]
+    packets = _packets(path)
     path.write_bytes(data[: packets[11].pos + packets[11].size // 2])
     with pytest.warns(UserWarning, match=r"video.mp4 breaks off after 11 of 20 frames"):
         frames = Frames(path)
@@ -179,17 +203,12 @@ def test_a_video_that_breaks_off(tmp_path):
         Frames(path)
 
 
+@pytest.mark.usefixtures("threads")
 def test_frames_that_are_damaged(tmp_path):
     path = write(tmp_path / "video.mp4", options=B_FRAMES, muxer={"movflags": "faststart"})
-    with av.open(str(path)) as container:
-        packets = [(packet.pos, packet.size, packet.is_keyframe) for packet in container.demux(video=0) if packet.size]
-    keys = [i for i, (_, _, is_key) in enumerate(packets) if is_key]
-    data = bytearray(path.read_bytes())
-    damaged = [*range(keys[1], keys[2]), *range(keys[-1], COUNT)]
-    for i in damaged:
-        place, size, _ = packets[i]
-        data[place : place + size] = bytes(size)
-    path.write_bytes(data)
+    packets = _packets(path)
+    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
+    _damage(path, [*packets[keys[1] : keys[2]], *packets[keys[-1] :]])
     frames = Frames(path)
     assert len(frames) == COUNT
     with pytest.warns(UserWarning, match=r"frame 8 of .*video.mp4 is damaged"):
@@ -199,6 +218,16 @@ def test_frames_that_are_damaged(tmp_path):
         with pytest.raises(FrameError, match=r"frame 19 of .*video.mp4 cannot be decoded"):
             frames[19]
     assert shown(frames[12]) == 12
+
+
+@pytest.mark.usefixtures("threads")
+def test_damaged_frames_that_are_counted_by_decoding(tmp_path):
+    path = write(tmp_path / "video.avi", "mpeg4")
+    packets = _packets(path)
+    _damage(path, [packets[9], packets[16]])
+    frames = Frames(path)
+    assert len(frames) == COUNT - 2
+    assert [shown(frames[i]) for i in (8, -2, -1)] == [8, 18, 19]
 
 
 @pytest.mark.parametrize("content", [b"", b"no video at all", bytes(5000)])

@@ -27,6 +27,7 @@ import warnings
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ from numpy.typing import NDArray
 from omniops.sam2.pictures import as_rgb
 
 if TYPE_CHECKING:
-    from av import VideoFrame
+    from av import Packet, VideoFrame
     from PIL.Image import Image
 
 _MEMORY = 256 * 2**20
@@ -175,6 +176,8 @@ class _Video:
         self._error = av.FFmpegError
         self._lock = threading.Lock()
         self._frames: OrderedDict[int, VideoFrame] = OrderedDict()
+        # Several decode, until something is damaged: their errors come late or not at all, and cost whole frames.
+        self._threads = True
         self._open()
         self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 0) or None
         self._times: list[int] | None = None  # of the frames in order, where they have such
@@ -216,7 +219,7 @@ class _Video:
             self._stream = self._container.streams.video[0]
         except (av.FFmpegError, IndexError) as error:
             raise ValueError(f"{self._path} is not a video that FFmpeg can read: {error}") from None
-        self._stream.thread_type = "AUTO"
+        self._stream.thread_type = "AUTO" if self._threads else "NONE"
         self._decoder = self._decode()
         self._next = 0  # the frame that comes next, unless it is missing
         self._begin = 0  # the keyframe that the decoder began at: those before it come incomplete
@@ -254,41 +257,66 @@ class _Video:
 
     def _index_frames(self) -> None:
         """Count the frames, and find the keyframes, by decoding all."""
-        self._open()
         times: list[int | None] = []
         keys = [(0, 0)]
-        for frame in self._decode():
-            if frame.key_frame and frame.pts is not None:
-                keys.append((len(times), frame.pts if frame.dts is None else min(frame.pts, frame.dts)))
-            times.append(frame.pts)
+        self._open()
+        with suppress(self._error):
+            for frame in self._decoder:
+                if frame.key_frame and frame.pts is not None:
+                    keys.append((len(times), frame.pts if frame.dts is None else min(frame.pts, frame.dts)))
+                times.append(frame.pts)
+        if len(times) < self._count and self._threads:
+            self._threads = False
+            self._index_frames()
+            return
         self._count = len(times)
         known = [time for time in times if time is not None]
         if len(known) == len(times) and known == sorted({*known}):
             self._times, self._keys = known, keys
 
     def _decode(self) -> Iterator[VideoFrame]:
-        """The frames from here to the end, those of damaged packets left out."""
+        """The frames from here to the end, those of damaged packets left out.
+
+        Raises:
+            FFmpegError: for a damaged packet where threads decode.
+        """
+        for packet in self._packets():
+            try:
+                frames = self._stream.decode(packet)
+            except self._error:
+                if self._threads:
+                    raise
+                continue
+            yield from frames
+
+    def _packets(self) -> Iterator[Packet | None]:
+        """Those from here to the end, the last of which has the decoder give what it still holds."""
         try:
             for packet in self._container.demux(self._stream):
-                if packet.is_corrupt:  # cut off, mostly; an error here would cost those before it in the decoder too
-                    continue
-                try:
-                    frames = packet.decode()
-                except self._error:
-                    continue
-                yield from frames
-        except self._error:  # the file breaks off: what the decoder still holds
-            yield from self._stream.decode(None)
+                if not packet.is_corrupt:  # cut off, mostly; it would cost those before it in the decoder too
+                    yield packet
+        except self._error:  # the file breaks off
+            yield None
 
     def _decoded(self, index: int) -> VideoFrame:
         if index not in self._frames:
-            key, offset = self._keys[bisect_right(self._keys, index, key=operator.itemgetter(0)) - 1]
-            if not key <= self._next <= index:
-                self._seek(key, offset)
-            if not self._reach(index):
+            try:
+                self._find(index)
+            except (self._error, FrameError):
+                if not self._threads:
+                    raise
+                self._threads = False
                 self._open()
-                self._reach(index)
+                self._find(index)
         return self._frames[index]
+
+    def _find(self, index: int) -> None:
+        key, offset = self._keys[bisect_right(self._keys, index, key=operator.itemgetter(0)) - 1]
+        if not key <= self._next <= index:
+            self._seek(key, offset)
+        if not self._reach(index):
+            self._open()
+            self._reach(index)
 
     def _seek(self, key: int, offset: int) -> None:
         if key == 0:
