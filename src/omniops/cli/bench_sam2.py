@@ -458,6 +458,7 @@ def _draw(times: Sequence[Time], title: str, path: Path) -> None:
         axis.invert_yaxis()
         axis.set_xlim(0, max(ends) * 1.25 or 1)
         axis.set_xlabel("seconds", fontsize=8)
+        axis.locator_params(axis="x", nbins=5)
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=9)
