@@ -577,6 +577,19 @@ def test_the_same_objects_on_other_devices_and_in_half_precision(twins, clip, de
         assert ((masks.cpu() > 0) == (expected > 0)).float().mean() > share
 
 
+def test_a_model_on_the_cpu_leaves_accelerators_alone(models, clip, monkeypatch):
+    """A forked process, which the CPU is there for, must not ask Metal or CUDA for anything."""
+
+    def asked(*args, **kwargs):
+        raise AssertionError("an accelerator was asked")
+
+    for name in ("is_pinned", "pin_memory"):
+        monkeypatch.setattr(torch.Tensor, name, asked)
+    for name in ("current_accelerator", "is_available", "device_count"):
+        monkeypatch.setattr(torch.accelerator, name, asked)
+    assert len(tracked(models()[1], clip)) == 3
+
+
 @pytest.mark.parametrize("size", ["small", "base-plus", "large"])
 def test_the_other_sizes(twins, clip, size):
     both = Both(twins(size, image_size=SIDE), clip)

@@ -14,7 +14,8 @@ and the frames decoded on the way are kept, as many as the 256 MiB hold: going b
 about 1 + N / 2K times, where K of them are kept, not N times. Where packets carry no times of their own (few do so: AVI
 with B-frames, bare streams) the way is from the beginning.
 
-A frame whose data are damaged, in a video that goes on after it, is replaced by its neighbour, with a warning.
+A frame whose data are damaged, in a video that goes on after it, is replaced by its neighbour, with a warning. Several
+threads decode a video until damage shows; from then on one does, because FFmpeg's threads lose whole frames beside it.
 """
 
 from __future__ import annotations
@@ -176,7 +177,6 @@ class _Video:
         self._error = av.FFmpegError
         self._lock = threading.Lock()
         self._frames: OrderedDict[int, VideoFrame] = OrderedDict()
-        # Several decode, until something is damaged: their errors come late or not at all, and cost whole frames.
         self._threads = True
         self._open()
         self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 0) or None

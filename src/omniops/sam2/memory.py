@@ -157,10 +157,8 @@ def condition(
         still = parts.shape[1]
         when = parts.new_zeros(len(pointers), width_of_memory)
         if model.config.enable_temporal_pos_encoding_for_object_pointers:
-            # CUDA copies so little aside at once: nothing is waited for.
             sines = _sines(torch.tensor(pointers_since) / max(longest, 1), channels)
-            sines = sines.to(embedding.device, non_blocking=embedding.device.type == "cuda")
-            when = model.temporal_positional_encoding_projection_layer(sines)
+            when = model.temporal_positional_encoding_projection_layer(network.sent(sines, embedding.device))
         places = torch.cat((places, when.repeat_interleave(still // len(pointers), dim=0)))
     frame_places = _encoding(model.vision_encoder.neck.position_encoding, tuple(embedding.shape), embedding.device)
     frame = (embedding + _PLACES * frame_places).flatten(2).transpose(1, 2)
@@ -168,9 +166,9 @@ def condition(
     return attended.transpose(1, 2).reshape(len(attended), channels, height, width)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _encoding(module: nn.Module, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Of places, of which every frame takes two; transformers remembers one alone."""
+    """Of places. Every frame takes two, and transformers remembers one alone; here are those of four models."""
     with torch.inference_mode(False):
         encoding: Tensor = module(shape, device, torch.float32)
         return encoding

@@ -54,12 +54,12 @@ def look_back(attention: Sam2VideoMemoryAttention, frame: Tensor, memory: Tensor
     return result
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _angles(rotary: nn.Module, places: Tensor) -> _Angles:
-    """Of the places of a model's frames, which are the same for all of them."""
+    """Of the places of a model's frames, the same for all of them; those of four models are kept."""
     with torch.inference_mode(False):
         cos, sin = rotary(places, places)
-        return _Angles(cos[0], sin[0, :, ::2])
+        return _Angles(cos[0], sin[0, :, ::2].contiguous())
 
 
 def _attend(

@@ -6,7 +6,6 @@ package; what is here calls the modules that hold the weights, and decides nothi
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -60,15 +59,13 @@ def precision(model: Sam2VideoModel) -> AbstractContextManager[object]:
 
 def normalised(images: Tensor) -> Tensor:
     """(N, 3, S, S) from 0 to 1 -> what the encoder takes."""
-    mean, std = _statistics(images.device)
+    mean, std = (sent(torch.tensor(each, dtype=images.dtype), images.device)[:, None, None] for each in (_MEAN, _STD))
     return (images - mean) / std
 
 
-@functools.lru_cache(maxsize=2)
-def _statistics(device: torch.device) -> list[Tensor]:
-    """Sent to a device once: it is waited for."""
-    with torch.inference_mode(False):
-        return [torch.tensor(each, device=device)[:, None, None] for each in (_MEAN, _STD)]
+def sent(few: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU's on the device. CUDA puts so little aside at once, so that nothing is waited for."""
+    return few.to(device, non_blocking=device.type == "cuda")
 
 
 def encode(model: Sam2VideoModel, pixels: Tensor) -> Features:

@@ -129,7 +129,7 @@ class _Images(Sequence[Tensor]):
             return torch.stack([self[i] for i in index])
         loading = self._ahead.pop(index, None)
         pixels = loading.result() if loading else self._load(index)
-        pixels = pixels.to(self._device, non_blocking=pixels.is_pinned())
+        pixels = pixels.to(self._device, non_blocking=self._device.type == "cuda")  # which has them pinned
         return network.normalised(pixels.permute(2, 0, 1).contiguous() / 255)
 
     def load(self, indices: Sequence[int], pool: ThreadPoolExecutor) -> None:
@@ -506,15 +506,13 @@ class SAM2VideoPredictor(Pretrained):
     def _resized(self, state: InferenceState, outputs: Sequence[_Output | None]) -> Tensor:
         """The masks at the size of the video, (N, 1, H, W)."""
         size = (state.video_height, state.video_width)
+        masks = torch.full((len(outputs), 1, *size), memory.NO_OBJECT, device=self.device)
         known = [i for i, output in enumerate(outputs) if output is not None]
-        low = [self._mask(output) for output in outputs if output is not None]
-        masks = torch.empty(0, 1, *size, device=self.device)
-        if low:
-            masks = F.interpolate(torch.cat(low), size, mode="bilinear", align_corners=False)
-        if len(known) < len(outputs):
-            among = masks.new_full((len(outputs), 1, *size), memory.NO_OBJECT)
-            among[known] = masks
-            masks = among
+        if known:
+            low = torch.cat([self._mask(output) for output in outputs if output is not None])
+            larger = F.interpolate(low, size, mode="bilinear", align_corners=False)
+            for i, mask in zip(known, larger, strict=True):  # a list as index would have CUDA waited for
+                masks[i] = mask
         if self.non_overlap_masks and len(masks) > 1:
             best = masks.argmax(dim=0, keepdim=True)
             index = torch.arange(len(masks), device=self.device)[:, None, None, None]
