@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 
@@ -35,9 +36,15 @@ def _twins(size: str, version: str, image_size: int, seed: int) -> tuple[Any, An
     for parameter in official.parameters():
         if not parameter.any():  # which would hide what it is multiplied with
             torch.nn.init.normal_(parameter, std=0.02)
+    # Without autocast, and with no pointer beside them, it leaves its memories in bfloat16 and fails.
+    official.memory_attention.register_forward_pre_hook(_memory_in_float32, with_kwargs=True)
     ours = new(size, version, image_size=image_size)
     ours.load_state_dict(from_meta(official.state_dict()))
     return official, ours
+
+
+def _memory_in_float32(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "memory": kwargs["memory"].float()}
 
 
 @pytest.fixture(scope="session")

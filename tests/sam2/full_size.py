@@ -70,9 +70,6 @@ def test_pictures_and_videos(models, tmp_path, request):
     for t in range(FRAMES):
         Image.fromarray(picture(t)).save(tmp_path / f"{t}.jpg", format="PNG")
     official.fill_hole_area = 0  # whether a hole is there may hang on a last digit
-    # Without autocast it leaves its memories in bfloat16 and fails.
-    attention = official.memory_attention.forward
-    official.memory_attention.forward = lambda memory, **rest: attention(memory=memory.float(), **rest)
     masks = []
     for predictor in (SAM2VideoPredictor(ours, fill_hole_area=0), official):
         state = predictor.init_state(str(tmp_path))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from omniops import weights
 from omniops.sam2 import build_sam2, build_sam2_video_predictor, load
-from omniops.sam2.architectures import SIZES, new, recognise
+from omniops.sam2.architectures import LETTERS, SIZES, new, recognise
 from omniops.sam2.checkpoints import from_meta
 
 SIDE = 64
@@ -45,12 +45,11 @@ def test_nothing_of_metas_is_left_over_or_missing(size, version, monkeypatch):
     """By the names and shapes of both, with no memory for either."""
     build_sam = pytest.importorskip("sam2.build_sam", reason="the oracle: the official package, sam2 from PyPI")
     folder = "sam2" if version == "2.0" else "sam2.1"
-    letter = dict(zip(SIZES, ("t", "s", "b+", "l"), strict=True))[size]
     # What is read while it is built, and what would go to a GPU without being asked.
     monkeypatch.setattr(torch, "linspace", functools.partial(torch.linspace, device="cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with torch.device("meta"):
-        meta = build_sam.build_sam2(f"configs/{folder}/{folder}_hiera_{letter}.yaml", device="meta").state_dict()
+        meta = build_sam.build_sam2(f"configs/{folder}/{folder}_hiera_{LETTERS[size]}.yaml", device="meta").state_dict()
         own = new(size, version).state_dict()
     assert recognise(meta) == (size, version)
     assert {name: value.shape for name, value in from_meta(meta).items()} == {

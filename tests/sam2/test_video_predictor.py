@@ -98,9 +98,6 @@ class Both:
         options = {"fill_hole_area": 0, **options}
         for name, value in options.items():
             setattr(self.official, name, value)
-        # Without autocast, and with no pointer beside them, it leaves its memories in bfloat16 and fails.
-        attention = self.official.memory_attention.forward
-        self.official.memory_attention.forward = lambda memory, **rest: attention(memory=memory.float(), **rest)
         self.ours = SAM2VideoPredictor(ours, **options)
         self.expected_state = self.official.init_state(str(clip))
         self.state = self.ours.init_state(clip)
