@@ -114,7 +114,7 @@ inline void unite(device atomic_uint* labels, uint a, uint b) {
 
 // bits[y, k] = the foreground of columns 32k ... 32k + 31. A thread: one column of a word, outside the map too.
 template <typename T>
-kernel void pack_mask(
+[[kernel, max_total_threads_per_threadgroup(256)]] void pack_mask(
     device const T* mask [[buffer(0)]],
     device uint* bits [[buffer(1)]],
     constant int* sizes [[buffer(2)]],
@@ -131,7 +131,7 @@ kernel void pack_mask(
 
 // The first links, and the length of each run. A thread: one word.
 template <bool DIAGONALS>
-kernel void link_runs(
+[[kernel, max_total_threads_per_threadgroup(64)]] void link_runs(
     device const uint* bits [[buffer(0)]],
     device uint* labels [[buffer(1)]],
     device uint* counts [[buffer(2)]],
@@ -169,7 +169,7 @@ kernel void link_runs(
 
 // Every run's parent becomes its root; with COUNT, whose count gets the run's length. A thread: one word.
 template <bool COUNT>
-kernel void flatten_runs(
+[[kernel, max_total_threads_per_threadgroup(64)]] void flatten_runs(
     device const uint* bits [[buffer(0)]],
     device atomic_uint* labels [[buffer(1)]],
     device atomic_uint* counts [[buffer(2)]],
@@ -200,7 +200,7 @@ kernel void flatten_runs(
 // Unites each two runs that touch, at the first column where they do. Not those where that is the corner at which the
 // upper one ends and the lower one begins: link_runs has joined them. A thread: one word.
 template <bool DIAGONALS>
-kernel void merge_runs(
+[[kernel, max_total_threads_per_threadgroup(64)]] void merge_runs(
     device const uint* bits [[buffer(0)]],
     device atomic_uint* labels [[buffer(1)]],
     constant int* sizes [[buffer(2)]],
@@ -230,7 +230,7 @@ kernel void merge_runs(
 
 // The label and the count of every pixel. A thread: one pixel. What is right already, a run's label at its first pixel
 // and a component's count at its own, is read by other threads and not written again.
-kernel void write_result(
+[[kernel, max_total_threads_per_threadgroup(256)]] void write_result(
     device const uint* bits [[buffer(0)]],
     device uint* labels [[buffer(1)]],
     device uint* counts [[buffer(2)]],
