@@ -52,12 +52,17 @@ torch.mps.compile_shader = nvcc_shim.compile_shader
 
 from omniops.backends.columns import Geometry  # noqa: E402
 from omniops.backends.mps import carafe, connected_components, deform_conv2d  # noqa: E402
-from omniops.backends.mps._library import library  # noqa: E402
+from omniops.backends.mps._library import METAL_TYPES, library  # noqa: E402
 from omniops.backends.reference import carafe as carafe_reference  # noqa: E402
 from omniops.backends.reference import connected_components as connected_components_reference  # noqa: E402
 from omniops.backends.reference import deform_conv2d as deform_conv2d_reference  # noqa: E402
 
-SOURCES = ("carafe", "deform_conv2d", "connected_components")
+# The dtypes that each source is compiled for.
+SOURCES: dict[str, Sequence[torch.dtype | None]] = {
+    "carafe": tuple(METAL_TYPES),
+    "deform_conv2d": tuple(METAL_TYPES),
+    "connected_components": (None,),
+}
 
 
 class Subject(NamedTuple):
@@ -291,7 +296,7 @@ def time(path: str | None) -> None:
             "command": " ".join(("python tests/metal/run_nvcc.py", *sys.argv[1:])),
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "nvcc": library(SOURCES[0]).nvcc,
+            "nvcc": library("connected_components").nvcc,
             "copy_bytes_per_second": bandwidth,
             "rows": rows,
         }
@@ -304,8 +309,10 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     if options.mode == "compile":
-        for name in SOURCES:
-            print(f"{name}: {len(dir(library(name)))} kernels, nvcc {library(name).nvcc}")
+        for name, dtypes in SOURCES.items():
+            for dtype in dtypes:
+                compiled = library(name, dtype)
+                print(f"{name}, {dtype}: {len(dir(compiled))} kernels, nvcc {compiled.nvcc}")
         return 0
     if not torch.cuda.is_available():
         print("no CUDA device", file=sys.stderr)

@@ -184,15 +184,16 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr(metal, "library", lambda name: recorder)
+    monkeypatch.setattr(metal, "library", lambda name, dtype: recorder)
     return recorder
 
 
 def test_the_cases_above_launch_every_kernel(recorder: Recorder) -> None:
-    for operator, dtype, case in product(OPERATORS[Carafe], TOLERANCES, GENERAL + DOUBLING):
-        tensors, numbers = inputs(operator, dtype, case, device="meta")
+    for operator, case in product(OPERATORS[Carafe], GENERAL + DOUBLING):
+        tensors, numbers = inputs(operator, torch.float32, case, device="meta")
         getattr(metal, operator)(*tensors, *numbers)
-    assert {launch[0] for launch in recorder.launches} == set(dir(library("carafe")))
+    launched = {launch[0] for launch in recorder.launches}
+    assert all(launched == set(dir(library("carafe", dtype))) for dtype in METAL_TYPES)
 
 
 @operators
@@ -256,7 +257,7 @@ def test_planes_that_32_bits_do_not_reach_go_to_the_general_kernels(
 ) -> None:
     tensors, numbers = inputs(operator, torch.float32, (1, 8, 1, pixels, 5, 1, 2, 1), device="meta")
     getattr(metal, operator)(*tensors, *numbers)
-    assert [launch[0] for launch in recorder.launches] == [f"{operator}{doubling}_float"]
+    assert [launch[0] for launch in recorder.launches] == [f"{operator}{doubling}"]
 
 
 def test_the_source_is_ascii() -> None:

@@ -19,37 +19,44 @@
 #include <metal_stdlib>
 using namespace metal;
 
+// The dtype of the tensors: float, half or bfloat. Who compiles the source says which.
+#ifndef SCALAR
+#define SCALAR float
+#endif
+typedef SCALAR T;
+
 constant constexpr int CHANNELS = 8;  // the channels of one group that a thread of the first two operators owns
 constant constexpr int ROWS = 4;      // the rows of results that a thread of carafe_backward_features_doubling owns
 constant constexpr int TAPS = 4;      // the taps of one kernel row that a thread of carafe_backward_masks owns
 constant constexpr int SIMD = 32;
 
-template <typename T>
+template <typename Scalar>
 struct Vectors;
 template <>
 struct Vectors<float> {
-  using two = float2;
-  using four = float4;
+  typedef float2 two;
+  typedef float4 four;
 };
 template <>
 struct Vectors<half> {
-  using two = half2;
-  using four = half4;
+  typedef half2 two;
+  typedef half4 four;
 };
 template <>
 struct Vectors<bfloat> {
-  using two = bfloat2;
-  using four = bfloat4;
+  typedef bfloat2 two;
+  typedef bfloat4 four;
 };
+typedef Vectors<T>::two Two;
+typedef Vectors<T>::four Four;
 
-template <typename T>
 inline float2 load_two(device const T* from) {
-  const typename Vectors<T>::two value = *(device const typename Vectors<T>::two*)from;
+  const Two value = *(device const Two*)from;
   return float2(float(value.x), float(value.y));
 }
 
 // Two neighbours of a row, the second of which may lie outside it and is then zero.
-template <typename T, bool EVEN>
+template <bool EVEN>
 inline float2 load_pair(device const T* from, bool second) {
   if (EVEN) {
     return load_two(from);
@@ -58,10 +65,10 @@ inline float2 load_pair(device const T* from, bool second) {
 }
 
 // The two values of each of two centres, the second of which may lie outside the row.
-template <typename T, bool EVEN>
+template <bool EVEN>
 inline float4 load_four(device const T* from, bool second) {
   if (EVEN) {
-    const typename Vectors<T>::four value = *(device const typename Vectors<T>::four*)from;
+    const Four value = *(device const Four*)from;
     return float4(float(value.x), float(value.y), float(value.z), float(value.w));
   }
   const float2 low = load_two(from);
@@ -69,23 +76,22 @@ inline float4 load_four(device const T* from, bool second) {
   return float4(low.x, low.y, high.x, high.y);
 }
 
-template <typename T>
 inline void store_two(device T* to, float first, float second) {
-  typename Vectors<T>::two value;
+  Two value;
   value.x = T(first);
   value.y = T(second);
-  *(device typename Vectors<T>::two*)to = value;
+  *(device Two*)to = value;
 }
 
-template <typename T, bool EVEN>
+template <bool EVEN>
 inline void store_four(device T* to, float4 values, bool second) {
   if (EVEN) {
-    typename Vectors<T>::four value;
+    Four value;
     value.x = T(values.x);
     value.y = T(values.y);
     value.z = T(values.z);
     value.w = T(values.w);
-    *(device typename Vectors<T>::four*)to = value;
+    *(device Four*)to = value;
     return;
   }
   store_two(to, values.x, values.y);
@@ -115,7 +121,7 @@ struct Block {
 //
 // Grid: (pairs of centres of a row, rows of centres, groups * blocks of channels). A thread holds the 2 * 4 results of
 // its two centres in each of its channels. sizes: groups, channels of a group, H, W.
-template <typename T, int K, bool EVEN>
+template <int K, bool EVEN>
 [[kernel, max_total_threads_per_threadgroup(256)]] void carafe_doubling(
     device const T* features [[buffer(0)]],
     device const T* masks [[buffer(1)]],
@@ -163,13 +169,13 @@ template <typename T, int K, bool EVEN>
       float2 pair[CHANNELS];
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c) {
-        pair[c] = load_pair<T, EVEN>(line + c * plane + shift, column + 1 < width);
+        pair[c] = load_pair<EVEN>(line + c * plane + shift, column + 1 < width);
       }
       const int v = shift + P;
       if (v >= 0 && v < K) {
 #pragma unroll
         for (int a = 0; a < 2; ++a) {
-          const float4 mask = load_four<T, EVEN>(weights + v * result_plane + a * result_width, second);
+          const float4 mask = load_four<EVEN>(weights + v * result_plane + a * result_width, second);
 #pragma unroll
           for (int c = 0; c < CHANNELS; ++c) {
             sums[c][0][2 * a] = fma(mask.x, pair[c].x, sums[c][0][2 * a]);
@@ -212,7 +218,7 @@ template <typename T, int K, bool EVEN>
       for (int a = 0; a < 2; ++a) {
         const float4 values =
             float4(sums[c][0][2 * a], sums[c][0][2 * a + 1], sums[c][1][2 * a], sums[c][1][2 * a + 1]);
-        store_four<T, EVEN>(out + c * result_plane + a * result_width, values, second);
+        store_four<EVEN>(out + c * result_plane + a * result_width, values, second);
       }
     }
   }
@@ -225,7 +231,7 @@ template <typename T, int K, bool EVEN>
 // dividing x, in each of its channels, and visits the rows of centres that they see; each gradient that it loads serves
 // all rows of results that see it.
 // sizes: groups, channels of a group, H, W.
-template <typename T, int K, bool EVEN>
+template <int K, bool EVEN>
 [[kernel, max_total_threads_per_threadgroup(256)]] void carafe_backward_features_doubling(
     device const T* grad [[buffer(0)]],
     device const T* masks [[buffer(1)]],
@@ -275,7 +281,7 @@ template <typename T, int K, bool EVEN>
         float4 pair[CHANNELS];
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) {
-          pair[c] = load_four<T, EVEN>(line + c * result_plane + 2 * shift, second);
+          pair[c] = load_four<EVEN>(line + c * result_plane + 2 * shift, second);
         }
         const int v = P - shift;
 #pragma unroll
@@ -284,7 +290,7 @@ template <typename T, int K, bool EVEN>
             continue;
           }
           if (v >= 0 && v < K) {
-            const float4 mask = load_four<T, EVEN>(line_weights + (r * K + v) * result_plane + 2 * shift, second);
+            const float4 mask = load_four<EVEN>(line_weights + (r * K + v) * result_plane + 2 * shift, second);
 #pragma unroll
             for (int c = 0; c < CHANNELS; ++c) {
               sums[c][r][0] = fma(mask.y, pair[c].y, fma(mask.x, pair[c].x, sums[c][r][0]));
@@ -340,7 +346,7 @@ template <typename T, int K, bool EVEN>
 // centres in the order of memory; lane l stands for pair l % (SIMD / splits) and sums every splits-th channel from
 // l / (SIMD / splits) on. So small maps too fill the GPU. The lanes of a pair are summed by shuffles, always in the
 // same order. sizes: groups, channels of a group, H, W, splits (a power of two).
-template <typename T, int K, bool EVEN>
+template <int K, bool EVEN>
 [[kernel, max_total_threads_per_threadgroup(256)]] void carafe_backward_masks_doubling(
     device const T* grad [[buffer(0)]],
     device const T* features [[buffer(1)]],
@@ -384,14 +390,14 @@ template <typename T, int K, bool EVEN>
       const int column = x + shift;
       float2 pair = float2(0.0f, 0.0f);
       if (shift == 0 || (column >= 0 && column < width)) {
-        pair = load_pair<T, EVEN>(line + shift, column + 1 < width);
+        pair = load_pair<EVEN>(line + shift, column + 1 < width);
       }
       columns[2 * j] = pair.x;
       columns[2 * j + 1] = pair.y;
     }
 #pragma unroll
     for (int a = 0; a < 2; ++a) {
-      const float4 g = load_four<T, EVEN>(grads + a * result_width, second);
+      const float4 g = load_four<EVEN>(grads + a * result_width, second);
 #pragma unroll
       for (int v = 0; v < K; ++v) {
         const float left = columns[v - P + LEFT], right = columns[v - P + LEFT + 1];
@@ -429,7 +435,7 @@ template <typename T, int K, bool EVEN>
           left ? sums[v][0][2 * a + 1] : 0.0f,
           right ? sums[v][1][2 * a] : 0.0f,
           right ? sums[v][1][2 * a + 1] : 0.0f);
-      store_four<T, EVEN>(out + v * result_plane + a * result_width, values, second);
+      store_four<EVEN>(out + v * result_plane + a * result_width, values, second);
     }
   }
 }
@@ -459,7 +465,6 @@ struct Sizes {
 // out[i, j] = sum over u, v of masks[u, v, i, j] * features[i / s * t + u - p, j / s * t + v - p]
 //
 // Grid: (columns of results, rows of results, groups * blocks of channels). sizes: see Sizes.
-template <typename T>
 [[kernel, max_total_threads_per_threadgroup(256)]] void carafe(
     device const T* features [[buffer(0)]],
     device const T* masks [[buffer(1)]],
@@ -506,7 +511,6 @@ template <typename T>
 // (q*t + u - p, r*t + v - p) = (y, x)
 //
 // A gather, as above. Grid: (columns, rows, groups * blocks of channels). sizes: see Sizes.
-template <typename T>
 [[kernel, max_total_threads_per_threadgroup(256)]] void carafe_backward_features(
     device const T* grad [[buffer(0)]],
     device const T* masks [[buffer(1)]],
@@ -561,7 +565,6 @@ template <typename T>
 // out[u, v, i, j] = sum over channels of grad[i, j] * features[i / s * t + u - p, j / s * t + v - p]
 //
 // Grid: (columns of results, rows of results, groups * k * blocks of TAPS taps of a kernel row). sizes: see Sizes.
-template <typename T>
 [[kernel, max_total_threads_per_threadgroup(256)]] void carafe_backward_masks(
     device const T* grad [[buffer(0)]],
     device const T* features [[buffer(1)]],
@@ -609,23 +612,13 @@ template <typename T>
   }
 }
 
-#define INSTANTIATE(NAME, T) template [[host_name(#NAME "_" #T)]] [[kernel]] decltype(NAME<T>) NAME<T>;
+#define INSTANTIATE(NAME, K)                                                                                        \
+  template [[host_name(#NAME "_k" #K "_even")]] [[kernel]] decltype(NAME<K, true>) NAME<K, true>;                   \
+  template [[host_name(#NAME "_k" #K "_odd")]] [[kernel]] decltype(NAME<K, false>) NAME<K, false>;
 
-#define INSTANTIATE_DOUBLING(NAME, T, K)                                                                            \
-  template [[host_name(#NAME "_k" #K "_even_" #T)]] [[kernel]] decltype(NAME<T, K, true>) NAME<T, K, true>;         \
-  template [[host_name(#NAME "_k" #K "_odd_" #T)]] [[kernel]] decltype(NAME<T, K, false>) NAME<T, K, false>;
-
-#define INSTANTIATE_ALL(T)                                         \
-  INSTANTIATE(carafe, T)                                           \
-  INSTANTIATE(carafe_backward_features, T)                         \
-  INSTANTIATE(carafe_backward_masks, T)                            \
-  INSTANTIATE_DOUBLING(carafe_doubling, T, 3)                      \
-  INSTANTIATE_DOUBLING(carafe_doubling, T, 5)                      \
-  INSTANTIATE_DOUBLING(carafe_backward_features_doubling, T, 3)    \
-  INSTANTIATE_DOUBLING(carafe_backward_features_doubling, T, 5)    \
-  INSTANTIATE_DOUBLING(carafe_backward_masks_doubling, T, 3)       \
-  INSTANTIATE_DOUBLING(carafe_backward_masks_doubling, T, 5)
-
-INSTANTIATE_ALL(float)
-INSTANTIATE_ALL(half)
-INSTANTIATE_ALL(bfloat)
+INSTANTIATE(carafe_doubling, 3)
+INSTANTIATE(carafe_doubling, 5)
+INSTANTIATE(carafe_backward_features_doubling, 3)
+INSTANTIATE(carafe_backward_features_doubling, 5)
+INSTANTIATE(carafe_backward_masks_doubling, 3)
+INSTANTIATE(carafe_backward_masks_doubling, 5)

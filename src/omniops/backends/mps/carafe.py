@@ -7,7 +7,7 @@ first argument is channels_last.
 from torch import Tensor
 
 from omniops.backends import empty, memory_format
-from omniops.backends.mps._library import METAL_TYPES, library
+from omniops.backends.mps._library import library
 
 # These stand in carafe.metal too, which says what they are.
 CHANNELS = 8
@@ -133,7 +133,7 @@ def _launch(
 ) -> Tensor:
     first, second = (_aligned(tensor) for tensor in inputs)
     out = empty(shape, like=first)
-    kernel = getattr(library("carafe"), f"{name}_{METAL_TYPES[first.dtype]}")
+    kernel = getattr(library("carafe", first.dtype), name)
     kernel(first, second, out, sizes, threads=threads, group_size=group_size, arg_casts={3: "int32"})
     return out.contiguous(memory_format=memory_format(inputs[0]))
 
