@@ -14,6 +14,7 @@ import pytest
 import torch
 from problems import OPERATORS, TOLERANCES, DeformConv2d, arguments, doubled, error, results
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from omniops.backends import memory_format, mps
 from omniops.backends.columns import Geometry
@@ -23,6 +24,7 @@ from omniops.backends.reference import deform_conv2d as reference
 
 SOURCE = (Path(metal.__file__).parent / "deform_conv2d.metal").read_text(encoding="utf-8")
 FORWARD, BACKWARD_DATA, BACKWARD_WEIGHT = OPERATORS[DeformConv2d]
+METHODS = {FORWARD: "forward", BACKWARD_DATA: "backward_data", BACKWARD_WEIGHT: "backward_weight"}
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=METAL_TYPES.get)
 operators = pytest.mark.parametrize("operator", OPERATORS[DeformConv2d])
@@ -79,8 +81,8 @@ def test_every_kind_of_case(operator: str, dtype: torch.dtype, case: DeformConv2
 def test_chunks_of_positions(
     operator: str, most_bytes: int, case: DeformConv2d, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method = {FORWARD: "forward", BACKWARD_DATA: "backward_data", BACKWARD_WEIGHT: "backward_weight"}[operator]
-    monkeypatch.setattr(metal, operator, getattr(replace(metal._COLUMNS, most_bytes=most_bytes), method))
+    columns = replace(metal._COLUMNS, most_bytes=most_bytes)
+    monkeypatch.setattr(metal, operator, getattr(columns, METHODS[operator]))
     check(operator, arguments(operator, case, torch.float32))
 
 
@@ -90,6 +92,13 @@ def test_a_chunk_in_parts(case: DeformConv2d, samples: int, cells: int, monkeypa
     monkeypatch.setattr(metal, "MOST_SAMPLES", samples)
     monkeypatch.setattr(metal, "MOST_CELLS", cells)
     check(BACKWARD_DATA, arguments(BACKWARD_DATA, case, torch.float32))
+
+
+@operators
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_products_in_parts(operator: str, case: DeformConv2d, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metal, operator, getattr(replace(metal._COLUMNS, longest_sum=5), METHODS[operator]))
+    check(operator, arguments(operator, case, torch.float32))
 
 
 def sliced(tensor: Tensor) -> Tensor:
@@ -316,8 +325,11 @@ def test_the_largest_sizes_fit_the_grid_and_32_bits(case: DeformConv2d, recorder
     [
         (DeformConv2d(1, 1, 2**15, 2**15, 1, (1, 1), (9, 9)), r"input must have C \* H \* W, .* below 2\*\*30"),
         (DeformConv2d(1, 2**28, 1, 1, 1, (1, 1), (9, 9), offset_groups=2**28), "input must have .* offset groups"),
-        (DeformConv2d(1, 1, 2**12, 2**12, 1, (8, 8), (1, 1), (4, 4)), r"offset must have .* below 2\*\*31"),
+        (DeformConv2d(2, 2**15, 2**10, 2**5, 1, (1, 1), (9, 9)), r"input must have fewer than 2\*\*31 elements"),
+        (DeformConv2d(1, 1, 2**12, 2**12, 1, (8, 8), (1, 1), (4, 4)), r"offset must have fewer than 2\*\*31 elements"),
+        (DeformConv2d(2**15, 1, 2**5, 2**5, 64, (1, 1), padding=(0, 0)), r"the result must have fewer than 2\*\*31 el"),
         (DeformConv2d(1, 2**20, 1, 1, 1, (2**5, 2**4), (9, 9), (2**4, 2**3)), r"weight must have C \* kh \* kw below"),
+        (DeformConv2d(1, 2**17, 1, 1, 2**14, (1, 1), padding=(0, 0)), r"weight must have .* fewer than 2\*\*31"),
         (DeformConv2d(1, 1, 1, 1, 1, (1, 1), (2**31, 2**31), (2**30, 0)), r"padding must leave H \+ 2 \* padding"),
     ],
     ids=str,
@@ -327,6 +339,53 @@ def test_sizes_beyond_32_bits_are_refused_by_name(case: DeformConv2d, message: s
         with pytest.raises(ValueError, match=message):
             getattr(metal, operator)(*arguments(operator, case, torch.float32, device="meta"))
     assert not recorder.launches
+
+
+class AsMpsTakesThem(TorchDispatchMode):
+    """Fails where PyTorch's operators are called with what they get wrong on MPS."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)]
+        assert all(0 < x.numel() < 2**31 for x in given)
+        if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            self.products += 1
+            assert args[-2].shape[2] < 32767, "reads past its operands on M1 and M2"
+            out = (kwargs or {}).get("out")
+            if out is not None:
+                assert out.is_contiguous(), "writes elsewhere"
+                assert out.storage_offset() == 0, "writes elsewhere on macOS 14"
+        return func(*args, **(kwargs or {}))
+
+
+@dtypes
+@operators
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        DeformConv2d(2, 256, 100, 152, 256),
+        DeformConv2d(8, 64, 128, 128, 64),
+        DeformConv2d(1, 64, 180, 320, 64, offset_groups=16),
+        DeformConv2d(8, 128, 80, 80, 128),
+        DeformConv2d(1, 32, 256, 256, 32, masked=False),
+        DeformConv2d(4, 16, 200, 200, 1, (1, 1), padding=(0, 0)),
+        DeformConv2d(1, 1024, 14, 14, 32, (7, 7), padding=(3, 3)),  # 50176 terms
+        DeformConv2d(1, 4, 3, 3, 40000, (1, 1), padding=(0, 0)),
+    ],
+    ids=str,
+)
+def test_products_are_those_that_mps_gets_right(
+    operator: str, dtype: torch.dtype, case: DeformConv2d, layout: torch.memory_format, recorder: Recorder
+) -> None:
+    given = arguments(operator, case, dtype, device="meta")
+    given = [x.contiguous(memory_format=layout) if isinstance(x, Tensor) and x.ndim == 4 else x for x in given]
+    with AsMpsTakesThem() as seen:
+        getattr(metal, operator)(*given)
+    assert seen.products > 0
 
 
 def test_the_images_of_a_launch_are_those_of_its_positions(recorder: Recorder) -> None:

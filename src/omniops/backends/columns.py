@@ -67,6 +67,12 @@ class Columns:
     """What the columns are in, and the products with them, for each dtype of the input."""
     transpose: Callable[[Tensor], Tensor] = _transpose
     """(N, A, B) -> (N, B, A), contiguous."""
+    check: Callable[[Sequence[int], Sequence[int], int, Geometry], None] = lambda *_: None
+    """Raises ValueError for an input, offsets, channels of the result and a geometry that the kernels cannot take."""
+    longest_sum: int | None = None
+    """The most terms of a sum, and the most positions, that PyTorch's matrix products are right with."""
+    products_into_views: bool = True
+    """Whether these write into a tensor that begins within its storage."""
 
     def forward(
         self,
@@ -82,6 +88,7 @@ class Columns:
         """The kernel of ``deform_conv2d``."""
         groups = input.shape[1] // weight.shape[1]
         geometry = geometry_of(offset, weight.shape[2:], groups, stride, padding, dilation)
+        self.check(input.shape, offset.shape, len(weight), geometry)
         image, offset, mask = self._dense(input, offset, mask)
         kernels = by_tap(weight, groups, self.columns_dtype(input.dtype))
         out = empty((input.shape[0], weight.shape[0], *offset.shape[2:]), like=input)
@@ -93,8 +100,9 @@ class Columns:
             images = -(-columns.shape[1] // by_group.shape[3])
             part = by_group[first_image : first_image + images, ..., start : start + columns.shape[1] // images]
             part = part.permute(1, 0, 3, 2)  # (G, images, positions of each, C_out / G), as the product is
-            direct = part.is_contiguous() and part.dtype == columns.dtype
-            product = torch.bmm(columns.flatten(2), kernels.mT, out=part.flatten(1, 2) if direct else None)
+            writable = self.products_into_views or part.storage_offset() == 0
+            direct = writable and part.is_contiguous() and part.dtype == columns.dtype
+            product = self._product(columns.flatten(2), kernels.mT, part.flatten(1, 2) if direct else None)
             if bias is not None:
                 product += bias
             if not direct:
@@ -115,6 +123,7 @@ class Columns:
         """The kernel of ``deform_conv2d_backward_data``."""
         groups = input.shape[1] // weight.shape[1]
         geometry = geometry_of(offset, weight.shape[2:], groups, stride, padding, dilation)
+        self.check(input.shape, offset.shape, len(weight), geometry)
         image, moves, factors = self._dense(input, offset, mask)
         kernels = by_tap(weight, groups, self.columns_dtype(input.dtype))
         grads = self._by_channel(grad).view(-1, groups, grad.shape[1] // groups)
@@ -122,7 +131,7 @@ class Columns:
         by_offset, by_mask = torch.empty_like(moves), None if factors is None else torch.empty_like(factors)
         for first, columns in self._chunks(offset, image, geometry):
             part = grads[first : first + columns.shape[1]].transpose(0, 1).to(columns.dtype)
-            torch.bmm(part, kernels, out=columns.flatten(2))
+            self._product(part, kernels, columns.flatten(2))
             self.gradients(columns, image, moves, factors, geometry, first, by_image, by_offset, by_mask)
         return (
             self._by_position(by_image, input),
@@ -144,6 +153,7 @@ class Columns:
     ) -> Tensor:
         """The kernel of ``deform_conv2d_backward_weight``."""
         geometry = geometry_of(offset, kernel_size, groups, stride, padding, dilation)
+        self.check(input.shape, offset.shape, grad.shape[1], geometry)
         image, offset, mask = self._dense(input, offset, mask)
         per_group = grad.shape[1] // groups
         grads = self._by_channel(grad).view(-1, groups, per_group)
@@ -160,6 +170,17 @@ class Columns:
                 total += torch.bmm(part, columns.flatten(2))
         by_weight: Tensor = total.view(groups * per_group, geometry.taps, -1).mT.unflatten(2, geometry.kernel_size)
         return finish(by_weight, grad)
+
+    def _product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        """(G, P, K) times (G, K, M), its sums in parts that are not too long."""
+        longest = a.shape[2] if self.longest_sum is None else self.longest_sum
+        (first, second), *others = zip(a.split(longest, 2), b.split(longest, 1), strict=True)
+        if not others:
+            return torch.bmm(a, b, out=out)
+        product = torch.bmm(first.contiguous(), second.contiguous(), out=out)
+        for left, right in others:
+            product += torch.bmm(left.contiguous(), right.contiguous())
+        return product
 
     def _dense(self, input: Tensor, offset: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the kernels take for them."""
@@ -183,8 +204,9 @@ class Columns:
         """The first position of each chunk, and memory for its columns, the same for all."""
         shape = (geometry.taps, image.shape[3] // geometry.groups)
         dtype = self.columns_dtype(image.dtype)
-        most = max(1, self.most_bytes // (geometry.taps * image.shape[3] * dtype.itemsize))
-        found = list(chunks(len(offset), offset[0, 0].numel(), most))
+        most = self.most_bytes // (geometry.taps * image.shape[3] * dtype.itemsize)
+        most = most if self.longest_sum is None else min(most, self.longest_sum)
+        found = list(chunks(len(offset), offset[0, 0].numel(), max(1, most)))
         memory = image.new_empty((geometry.groups * found[0][1], *shape), dtype=dtype)
         for first, count in found:
             yield first, memory[: geometry.groups * count].view(geometry.groups, count, *shape)

@@ -6,8 +6,9 @@ MOST_SAMPLES samples and 4 bytes a cell for at most MOST_CELLS cells; where a si
 what these have.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -16,9 +17,15 @@ from torch import Tensor
 from omniops.backends.columns import Columns, Geometry
 from omniops.backends.mps._library import METAL_TYPES, library
 
-MOST_BYTES = 2**27
+# The last-level caches of Apple's larger chips hold 24 MB and more: what one kernel or product writes, the next finds
+# there. Much smaller chunks would leave the largest GPUs idle between launches.
+MOST_BYTES = 2**25
 MOST_SAMPLES = 2**22
 MOST_CELLS = 2**24
+
+# From sums of 32767 terms on, the matrix products of PyTorch to 2.14 read past their operands on M1 and M2, and
+# those of macOS 14.0 to 14.3 are wrong with more than 32768 rows. A multiple of a simdgroup's 32.
+LONGEST_SUM = 32 * 1023
 
 # This stands in deform_conv2d.metal too, which says what it is.
 QUADS = 4
@@ -31,7 +38,6 @@ def _sample(
     image: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometry, first: int, columns: Tensor
 ) -> None:
     """Fill ``columns`` with the samples of the positions from ``first`` on."""
-    check_sizes(image.shape, offset.shape, geometry)
     part = _Part(geometry, image, offset, first, 0, columns.shape[1], columns.shape[1])
     width = _width(geometry, image)
     quads = image.shape[3] // width
@@ -61,7 +67,6 @@ def _gradients(
     by_mask: Tensor | None,
 ) -> None:
     """Write by_offset and by_mask of the positions from ``first`` on, and add to by_image."""
-    check_sizes(image.shape, offset.shape, geometry)
     width = _width(geometry, image)
     c, d, taps = image.shape[3], geometry.offset_groups, geometry.taps
     quads = c // d // width
@@ -100,39 +105,46 @@ def _gradients(
         )
 
 
-_COLUMNS = Columns(sample=_sample, gradients=_gradients, most_bytes=MOST_BYTES)
+def check_sizes(input: Sequence[int], offset: Sequence[int], out_channels: int, geometry: Geometry) -> None:
+    """Raise ValueError for tensors that PyTorch's operators, or the kernels, cannot index on MPS.
 
-deform_conv2d = _COLUMNS.forward
-deform_conv2d_backward_data = _COLUMNS.backward_data
-deform_conv2d_backward_weight = _COLUMNS.backward_weight
-
-
-def check_sizes(image: tuple[int, ...], offset: tuple[int, ...], geometry: Geometry) -> None:
-    """Raise ValueError for an image (N, H, W, C), offsets or numbers that the kernels cannot index.
-
-    They take 32-bit offsets within an image and its offsets, and within the columns of one position, and 64-bit ones
-    beyond: the number of images has no limit.
+    The operators, matrix products among them, take tensors of less than 2**31 elements; offsets in the kernels have 32
+    bits.
     """
-    _, h, w, c = image
-    n, channels, *result = offset
+    n, c, h, w = input
+    out = (n, out_channels, *offset[2:])
+    for name, shape in (("input", input), ("offset", offset), ("the result", out)):
+        if prod(shape) >= 2**31:
+            raise ValueError(f"{name} must have fewer than 2**31 elements on MPS, got shape {tuple(shape)}")
     if c * h * w >= 2**30 or geometry.offset_groups * (h + 1) * (w + 1) >= 2**30:
         raise ValueError(
             "input must have C * H * W, and offset groups * (H + 1) * (W + 1), below 2**30 on MPS, got shape "
             f"{(n, c, h, w)} and {geometry.offset_groups} offset groups"
         )
-    if channels * result[0] * result[1] >= 2**31:
+    if c * geometry.taps >= 2**29 or out_channels * c // geometry.groups * geometry.taps >= 2**31:
         raise ValueError(
-            f"offset must have D * kh * kw * 2 * H_out * W_out below 2**31 on MPS, got shape {tuple(offset)}"
-        )
-    if c * geometry.taps >= 2**29:
-        raise ValueError(
-            f"weight must have C * kh * kw below 2**29 on MPS, got C = {c} and a kernel of {geometry.kernel_size}"
+            "weight must have C * kh * kw below 2**29, and fewer than 2**31 elements, on MPS, got "
+            f"C = {c} and shape {(out_channels, c // geometry.groups, *geometry.kernel_size)}"
         )
     if max(h + 2 * geometry.padding[0], w + 2 * geometry.padding[1]) >= 2**31:
         raise ValueError(
             "padding must leave H + 2 * padding and W + 2 * padding below 2**31 on MPS, got "
             f"{geometry.padding} for an input of {(h, w)}"
         )
+
+
+_COLUMNS = Columns(
+    sample=_sample,
+    gradients=_gradients,
+    most_bytes=MOST_BYTES,
+    check=check_sizes,
+    longest_sum=LONGEST_SUM,
+    products_into_views=False,
+)
+
+deform_conv2d = _COLUMNS.forward
+deform_conv2d_backward_data = _COLUMNS.backward_data
+deform_conv2d_backward_weight = _COLUMNS.backward_weight
 
 
 @dataclass(frozen=True)
