@@ -1,7 +1,8 @@
 """Runs Metal kernels on CPU tensors, as ``torch.mps.compile_shader`` does on an Apple GPU, and checks what they do.
 
 ``compile_shader(source)`` compiles the Metal text with clang and returns a library with one callable per kernel; see
-README.md for what is checked. ``poisoned()`` marks what ``torch.empty`` returns as written by nobody.
+README.md for what is checked. Tests run launch code by ``launched(function, ...)``, which finds results that nothing
+wrote; ``step_budget(n)`` and ``launches()`` are about the work of one thread.
 """
 
 from __future__ import annotations
@@ -10,38 +11,100 @@ import ctypes
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from metalsim import parser, toolchain
 from metalsim.arguments import Dispatch, Inline
-from metalsim.instrument import instrument
+from metalsim.compiler import compile_library
 from metalsim.library import Kernel, Library, parameters
 from metalsim.parser import CompileError
-from metalsim.preprocess import preprocess
+from metalsim.unwritten import assert_written, launched, poisoned, written
 from torch import Tensor
 
-__all__ = ["CompileError", "KernelError", "assert_written", "compile_shader", "poisoned"]
+__all__ = [
+    "CompileError",
+    "KernelError",
+    "Launch",
+    "assert_written",
+    "compile_shader",
+    "launched",
+    "launches",
+    "newest_values",
+    "poisoned",
+    "step_budget",
+]
 
 HERE = Path(__file__).parent / "metalsim"
 _launch_lock = threading.Lock()
 # Every launch has an order of threads of its own; the sequence is the same in every run.
 _seeds = itertools.count(int(os.environ.get("METAL_EMULATOR_SEED", "0")))
+_most_steps = 2**22
+_newest_only = False
+_records: list[list[Launch]] = []
 
 
 class KernelError(RuntimeError):
     """What a kernel did wrong, with its line, its thread and the argument."""
 
 
-def compile_shader(source: str) -> Library:
-    """Compile Metal source, as ``torch.mps.compile_shader``. Raises CompileError."""
-    kernels, path = _compile(source)
+@dataclass(frozen=True)
+class Launch:
+    """A kernel that ran, and the position in the grid of the thread that took the most steps."""
+
+    kernel: str
+    worst_thread: tuple[int, int, int]
+    worst_steps: int
+    """Basic blocks that it entered, loops in the first place. Those of Metal's own functions do not count."""
+
+
+@contextmanager
+def launches() -> Iterator[list[Launch]]:
+    """The launches while this is open, those that failed too."""
+    record: list[Launch] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records.remove(record)
+
+
+@contextmanager
+def step_budget(steps: int) -> Iterator[None]:
+    """While this is open, a thread that takes more steps, as ``Launch`` counts them, is a KernelError."""
+    global _most_steps
+    before, _most_steps = _most_steps, steps
+    try:
+        yield
+    finally:
+        _most_steps = before
+
+
+@contextmanager
+def newest_values() -> Iterator[None]:
+    """While this is open, atomics are as no GPU promises: a load never gives an older value, and a weak
+    compare-exchange fails only where the values differ."""
+    global _newest_only
+    before, _newest_only = _newest_only, True
+    try:
+        yield
+    finally:
+        _newest_only = before
+
+
+def compile_shader(source: str, fast_math: bool = False) -> Library:
+    """Compile Metal source, as ``torch.mps.compile_shader``. Raises CompileError.
+
+    With ``fast_math`` as PyTorch does where PYTORCH_MPS_FAST_MATH is set: the compiler may assume that there is neither
+    NaN nor infinity, and functions are less exact. What kernels read and write has to be right even so, results not.
+    """
+    kernels, path = compile_library(source, fast_math)
     _runtime()  # what the kernels call
     library = ctypes.CDLL(str(path))
     return Library([_EmulatedKernel(library, i, kernel) for i, kernel in enumerate(kernels)])
@@ -72,6 +135,10 @@ class _Launch(ctypes.Structure):
         ("threads", ctypes.c_uint32 * 3),
         ("group_size", ctypes.c_uint32 * 3),
         ("seed", ctypes.c_uint64),
+        ("most_steps", ctypes.c_uint64),
+        ("newest_only", ctypes.c_uint32),
+        ("worst_thread", ctypes.c_uint32 * 3),
+        ("worst_steps", ctypes.c_uint64),
     )
 
 
@@ -106,9 +173,14 @@ class _EmulatedKernel(Kernel):
             (ctypes.c_uint32 * 3)(*grid.threads),
             (ctypes.c_uint32 * 3)(*grid.group_size),
             next(_seeds),
+            _most_steps,
+            _newest_only,
         )
         with _launch_lock:
             message = _runtime().emulator_launch(ctypes.byref(launch))
+        x, y, z = launch.worst_thread
+        for record in _records:
+            record.append(Launch(self.name, (x, y, z), launch.worst_steps))
         if message:
             raise KernelError(message.decode())
 
@@ -131,8 +203,8 @@ def _tensor_buffer(tensor: Tensor, alive: list[Any]) -> _Buffer:
         touch = np.zeros(extent, np.uint8)
         torch.from_numpy(touch).as_strided(tensor.shape, tensor.stride()).fill_(1)
         alive.append(touch)
-    written = _written(tensor)
-    alive.append(written)
+    known = written(tensor)
+    alive.append(known)
     begin = tensor.storage_offset() * size
     return _Buffer(
         data=storage.data_ptr(),
@@ -140,180 +212,9 @@ def _tensor_buffer(tensor: Tensor, alive: list[Any]) -> _Buffer:
         begin=begin,
         end=begin + extent * size,
         touch=None if touch is None else touch.ctypes.data,
-        written=None if written is None else written.ctypes.data,
+        written=None if known is None else known.ctypes.data,
         element=size,
     )
-
-
-# What nobody has written yet. A tensor from torch.empty inside ``poisoned()`` is filled with a pattern that no result
-# has (a NaN with a payload, for floats). An element counts as written once a kernel has written it, or once it no
-# longer holds the pattern, since PyTorch's own operators write too.
-
-_PATTERNS = {1: 0xA5, 2: 0x7FA5, 4: 0x7FA5A5A5, 8: 0x7FF5A5A5A5A5A5A5}
-
-
-class _Unwritten:
-    def __init__(self, tensor: Tensor) -> None:
-        self.size = tensor.element_size()
-        self.bits(tensor)[...] = _PATTERNS[self.size]
-        self.written = np.zeros(self.bits(tensor).size, np.uint8)
-
-    def bits(self, tensor: Tensor) -> np.ndarray:
-        storage = tensor.untyped_storage()
-        data = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
-        return np.frombuffer(data, f"u{self.size}", storage.nbytes() // self.size)
-
-    def update(self, tensor: Tensor) -> np.ndarray:
-        self.written |= self.bits(tensor) != _PATTERNS[self.size]
-        return self.written
-
-
-_registry: dict[int, _Unwritten] = {}
-
-
-def _poison(tensor: Tensor) -> Tensor:
-    if tensor.device.type == "cpu" and tensor.numel() and tensor.layout == torch.strided:
-        pointer = tensor.untyped_storage().data_ptr()
-        _registry[pointer] = _Unwritten(tensor)
-    return tensor
-
-
-def _written(tensor: Tensor) -> np.ndarray | None:
-    """Which elements of the tensor's storage have been written, or None if nothing is known of it."""
-    unwritten = _registry.get(tensor.untyped_storage().data_ptr())
-    return None if unwritten is None or unwritten.size != tensor.element_size() else unwritten.update(tensor)
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """While this is open, ``torch.empty`` and its kind return tensors that nobody has written, and kernels that read
-    them fail. Memory of the tensors is not reused until it closes."""
-    kept: list[Tensor] = []
-
-    def patched(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def empty(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = _poison(function(*args, **kwargs))
-            kept.append(tensor)
-            return tensor
-
-        return empty
-
-    with ExitStack() as stack:
-        for owner, name in (
-            (torch, "empty"),
-            (torch, "empty_like"),
-            (torch, "empty_strided"),
-            (Tensor, "new_empty"),
-            (Tensor, "new_empty_strided"),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, patched(getattr(owner, name))))
-        try:
-            yield
-        finally:
-            for tensor in kept:
-                _registry.pop(tensor.untyped_storage().data_ptr(), None)
-
-
-def assert_written(tensor: Tensor) -> None:
-    """Fail if an element of a tensor made inside ``poisoned()`` has been written by nobody. Call it inside too."""
-    written = _written(tensor)
-    if written is None:
-        raise AssertionError("the tensor was not made inside poisoned()")
-    view = torch.from_numpy(written).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-    if not bool(view.all()):
-        missing = (view == 0).nonzero()
-        raise AssertionError(f"nothing wrote {len(missing)} of {tensor.numel()} elements, first {missing[0].tolist()}")
-
-
-# Compiling.
-
-_CLANG = (*toolchain.ZIG, "clang")
-_FLAGS = (
-    "-std=c++14",
-    "-nostdinc",
-    "-nostdinc++",
-    "-fsigned-char",
-    "-ffp-contract=off",
-    "-fno-strict-aliasing",
-    "-fno-math-errno",
-    *("-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none"),
-    "-ftrivial-auto-var-init=pattern",
-    "-fno-exceptions",
-    "-fno-rtti",
-    "-fPIC",
-    "-gline-tables-only",
-    "-fsanitize=array-bounds,signed-integer-overflow,shift,integer-divide-by-zero,float-cast-overflow",
-    "-fno-sanitize-recover=all",
-    "-Wimplicit-float-conversion",
-    "-Wimplicit-int-float-conversion",
-    "-Wno-duplicate-decl-specifier",
-    "-Wno-c++17-extensions",
-    "-Wno-unknown-attributes",
-    "-Wno-user-defined-literals",
-)
-
-
-def _compile(source: str) -> tuple[list[parser.Kernel], Path]:
-    shader = parser.parse(preprocess(source))
-    if not shader.kernels:
-        raise CompileError("the source has no kernel")
-    text = _translation_unit(shader)
-    include = HERE / "include"
-    inputs = [
-        text,
-        *_FLAGS,
-        toolchain.target(),
-        toolchain.clang_version(),
-        include / "emulator",
-        *include.glob("*.h"),
-        HERE / "instrument.py",
-    ]
-    return shader.kernels, toolchain.cached("kernels.so", inputs, lambda path: _build(text, path))
-
-
-def _build(text: str, path: Path) -> None:
-    source, plain, checked = path.with_suffix(".cpp"), path.with_suffix(".ll"), path.with_suffix(".checked.ll")
-    source.write_text(text)
-    machine = ("-target", toolchain.target())
-    emit = ("-O1", "-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes", "-I", str(HERE / "include" / "emulator"))
-    done = toolchain.run((*_CLANG, *machine, *_FLAGS, *emit, str(source), "-o", str(plain)))
-    for line in done.stderr.splitlines():
-        if "implicit conversion" in line and ("to 'bfloat'" in line or "(aka '__bf16')" in line.split(" to ")[-1]):
-            raise CompileError(f"Metal has no implicit conversion to bfloat: {line}")
-    checked.write_text(instrument(plain.read_text()))
-    # Unoptimised: a kernel runs for a short time here and compiles for a long one.
-    made = path.with_suffix(".o")
-    toolchain.run((*_CLANG, *machine, "-O0", "-fPIC", "-w", "-c", str(checked), "-o", str(made)))
-    toolchain.link([made], path)
-
-
-def _translation_unit(shader: parser.Shader) -> str:
-    def declare(variable: parser.ThreadgroupVariable) -> str:
-        shape = f"{variable.type} {variable.dimensions}"
-        return (
-            f"threadgroup {variable.type} (&{variable.name}){variable.dimensions} = "
-            f'metal::emulator::threadgroup_variable<{variable.site}, {shape}>("{variable.name}", __builtin_LINE());'
-        )
-
-    parts = ["#include <metal_stdlib>\n", shader.render(declare), "\n"]
-    for i, kernel in enumerate(shader.kernels):
-        function = f"emulator_function_{i}"
-        parts.append(f"using {function} = metal::emulator::Kernel<decltype(&{kernel.function})>;\n")
-        rows = [f"{function}::BufferAt<{kernel.parameters.index(p)}>::parameter" for p in kernel.buffers]
-        parts.append(
-            f'extern "C" const metal::host::Parameter emulator_parameters_{i}[] = {{{", ".join(rows) or "{}"}}};\n'
-        )
-        arguments = [
-            f"{function}::BufferAt<{n}>::from(buffers[{p.buffer}])"
-            if p.buffer is not None
-            else f"{function}::builtin<{n}>(position->{p.builtin})"
-            for n, p in enumerate(kernel.parameters)
-        ]
-        parts.append(
-            f'extern "C" void emulator_kernel_{i}(const metal::emulator::Position* position, const ulong* buffers) '
-            f"{{ {kernel.function}({', '.join(arguments)}); }}\n"
-        )
-    return "".join(parts)
 
 
 @cache

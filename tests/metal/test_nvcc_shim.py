@@ -27,7 +27,8 @@ inline float4 widened(device const T* from) {
 }
 
 template <typename T>
-kernel void sums(device const T* a [[buffer(0)]], device T* out [[buffer(1)]], device atomic_float* total [[buffer(2)]],
+[[kernel, max_total_threads_per_threadgroup(64)]] void sums(
+                 device const T* a [[buffer(0)]], device T* out [[buffer(1)]], device atomic_float* total [[buffer(2)]],
                  constant int* sizes [[buffer(3)]], uint i [[thread_position_in_grid]],
                  uint t [[thread_position_in_threadgroup]], uint n [[threads_per_threadgroup]]) {
   threadgroup T tile[64], more[2];

@@ -52,9 +52,7 @@ def run(metal: str, python: str, case: tuple[int, ...], operator: str) -> Tensor
         torch.ones(shape) for shape in ((n, c, h, w), (n, g * k * k, rows, columns), (n, c, rows, columns))
     )
     tensors = {"carafe": (features, masks), "carafe_backward_features": (grad, masks, h, w)}
-    with emulator.poisoned():
-        result: Tensor = getattr(module, operator)(*tensors.get(operator, (grad, features)), k, g, s, t)
-        emulator.assert_written(result)
+    result: Tensor = emulator.launched(getattr(module, operator), *tensors.get(operator, (grad, features)), k, g, s, t)
     return result
 
 
@@ -165,9 +163,9 @@ def run_deform_conv2d(metal: str, case: DeformConv2d, patch: pytest.MonkeyPatch)
     for operator in ("deform_conv2d", "deform_conv2d_backward_data"):
         given = arguments(operator, case, torch.float32)
         expected = results(getattr(reference, operator)(*doubled(given)))
-        with emulator.poisoned():
-            for result, wanted in zip(results(getattr(deform_conv2d, operator)(*given)), expected, strict=True):
-                assert error(result, wanted) < 1e-5, "wrong result"
+        found = results(emulator.launched(getattr(deform_conv2d, operator), *given))
+        for result, wanted in zip(found, expected, strict=True):
+            assert error(result, wanted) < 1e-5, "wrong result"
 
 
 FOURS = DeformConv2d(2, 40, 5, 4, 3, offset_groups=2)
@@ -226,7 +224,8 @@ def run_connected_components(metal: str, group_size: int, patch: pytest.MonkeyPa
     patch.setattr(connected_components, "WORD_GROUP", (group_size, 1))
     expected = labelled.connected_components(MEETING, 8)
     for _ in range(60):
-        for result, wanted in zip(connected_components.connected_components(MEETING, 8), expected, strict=True):
+        found = emulator.launched(connected_components.connected_components, MEETING, 8)
+        for result, wanted in zip(found, expected, strict=True):
             assert torch.equal(result, wanted), "wrong result"
 
 
@@ -263,3 +262,16 @@ def test_bugs_in_connected_components(
 ) -> None:
     with pytest.raises(error, match=message):
         run_connected_components(replaced(CONNECTED_COMPONENTS, old, new), group_size, monkeypatch)
+
+
+def test_a_kernel_that_does_not_say_how_many_threads_a_group_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlimited(source: str) -> str:
+        return replaced(re.sub(r"max_total_threads_per_threadgroup\(\d+\)", "", source), "[[kernel, ]]", "[[kernel]]")
+
+    message = r"it has no \[\[max_total_threads_per_threadgroup\(n\)\]\]"
+    with pytest.raises(ValueError, match=message):
+        run(unlimited(SOURCE), LAUNCHES, GENERAL, "carafe")
+    with pytest.raises(ValueError, match=message):
+        run_deform_conv2d(unlimited(DEFORM_CONV2D), FOURS, monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        run_connected_components(unlimited(CONNECTED_COMPONENTS), 64, monkeypatch)

@@ -170,12 +170,17 @@ def dispatch(
     args: Sequence[object],
     threads: int | Sequence[int] | None,
     group_size: int | Sequence[int] | None,
-    max_threads: int,
+    max_threads: int | None,
 ) -> Dispatch:
     """The grid and the group in three axes, for a kernel of at most max_threads threads a group.
 
     Raises TypeError or ValueError that names the kernel.
     """
+    if max_threads is None:
+        raise ValueError(
+            f"kernel {kernel}: it has no [[max_total_threads_per_threadgroup(n)]], so the compiler may give its "
+            "pipeline room for fewer threads a group than it is launched with"
+        )
     if threads is None:
         first = next((arg for arg in args if isinstance(arg, Tensor)), None)
         if first is None:

@@ -1,12 +1,15 @@
-"""Puts a check before every access to device, constant and threadgroup memory in a kernel's LLVM IR.
+"""Puts a check before every access to device, constant and threadgroup memory in a kernel's LLVM IR, and counts steps.
 
 clang's own sanitizers skip address spaces other than 0, and they run after optimisation. This runs on what clang emits
 before it, so every access that the source makes is checked, with the alignment that clang took it to have and its line.
+
+A step is a basic block that a thread enters, except the first of a function. Those of <metal_stdlib> do not count.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from metalsim.parser import CompileError
 
@@ -20,6 +23,14 @@ _STORE = re.compile(
 _COPY = re.compile(r"^\s+(?:tail )?call void @llvm\.mem(?P<what>cpy|move|set)\.[\w.]+\((?P<arguments>.*)\)")
 _OPERAND = re.compile(r"^ptr addrspace\((\d)\)(?: \w+)*?(?: align (\d+))?(?: \w+(?:\(\d+\))?)*? (%[\w.$-]+|@[\w.$-]+)$")
 _DEBUG = re.compile(r"!dbg !(\d+)")
+_LABEL = re.compile(r"^(?:[\w.$-]+|\"[^\"]+\"):")
+_PHI = re.compile(r"^\s+%[\w.$-]+ = phi\b")
+_OF_METAL = re.compile(r"@_ZNK?5metal")
+# Under fast math: with the flag that says that no operand is a NaN.
+_FAST_COMPARISON = re.compile(
+    r"^\s+(?P<result>%[\w.$-]+) = fcmp (?P<flags>(?:\w+ )*?(?:fast|nnan) (?:\w+ )*?)(?P<how>\w+) "
+    r"(?P<type>float|half|bfloat) (?P<a>[^,]+), (?P<b>[^,]+)(?P<rest>.*)$"
+)
 _METADATA = re.compile(r"^!(\d+) = (?:distinct )?!(\w+)\((.*)\)$")
 
 _SPACE_NAMES = {1: "device", 2: "constant", 3: "threadgroup"}
@@ -46,12 +57,21 @@ class _Lines:
 
 
 def instrument(text: str) -> str:
-    """The module with ``call @emulator_check(address, size, align, space | kind << 2, line)`` before each access."""
+    """The module with ``call @emulator_check(address, size, align, space | kind << 2, line)`` before each access,
+    ``call @emulator_step(line)`` at each step, and ``call @emulator_compare(result, a, b)`` after each comparison of
+    floats that may not be finite only in the program's eyes, not the compiler's."""
     lines = _Lines(text)
+    steps = _Steps(lines)
     output: list[str] = []
     count = 0
     for line in text.splitlines():
         checks: list[tuple[str, str, int, int, int]] = []
+        comparison = _FAST_COMPARISON.match(line)
+        if comparison:
+            count += 1
+            output.extend(_compare(comparison, count))
+            continue
+        output.extend(steps(line))
         if "addrspacecast" in line and not line.startswith(("!", ";")):
             raise CompileError(f"line {lines(line)}: a cast between address spaces")
         load, store = _LOAD.match(line), _STORE.match(line)
@@ -72,9 +92,52 @@ def instrument(text: str) -> str:
             )
         output.append(line)
     body = "\n".join(output) + "\n"
-    if "@emulator_check(" in body and not re.search(r"^declare .*@emulator_check\(", body, re.MULTILINE):
-        body += "\ndeclare void @emulator_check(i64, i64, i32, i32, i32)\n"
+    for result, name, types in (
+        ("void", "emulator_check", "i64, i64, i32, i32, i32"),
+        ("void", "emulator_step", "i32"),
+        ("i1", "emulator_compare", "i1 zeroext, float, float"),
+    ):
+        if f"@{name}(" in body and not re.search(rf"^declare .*@{name}\(", body, re.MULTILINE):
+            body += f"\ndeclare {result} @{name}({types})\n"
     return body
+
+
+def _compare(comparison: re.Match[str], count: int) -> Iterator[str]:
+    """The comparison, and what the emulator makes of it."""
+    values = []
+    for i, operand in enumerate((comparison["a"], comparison["b"])):
+        value = operand
+        if comparison["type"] != "float":
+            value = f"%emulator.{count}.{i}"
+            yield f"  {value} = fpext {comparison['type']} {operand} to float"
+        values.append(f"float {value}")
+    plain = f"%emulator.{count}.plain"
+    rest, type = comparison["rest"], comparison["type"]
+    yield f"  {plain} = fcmp {comparison['flags']}{comparison['how']} {type} {comparison['a']}, {comparison['b']}{rest}"
+    yield f"  {comparison['result']} = call i1 @emulator_compare(i1 zeroext {plain}, {', '.join(values)}){rest}"
+
+
+class _Steps:
+    """Called with one line of the module after the other: the calls to put before it."""
+
+    def __init__(self, lines: _Lines) -> None:
+        self.lines = lines
+        self.counts = False  # whether the function's blocks do
+        self.first = False  # whether no instruction of the function has come
+        self.block = False  # whether no instruction of the block has come
+        self.line = 0
+
+    def __call__(self, text: str) -> Iterator[str]:
+        if text.startswith("define "):
+            self.counts, self.first, self.block = not _OF_METAL.search(text), True, False
+        elif _LABEL.match(text):
+            self.block = self.counts and not self.first
+        elif text.startswith(" "):
+            self.line = self.lines(text) or self.line
+            if self.block and not _PHI.match(text):
+                self.block = False
+                yield f"  call void @emulator_step(i32 {self.line})" + _debug(text)
+            self.first = False
 
 
 def _debug(line: str) -> str:

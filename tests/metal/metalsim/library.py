@@ -38,7 +38,7 @@ class _Parameter(ctypes.Structure):
 class Kernel:
     """One kernel; calling it runs every thread of the grid."""
 
-    def __init__(self, name: str, max_threads: int, parameters: Sequence[BufferType]) -> None:
+    def __init__(self, name: str, max_threads: int | None, parameters: Sequence[BufferType]) -> None:
         self.name = name
         self.max_threads = max_threads
         self.parameters = parameters

@@ -13,6 +13,7 @@ Line breaks stay where they are, so that the lines of diagnostics are those of t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -109,8 +110,8 @@ class Kernel:
     host_name: str
     function: str
     parameters: tuple[Parameter, ...]
-    max_threads: int
-    """A threadgroup's, as [[max_total_threads_per_threadgroup(n)]] says or else Metal itself."""
+    max_threads: int | None
+    """A threadgroup's, as [[max_total_threads_per_threadgroup(n)]] says. None: it says nothing."""
 
     @property
     def buffers(self) -> list[Parameter]:
@@ -190,7 +191,7 @@ class _Parser:
         self.tokens = _tokenise(text)
         # Positions of the tokens that mean something; everything below walks these.
         self.code = [i for i, token in enumerate(self.tokens) if token.kind not in ("space", "directive")]
-        self.definitions: dict[str, tuple[tuple[Parameter, ...], int]] = {}
+        self.definitions: dict[str, tuple[tuple[Parameter, ...], int | None]] = {}
         self.shader = Shader(self.tokens)
 
     def parse(self) -> Shader:
@@ -386,17 +387,26 @@ class _Parser:
             return close + 1
         for attribute in attributes.keys() - {"kernel", "host_name", "max_total_threads_per_threadgroup"}:
             raise self._fail(at, f"unknown attribute [[{attribute}]] of kernel {name!r}")
-        threads = attributes.get("max_total_threads_per_threadgroup", str(MAX_THREADS_PER_GROUP))
-        if not threads.isdigit() or not 0 < int(threads) <= MAX_THREADS_PER_GROUP:
-            raise self._fail(at, f"max_total_threads_per_threadgroup({threads}) is not 1 to {MAX_THREADS_PER_GROUP}")
-        self.definitions[name] = parameters, int(threads)
+        threads = attributes.get("max_total_threads_per_threadgroup")
+        self.definitions[name] = parameters, None if threads is None else self._threads(at, threads)
         if not template:
             self._add(host_name or name, name, *self.definitions[name], at)
         end = self._close(close + 1)
         self._threadgroup_variables(close + 1, end)
         return end + 1
 
-    def _add(self, host_name: str, function: str, parameters: tuple[Parameter, ...], max_threads: int, at: int) -> None:
+    def _threads(self, at: int, text: str) -> int:
+        """A number of threads a group: a literal, a constant at program scope, or a product of these."""
+        constants = dict(re.findall(r"constexpr u?int (\w+) = (\d+)u? ;", self._source(0, len(self.code))))
+        factors = [constants.get(factor, factor).rstrip("u") for factor in text.split(" * ")]
+        threads = math.prod(int(factor) if factor.isdigit() else 0 for factor in factors)
+        if not 0 < threads <= MAX_THREADS_PER_GROUP:
+            raise self._fail(at, f"max_total_threads_per_threadgroup({text}) is not 1 to {MAX_THREADS_PER_GROUP}")
+        return threads
+
+    def _add(
+        self, host_name: str, function: str, parameters: tuple[Parameter, ...], max_threads: int | None, at: int
+    ) -> None:
         indices = sorted(p.buffer for p in parameters if p.buffer is not None)
         if indices != list(range(len(indices))):
             raise self._fail(at, f"kernel {host_name!r} declares buffers {indices}: arguments bind to 0, 1, 2, ...")

@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "history.h"
 #include "schedule.h"
 
 namespace {
@@ -47,17 +48,6 @@ void* anonymous(uint64_t bytes) {
 
 uint64_t middle(int slot) { return arena + slot * kSlotSize + kSlotSize / 2; }
 
-// Whether what ``access`` stands for happened before what the running thread does now.
-bool ordered(const Access& access, const Access& now, uint32_t simdgroup) {
-  if (access.thread == 0) return true;
-  if (access.group != now.group) return false;
-  if (access.thread == now.thread) return true;
-  if (access.epoch < now.epoch) return true;
-  if (access.thread == kAll) return false;
-  const uint32_t other = access.thread & kSimdgroup ? access.thread & ~kSimdgroup : (access.thread - 1) / 32;
-  return other == simdgroup && access.simd_epoch < now.simd_epoch;
-}
-
 // Both of them, unordered: who a later access has to come after.
 Access merge(const Access& access, const Access& now, uint32_t simdgroup) {
   if (ordered(access, now, simdgroup)) return now;
@@ -98,6 +88,16 @@ void place(char* text, size_t size, const Slot& slot, int index, int64_t offset)
 }
 
 }  // namespace
+
+bool ordered(const Access& access, const Access& now, uint32_t simdgroup) {
+  if (access.thread == 0) return true;
+  if (access.group != now.group) return false;
+  if (access.thread == now.thread) return true;
+  if (access.epoch < now.epoch) return true;
+  if (access.thread == kAll) return false;
+  const uint32_t other = access.thread & kSimdgroup ? access.thread & ~kSimdgroup : (access.thread - 1) / 32;
+  return other == simdgroup && access.simd_epoch < now.simd_epoch;
+}
 
 void memory_reset() {
   if (!arena) {
@@ -207,14 +207,15 @@ uint64_t memory_threadgroup(uint32_t site, uint64_t size, uint32_t element, cons
   return slot.base;
 }
 
-void memory_check(uint64_t address, uint64_t size, uint32_t align, uint32_t space, uint32_t kind, uint32_t line) {
+const void* memory_check(uint64_t address, uint64_t size, uint32_t align, uint32_t space, uint32_t kind, uint32_t line) {
+  const void* older = nullptr;
   const uint64_t relative = address - arena;
   if (relative >= kSlots * kSlotSize) {
     // Constants at program scope lie in the library itself, and the compiler checks their bounds.
     if (space != kConstant)
       fail(line, "%s address 0x%llx, which no %s argument or variable has", kKindNames[kind],
            (unsigned long long)address, kSpaceNames[space]);
-    return;
+    return nullptr;
   }
   const int index = (int)(relative / kSlotSize);
   const Slot& slot = slots[index];
@@ -260,7 +261,10 @@ void memory_check(uint64_t address, uint64_t size, uint32_t align, uint32_t spac
     }
     if (!slot.cells) continue;
     Cell& cell = slot.cells[i];
-    if (local && cell.writer.group != now.group) cell.writer = Access{};
+    if (local && cell.writer.group != now.group) {
+      cell.writer = Access{};
+      cell.history = 0;
+    }
     if (local && cell.reader.group != now.group) cell.reader = Access{};
     const bool atomic = kind & kAtomic;
     const Access* other = nullptr;
@@ -281,9 +285,15 @@ void memory_check(uint64_t address, uint64_t size, uint32_t align, uint32_t spac
     if (kind & kWrite) {
       cell.writer = merge(cell.writer, now, self.simdgroup);
       cell.atomic_writer = atomic;
+      if (atomic && size == slot.element)
+        history_keep(cell, address, (uint32_t)size, now);
+      else
+        cell.history = 0;  // everything before is ordered before this
     } else {
+      if (atomic && size == slot.element) older = history_load(cell, now, self.simdgroup);
       cell.atomic_reader = atomic && (cell.atomic_reader || ordered(cell.reader, now, self.simdgroup));
       cell.reader = merge(cell.reader, now, self.simdgroup);
     }
   }
+  return older;
 }

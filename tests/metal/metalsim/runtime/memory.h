@@ -27,12 +27,16 @@ struct Access {
 constexpr uint32_t kAll = 0xffffffffu;
 constexpr uint32_t kSimdgroup = 0x80000000u;
 
+// Whether what ``access`` stands for happened before what the running thread, of that simdgroup, does now.
+bool ordered(const Access& access, const Access& now, uint32_t simdgroup);
+
 // What was done to one element in this launch.
 struct Cell {
   Access writer;
   Access reader;
   bool atomic_writer;
   bool atomic_reader;
+  uint32_t history;  // of its values as an atomic variable; 0: it has had one only
 };
 
 // One buffer argument, as the host describes it.
@@ -69,4 +73,5 @@ uint64_t memory_address(int slot);
 uint64_t memory_threadgroup(uint32_t site, uint64_t size, uint32_t element, const char* name, uint32_t line);
 
 enum Kind : uint32_t { kRead = 1, kWrite = 2, kAtomic = 4 };  // or several of them
-void memory_check(uint64_t address, uint64_t size, uint32_t align, uint32_t space, uint32_t kind, uint32_t line);
+// Returns what an atomic read is given instead of the newest value, or null.
+const void* memory_check(uint64_t address, uint64_t size, uint32_t align, uint32_t space, uint32_t kind, uint32_t line);

@@ -7,6 +7,8 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include "history.h"
+
 namespace {
 
 constexpr uint32_t kMaxThreads = 1024;
@@ -23,7 +25,14 @@ struct Launch {
   uint32_t threads[3];
   uint32_t group_size[3];
   uint64_t seed;
+  uint64_t most_steps;  // of a thread
+  uint32_t newest_only;  // whether atomic loads never give an older value
+  // What comes out: the thread that took the most steps.
+  uint32_t worst_thread[3];
+  uint64_t worst_steps;
 };
+
+enum Order : uint32_t { kAny, kForwards, kBackwards };
 
 struct Fiber {
   ucontext_t context;
@@ -42,6 +51,7 @@ struct Thread {
   void* take;         // where the operands of all lanes go
   uint32_t size;
   uint32_t* active;   // where the mask of lanes goes
+  uint64_t steps;     // basic blocks that it has entered
 };
 
 struct Simdgroup {
@@ -58,7 +68,7 @@ struct Group {
   Position positions[kMaxThreads];
 };
 
-const Launch* launch;
+Launch* launch;
 uint64_t buffer_addresses[kBuffers];
 uint32_t grid[3];  // how many groups
 uint32_t* group_order;
@@ -66,6 +76,7 @@ uint32_t groups_left;   // how many of ``group_order`` have not begun
 Group groups[kGroups];  // those that run at once
 uint32_t ready[kGroups * kMaxThreads];  // the threads that can run and do not: place * kMaxThreads + index
 uint32_t ready_count;
+Order order;
 Group* group;     // the running thread's
 Thread* current;  // the running thread
 Self self;        // the same, as memory sees it
@@ -80,20 +91,14 @@ char message[1024];
 uint64_t random_state;
 uint32_t patience;  // one atomic operation in so many lets another thread run first
 
-uint32_t random_below(uint32_t n) {
-  random_state ^= random_state << 13;
-  random_state ^= random_state >> 7;
-  random_state ^= random_state << 17;
-  return (uint32_t)((random_state >> 11) % n);
+void swap(uint32_t& a, uint32_t& b) {
+  const uint32_t kept = a;
+  a = b;
+  b = kept;
 }
 
 void shuffle(uint32_t* values, uint32_t n) {
-  for (uint32_t i = n; i > 1; --i) {
-    const uint32_t j = random_below(i);
-    const uint32_t kept = values[i - 1];
-    values[i - 1] = values[j];
-    values[j] = kept;
-  }
+  for (uint32_t i = n; i > 1; --i) swap(values[i - 1], values[schedule_random(i)]);
 }
 
 [[noreturn]] void end_launch() {
@@ -117,14 +122,20 @@ void make_ready(Group& its, uint32_t thread) {
   ready[ready_count++] = (uint32_t)(&its - groups) * kMaxThreads + thread;
 }
 
+// The threads that were made ready since there were ``first``, in ascending order, run in the launch's.
+void put_in_order(uint32_t first) {
+  if (order != kForwards) return;
+  for (uint32_t last = ready_count; first + 1 < last; ++first) swap(ready[first], ready[--last]);
+}
+
 Fiber* fresh_fiber();
 
 // Lets another of the threads that can run do so; comes back when ``fiber`` is to run again.
 void leave(Fiber& fiber) {
   if (!ready_count) end_launch();
-  uint32_t& chosen = ready[random_below(ready_count)];
+  if (order == kAny) swap(ready[schedule_random(ready_count)], ready[ready_count - 1]);
+  const uint32_t chosen = ready[--ready_count];
   const uint32_t place = chosen / kMaxThreads, thread = chosen % kMaxThreads;
-  chosen = ready[--ready_count];
   group = &groups[place];
   current = &group->threads[thread];
   const Simdgroup& simdgroup = group->simdgroups[thread / kWidth];
@@ -147,6 +158,7 @@ void begin_group(Group& its) {
     size[axis] = left < launch->group_size[axis] ? left : launch->group_size[axis];
   }
   its.count = size[0] * size[1] * size[2];
+  const uint32_t first_ready = ready_count;
   for (uint32_t i = 0; i < its.count; ++i) {
     Position& position = its.positions[i];
     const uint32_t inside[3] = {i % size[0], i / size[0] % size[1], i / size[0] / size[1]};
@@ -164,8 +176,10 @@ void begin_group(Group& its) {
     position.simdgroups_per_threadgroup[0] = (its.count + kWidth - 1) / kWidth;
     position.threads_per_simdgroup[0] = kWidth;
     its.threads[i] = Thread{};
+    its.threads[i].steps = 1;
     make_ready(its, i);
   }
+  put_in_order(first_ready);
 }
 
 uint32_t line_of(const Thread& thread) { return (uint32_t)(thread.site >> 32); }
@@ -175,6 +189,7 @@ uint32_t line_of(const Thread& thread) { return (uint32_t)(thread.site >> 32); }
 bool release_simdgroups(Group& its) {
   Thread* const threads = its.threads;
   bool released = false;
+  const uint32_t first_ready = ready_count;
   for (uint32_t first = 0; first < its.count; first += kWidth) {
     const uint32_t end = first + kWidth < its.count ? first + kWidth : its.count;
     uint32_t mask = 0;
@@ -207,6 +222,7 @@ bool release_simdgroups(Group& its) {
     }
     released = true;
   }
+  put_in_order(first_ready);
   return released;
 }
 
@@ -235,7 +251,9 @@ void release_group(Group& its) {
   }
   its.threadgroup_epoch += (one->flags & kMemThreadgroup) != 0;
   its.device_epoch += (one->flags & kMemDevice) != 0;
+  const uint32_t first_ready = ready_count;
   for (uint32_t i = 0; i < its.count; ++i) make_ready(its, i);
+  put_in_order(first_ready);
 }
 
 // The running thread waits or has left the kernel. Was it the last of its group that could run, then the group goes on,
@@ -260,10 +278,17 @@ void wait(State state, const char* operation, uint32_t line, uint32_t column, ui
   leave(fiber);
 }
 
+void note_steps() {
+  if (current->steps <= launch->worst_steps) return;
+  launch->worst_steps = current->steps;
+  memcpy(launch->worst_thread, group->positions[self.thread].thread_position_in_grid, sizeof launch->worst_thread);
+}
+
 // A fiber runs one thread after the other, as long as it is given any that have not begun.
 void work() {
   for (;;) {
     launch->kernel(&group->positions[self.thread], buffer_addresses);
+    note_steps();
     Fiber& fiber = *current->fiber;
     idle[idle_count++] = &fiber;
     stop(kDone);
@@ -290,6 +315,13 @@ Fiber* fresh_fiber() {
 
 const Self& schedule_self() { return self; }
 
+uint32_t schedule_random(uint32_t n) {
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  random_state ^= random_state << 17;
+  return (uint32_t)((random_state >> 11) % n);
+}
+
 void fail(uint32_t line, const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
@@ -298,13 +330,14 @@ void fail(uint32_t line, const char* format, ...) {
   va_end(arguments);
   const uint32_t* at = group->positions[self.thread].thread_position_in_grid;
   set_message(line, "thread (%u, %u, %u) of the grid %s", at[0], at[1], at[2], text);
+  note_steps();
   end_launch();
 }
 
 extern "C" {
 
 // Runs every thread of the grid. Returns null, or what went wrong.
-const char* emulator_launch(const Launch* what) {
+const char* emulator_launch(Launch* what) {
   launch = what;
   random_state = launch->seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
   message[0] = 0;
@@ -323,7 +356,12 @@ const char* emulator_launch(const Launch* what) {
   for (uint32_t i = 0; i < groups_left; ++i) group_order[i] = i;
   shuffle(group_order, groups_left);
   // From a turn at every operation to few, where a thread may stop while others run to their ends.
-  patience = 1u << random_below(5);
+  patience = 1u << schedule_random(5);
+  const uint32_t orders = schedule_random(4);
+  order = orders < 2 ? kAny : orders == 2 ? kForwards : kBackwards;
+  // In one launch of four loads give the newest values, in the others older ones too: often to seldom.
+  const uint32_t older = schedule_random(4);
+  history_reset(launch->newest_only || !older ? 0 : 1u << older);
   ready_count = idle_count = fibers_used = 0;
   for (Group& its : groups) {
     its.ready = 0;
@@ -338,12 +376,35 @@ const char* emulator_launch(const Launch* what) {
 // What the kernels call.
 
 void emulator_check(uint64_t address, uint64_t size, uint32_t align, uint32_t space_and_kind, uint32_t line) {
-  const uint32_t space = space_and_kind & 3, kind = space_and_kind >> 2;
-  if (kind & kAtomic && random_below(patience) == 0) {
-    ready[ready_count++] = self.place * kMaxThreads + self.thread;
+  if (size) memory_check(address, size, align, space_and_kind & 3, space_and_kind >> 2, line);
+}
+
+// Before an atomic operation. Puts into ``value`` what is there, or what a load is given in its place.
+void emulator_atomic(uint64_t address, void* value, uint32_t size, uint32_t space_and_kind, uint32_t line) {
+  if (schedule_random(patience) == 0) {
+    ready[ready_count] = self.place * kMaxThreads + self.thread;
+    if (order != kAny) swap(ready[ready_count], ready[schedule_random(ready_count + 1)]);
+    ++ready_count;
     leave(*current->fiber);
   }
-  if (size) memory_check(address, size, align, space, kind, line);
+  const void* older = memory_check(address, size, size, space_and_kind & 3, space_and_kind >> 2, line);
+  memcpy(value, older ? older : (const void*)address, size);
+}
+
+// Whether a weak compare-exchange fails although the values are the same.
+bool emulator_fails() { return !launch->newest_only && schedule_random(8) == 0; }
+
+// Under fast math, where a compiler may take all floats to be finite: what it makes of others is anybody's guess.
+bool emulator_compare(bool result, float a, float b) {
+  const bool finite = (__builtin_bit_cast(uint32_t, a) & 0x7fffffffu) < 0x7f800000u &&
+                      (__builtin_bit_cast(uint32_t, b) & 0x7fffffffu) < 0x7f800000u;
+  return finite ? result : schedule_random(2) == 0;
+}
+
+// At the beginning of every basic block of the source but the first of a function.
+void emulator_step(uint32_t line) {
+  if (++current->steps > launch->most_steps)
+    fail(line, "takes more than %llu steps, the budget of a thread", (unsigned long long)launch->most_steps);
 }
 
 uint64_t emulator_threadgroup(uint32_t site, uint64_t size, uint32_t element, const char* name, uint32_t line) {

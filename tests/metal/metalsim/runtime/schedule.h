@@ -1,5 +1,6 @@
 // The threads of a few groups at a time as fibers of one OS thread. They take turns where they wait and, now and then,
-// before an atomic operation; a seed decides which of them runs next, so the same one gives the same order.
+// before an atomic operation; a seed decides which of them runs next, so the same one gives the same order: any of them,
+// or always the first, or always the last, so that whole simdgroups run one after the other, and backwards.
 #pragma once
 
 #include "memory.h"
@@ -32,6 +33,9 @@ struct Self {
   uint32_t device_simd_epoch;
 };
 const Self& schedule_self();
+
+// A number below n, which the seed decides.
+uint32_t schedule_random(uint32_t n);
 
 // Ends the launch with a message; never returns to the kernel.
 [[noreturn]] void fail(uint32_t line, const char* format, ...) __attribute__((format(printf, 2, 3)));

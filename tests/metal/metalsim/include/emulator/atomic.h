@@ -22,57 +22,47 @@ struct Same {
 };
 }  // namespace emulator
 
-// The memory checker is told here what an atomic does, so its own accesses go round it, through plain pointers.
-#define METAL_ATOMIC_CHECK(space, kind) emulator_check((ulong)object, sizeof(T), sizeof(T), space | kind, line)
+// The memory checker is told here what an atomic does, so its own accesses go round it, through plain pointers. ``before``
+// is what is there, for a load perhaps an older value.
+#define METAL_ATOMIC(space, kind) \
+  T before;                       \
+  emulator_atomic((ulong)object, &before, sizeof(T), space | kind, line)
 #define METAL_GIVEN(T) typename emulator::Same<T>::type
 #define METAL_ATOMIC_READ (5 << 2)
 #define METAL_ATOMIC_WRITE (6 << 2)
 #define METAL_ATOMIC_BOTH (7 << 2)
 
 #define METAL_ATOMICS(SPACE, space, FLOATS)                                                                    \
-  namespace emulator {                                                                                         \
-  template <typename T>                                                                                        \
-  METAL_INLINE T exchange(volatile SPACE atomic<T>* object, T desired, uint line) {                            \
-    METAL_ATOMIC_CHECK(space, METAL_ATOMIC_BOTH);                                                              \
-    T* at = (T*)(ulong)object;                                                                                 \
-    const T before = *at;                                                                                      \
-    *at = desired;                                                                                             \
-    return before;                                                                                             \
-  }                                                                                                            \
-  template <typename T>                                                                                        \
-  METAL_INLINE T peek(volatile SPACE atomic<T>* object) {                                                      \
-    return *(T*)(ulong)object;                                                                                 \
-  }                                                                                                            \
-  }                                                                                                            \
   template <typename T>                                                                                        \
   METAL_INLINE void atomic_store_explicit(volatile SPACE atomic<T>* object, METAL_GIVEN(T) desired, memory_order,           \
                                           uint line = __builtin_LINE()) {                                      \
-    METAL_ATOMIC_CHECK(space, METAL_ATOMIC_WRITE);                                                             \
+    METAL_ATOMIC(space, METAL_ATOMIC_WRITE);                                                                   \
     *(T*)(ulong)object = desired;                                                                              \
   }                                                                                                            \
   template <typename T>                                                                                        \
   METAL_INLINE T atomic_load_explicit(const volatile SPACE atomic<T>* object, memory_order,                    \
                                       uint line = __builtin_LINE()) {                                          \
-    METAL_ATOMIC_CHECK(space, METAL_ATOMIC_READ);                                                              \
-    return *(T*)(ulong)object;                                                                                 \
+    METAL_ATOMIC(space, METAL_ATOMIC_READ);                                                                    \
+    return before;                                                                                             \
   }                                                                                                            \
   template <typename T>                                                                                        \
   METAL_INLINE T atomic_exchange_explicit(volatile SPACE atomic<T>* object, METAL_GIVEN(T) desired, memory_order,           \
                                           uint line = __builtin_LINE()) {                                      \
-    return emulator::exchange(object, desired, line);                                                          \
+    METAL_ATOMIC(space, METAL_ATOMIC_BOTH);                                                                    \
+    *(T*)(ulong)object = desired;                                                                              \
+    return before;                                                                                             \
   }                                                                                                            \
   template <typename T>                                                                                        \
   METAL_INLINE bool atomic_compare_exchange_weak_explicit(volatile SPACE atomic<T>* object, T* expected,       \
                                                           METAL_GIVEN(T) desired, memory_order, memory_order,               \
                                                           uint line = __builtin_LINE()) {                      \
-    METAL_ATOMIC_CHECK(space, METAL_ATOMIC_BOTH);                                                              \
-    T* at = (T*)(ulong)object;                                                                                 \
-    const bool same = __builtin_memcmp(at, expected, sizeof(T)) == 0;                                          \
-    if (same)                                                                                                  \
-      *at = desired;                                                                                           \
+    METAL_ATOMIC(space, METAL_ATOMIC_BOTH);                                                                    \
+    const bool exchanges = __builtin_memcmp(&before, expected, sizeof(T)) == 0 && !emulator_fails();           \
+    if (exchanges)                                                                                             \
+      *(T*)(ulong)object = desired;                                                                            \
     else                                                                                                       \
-      *expected = *at;                                                                                         \
-    return same;                                                                                               \
+      *expected = before;                                                                                      \
+    return exchanges;                                                                                          \
   }                                                                                                            \
   METAL_FETCH(SPACE, space, fetch_add, before + operand, FLOATS)                                               \
   METAL_FETCH(SPACE, space, fetch_sub, before - operand, FLOATS)                                               \
@@ -90,8 +80,7 @@ struct Same {
                                           uint line = __builtin_LINE()) {                                      \
     static_assert(emulator::is_atomic_integer<T> || (FLOATS && is_same_v<T, float>),                           \
                   "atomic_" #name "_explicit has no such type in this address space");                         \
-    METAL_ATOMIC_CHECK(space, METAL_ATOMIC_BOTH);                                                              \
-    const T before = emulator::peek(object);                                                                   \
+    METAL_ATOMIC(space, METAL_ATOMIC_BOTH);                                                                    \
     *(T*)(ulong)object = (T)(result);                                                           \
     return before;                                                                                             \
   }
@@ -100,7 +89,7 @@ METAL_ATOMICS(device, 1, true)
 METAL_ATOMICS(threadgroup, 3, false)
 #undef METAL_ATOMICS
 #undef METAL_FETCH
-#undef METAL_ATOMIC_CHECK
+#undef METAL_ATOMIC
 #undef METAL_GIVEN
 #undef METAL_ATOMIC_READ
 #undef METAL_ATOMIC_WRITE

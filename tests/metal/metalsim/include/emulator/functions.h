@@ -42,11 +42,18 @@ METAL_EACH_WIDTH(METAL_UNSIGNED_ABS, ulong)
 #undef METAL_SIGNED_ABS
 #undef METAL_UNSIGNED_ABS
 
+// With fast math functions have errors, here always towards zero.
+#ifdef __FAST_MATH__
+#define METAL_ROUNDED(T, value) T((value) * T(0.999999f))
+#else
+#define METAL_ROUNDED(T, value) (value)
+#endif
+
 #define METAL_UNARY(name, builtin)                            \
   namespace emulator {                                        \
   template <typename T>                                       \
   METAL_INLINE T name##_of(T x) {                             \
-    return builtin(x);                                        \
+    return METAL_EXACT(T, builtin(x));                        \
   }                                                           \
   }                                                           \
   bfloat name(bfloat) = delete;                               \
@@ -58,12 +65,15 @@ METAL_EACH_WIDTH(METAL_UNSIGNED_ABS, ulong)
   METAL_INLINE half2 name(half2 x) { return emulator::name##_of(x); }    \
   METAL_INLINE half3 name(half3 x) { return emulator::name##_of(x); }    \
   METAL_INLINE half4 name(half4 x) { return emulator::name##_of(x); }
+#define METAL_EXACT(T, value) (value)
 METAL_UNARY(fabs, __builtin_elementwise_abs)
 METAL_UNARY(floor, __builtin_elementwise_floor)
 METAL_UNARY(ceil, __builtin_elementwise_ceil)
 METAL_UNARY(trunc, __builtin_elementwise_trunc)
 METAL_UNARY(round, __builtin_elementwise_round)
 METAL_UNARY(rint, __builtin_elementwise_rint)
+#undef METAL_EXACT
+#define METAL_EXACT(T, value) METAL_ROUNDED(T, value)
 METAL_UNARY(sqrt, __builtin_elementwise_sqrt)
 METAL_UNARY(exp, __builtin_elementwise_exp)
 METAL_UNARY(exp2, __builtin_elementwise_exp2)
@@ -75,12 +85,13 @@ METAL_UNARY(cos, __builtin_elementwise_cos)
 METAL_UNARY(tan, __builtin_elementwise_tan)
 METAL_UNARY(tanh, __builtin_elementwise_tanh)
 #undef METAL_UNARY
+#undef METAL_EXACT
 
 #define METAL_FLOAT_FUNCTIONS(T)                                                             \
   METAL_INLINE T fma(T a, T b, T c) { return __builtin_elementwise_fma(a, b, c); }           \
   METAL_INLINE T fmin(T a, T b) { return __builtin_elementwise_min(a, b); }                  \
   METAL_INLINE T fmax(T a, T b) { return __builtin_elementwise_max(a, b); }                  \
-  METAL_INLINE T pow(T a, T b) { return __builtin_elementwise_pow(a, b); }                   \
+  METAL_INLINE T pow(T a, T b) { return METAL_ROUNDED(T, __builtin_elementwise_pow(a, b)); } \
   METAL_INLINE T copysign(T a, T b) { return __builtin_elementwise_copysign(a, b); }         \
   METAL_INLINE T rsqrt(T x) { return T(1) / sqrt(x); }                                       \
   METAL_INLINE T fract(T x) { return x - floor(x); }                                         \
@@ -89,6 +100,7 @@ METAL_UNARY(tanh, __builtin_elementwise_tanh)
   METAL_INLINE T fmod(T a, T b) { return a - b * trunc(a / b); }
 METAL_EACH_FLOAT(METAL_FLOAT_FUNCTIONS)
 #undef METAL_FLOAT_FUNCTIONS
+#undef METAL_ROUNDED
 
 #define METAL_CLASSIFY(T)                                                    \
   METAL_INLINE bool isunordered(T a, T b) { return a != a || b != b; }       \
@@ -125,7 +137,7 @@ METAL_INLINE uint ctz(uint x) { return x ? (uint)__builtin_ctz(x) : 32; }
 METAL_INLINE int mulhi(int a, int b) { return (int)((long)a * b >> 32); }
 METAL_INLINE uint mulhi(uint a, uint b) { return (uint)((ulong)a * b >> 32); }
 
-// Metal compiles with fast-math unless told otherwise; here both are the host's own functions.
+// Both are the same functions here.
 namespace precise {
 using namespace metal;
 }

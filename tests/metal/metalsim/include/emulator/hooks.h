@@ -5,6 +5,8 @@
 
 extern "C" {
 void emulator_check(ulong address, ulong size, uint align, uint space_and_kind, uint line);
+void emulator_atomic(ulong address, void* value, uint size, uint space_and_kind, uint line);
+bool emulator_fails();
 ulong emulator_threadgroup(uint site, ulong size, uint element, const char* name, uint line);
 void emulator_barrier(uint flags, uint line, uint column) __attribute__((convergent));
 uint emulator_simd(const char* operation, const void* value, void* lanes, uint size, uint flags, uint line,
@@ -171,7 +173,7 @@ METAL_INLINE V make(A first, B second, Rest... rest) {
 }
 
 template <typename To, typename From>
-METAL_INLINE To as_type(From value) {
+METAL_INLINE To as_type(const From& value) {  // a value of a float type would be finite under fast math
   static_assert(sizeof(To) == sizeof(From), "as_type keeps the size");
   return __builtin_bit_cast(To, value);
 }
