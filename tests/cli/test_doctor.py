@@ -1,5 +1,6 @@
 """omniops doctor: it says what the dispatcher does."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -96,3 +97,41 @@ def test_without_the_compiled_module_it_says_so_in_a_sentence(omniops, monkeypat
     result = omniops("doctor")
     assert result.status == 0
     assert "The C++ kernels are not built, so the reference kernels serve the CPU: " in result.out
+
+
+def test_the_file_holds_what_is_shown_and_what_a_report_needs(omniops, tmp_path):
+    path = tmp_path / "below" / "doctor.json"
+    result = omniops("doctor", "--json", str(path))
+    assert result.status == 0
+    found = json.loads(path.read_text())
+    assert found["versions"] == doctor.versions()
+    assert found["machine"] == doctor.machine()
+    assert {row["operator"] for row in found["operators"]} == set(doctor.operators())
+    assert found["devices"][0]["device"] == "cpu"
+    assert all(word in result.out for row in found["operators"] for word in (row["kernel"], *row["dtypes"]))
+    assert {"macos", "platform", "torch", "metal device"} <= set(found["system"])
+    assert torch.__config__.show() == found["system"]["torch"]
+    assert found["packages"]["typer"] == doctor.installed(["typer"])["typer"]
+
+
+def test_of_the_environment_only_settings_are_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "0.0")
+    monkeypatch.setenv("SECRET_TOKEN", "never shown")
+    environment = doctor.facts()["system"]["environment"]
+    assert environment["PYTORCH_MPS_HIGH_WATERMARK_RATIO"] == "0.0"
+    assert "never shown" not in json.dumps(doctor.facts())
+
+
+def test_metal_names_its_device_where_torch_can_ask(monkeypatch):
+    """Of a virtual machine it is another than the chip's."""
+    metal = SimpleNamespace(
+        is_available=lambda: True, get_name=lambda: "Apple Paravirtual device", get_core_count=lambda: 1
+    )
+    monkeypatch.setattr(torch.backends, "mps", metal)
+    assert doctor._system()["metal device"] == "Apple Paravirtual device"
+    monkeypatch.setattr(torch.backends, "mps", SimpleNamespace(is_available=lambda: True))
+    assert doctor._system()["metal device"] is None
+
+
+def test_a_file_that_cannot_be_written_is_wrong_use(fails, tmp_path):
+    assert fails("doctor", "--json", str(tmp_path), status=2).endswith("it is a folder")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from importlib.metadata import version
 
 import pytest
 import torch
 
+from omniops.cli import selftest
 from omniops.cli.cases import carafe as case
 from omniops.cli.doctor import machine
 from omniops.cli.selftest import TOLERANCES, Worst, errors
+from omniops.cli.selftest_outcomes import Outcome
 from omniops.device import title
 
 CPU = torch.device("cpu")
@@ -33,7 +36,7 @@ def plant(monkeypatch):
 
 
 def test_this_machine_passes(omniops):
-    result = omniops("selftest", "--device", "cpu")
+    result = omniops("selftest", "--device", "cpu", "--only", "operators")
     assert result.status == 0
     assert all(f"{dtype}".removeprefix("torch.") in result.out for dtype in TOLERANCES)
     assert "gradient of features" in result.out
@@ -63,7 +66,7 @@ def _raises(operator):
 @pytest.mark.parametrize("wrong", [_slightly_off, _nan_at_a_corner, _raises])
 def test_a_planted_wrong_kernel_fails(omniops, plant, wrong):
     plant(wrong)
-    result = omniops("selftest", "--device", "cpu")
+    result = omniops("selftest", "--device", "cpu", "--only", "carafe")
     assert result.status == 1
     assert "WRONG" in result.out
     assert "results are wrong" in result.err
@@ -121,9 +124,67 @@ def test_each_layout_reaches_the_operator():
 
 def test_it_says_what_was_tested(omniops, monkeypatch):
     monkeypatch.setattr(case, "checks", lambda: iter(()))
-    first = omniops("selftest", "--device", "cpu").out.splitlines()[0]
+    first = omniops("selftest", "--device", "cpu", "--only", "carafe").out.splitlines()[0]
     assert first.startswith(f"omniops {version('omniops')}, torch {version('torch')}; {machine()['machine']}; cpu: ")
     assert first.endswith(title(CPU))
+
+
+def test_only_what_is_asked_for_is_checked(omniops):
+    result = omniops("selftest", "--device", "cpu", "--only", "carafe", "--only", "fpn-carafe")
+    assert result.status == 0
+    names = {line.split()[0] for line in result.out.splitlines() if " cpu " in line and "float" in line}
+    assert names == {"carafe", "fpn-carafe"}
+
+
+def test_an_unknown_name_is_wrong_use(fails):
+    line = fails("selftest", "--only", "sam2", status=2)
+    assert "--only sam2: there are operators, models, carafe, " in line
+    assert line.endswith("sam2-image, sam2-video")
+
+
+def test_a_size_that_sam2_cannot_have_is_wrong_use(fails):
+    assert fails("selftest", "--image-size", "100", status=2).endswith("must be a multiple of 32, got 100")
+
+
+def test_the_file_that_cannot_be_written_is_named_before_the_work(fails, tmp_path):
+    assert fails("selftest", "--json", str(tmp_path), status=2).endswith("it is a folder")
+
+
+def test_the_file_holds_everything_also_where_something_is_wrong(omniops, plant, tmp_path):
+    plant(_raises)
+    path = tmp_path / "selftest.json"
+    result = omniops("selftest", "--device", "cpu", "--only", "carafe", "--only", "fpn-carafe", "--json", str(path))
+    assert result.status == 1
+    written = json.loads(path.read_text(), parse_constant=pytest.fail)  # no Infinity, which is no JSON
+    assert written["complete"] is True
+    assert 0 < written["failed"] < written["total"]
+    assert all(sentence in result.out for sentence in written["sentences"])
+    assert any("no such kernel" in sentence for sentence in written["sentences"])
+    assert {row["operator"] for row in written["operators"]} == {"carafe"}
+    assert {row["error"] for row in written["operators"]} == {"inf"}
+    assert written["tested"] == {"cpu": title(CPU)}
+    assert written["doctor"]["versions"]["torch"] == version("torch")
+    assert written["doctor"]["system"]["torch"].startswith("PyTorch built with")
+    (model, *_) = written["models"]
+    assert (model["model"], model["device"], model["dtype"], model["right"]) == ("fpn-carafe", "cpu", "float32", True)
+    assert {stage["operator"] for stage in model["stages"]} >= {"conv2d", "carafe", "softmax"}
+    assert all(stage["error"] <= stage["tolerance"] <= 1e-4 for stage in model["stages"])
+    assert [row["result"] for row in model["results"]] == [f"level {level}" for level in range(4)]
+
+
+def test_what_was_found_is_written_before_the_next_part_begins(omniops, monkeypatch, tmp_path):
+    path = tmp_path / "selftest.json"
+    seen = []
+
+    def examine(model, device, dtype):
+        seen.append(json.loads(path.read_text()))
+        return Outcome(model.name, model.title, str(device), str(dtype), results={"level 0": 0.0})
+
+    monkeypatch.setattr(selftest, "examine", examine)
+    assert omniops("selftest", "--device", "cpu", "--only", "models", "--json", str(path)).status == 0
+    assert [len(each["models"]) for each in seen] == list(range(len(seen)))
+    assert not any(each["complete"] for each in seen)
+    assert json.loads(path.read_text())["complete"] is True
 
 
 def test_the_worst_error_stays():

@@ -2,65 +2,120 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
 from types import ModuleType
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from omniops import device as devices
 from omniops.backends import BACKENDS, cpu, reference
 from omniops.cli import cases
-from omniops.cli.common import EXTRAS, dtype_name, missing_packages, output
+from omniops.cli.common import EXTRAS, dtype_name, missing_packages, output, require_writable
 from omniops.dropin import LIBRARIES
 
 PACKAGES = ("omniops", "torch", "numpy", "triton")
 
 
-def doctor() -> None:
+def doctor(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything there, to attach to a report.")
+    ] = None,
+) -> None:
     """Show versions, devices, and the kernel that serves each operator on each device.
 
     Example: omniops doctor
     """
+    require_writable(json_file)
+    found = facts()
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     console = output()
     table = Table("", "", show_header=False, box=None)
-    for name, value in {**versions(), **machine()}.items():
+    for name, value in {**found["versions"], **found["machine"]}.items():
         table.add_row(name, value)
     console.print(table)
 
     table = Table("device", "name", "memory", box=SIMPLE_HEAD)
-    here = devices.found()
-    for device in here:
-        limit = devices.memory(device).limit
-        table.add_row(str(device), devices.title(device), "" if limit is None else f"{limit / 2**30:.1f} GiB")
+    for each in found["devices"]:
+        limit = each["memory"]
+        table.add_row(each["device"], each["name"], "" if limit is None else f"{limit / 2**30:.1f} GiB")
     console.print(table)
 
     table = Table("operator", "device", "found", "kernel", "dtypes", box=SIMPLE_HEAD)
-    types = {device.type for device in here}
-    for operator in operators():
-        for device_type in ("cpu", "cuda", "mps", *sorted(types - {"cpu", "cuda", "mps"})):
-            backend = serving(operator, device_type)
-            found = "yes" if device_type in types else "no"
-            table.add_row(operator, device_type, found, backend.TITLE, _names(cases.dtypes(operator, backend)))
-        table.add_row(operator, "any other", "", reference.TITLE, _names(cases.dtypes(operator, reference)))
+    for each in found["operators"]:
+        is_found = {True: "yes", False: "no", None: ""}[each["found"]]
+        table.add_row(each["operator"], each["device"], is_found, each["kernel"], ", ".join(each["dtypes"]))
     console.print(table)
 
-    served = {library: who_serves(library) for library in LIBRARIES}
-    columns = list(dict.fromkeys(device_type for servers, _ in served.values() for device_type in servers))
+    served = found["libraries"]
+    columns = list(dict.fromkeys(device_type for each in served for device_type in each["served by"]))
     caption = "Enabled in this process, which calls omniops.enable() for none: a program calls it for itself."
     table = Table("library", "version", "enabled", *columns, box=SIMPLE_HEAD, caption=caption, caption_justify="left")
-    for library, (servers, _) in served.items():
-        is_enabled = "yes" if LIBRARIES[library].enabled() else "no"
-        table.add_row(library, library_version(library), is_enabled, *(servers.get(each, "") for each in columns))
+    for each in served:
+        is_enabled = "yes" if each["enabled"] else "no"
+        servers = each["served by"]
+        table.add_row(each["library"], each["version"], is_enabled, *(servers.get(column, "") for column in columns))
     console.print(table)
 
-    for sentence in [*(why for _, why in served.values() if why), *missing(types), *missing_extras()]:
+    for sentence in found["remarks"]:
         console.print(sentence, style="yellow", markup=False, soft_wrap=True)
+
+
+def facts() -> dict[str, Any]:
+    """All that ``doctor`` knows, as JSON can hold it; memory in bytes."""
+    here = devices.found()
+    types = {device.type for device in here}
+    served = {library: who_serves(library) for library in LIBRARIES}
+    rows: list[tuple[str, str, bool | None, ModuleType]] = []
+    for operator in operators():
+        shown = ("cpu", "cuda", "mps", *sorted(types - {"cpu", "cuda", "mps"}))
+        rows += [(operator, each, each in types, serving(operator, each)) for each in shown]
+        rows.append((operator, "any other", None, reference))
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "system": _system(),
+        "packages": installed(name for packages in EXTRAS.values() for name in packages),
+        "devices": [
+            {
+                "device": str(device),
+                "name": devices.title(device),
+                "memory": devices.memory(device).limit,
+                "half precision": dtype_name(devices.autocast_dtype(device)),
+            }
+            for device in here
+        ],
+        "operators": [
+            {
+                "operator": operator,
+                "device": each,
+                "found": is_found,
+                "kernel": backend.TITLE,
+                "dtypes": [dtype_name(dtype) for dtype in cases.dtypes(operator, backend)],
+            }
+            for operator, each, is_found, backend in rows
+        ],
+        "libraries": [
+            {
+                "library": library,
+                "version": library_version(library),
+                "enabled": LIBRARIES[library].enabled(),
+                "served by": servers,
+            }
+            for library, (servers, _) in served.items()
+        ],
+        "remarks": [*(why for _, why in served.values() if why), *missing(types), *missing_extras()],
+    }
 
 
 def operators() -> list[str]:
@@ -117,6 +172,23 @@ def machine() -> dict[str, str]:
     return words
 
 
+def _system() -> dict[str, Any]:
+    """What a report of a wrong result needs beyond the versions."""
+    metal = torch.backends.mps
+    is_available = metal.is_available()
+    return {
+        "platform": platform.platform(),
+        "macos": platform.mac_ver()[0],
+        "torch": torch.__config__.show(),
+        "torch commit": torch.version.git_version,
+        "cuda": torch.version.cuda,
+        # As Metal calls it, which tells a virtual machine's GPU; older versions of torch do not ask.
+        "metal device": metal.get_name() if is_available and hasattr(metal, "get_name") else None,
+        "metal cores": metal.get_core_count() if is_available and hasattr(metal, "get_core_count") else None,
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(("PYTORCH_", "OMNIOPS_"))},
+    }
+
+
 def missing(device_types: Iterable[str]) -> list[str]:
     """For each backend that could serve a device of this machine and does not: what would change that."""
     sentences = []
@@ -157,7 +229,3 @@ def _serves(backend: ModuleType, device_type: str) -> bool:
 
 def _dispatch_key(device_type: str) -> str:
     return str(torch._C._dispatch_key_for_device(device_type))
-
-
-def _names(dtypes: Iterable[torch.dtype]) -> str:
-    return ", ".join(map(dtype_name, dtypes))

@@ -1,24 +1,45 @@
-"""``omniops selftest``: is every operator right on this machine?"""
+"""``omniops selftest``: is every operator right on this machine, and every model?"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+import faulthandler
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from omniops import device as devices
 from omniops.cli.cases import CASES, dtypes
 from omniops.cli.cases._types import Check
-from omniops.cli.common import DEVICE_NAMES, CommandError, choose_device, dtype_name, output, progress
-from omniops.cli.doctor import machine, serving, versions
+from omniops.cli.common import (
+    DEVICE_NAMES,
+    CommandError,
+    choose_device,
+    dtype_name,
+    output,
+    progress,
+    require_writable,
+)
+from omniops.cli.doctor import facts, machine, serving, versions
+from omniops.cli.selftest_models import Model, models
+from omniops.cli.selftest_outcomes import Outcome, examine
+from omniops.cli.selftest_stages import TOLERANCES
 
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-"""The largest error allowed, relative to the largest value of the right result. Results of integers are exact."""
+_GROUPS = ("operators", "models")
 
 
 @dataclass
@@ -35,74 +56,266 @@ class Worst:
             self.label = label
 
 
+class _Setting(NamedTuple):
+    """An operator or a model, on a device, in a dtype."""
+
+    device: torch.device
+    name: str
+    dtype: torch.dtype
+
+
+@dataclass
+class Report:
+    """What was found so far."""
+
+    tested: list[torch.device]
+    worst: dict[tuple[_Setting, str], Worst] = field(default_factory=dict)
+    """By operator and quantity."""
+    raised: list[str] = field(default_factory=list)
+    """What operators raised, in sentences."""
+    outcomes: list[Outcome] = field(default_factory=list)
+    """Of models."""
+    not_checked: list[str] = field(default_factory=list)
+    """What, and why, in sentences."""
+    runs: int = 0
+    is_complete: bool = False
+
+    @property
+    def total(self) -> int:
+        """The number of results."""
+        return len(self.worst) + len(self.outcomes)
+
+    @property
+    def failed(self) -> int:
+        """How many of them are wrong."""
+        wrong = sum(not entry.error <= _tolerance(setting) for (setting, _), entry in self.worst.items())
+        return wrong + sum(not outcome.is_right for outcome in self.outcomes)
+
+    @property
+    def sentences(self) -> list[str]:
+        """What went wrong where, and what was not checked."""
+        wrong = [outcome.sentence for outcome in self.outcomes if not outcome.is_right]
+        return [*self.not_checked, *self.raised, *wrong]
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return facts()
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for a file."""
+        return {
+            "complete": self.is_complete,
+            "failed": self.failed,
+            "total": self.total,
+            "sentences": self.sentences,
+            "operators": [
+                {
+                    "operator": setting.name,
+                    "device": str(setting.device),
+                    "kernel": serving(setting.name, setting.device.type).TITLE,
+                    "dtype": dtype_name(setting.dtype),
+                    "quantity": quantity,
+                    "error": entry.error,
+                    "tolerance": _tolerance(setting),
+                    "check": entry.label,
+                }
+                for (setting, quantity), entry in self.worst.items()
+            ],
+            "models": [outcome.as_json() for outcome in self.outcomes],
+            "tested": {str(each): devices.title(each) for each in self.tested},
+            "doctor": self._facts,
+        }
+
+
 def selftest(
     device: Annotated[
         str | None, typer.Option("--device", metavar="D", help=DEVICE_NAMES, show_default="every device found")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            metavar="NAME",
+            help="operators, models, or one by its name: "
+            + ", ".join([*(case.NAME for case in CASES), *(model.name for model in models(128))])
+            + ". May be given several times.",
+            show_default="all",
+        ),
+    ] = None,
+    image_size: Annotated[
+        int,
+        typer.Option(
+            "--image-size",
+            metavar="S",
+            min=32,
+            help="The side that SAM 2 resizes pictures to, a multiple of 32. People use 1024, which takes minutes and "
+            "gigabytes here.",
+        ),
+    ] = 128,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything there, to attach to a report.")
+    ] = None,
 ) -> None:
-    """Check every operator, in every dtype, forward and gradients, against an oracle in float64 or exact integers.
+    """Check operators and models, in every dtype, against the CPU in float64 or exact integers.
+
+    Operators: forward and gradients. Models: FPNCarafe, Faster and Mask R-CNN with CARAFE, and SAM 2 on an image and on
+    a video of three frames and two objects, with random weights. Each call of a PyTorch operator in them is compared
+    with the same call on the CPU in float64, so the first that differs is named, with the module that it is in; then
+    the results of an undisturbed run are compared with the CPU's in float32.
+
+    FILE is written after each part, so what was found stays where the process dies.
 
     Ends with status 1 if anything is wrong.
 
-    Example: omniops selftest --device cpu
+    Example: omniops selftest --device mps --json selftest.json
     """
-    tested = devices.found() if device is None else [choose_device(device)]
-    settings = [
-        (each, case, dtype)
-        for each in tested
-        for case in CASES
+    cases, chosen_models = _chosen(only, image_size)
+    require_writable(json_file)
+    report = Report(devices.found() if device is None else [choose_device(device)])
+    _say_where_it_dies()
+    console = output()
+    console.print(_header(report.tested), markup=False, soft_wrap=True)
+    with progress() as bar:
+        for _ in _checked(report, cases, chosen_models, bar):
+            _write(report, json_file)
+    report.is_complete = True
+    _write(report, json_file)
+    if report.total:
+        console.print(_table(report))
+    for sentence in report.sentences:
+        console.print(sentence, markup=False, soft_wrap=True)
+    if report.failed:
+        raise CommandError(f"{report.failed} of {report.total} results are wrong", status=1)
+    console.print(f"All {report.total} results are right in {report.runs} runs.")
+
+
+def _say_where_it_dies() -> None:
+    """Metal ends the process where it finds an error: then Python's stack goes to stderr."""
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
+        with suppress(OSError, ValueError):  # no file behind it
+            faulthandler.enable(sys.__stderr__)
+
+
+def _chosen(only: Sequence[str] | None, image_size: int) -> tuple[list[ModuleType], list[Model]]:
+    """The operators' cases and the models that were asked for."""
+    if image_size % 32:
+        raise CommandError(f"--image-size must be a multiple of 32, got {image_size}")
+    every_model = models(image_size)
+    names = [*_GROUPS, *(case.NAME for case in CASES), *(model.name for model in every_model)]
+    for name in only or ():
+        if name not in names:
+            raise CommandError(f"--only {name}: there are {', '.join(names)}")
+    wanted = set(only or _GROUPS)
+    return (
+        [case for case in CASES if wanted & {"operators", case.NAME}],
+        [model for model in every_model if wanted & {"models", model.name}],
+    )
+
+
+def _checked(
+    report: Report, cases: Sequence[ModuleType], chosen_models: Sequence[Model], bar: Progress
+) -> Iterator[None]:
+    """Fill the report; yields after each part of it."""
+    settings = {
+        _Setting(each, case.NAME, dtype): case
+        for each in report.tested
+        for case in cases
         for dtype in dtypes(case.NAME, serving(case.NAME, each.type))
-    ]
+    }
     lacking = {(each, dtype): None for each, _, dtype in settings if _lacks(each, dtype)}
-    jobs = [
-        (each, case.NAME, dtype, check)
-        for each, case, dtype in settings
-        if (each, dtype) not in lacking
+    report.not_checked += [f"Not checked: PyTorch has no {dtype_name(dtype)} on {each}." for each, dtype in lacking]
+    checks = [
+        (setting, check)
+        for setting, case in settings.items()
+        if (setting.device, setting.dtype) not in lacking
         for check in case.checks()
     ]
-    console = output()
-    console.print(_header(tested), markup=False, soft_wrap=True)
-    worst: dict[tuple[torch.device, str, torch.dtype, str], Worst] = {}
-    raised: dict[str, None] = {}
-    with progress() as bar:
-        task = bar.add_task("", total=len(jobs))
-        for each, name, dtype, check in jobs:
-            bar.update(task, description=f"{name} {each} {dtype_name(dtype)} {check.label}")
-            try:
-                found = errors(check, dtype, each)
-            except Exception as error:  # whatever a kernel raises is a finding
-                found = dict.fromkeys(_quantities(check, dtype), float("inf"))
-                line = str(error).strip().partition("\n")[0]
-                raised[f"{name} on {each}, {dtype_name(dtype)}, {check.label}: {type(error).__name__}: {line}"] = None
-            for quantity, value in found.items():
-                worst.setdefault((each, name, dtype, quantity), Worst()).add(value, check.label)
-            bar.advance(task)
+    missing = {model.name: why for model in chosen_models if (why := model.missing())}
+    report.not_checked += [f"Not checked: {name}: {why}" for name, why in missing.items()]
+    runs = [
+        (model, each, dtype)
+        for model in chosen_models
+        if model.name not in missing
+        for each in report.tested
+        for dtype in model.dtypes(each)
+    ]
+    report.runs = len(checks) + len(runs)
+    task = bar.add_task("", total=report.runs)
+    for setting, check in checks:
+        each, name, dtype = setting
+        bar.update(task, description=escape(f"{name} {each} {dtype_name(dtype)} {check.label}"))
+        _add(report, setting, check)
+        bar.advance(task)
+    yield
+    for model, each, dtype in runs:
+        bar.update(task, description=f"{model.name} {each} {dtype_name(dtype)}")
+        report.outcomes.append(examine(model, each, dtype))
+        bar.advance(task)
+        yield
 
-    table = Table("operator", "device", "kernel", "dtype", "", "worst error", "tolerance", "in", "", box=SIMPLE_HEAD)
-    failed = 0
+
+def _add(report: Report, setting: _Setting, check: Check) -> None:
+    """Run a check, and keep its errors where they are the worst."""
+    each, name, dtype = setting
+    try:
+        found = errors(check, dtype, each)
+    except Exception as error:  # whatever a kernel raises is a finding
+        found = dict.fromkeys(_quantities(check, dtype), float("inf"))
+        line = str(error).strip().partition("\n")[0]
+        sentence = f"{name} on {each}, {dtype_name(dtype)}, {check.label}: {type(error).__name__}: {line}"
+        if sentence not in report.raised:
+            report.raised.append(sentence)
+    for quantity, value in found.items():
+        report.worst.setdefault((setting, quantity), Worst()).add(value, check.label)
+
+
+def _tolerance(setting: _Setting) -> float:
+    return TOLERANCES.get(setting.dtype, 0.0)
+
+
+def _table(report: Report) -> Table:
+    table = Table("", "device", "kernel", "dtype", "", "worst error", "tolerance", box=SIMPLE_HEAD)
+    table.add_column("in", overflow="fold")
+    table.add_column()
     above: object = None
-    for (each, name, dtype, quantity), entry in worst.items():
-        tolerance = TOLERANCES.get(dtype, 0.0)
-        right = entry.error <= tolerance
-        failed += not right
-        head = (name, str(each), serving(name, each.type).TITLE, dtype_name(dtype))
-        table.add_row(
-            *(head if head != above else ("",) * len(head)),
-            quantity,
-            f"{entry.error:.1e}",
-            f"{tolerance:.0e}" if tolerance else "exact",
-            entry.label,
-            "[green]ok[/]" if right else "[bold red]WRONG[/]",
-        )
+
+    def add(head: tuple[str, ...], quantity: str, error: float, tolerance: float, label: str, right: bool) -> None:
+        nonlocal above
+        verdict = "[green]ok[/]" if right else "[bold red]WRONG[/]"
+        allowed = f"{tolerance:.0e}" if tolerance else "exact"
+        cells = (*(head if head != above else ("",) * len(head)), quantity, f"{error:.1e}", allowed, escape(label))
+        table.add_row(*cells, verdict)
         above = head
-    console.print(table)
-    for each, dtype in lacking:
-        console.print(f"Not checked: PyTorch has no {dtype_name(dtype)} on {each}.", markup=False, soft_wrap=True)
-    for sentence in raised:
-        console.print(sentence, markup=False, soft_wrap=True)
-    if failed:
-        raise CommandError(f"{failed} of {len(worst)} results are wrong", status=1)
-    console.print(f"All {len(worst)} results are right in {len(jobs)} runs.")
+
+    for (setting, quantity), entry in report.worst.items():
+        each, name, dtype = setting
+        head = (name, str(each), serving(name, each.type).TITLE, dtype_name(dtype))
+        tolerance = _tolerance(setting)
+        add(head, quantity, entry.error, tolerance, entry.label, entry.error <= tolerance)
+    for outcome in report.outcomes:
+        head = (outcome.model, outcome.device, "", outcome.dtype)
+        stage = outcome.found.first_wrong or outcome.found.worst
+        if stage is not None:
+            label = f"{stage.module}, {stage.operator}".removeprefix(", ")
+            add(head, "each stage", stage.error, stage.tolerance, label, outcome.found.first_wrong is None)
+        name = outcome.worst_result
+        error = outcome.results.get(name, float("inf"))
+        add(head, "results", error, outcome.tolerance, name or outcome.exception, outcome.results_are_right)
+    return table
+
+
+def _write(report: Report, path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(_plain(report.as_json()), indent=1) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no number that is not finite: these become words."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lacks(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,0 +1,384 @@
+"""Every operator that a model calls on a device, checked where it is called.
+
+While a model runs, each call of a PyTorch operator is followed by the same call on the CPU in float64, with the inputs
+that the device was given, in values and strides. So errors do not accumulate: what is wrong is the operator itself, and
+the first of them is named with the module that it is part of and the line that called it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from omniops.cli.common import dtype_name
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""The largest error of one operator, relative to the largest value of the right result, by the lowest precision among
+its inputs and results. Results of integers are exact."""
+
+_CPU_TIMES = 16
+"""An operator may be so many times less exact than the CPU in the same dtype, where that is more than the tolerance:
+where a result is the small difference of large numbers."""
+
+# What returns nothing that could be compared: numbers of Python, memory that nobody wrote, random numbers.
+_NOT_COMPARED = {
+    "bernoulli", "data_ptr", "device", "empty", "empty_like", "empty_strided", "item", "new_empty", "numpy",
+    "pin_memory", "rand", "randint", "randn", "requires_grad_", "resize_", "set_", "storage", "tolist",
+    "untyped_storage",
+}  # fmt: skip
+_OPERATORS = ("torch.", "torchvision.ops.", "omniops.ops.", "contextlib.", f"{__name__}.")
+# Which compute places in float32, where a difference in the last digit is that of their neighbour.
+_PLACES = {"interpolate": 10, "grid_sample": 10, "roi_align": 10}
+# Where float64 may decide otherwise than the dtype of the device: these are compared with the CPU in that dtype.
+_IN_OWN_DTYPE = {"nms", "roi_align"}
+_DUNDER_IN_PLACE = {
+    "__setitem__",
+    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")),
+}
+# Equal values may be in another order: indices are judged by the values at their places.
+_INDICES = {"argmax", "argmin", "argsort"}
+_COMPARISONS = {"gt", "ge", "lt", "le", "eq", "ne", "__gt__", "__ge__", "__lt__", "__le__", "__eq__", "__ne__"}
+_VALUES_AND_INDICES = {"max", "min", "sort", "topk", "median", "kthvalue", "mode", "cummax", "cummin"}
+
+
+@dataclass
+class Stage:
+    """One operator at one line of a module, and its worst error over all calls."""
+
+    module: str
+    """By its name in the model; empty between modules."""
+    operator: str
+    place: str
+    """The Python module, line and function that called it."""
+    dtype: str = ""
+    """The lowest precision among inputs and results."""
+    calls: int = 0
+    error: float = 0.0
+    tolerance: float = 0.0
+    right: bool = True
+    inputs: str = ""
+    """Of the worst call."""
+
+    @property
+    def name(self) -> str:
+        """As a report calls it."""
+        return f"{self.module + ', ' if self.module else ''}{self.operator} at {self.place}"
+
+    @property
+    def badness(self) -> float:
+        """By how much it is over its tolerance."""
+        return _badness(self.error, self.tolerance)
+
+    def add(self, error: float, tolerance: float, right: bool, dtype: str, inputs: Callable[[], str]) -> None:
+        """Keep the worst call."""
+        if not self.calls or (not right, _badness(error, tolerance)) > (not self.right, self.badness):
+            self.error, self.tolerance, self.right, self.dtype, self.inputs = error, tolerance, right, dtype, inputs()
+        self.calls += 1
+
+
+def _badness(error: float, tolerance: float) -> float:
+    return error / tolerance if tolerance else float("inf") if error else 0.0
+
+
+@dataclass
+class Found:
+    """What became of a model's operators."""
+
+    stages: dict[tuple[str, str, str], Stage] = field(default_factory=dict)
+    """In the order of their first calls."""
+    first_wrong: Stage | None = None
+    raising: Stage | None = None
+    """The operator that raised last."""
+    unchecked: Counter[str] = field(default_factory=Counter)
+    """Operators whose right result is not known, and why."""
+
+    @property
+    def worst(self) -> Stage | None:
+        """The stage that is most above its tolerance, or closest to it."""
+        return max(self.stages.values(), key=lambda stage: (not stage.right, stage.badness), default=None)
+
+
+@contextmanager
+def checked(model: nn.Module) -> Iterator[Found]:
+    """Check the operators that are called inside, by a model or around it."""
+    modules = _RunningModules(model)
+    mode = _CheckedMode(modules)
+    hooks = (register_module_forward_pre_hook(modules.enter), register_module_forward_hook(modules.leave))
+    try:
+        with mode:
+            yield mode.found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _RunningModules:
+    """Which module is running, by its name in the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {id(module): name for name, module in model.named_modules()}
+        lists = (nn.ModuleList, nn.ModuleDict)
+        self._lists = {name for name, module in model.named_modules() if isinstance(module, lists)}
+        self._running: list[str] = []
+        self._last = ""
+
+    def enter(self, module: nn.Module, _args: Any) -> None:
+        self._running.append(self._names.get(id(module), ""))
+
+    def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self._last = self._running.pop()
+
+    @property
+    def now(self) -> str:
+        """The innermost that runs; between two of them the one that the last of them is part of."""
+        name = next((name for name in reversed(self._running) if name), "")
+        if self._last.startswith(name):
+            # Of a module that is used by its parts, and never called itself.
+            part = self._last.rpartition(".")[0]
+            while part in self._lists:
+                part = part.rpartition(".")[0]
+            return max(name, part, key=len)
+        return name
+
+
+class _CheckedMode(TorchFunctionMode):
+    """Follows every call by that of the oracle."""
+
+    def __init__(self, modules: _RunningModules) -> None:
+        super().__init__()
+        self.found = Found()
+        self._modules = modules
+        self._weights: dict[tuple[int, torch.dtype | None], tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = _name(func)
+        if name in _NOT_COMPARED or name == "__get__" or (name == "view" and _has_dtype((args[1:], kwargs))):
+            return func(*args, **kwargs)
+        changed = _changed(name, args, kwargs)
+        before = self._oracles((args, kwargs), name) if changed is not None else None
+        try:
+            result = func(*args, **kwargs)
+        except Exception:
+            self.found.raising = self._stage(name)
+            raise
+        tensors = _tensors(result)
+        results = [*tensors, *([] if changed is None else [changed])]
+        if results and (changed is not None or not _are_views(tensors, _tensors((args, kwargs)))):
+            with torch.inference_mode():
+                exact_args, exact_kwargs = before or self._oracles((args, kwargs), name)
+                self._compare(name, func, args, kwargs, exact_args, exact_kwargs, results)
+        return result
+
+    def _oracles(self, values: Any, name: str) -> Any:
+        return _map(values, self._weights, None if name in _IN_OWN_DTYPE else torch.float64)
+
+    def _stage(self, name: str) -> Stage:
+        place = _place()
+        key = self._modules.now, name, place
+        return self.found.stages.setdefault(key, Stage(*key))
+
+    def _compare(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        exact_args: tuple[Any, ...],
+        exact_kwargs: dict[str, Any],
+        results: list[Tensor],
+    ) -> None:
+        stage = self._stage(name)
+        source = _raw(args[0]) if name in _INDICES | _VALUES_AND_INDICES and isinstance(args[0], Tensor) else None
+        try:
+            exact_result = func(*exact_args, **exact_kwargs)
+        except Exception as lacking:  # the CPU has no such operator, or none of float64
+            line = str(lacking).strip().partition("\n")[0]
+            self.found.unchecked[f"{name}: {type(lacking).__name__}: {line}"] += 1
+            return
+        changed = _changed(name, exact_args, exact_kwargs)
+        exact = [*_tensors(exact_result), *([] if changed is None else [changed])]
+        floating = [each for each in (*_tensors((args, kwargs)), *results) if each.is_floating_point()]
+        dtype = max((each.dtype for each in floating), key=lambda each: torch.finfo(each).eps, default=None)
+        copies = [_raw(each) for each in results]
+        if source is not None:
+            copies, exact = (_by_values(name, source, each, args, kwargs) for each in (copies, exact))
+        error = relative_error(copies, exact)
+        are_floating = any(each.is_floating_point() for each in exact)
+        tolerance = TOLERANCES[dtype] * _PLACES.get(name, 1) if dtype is not None and are_floating else 0.0
+        right = error <= tolerance
+        if not right and name in _COMPARISONS:  # a number of Python's is rounded before, or not
+            own_args, own_kwargs = _map((args, kwargs), self._weights, None)
+            error = relative_error(copies, _tensors(func(*own_args, **own_kwargs)))
+            right = not error
+        elif not right and tolerance and not _is_on_cpu(results[0]):
+            allowed = _CPU_TIMES * self._cpu_error(func, args, kwargs, exact, name)
+            if error <= allowed:
+                right, tolerance = True, allowed
+        stage.add(error, tolerance, right, dtype_name(dtype or results[0].dtype), lambda: _described((args, kwargs)))
+        if not right and self.found.first_wrong is None:
+            self.found.first_wrong = stage
+
+    def _cpu_error(self, func: Callable[..., Any], args: Any, kwargs: Any, exact: list[Tensor], name: str) -> float:
+        """That of the same call on the CPU in the same dtype; 0 where it does not know."""
+        if _changed(name, args, kwargs) is not None:
+            return 0.0  # the inputs are gone
+        try:
+            own_args, own_kwargs = _map((args, kwargs), self._weights, None)
+            return relative_error(_tensors(func(*own_args, **own_kwargs)), exact)
+        except Exception:
+            return 0.0
+
+
+def _name(func: Callable[..., Any]) -> str:
+    name = str(getattr(func, "__name__", func))
+    if getattr(func, "__module__", None) and str(func.__module__).startswith("torch._ops"):
+        return name.removesuffix(".default")
+    return name
+
+
+def _place() -> str:
+    """The innermost line of a caller that is no operator's own: neither of PyTorch, nor of this module."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not f"{module}.".startswith(_OPERATORS):
+            return f"{module}:{frame.f_lineno} ({frame.f_code.co_name})"
+        frame = frame.f_back
+    return "?"
+
+
+def _changed(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The tensor that a call writes into, if it does."""
+    out = kwargs.get("out")
+    if isinstance(out, Tensor):
+        return out
+    in_place = name in _DUNDER_IN_PLACE if name.startswith("__") else name.endswith("_")
+    in_place = in_place or kwargs.get("inplace") is True
+    return args[0] if in_place and args and isinstance(args[0], Tensor) else None
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All those in tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [tensor for each in value for tensor in _tensors(each)]
+
+
+def _is_on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _has_dtype(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return isinstance(value, torch.dtype)
+    return any(_has_dtype(each) for each in value)
+
+
+def _are_views(results: list[Tensor], inputs: list[Tensor]) -> bool:
+    """Whether the results are the memory of the inputs: nothing was computed."""
+    memory = {each.untyped_storage().data_ptr() for each in inputs}
+    return all(each.untyped_storage().data_ptr() in memory for each in results)
+
+
+def _map(value: Any, weights: dict[Any, tuple[Tensor, Tensor]], dtype: torch.dtype | None) -> Any:
+    """Arguments as the oracle gets them: on the CPU, floating ones in ``dtype`` if there is one, with their strides."""
+    if isinstance(value, nn.Parameter):
+        if (id(value), dtype) not in weights:
+            weights[id(value), dtype] = value, _raw(value, dtype)
+        return weights[id(value), dtype][1]
+    if isinstance(value, Tensor):
+        return _raw(value, dtype)
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    if isinstance(value, torch.dtype):
+        return dtype if dtype is not None and value.is_floating_point else value
+    if isinstance(value, str) and value.partition(":")[0] in ("cuda", "mps", "xpu"):
+        return "cpu"
+    if isinstance(value, Mapping):
+        return {name: _map(each, weights, dtype) for name, each in value.items()}
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return type(value)(_map(each, weights, dtype) for each in value)
+    return value
+
+
+def _raw(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor on the CPU, with the same strides: its whole memory is copied, because to copy a view is an operator
+    that may be wrong too."""
+    memory = tensor.detach()
+    count = memory.untyped_storage().nbytes() // memory.element_size()
+    flat = memory.as_strided((count,), (1,), 0).cpu()
+    if dtype is not None and flat.is_floating_point():
+        flat = flat.to(dtype)
+    if flat.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr():
+        flat = flat.clone()
+    return flat.as_strided(memory.shape, memory.stride(), memory.storage_offset())
+
+
+def _by_values(
+    name: str, source: Tensor, results: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """What stands at the places that results are the indices of."""
+    indices = results[-1]
+    if indices.is_floating_point() or (name in _VALUES_AND_INDICES and len(results) < 2):
+        return results
+    default = None if name in ("argmax", "argmin") else -1
+    dim = kwargs.get("dim", next((each for each in args[1:] if isinstance(each, int)), default))
+    if name == "topk":
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+    if dim is None:
+        return [source.flatten()[indices]]
+    keeps = indices.dim() == source.dim()
+    return [*results[:-1], source.take_along_dim(indices if keeps else indices.unsqueeze(dim), dim)]
+
+
+def relative_error(results: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest error, relative to the largest right value; infinite for other shapes and for what is no number."""
+    if [each.shape for each in results] != [each.shape for each in exact]:
+        return float("inf")
+    return max((_error(*pair) for pair in zip(results, exact, strict=True)), default=0.0)
+
+
+def _error(found: Tensor, right: Tensor) -> float:
+    if found.is_floating_point() != right.is_floating_point():
+        return float("inf")
+    if not found.numel():
+        return 0.0
+    found, right = found.double(), right.double()
+    error, largest = float((found - right).abs().max()), float(right.abs().max())
+    if error == error and largest < float("inf"):
+        return error / largest if largest else error and float("inf")
+    alike = (found == right) | (found.isnan() & right.isnan())
+    if alike.all():
+        return 0.0
+    if not found[~alike].isfinite().all() or not right[~alike].isfinite().all():
+        return float("inf")
+    return float((found - right)[~alike].abs().max() / right[right.isfinite()].abs().max())
+
+
+def _described(value: Any) -> str:
+    """The tensors of a call in words."""
+    return "; ".join(
+        f"{dtype_name(each.dtype)} {tuple(each.shape)}"
+        + ("" if each.is_contiguous() else f" with strides {each.stride()}")
+        + (f" from element {each.storage_offset()}" if each.storage_offset() else "")
+        for each in _tensors(value)
+    )
