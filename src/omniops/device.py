@@ -9,12 +9,15 @@ import re
 import subprocess
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
+
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
 
 FORCE_CPU = "SAM2_DEMO_FORCE_CPU_DEVICE"
 """The environment variable of SAM 2's web demo that makes ``auto`` the CPU."""
@@ -182,11 +185,36 @@ def memory(device: torch.device | str) -> Memory:
     return Memory(told("memory_allocated"), told("memory_reserved"), limit, told("max_memory_allocated"))
 
 
+def exclusive(device: torch.device | str) -> AbstractContextManager[Any]:
+    """A context in which one thread at a time is on Apple's GPU, and a thread may be once more; nothing elsewhere.
+
+    Up to 2.14 PyTorch ends the process where two threads use MPS at once (pytorch issue 197805). The predictors of
+    ``omniops.sam2``, ``synchronize`` and ``empty_cache`` enter it; so should whoever runs models in threads beside them.
+
+    Example:
+        >>> with exclusive("mps"):
+        ...     pass
+    """
+    return _mps if torch.device(device).type == "mps" else nullcontext()
+
+
+def exclusively(method: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """A method of an object that has a ``device``, within ``exclusive``."""
+
+    @functools.wraps(method)
+    def within(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        with exclusive(args[0].device):  # type: ignore[attr-defined]
+            return method(*args, **kwargs)
+
+    return within
+
+
 def synchronize(device: torch.device | str) -> None:
     """Wait until the device has done all that was asked of it; the CPU always has."""
     device = torch.device(device)
     if device.type not in _WITHOUT_MODULE:
-        torch.accelerator.synchronize(device)
+        with exclusive(device):
+            torch.accelerator.synchronize(device)
 
 
 def empty_cache(device: torch.device | str) -> None:
@@ -197,7 +225,8 @@ def empty_cache(device: torch.device | str) -> None:
     # Not torch.accelerator's: torch 2.7 has none, and some later ones fail on MPS.
     module = torch.get_device_module(device)
     if hasattr(module, "empty_cache"):
-        module.empty_cache()
+        with exclusive(device):
+            module.empty_cache()
 
 
 def manual_seed(device: torch.device | str, seed: int) -> None:
@@ -221,12 +250,13 @@ def title(device: torch.device) -> str:
 
 _forked_since_import = False
 _warning = threading.Lock()  # taken by whoever warns, and never given back
+_mps = threading.RLock()
 
 
 def _after_fork() -> None:
-    global _forked_since_import, _warning
+    global _forked_since_import, _mps, _warning
     _forked_since_import = True
-    _warning = threading.Lock()
+    _mps, _warning = threading.RLock(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork

@@ -6,11 +6,10 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 
-from omniops.sam2 import architectures, network
+from omniops.sam2 import architectures
 from omniops.sam2.mask_decoder import decode_masks
 from omniops.sam2.memory_attention import look_back
 
@@ -83,17 +82,3 @@ def test_masks(model, prompts, images, multimask, sharper, training):
     )
     for ours, theirs in zip(found, expected, strict=True):
         assert_alike(ours, theirs.squeeze(1))
-
-
-@torch.no_grad()
-def test_attention_by_hand_is_attention(model, monkeypatch):
-    pixels, calls = torch.randn(2, 3, SIDE, SIDE), []
-    attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *each: calls.append(each) or attention(*each))
-    expected, blocks = network.encode(model, pixels), len(calls)
-    monkeypatch.setitem(architectures._BY_HAND, "cpu", 8)
-    found = network.encode(model, pixels)
-    assert 0 < len(calls) - blocks < blocks
-    assert_alike(found.embedding, expected.embedding)
-    for ours, theirs in zip(found.fine, expected.fine, strict=True):
-        assert_alike(ours, theirs)

@@ -374,7 +374,7 @@ def test_objects_run_as_one_batch(models, clip, monkeypatch):
     alone = [masks for _, _, masks in predictor.propagate_in_video(state, start_frame_idx=2, max_frame_num_to_track=0)]
     assert sizes == [2, 2, 1, 1]
     sizes.clear()
-    monkeypatch.setattr(video_predictor, "_AT_ONCE_ON_CPU", video_predictor._AT_ONCE)
+    monkeypatch.setattr(video_predictor, "_AT_ONCE", {})
     batched = [
         masks for _, _, masks in predictor.propagate_in_video(state, start_frame_idx=2, max_frame_num_to_track=0)
     ]

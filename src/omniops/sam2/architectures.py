@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Sam2HieraDetConfig, Sam2VideoConfig, Sam2VideoModel, Sam2VisionConfig
 
+from omniops.sam2.attention import scaled_dot_product_attention
+
 IMAGE_SIZE = 1024
 """The side in pixels of the square that pictures are resized to."""
 
@@ -35,10 +37,6 @@ SIZES = {
 }
 LETTERS = dict(zip(SIZES, ("t", "s", "b+", "l"), strict=True))
 """How the official package's configurations call the sizes."""
-# How many queries are too few for PyTorch's attention. Its Metal kernel for up to 8, for heads of 96 as tiny and small
-# have them, goes wrong on what is not contiguous in 2.8 (pytorch issue 163597) and up to 2.11 (issue 181133), and reads
-# past the end where there are fewer than 32 keys (pull request 169222).
-_BY_HAND = {"mps": 8}
 VERSIONS = ("2.0", "2.1")
 """2.1 tells a hidden object from a seen one in the memory, and gives the pointers to objects a place in time."""
 
@@ -79,22 +77,14 @@ def _attend(attention: Any, hidden_states: Tensor, **_: Any) -> Tensor:
     heads = attention.num_attention_heads
     query, key, value = attention.qkv(hidden_states).unflatten(-1, (3, heads, -1)).flatten(1, 2).unbind(2)
     if attention.query_stride:
-        places = query.flatten(2).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        # A copy: in torch 2.7 and 2.8 MPS takes the view, whose strides are in the order of channels_last, for packed.
+        places = query.flatten(2).contiguous().unflatten(1, (height, width)).permute(0, 3, 1, 2)
         pooled = F.max_pool2d(places, attention.query_stride, attention.query_stride).permute(0, 2, 3, 1)
         height, width = pooled.shape[1:3]
         query = pooled.flatten(1, 2).unflatten(-1, (heads, -1))
-    attended = _attended(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    attended = scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     projected: Tensor = attention.proj(attended.transpose(1, 2).reshape(n, height, width, -1))
     return projected
-
-
-def _attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention, (N, heads, Q, D), (N, heads, K, D) and (N, heads, K, D) -> (N, heads, Q, D)."""
-    if query.shape[2] <= _BY_HAND.get(query.device.type, 0):
-        weights = (query @ key.transpose(2, 3) * query.shape[3] ** -0.5).softmax(dim=3)
-        result: Tensor = weights @ value
-        return result
-    return F.scaled_dot_product_attention(query, key, value)
 
 
 def cast(model: Sam2VideoModel, dtype: torch.dtype) -> Sam2VideoModel:

@@ -12,7 +12,7 @@ from transformers import Sam2VideoModel
 
 from omniops import device as devices
 from omniops.sam2.architectures import IMAGE_SIZE, LETTERS, SIZES, VERSIONS, cast, new
-from omniops.sam2.checkpoints import as_dtype, load
+from omniops.sam2.checkpoints import as_dtype, load, require_compiler
 from omniops.sam2.video_predictor import SAM2VideoPredictor
 
 
@@ -57,6 +57,8 @@ def build_sam2(
     size = next(size for size, letter in LETTERS.items() if letter == found[2])
     version = VERSIONS[found[1] is not None]
     place = devices.pick(device)
+    if compile_encoder:
+        require_compiler(place)
     if ckpt_path is None:
         model = cast(new(size, version, image_size=image_size or IMAGE_SIZE), as_dtype(dtype, place)).to(place)
         if compile_encoder:

@@ -87,7 +87,7 @@ def load(
         image_size: the side of the square that pictures are resized to, a multiple of 32; by default the model's own,
             1024. Less is faster and coarser.
         compile_encoder: have ``torch.compile`` make the image encoder faster, at its first picture, and in videos on
-            CUDA at the first batch of frames too: that takes minutes.
+            CUDA at the first batch of frames too: that takes minutes. On MPS torch 2.14 is needed.
 
     Returns:
         transformers' ``Sam2VideoModel`` in evaluation mode.
@@ -95,11 +95,13 @@ def load(
     Raises:
         FileNotFoundError: for a path where nothing is.
         ConnectionError: where the network or the hub cannot be reached.
-        ValueError: for files that are no checkpoint of SAM 2, tensors that are missing or left over, or arguments that
-            are none of the above.
+        ValueError: for files that are no checkpoint of SAM 2, tensors that are missing or left over, arguments that
+            are none of the above, or ``compile_encoder`` on MPS before torch 2.14.
     """
     place = devices.pick(device)
     precision = as_dtype(dtype, place)
+    if compile_encoder:
+        require_compiler(place)
     source = fspath(model)
     if re.match(r"\w+://", source):
         built = _meta(weights.fetch(source), image_size)
@@ -154,6 +156,20 @@ def require_model(model: object, argument: str) -> None:
         raise ValueError(
             f"{argument} must have float32 where precision matters, as in its norms, got {dtype} all over: "
             "omniops.sam2.load(..., dtype=...) has the rest in half precision"
+        )
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise where what ``torch.compile`` makes for the device is known to be wrong.
+
+    Raises:
+        ValueError: on MPS before torch 2.14, whose compiled layer norms are wrong (pytorch issue 191976).
+    """
+    version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+    if device.type == "mps" and version < (2, 14):
+        raise ValueError(
+            f"compile_encoder must be False on MPS before torch 2.14, whose compiled layer norms are wrong there, got "
+            f"True with torch {torch.__version__}"
         )
 
 

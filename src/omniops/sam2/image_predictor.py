@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from transformers import Sam2VideoModel
 
+from omniops import device as devices
 from omniops import fill_holes, remove_small_components
 from omniops.sam2 import network
 from omniops.sam2.checkpoints import Pretrained, require_model
@@ -28,6 +29,9 @@ _FILLED = 10.0
 
 class SAM2ImagePredictor(Pretrained):
     """Encodes a picture once, then gives the masks of as many prompts as are asked for.
+
+    Its methods may be called from several threads, on an Apple GPU too, where they wait for each other; the picture is
+    one for all of them.
 
     Args:
         sam_model: of ``omniops.sam2.load`` or ``build_sam2``.
@@ -74,6 +78,7 @@ class SAM2ImagePredictor(Pretrained):
         self._guides: list[Tensor] = []
         self._is_batch = False
 
+    @devices.exclusively
     def set_image(self, image: NDArray[Any] | Image) -> None:
         """Encode a picture.
 
@@ -87,6 +92,7 @@ class SAM2ImagePredictor(Pretrained):
         """
         self._encode([image], is_batch=False)
 
+    @devices.exclusively
     def set_image_batch(self, image_list: Sequence[NDArray[Any] | Image]) -> None:
         """Encode pictures, of any sizes, for ``predict_batch``; each as in ``set_image``."""
         if not isinstance(image_list, (list, tuple)):
@@ -95,6 +101,7 @@ class SAM2ImagePredictor(Pretrained):
             raise ValueError("image_list must not be empty")
         self._encode(image_list, is_batch=True)
 
+    @devices.exclusively
     def predict(
         self,
         point_coords: ArrayLike | None = None,
@@ -136,6 +143,7 @@ class SAM2ImagePredictor(Pretrained):
         prompts = self._prompts(0, normalize_coords, point_coords, point_labels, box, mask_input)
         return self._arrays(0, prompts, multimask_output, return_logits)
 
+    @devices.exclusively
     def predict_batch(
         self,
         point_coords_batch: Sequence[ArrayLike | None] | None = None,
@@ -167,6 +175,7 @@ class SAM2ImagePredictor(Pretrained):
         masks, scores, logits = zip(*results, strict=True)
         return list(masks), list(scores), list(logits)
 
+    @devices.exclusively
     def get_image_embedding(self) -> Tensor:
         """(N, 256, 64, 64), what the encoder makes of the N pictures that are set."""
         if self._features is None:

@@ -7,7 +7,7 @@ there is one, 16 MB at 1024; and it decodes four masks where three are asked for
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
 
 _SCORES_AT, _MASKS_AT = 1, 2  # the tokens: whether the object is there, scores, masks, then those of the prompt
@@ -48,18 +48,40 @@ def decode_masks(
     wide = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(wide) + fine[1]))
     wide = decoder.activation(decoder.upscale_conv2(wide) + fine[0])
 
-    scores = decoder.iou_prediction_head(queries[:, _SCORES_AT])
-    is_there = decoder.pred_obj_score_head(queries[:, 0])
+    scores = project_rows(decoder.iou_prediction_head, queries[:, _SCORES_AT])
+    is_there = project_rows(decoder.pred_obj_score_head, queries[:, 0])
     fall_back = decoder.dynamic_multimask_via_stability and not multimask and not decoder.training
     chosen = slice(1 if multimask else 0, None if multimask or fall_back else 1)
     found = queries[:, _MASKS_AT : _MASKS_AT + decoder.num_mask_tokens][:, chosen]
     weights = torch.stack(
-        [network(found[:, i]) for i, network in enumerate(decoder.output_hypernetworks_mlps[chosen])], dim=1
+        [project_rows(network, found[:, i]) for i, network in enumerate(decoder.output_hypernetworks_mlps[chosen])],
+        dim=1,
     )
-    logits, scores = (weights @ wide.flatten(2)).unflatten(2, wide.shape[-2:]), scores[:, chosen]
+    logits, scores = _product(weights, wide.flatten(2)).unflatten(2, wide.shape[-2:]), scores[:, chosen]
     if fall_back:
         logits, scores, found = *_stable(decoder, logits, scores), found[:, :1]
     return logits, scores, found, is_there
+
+
+def project_rows(module: nn.Module, rows: Tensor) -> Tensor:
+    """A perceptron of (N, C), on MPS of two rows where there is one.
+
+    Before torch 2.14 PyTorch loses the bias of a single row there, on macOS 26 (pytorch issue 188438).
+    """
+    if rows.device.type == "mps" and len(rows) == 1:
+        rows = rows.expand(2, -1).contiguous()
+        return module(rows)[:1]  # type: ignore[no-any-return]
+    return module(rows)  # type: ignore[no-any-return]
+
+
+def _product(weights: Tensor, wide: Tensor) -> Tensor:
+    """(B, M, C) and (B, C, P) -> (B, M, P), on MPS in parts of 2**15 columns.
+
+    Before macOS 14.4 a matrix product of more is wrong there (pytorch issue 116769).
+    """
+    if wide.device.type == "mps":
+        return torch.cat([weights @ part for part in wide.split(2**15, dim=2)], dim=2)
+    return weights @ wide
 
 
 def _stable(decoder: Sam2VideoMaskDecoder, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from transformers import Sam2VideoModel
 
+from omniops import device as devices
 from omniops.ops import _checks
 from omniops.sam2 import rle
 from omniops.sam2.checkpoints import Pretrained
@@ -133,6 +134,11 @@ class SAM2AutomaticMaskGenerator(Pretrained):
         self.use_m2m = use_m2m
         self.multimask_output = multimask_output
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.predictor.device
+
     def generate(
         self, image: NDArray[Any] | Image, *, progress: Callable[[int, int], object] | None = None
     ) -> list[dict[str, Any]]:
@@ -178,6 +184,7 @@ class SAM2AutomaticMaskGenerator(Pretrained):
             found = _best(found, 1 / torch.tensor([_area(each.crop) for each in found]), self.crop_nms_thresh)
         return [self._record(each, height, width) for each in found]
 
+    @devices.exclusively
     def _of(self, points: Tensor, crop: Box, size: tuple[int, int]) -> list[_Found]:
         """The masks of (B, 2) points in the crop that are good enough."""
         x0, y0, x1, y1 = crop

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Sam2VideoModel
 
 from omniops.sam2 import network
+from omniops.sam2.mask_decoder import project_rows
 from omniops.sam2.memory_attention import look_back
 
 NO_OBJECT = -1024.0
@@ -74,7 +75,7 @@ def segment(
     is_there = masks.object_logits > 0
     return Seen(
         torch.where(is_there[..., None, None], logits, NO_OBJECT),
-        _pointer(model, model.object_pointer_proj(masks.tokens[each, best]), is_there),
+        _pointer(model, project_rows(model.object_pointer_proj, masks.tokens[each, best]), is_there),
         masks.object_logits.float(),
     )
 
@@ -158,7 +159,8 @@ def condition(
         when = parts.new_zeros(len(pointers), width_of_memory)
         if model.config.enable_temporal_pos_encoding_for_object_pointers:
             sines = _sines(torch.tensor(pointers_since) / max(longest, 1), channels)
-            when = model.temporal_positional_encoding_projection_layer(network.sent(sines, embedding.device))
+            projection = model.temporal_positional_encoding_projection_layer
+            when = project_rows(projection, network.sent(sines, embedding.device))
         places = torch.cat((places, when.repeat_interleave(still // len(pointers), dim=0)))
     frame_places = _encoding(model.vision_encoder.neck.position_encoding, tuple(embedding.shape), embedding.device)
     frame = (embedding + _PLACES * frame_places).flatten(2).transpose(1, 2)

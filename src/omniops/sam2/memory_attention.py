@@ -12,9 +12,10 @@ import functools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMemoryAttention, Sam2VideoRoPEAttention
+
+from omniops.sam2.attention import scaled_dot_product_attention
 
 # Where the values of memories are projected after the attention: weights that add up to 1 leave it the same, and the
 # attention has a quarter of the channels to add up. Flash attention, of half precision and of the CPU, wants values as
@@ -73,7 +74,7 @@ def _attend(
     q = _turned(q, angles).to(q.dtype)
     count = k.shape[2] - still
     k[:, :, :count] = _turned(k[:, :, :count], angles)
-    attended = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v).transpose(1, 2).flatten(2)
+    attended = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     result: Tensor = attention.o_proj(attention.v_proj(attended) if after else attended)
     return result
 

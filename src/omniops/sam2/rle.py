@@ -44,7 +44,7 @@ def runs(masks: Tensor, corner: tuple[int, int] = (0, 0), size: tuple[int, int] 
     """The lengths of the runs of each mask, of background first, which may be none.
 
     Args:
-        masks: (K, h, w), bool, on any device, where all but a sort of the few places of change is done.
+        masks: (K, h, w), bool, on any device, which finds the few places of change; the rest is the CPU's.
         corner: where in the picture the masks lie: the x and y of their first pixel.
         size: the height and width of the picture; that of the masks where it is not given.
     """
@@ -54,10 +54,10 @@ def runs(masks: Tensor, corner: tuple[int, int] = (0, 0), size: tuple[int, int] 
     # columns; where nothing does, one run's end is the next one's beginning, and both go.
     changes = torch.empty((k, h + 1, w), dtype=torch.bool, device=masks.device)
     changes[:, 0], changes[:, h] = masks[:, 0], masks[:, -1]
-    torch.ne(masks[:, 1:], masks[:, :-1], out=changes[:, 1:h])
-    mask, y, x = changes.nonzero().unbind(1)
+    changes[:, 1:h] = masks[:, 1:] != masks[:, :-1]
+    mask, y, x = changes.nonzero().cpu().numpy().T
     pixels = height * width
-    places = (mask * (pixels + 1) + (x + corner[0]) * height + (y + corner[1])).sort().values.cpu().numpy()
+    places = np.sort(mask * (pixels + 1) + (x + corner[0]) * height + (y + corner[1]))
     meet = places[1:] == places[:-1]
     places = places[~(np.append(meet, False) | np.append(False, meet))] if len(places) else places
 

@@ -135,7 +135,7 @@ def _kernels(
             u, v = divmod(tap, k)
             near = (..., slice(first + u, last + u), None, slice(v * s, (v + w) * s))
             exponent = exponents[:, tap]
-            torch.sub(lengths[:, 0][near] - across[v], down[u].view(h, s, 1)[first:last], out=exponent)
+            exponent.copy_(lengths[:, 0][near] - across[v]).sub_(down[u].view(h, s, 1)[first:last])
             for channel in range(channels):
                 exponent.addcmul_(fine[:, channel], means[:, channel][near])
         yield first, exponents.softmax(1).view(n, k * k, r * s, w * s)

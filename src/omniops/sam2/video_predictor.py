@@ -46,6 +46,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import Sam2VideoModel
 
+from omniops import device as devices
 from omniops import fill_holes
 from omniops.sam2 import memory, network
 from omniops.sam2.checkpoints import Pretrained, require_model
@@ -59,8 +60,8 @@ go when the last of them does."""
 _ENCODED_AT_ONCE = {"cuda": 4}
 """How many frames are encoded as one batch, at most ``_FEATURES``; one elsewhere. CUDA has done the kernels of a small
 model before Python has begun the next."""
-_AT_ONCE, _AT_ONCE_ON_CPU = 8, 2
-"""How many objects run as one batch. The caches of a CPU do not hold more."""
+_AT_ONCE = {"cpu": 2, "mps": 2}
+"""How many objects run as one batch, 8 elsewhere. The caches of a CPU, and of most Apple GPUs, do not hold more."""
 _AHEAD = 8
 """How many frames are decoded before the model comes to them, 3 MB each at 1024."""
 _LOADERS = 4
@@ -129,8 +130,9 @@ class _Images(Sequence[Tensor]):
             return torch.stack([self[i] for i in index])
         loading = self._ahead.pop(index, None)
         pixels = loading.result() if loading else self._load(index)
-        pixels = pixels.to(self._device, non_blocking=self._device.type == "cuda")  # which has them pinned
-        return network.normalised(pixels.permute(2, 0, 1).contiguous() / 255)
+        with devices.exclusive(self._device):
+            pixels = pixels.to(self._device, non_blocking=self._device.type == "cuda")  # which has them pinned
+            return network.normalised(pixels.permute(2, 0, 1).contiguous() / 255)
 
     def load(self, indices: Sequence[int], pool: ThreadPoolExecutor) -> None:
         """Begin to decode frames that will be asked for next."""
@@ -196,6 +198,9 @@ class InferenceState:
 class SAM2VideoPredictor(Pretrained):
     """Follows objects through a video, from points, boxes or masks on any of its frames.
 
+    Its methods may be called from several threads, for states of their own. On an Apple GPU they wait for each other, a
+    frame of ``propagate_in_video`` at a time.
+
     Args:
         model: of ``omniops.sam2.load``.
         fill_hole_area: holes up to that many pixels of the low-resolution mask (a quarter of the resized frame) are
@@ -257,6 +262,7 @@ class SAM2VideoPredictor(Pretrained):
         frames = Frames(video_path)
         return InferenceState(frames, self.image_size, self.device, offload_video_to_cpu, offload_state_to_cpu)
 
+    @devices.exclusively
     @torch.inference_mode()
     def add_new_points_or_box(
         self,
@@ -321,6 +327,7 @@ class SAM2VideoPredictor(Pretrained):
         """``add_new_points_or_box`` by its older name."""
         return self.add_new_points_or_box(*args, **kwargs)
 
+    @devices.exclusively
     @torch.inference_mode()
     def add_new_mask(
         self, inference_state: InferenceState, frame_idx: int, obj_id: Hashable, mask: ArrayLike | Tensor
@@ -403,23 +410,16 @@ class SAM2VideoPredictor(Pretrained):
             order = range(start, min(start + count, state.num_frames - 1) + 1)
         with ThreadPoolExecutor(_LOADERS) as pool:
             for position, frame in enumerate(order, start=1):
-                tracked = [track for track in tracks.values() if frame not in track.conditioning]
+                coming = order[position : position + _AHEAD]
+                state._images.load([t for t in (frame, *coming) if t not in state._features], pool)
                 try:
-                    coming = order[position : position + _AHEAD]
-                    state._images.load([t for t in (frame, *coming) if t not in state._features], pool)
-                    features = self._features(state, frame, coming) if tracked else None
-                    if features is not None:
-                        self._track(state, tracked, frame, features, reverse)
+                    masks = self._propagate(state, tracks, frame, coming, reverse)
                 except FrameError as error:
                     warnings.warn(f"the masks end before frame {frame} of {len(state.frames)}: {error}", stacklevel=2)
                     return
-                for track in tracks.values():
-                    if frame in track.conditioning and self.clear_non_cond_mem_around_input:
-                        self._forget_around(track, frame)
-                    track.reverse[frame] = reverse
-                outputs = [track.conditioning.get(frame) or track.others[frame] for track in tracks.values()]
-                yield frame, list(tracks), self._resized(state, outputs)
+                yield frame, list(tracks), masks
 
+    @devices.exclusively
     @torch.inference_mode()
     def clear_all_prompts_in_frame(
         self, inference_state: InferenceState, frame_idx: int, obj_id: Hashable, need_output: bool = True
@@ -441,6 +441,7 @@ class SAM2VideoPredictor(Pretrained):
             return None
         return frame, state.obj_ids, self._masks_on(state, frame, _is_new(state, frame))
 
+    @devices.exclusively
     @torch.inference_mode()
     def remove_object(
         self, inference_state: InferenceState, obj_id: Hashable, strict: bool = False, need_output: bool = True
@@ -474,6 +475,20 @@ class SAM2VideoPredictor(Pretrained):
         state = _a_state(inference_state)
         state._tracks.clear()
         state._features.clear()
+
+    @devices.exclusively
+    def _propagate(
+        self, state: InferenceState, tracks: dict[Any, _Track], frame: int, coming: Sequence[int], reverse: bool
+    ) -> Tensor:
+        """Track the objects to a frame: their masks there, (N, 1, H, W)."""
+        tracked = [track for track in tracks.values() if frame not in track.conditioning]
+        if tracked:
+            self._track(state, tracked, frame, self._features(state, frame, coming), reverse)
+        for track in tracks.values():
+            if frame in track.conditioning and self.clear_non_cond_mem_around_input:
+                self._forget_around(track, frame)
+            track.reverse[frame] = reverse
+        return self._resized(state, [track.conditioning.get(frame) or track.others[frame] for track in tracks.values()])
 
     def _features(self, state: InferenceState, frame: int, coming: Sequence[int] = ()) -> network.Features:
         """Those of a frame; where they have to be made, also those of frames that come next, as one batch."""
@@ -527,7 +542,7 @@ class SAM2VideoPredictor(Pretrained):
     ) -> None:
         """Find objects without prompts on a frame, those that look back at the same frames as one batch."""
         most = self._most_pointers(state)
-        at_once = _AT_ONCE_ON_CPU if self.device.type == "cpu" else _AT_ONCE
+        at_once = _AT_ONCE.get(self.device.type, 8)
         alike: dict[Any, list[_Track]] = {}
         for track in tracks:
             self._shelve(state, track, _RECENT - 1)  # for speed: it waits for the device, so before that is given work

@@ -1,0 +1,58 @@
+"""Scaled dot product attention, kept clear of what PyTorch's own gets wrong on MPS.
+
+What PyTorch's reports say, none of it seen on Apple hardware by us:
+
+- Where no kernel is made for the width of a head, and before torch 2.13 everywhere, the whole matrix of scores is made
+  (pytorch issue 149261): memory runs out, and at 4 GiB the process ends. So queries are taken in slices.
+- An expanded query or key may be read wrongly (180201).
+- The kernel for up to 8 queries is wrong on what is not contiguous (163597, 181133) and reads past the end of fewer
+  than 32 keys (169222), in torch 2.8 to 2.11.
+- torch 2.13's kernel for half precision on macOS 26 scrambles its result (191794).
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_SCORES = 2**28
+"""Bytes of float32 scores at once on MPS: what a chip's last cache and the smallest machines hold."""
+_FEW_QUERIES = 8
+
+
+def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of B batches, or of one query for all of them.
+
+    Args:
+        query: (B or 1, heads, Q, D)
+        key: (B, heads, K, D)
+        value: (B, heads, K, D)
+
+    Returns:
+        (B, heads, Q, D)
+    """
+    query = query.expand(len(key), -1, -1, -1)
+    if query.device.type != "mps":
+        return F.scaled_dot_product_attention(query, key, value)
+    at_once = max(1, MAX_SCORES // (4 * query.shape[:2].numel() * key.shape[2]))
+    slices = query.chunk(-(-query.shape[2] // at_once), dim=2)  # of about one size: few queries have their own kernel
+    by_hand = slices[-1].shape[2] <= _FEW_QUERIES or (query.dtype != torch.float32 and _scrambles_half())
+    attend = _by_hand if by_hand else F.scaled_dot_product_attention
+    attended = [attend(each.contiguous(), key, value) for each in slices]
+    return torch.cat(attended, dim=2) if len(attended) > 1 else attended[0]
+
+
+def _by_hand(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
+    attended: Tensor = scores.softmax(dim=3) @ value
+    return attended
+
+
+@functools.cache
+def _scrambles_half() -> bool:
+    macos = platform.mac_ver()[0].partition(".")[0]
+    return torch.__version__.startswith("2.13.") and macos.isdecimal() and int(macos) >= 26
