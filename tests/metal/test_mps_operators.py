@@ -1,0 +1,169 @@
+"""The operators, the modules made of them and the detectors on the pretended MPS device, at the sizes of real networks.
+
+What PyTorch's operators are given between the Metal kernels is held to the rules of mps_rules.py. Gradients run on the
+device "meta", which counts as MPS here: autograd does not know the pretended one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from mps_device import mps_device
+from mps_rules import RuleError
+from torch import Tensor
+
+import omniops
+from omniops import nn
+from omniops.backends.mps import deform_conv2d as metal
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+
+
+@pytest.fixture
+def rules() -> Iterator[torch.device]:
+    with mps_device(values=False) as device:
+        yield device
+
+
+def leaf(*shape: int, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout).requires_grad_()
+
+
+def differentiate(result: Tensor, *leaves: Tensor) -> None:
+    for gradient, each in zip(torch.autograd.grad(result.sum(), leaves), leaves, strict=True):
+        assert gradient.shape == each.shape
+        assert gradient.dtype == each.dtype
+
+
+@pytest.mark.parametrize("shape", [(2, 256, 100, 152), (1, 256, 64, 64), (8, 256, 64, 64)])
+@dtypes
+@layouts
+def test_carafe(rules, shape, dtype, layout):
+    n, c, h, w = shape
+    features = leaf(n, c, h, w, dtype=dtype, layout=layout)
+    masks = leaf(n, 25, 2 * h, 2 * w, dtype=dtype, layout=layout)
+    differentiate(omniops.carafe(features, masks, 5, 1, 2), features, masks)
+    masks = leaf(n, 25, h // 2, w // 2, dtype=dtype, layout=layout)
+    differentiate(omniops.carafe_downsample(features, masks, 5, 1, 2), features, masks)
+
+
+# Those of docs/metal.md and of real networks: N, C, H, W, C_out, offset groups, weight groups.
+DEFORMABLE = [
+    (2, 256, 100, 152, 256, 1, 1),
+    (8, 64, 128, 128, 64, 1, 1),
+    (1, 64, 180, 320, 64, 16, 1),
+    (8, 128, 80, 80, 128, 1, 1),
+    (1, 32, 256, 256, 32, 1, 1),
+    (4, 512, 32, 32, 512, 4, 1),
+    (2, 1024, 50, 76, 1024, 1, 32),
+]
+
+
+def deform(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> None:
+    n, c, h, w, c_out, offset_groups, groups = shape
+    input = leaf(n, c, h, w, dtype=dtype, layout=layout)
+    offset, mask = leaf(n, offset_groups * 18, h, w, dtype=dtype), leaf(n, offset_groups * 9, h, w, dtype=dtype)
+    weight, bias = leaf(c_out, c // groups, 3, 3, dtype=dtype), leaf(c_out, dtype=dtype)
+    result = omniops.deform_conv2d(input, offset, weight, bias, padding=1, mask=mask)
+    differentiate(result, input, offset, weight, bias, mask)
+
+
+@pytest.mark.parametrize("shape", DEFORMABLE)
+@dtypes
+@layouts
+def test_deform_conv2d(rules, shape, dtype, layout):
+    deform(shape, dtype, layout)
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape", "fault"),
+    [
+        ({"longest_sum": None, "most_bytes": 2**27}, (8, 64, 128, 128, 64, 1, 1), "a large side of a product"),
+        ({"longest_sum": 32768, "most_bytes": 2**27}, (1, 32, 256, 256, 32, 1, 1), "a long reduction"),
+        ({"longest_sum": None}, (2, 4096, 25, 38, 32, 1, 1), "a long reduction"),
+        ({"products_into_views": True}, (2, 256, 100, 152, 256, 1, 1), "a result that is a view"),
+        ({"check": lambda *_: None}, (40, 64, 1024, 1024, 64, 1, 1), "more elements than MPS can address"),
+    ],
+)
+def test_a_planted_fault_of_deform_conv2d_is_found(rules, fields, shape, fault):
+    kept = {name: getattr(metal._COLUMNS, name) for name in fields}
+    for name, value in fields.items():
+        object.__setattr__(metal._COLUMNS, name, value)  # which is frozen, and whose methods the dispatcher has
+    try:
+        with pytest.raises(RuleError, match=f": {fault}: "):
+            deform(shape, torch.float32, torch.channels_last)
+    finally:
+        for name, value in kept.items():
+            object.__setattr__(metal._COLUMNS, name, value)
+
+
+def test_connected_components(rules):
+    mask = torch.empty(3, 1, 1080, 1920, dtype=torch.bool, device=rules)
+    labels, counts = omniops.connected_components(mask)
+    assert labels.shape == counts.shape == mask.shape
+    logits = torch.empty(64, 1, 256, 256, device=rules)
+    assert omniops.fill_holes(logits, 8).shape == logits.shape
+    assert omniops.remove_small_components(logits > 0, 8).dtype == torch.bool
+
+
+MODULES = {
+    "CARAFEPack": lambda: nn.CARAFEPack(256, scale_factor=2),
+    "DeformConv2dPack": lambda: nn.DeformConv2dPack(256, 256, 3, padding=1),
+    "ModulatedDeformConv2d": lambda: nn.ModulatedDeformConv2d(256, 256, 3, padding=1),
+}
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+@layouts
+def test_modules(rules, module, layout):
+    made = module().to("meta")
+    x = leaf(2, 256, 100, 152, dtype=torch.float32, layout=layout)
+    differentiate(made(x), x, *made.parameters())
+    with torch.inference_mode(), torch.autocast("mps", dtype=torch.float16):
+        result = module().to(rules)(torch.empty(2, 256, 100, 152, device=rules, memory_format=layout))
+    assert result.dtype == torch.float16
+
+
+@pytest.mark.parametrize("neck", [nn.FPNCarafe, nn.PAFPNCarafe])
+@layouts
+def test_necks(rules, neck, layout):
+    channels = [256, 512, 1024, 2048]
+    sizes = [(200, 304), (100, 152), (50, 76), (25, 38)]
+    made = neck(channels, 256, num_outs=5).to("meta")
+    levels = [leaf(2, c, *size, dtype=torch.float32, layout=layout) for c, size in zip(channels, sizes, strict=True)]
+    results = made(levels)
+    differentiate(sum(result.sum() for result in results), *levels, *made.parameters())
+
+
+detection = pytest.importorskip("omniops.detection", exc_type=ImportError, reason="needs torchvision")
+BUILDERS = [detection.faster_rcnn_resnet50_fpn_carafe, detection.mask_rcnn_resnet50_fpn_carafe]
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["float32", "autocast"])
+def test_detectors_detect(rules, build, dtype):
+    model = build(num_classes=91, box_score_thresh=-1.0).to(rules).eval()
+    pictures = [torch.empty(3, 800, 1333, device=rules), torch.empty(3, 640, 480, device=rules)]
+    with torch.inference_mode(), torch.autocast("mps", dtype=dtype, enabled=dtype is not None):
+        first, _ = model(pictures)
+    assert len(first["boxes"]) == 2
+    if "masks" in first:
+        assert first["masks"].shape == (2, 1, 800, 1333)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_detectors_train(rules, build):
+    model = build(num_classes=91).to("meta").train()
+    target = {
+        "boxes": torch.empty(5, 4, device="meta"),
+        "labels": torch.empty(5, dtype=torch.int64, device="meta"),
+        "masks": torch.empty(5, 800, 1216, dtype=torch.uint8, device="meta"),
+    }
+    losses = model([torch.empty(3, 800, 1216, device="meta")] * 2, [target, dict(target)])
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
