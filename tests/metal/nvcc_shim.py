@@ -126,9 +126,9 @@ def _translation_unit(shader: parser.Shader) -> str:
 
     spaces = {"device": "", "constant": "const", "threadgroup": "", "thread": ""}
     body = shader.render(declare, function="__device__ ", instantiations=False, words=spaces)
-    parts = ["#include <metal_stdlib>\nnamespace metal {\n", body, "\n}  // namespace metal\n"]
+    parts = ["#include <metal_stdlib>\nnamespace metal {\n", body]
     for i, kernel in enumerate(shader.kernels):
-        function = f"metal::{kernel.function}"
+        function = kernel.function
         kind = f"shim_function_{i}"
         parts.append(f"using {kind} = metal::host::Kernel<decltype(&{function})>;\n")
         rows = [f"{kind}::BufferAt<{kernel.parameters.index(p)}>::parameter" for p in kernel.buffers]
@@ -160,4 +160,6 @@ def _translation_unit(shader: parser.Shader) -> str:
         'extern "C" const int shim_nvcc[] = {__CUDACC_VER_MAJOR__, __CUDACC_VER_MINOR__, __CUDACC_VER_BUILD__};\n'
     )
     parts.append(f'extern "C" const char* const shim_kernels = R"json({json.dumps(described)})json";\n')
+    # The arguments of the kernels' templates too may be names of the source, so its namespace is closed here only.
+    parts.append("}  // namespace metal\n")
     return "".join(parts)

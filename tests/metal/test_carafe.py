@@ -97,6 +97,16 @@ def test_doubling(operator: str, dtype: torch.dtype, case: tuple[int, ...]) -> N
 
 
 @dtypes
+@operators
+@pytest.mark.parametrize("case", [*GENERAL[::5], *GENERAL[-5:], *DOUBLING[::3]], ids=str)
+def test_offsets_of_64_bits(
+    operator: str, dtype: torch.dtype, case: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metal, "WIDE_ELEMENTS", 1)
+    check(operator, *inputs(operator, dtype, case))
+
+
+@dtypes
 @pytest.mark.parametrize("case", [(2, 20, 5, 6, 5, 2, 2, 1), (1, 13, 3, 9, 3, 1, 2, 1)], ids=str)
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
 def test_channels_split_among_lanes(
@@ -154,7 +164,11 @@ def test_the_order_of_threads_changes_no_bit(operator: str, case: tuple[int, ...
 )
 def test_what_is_not_finite_spoils_only_what_depends_on_it(operator: str, poison: float, case: tuple[int, ...]) -> None:
     tensors, numbers = inputs(operator, torch.float32, case)
-    for i, place in product(range(2), ((0, 0, 0, 0), (0, -1, -1, -1), (0, 0, 2, -1))):
+    taps = case[4] ** 2
+    places = [(0, c, y, x) for c in (0, taps // 2, -1) for y in (0, 2, -1) for x in (0, -1)]
+    # The masks of the first and the last column of taps, which lie beside the map at its borders.
+    places += [(0, c, 2, x) for c in (taps // 2 - case[4] // 2, taps // 2 + case[4] // 2) for x in (0, 1, -2, -1)]
+    for i, place in ((i, place) for i in range(2) for place in places if place[1] < tensors[i].shape[1]):
         spoilt = tensors.copy()
         spoilt[i] = tensors[i].clone()
         spoilt[i][place] = poison
@@ -188,10 +202,12 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorder
 
 
-def test_the_cases_above_launch_every_kernel(recorder: Recorder) -> None:
-    for operator, case in product(OPERATORS[Carafe], GENERAL + DOUBLING):
-        tensors, numbers = inputs(operator, torch.float32, case, device="meta")
-        getattr(metal, operator)(*tensors, *numbers)
+def test_the_cases_above_launch_every_kernel(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for most in (metal.WIDE_ELEMENTS, 1):
+        monkeypatch.setattr(metal, "WIDE_ELEMENTS", most)
+        for operator, case in product(OPERATORS[Carafe], GENERAL + DOUBLING):
+            tensors, numbers = inputs(operator, torch.float32, case, device="meta")
+            getattr(metal, operator)(*tensors, *numbers)
     launched = {launch[0] for launch in recorder.launches}
     assert all(launched == set(dir(library("carafe", dtype))) for dtype in METAL_TYPES)
 
@@ -251,13 +267,24 @@ def test_a_stride_beyond_32_bits_leaves_one_centre(operator: str) -> None:
 
 
 @operators
-@pytest.mark.parametrize(("pixels", "doubling"), [(2**25 - 1, "_doubling_k5_odd"), (2**25, ""), (2**25 + 1, "")])
-def test_planes_that_32_bits_do_not_reach_go_to_the_general_kernels(
-    operator: str, pixels: int, doubling: str, recorder: Recorder
+@pytest.mark.parametrize(
+    ("case", "variant"),
+    [
+        ((1, 8, 1, 2**24 - 2**19, 5, 1, 2, 1), "_doubling_k5_even"),  # the masks, and 8 planes more, are the largest
+        ((1, 8, 1, 2**24, 5, 1, 2, 1), "_wide"),
+        ((1, 2**10, 2**9, 2**9, 3, 1, 2, 1), "_doubling_k3_even"),  # the result
+        ((1, 2**11 - 8, 2**9, 2**9, 3, 1, 2, 1), "_wide"),
+        ((1, 2**11 - 9, 2**10, 2**10, 1, 1, 1, 2), ""),  # the features
+        ((1, 2**11 - 8, 2**10, 2**10, 1, 1, 1, 2), "_wide"),
+    ],
+    ids=str,
+)
+def test_tensors_that_32_bits_do_not_reach_go_to_the_wide_kernels(
+    operator: str, case: tuple[int, ...], variant: str, recorder: Recorder
 ) -> None:
-    tensors, numbers = inputs(operator, torch.float32, (1, 8, 1, pixels, 5, 1, 2, 1), device="meta")
+    tensors, numbers = inputs(operator, torch.float32, case, device="meta")
     getattr(metal, operator)(*tensors, *numbers)
-    assert [launch[0] for launch in recorder.launches] == [f"{operator}{doubling}"]
+    assert [launch[0] for launch in recorder.launches] == [f"{operator}{variant}"]
 
 
 def test_the_source_is_ascii() -> None:
@@ -269,6 +296,12 @@ def test_the_source_is_ascii() -> None:
 def test_the_launch_code_and_the_kernels_agree(name: str) -> None:
     (value,) = re.findall(rf"constant constexpr int {name} = (\d+);", SOURCE)
     assert int(value) == getattr(metal, name)
+
+
+@dtypes
+def test_the_launch_code_and_carafe_doubling_agree(dtype: torch.dtype) -> None:
+    ((float_channels, half_channels),) = re.findall(r"FORWARD_CHANNELS = sizeof\(T\) == 4 \? (\d+) : (\d+);", SOURCE)
+    assert int(float_channels if dtype.itemsize == 4 else half_channels) == metal.forward_channels(dtype)
 
 
 def test_every_dtype_of_the_backend_has_kernels() -> None:

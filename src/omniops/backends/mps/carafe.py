@@ -4,6 +4,9 @@ The kernels read and write contiguous tensors. Inputs of another layout are copi
 first argument is channels_last.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from omniops.backends import empty, memory_format
@@ -11,17 +14,16 @@ from omniops.backends.mps._library import library
 
 # These stand in carafe.metal too, which says what they are.
 CHANNELS = 8
-ROWS = 4
+ROWS = 2
 TAPS = 4
 SIMD = 32
 DOUBLING_KERNEL_SIZES = (3, 5)
 
-# A simdgroup is 16 wide and 2 high, so that the rows that it reads overlap; the simdgroups of a threadgroup differ in
-# their channels, so that they find each other's masks in the cache.
-GROUP = (16, 2, 8)
+# Tensors of so many elements go to the general kernels that take 64-bit offsets.
+WIDE_ELEMENTS = 2**31
 
 # carafe_backward_masks_doubling splits the channels among lanes until there are this many simdgroups, or MAX_SPLITS.
-ENOUGH_SIMDGROUPS = 4096
+ENOUGH_SIMDGROUPS = 8192
 MAX_SPLITS = 8
 
 
@@ -31,16 +33,19 @@ def carafe(
     """(N, C, H, W), (N, G*k*k, H*s/t, W*s/t) -> (N, C, H*s/t, W*s/t)."""
     n, c, h, w = features.shape
     rows, columns = masks.shape[2:]
+    shape = (n, c, rows, columns)
     check_sizes(features=features.shape, masks=masks.shape)
-    doubling = _doubling(c, h, w, group_size, kernel_size, scale_factor, stride)
-    blocks = n * group_size * _blocks(c // group_size, CHANNELS)
+    variant = _variant((features.shape, masks.shape, shape), c, w, group_size, kernel_size, scale_factor, stride)
+    doubling = variant.startswith("_doubling")
+    own = forward_channels(features.dtype) if doubling else CHANNELS
+    blocks = n * group_size * _blocks(c // group_size, own)
     return _launch(
-        f"carafe{doubling}",
+        f"carafe{variant}",
         (features, masks),
-        (n, c, rows, columns),
+        shape,
         [n * group_size, c // group_size, h, w, kernel_size, scale_factor, _narrowed(stride, h, w)],
         threads=((w + 1) // 2, h, blocks) if doubling else (columns, rows, blocks),
-        group_size=GROUP,
+        group_size=_group(blocks),
     )
 
 
@@ -58,15 +63,16 @@ def carafe_backward_features(
     n, c = grad.shape[:2]
     shape = (n, c, height, width)
     check_sizes(grad=grad.shape, masks=masks.shape, features=shape)
-    doubling = _doubling(c, height, width, group_size, kernel_size, scale_factor, stride)
+    variant = _variant((grad.shape, masks.shape, shape), c, width, group_size, kernel_size, scale_factor, stride)
+    doubling = variant.startswith("_doubling")
     blocks = n * group_size * _blocks(c // group_size, CHANNELS)
     return _launch(
-        f"carafe_backward_features{doubling}",
+        f"carafe_backward_features{variant}",
         (grad, masks),
         shape,
         [n * group_size, c // group_size, height, width, kernel_size, scale_factor, _narrowed(stride, height, width)],
         threads=((width + 1) // 2, _blocks(height, ROWS), blocks) if doubling else (width, height, blocks),
-        group_size=GROUP,
+        group_size=_group(blocks),
     )
 
 
@@ -80,7 +86,8 @@ def carafe_backward_masks(
     check_sizes(grad=grad.shape, features=features.shape, masks=shape)
     groups = n * group_size
     sizes = [groups, c // group_size, h, w]
-    if doubling := _doubling(c, h, w, group_size, kernel_size, scale_factor, stride):
+    variant = _variant((grad.shape, features.shape, shape), c, w, group_size, kernel_size, scale_factor, stride)
+    if variant.startswith("_doubling"):
         pairs = (w + 1) // 2 * h
         splits = 1
         while splits < MAX_SPLITS and pairs * splits * kernel_size * groups < ENOUGH_SIMDGROUPS * SIMD:
@@ -91,16 +98,16 @@ def carafe_backward_masks(
     else:
         sizes += [kernel_size, scale_factor, _narrowed(stride, h, w)]
         threads = (columns, rows, groups * kernel_size * _blocks(kernel_size, TAPS))
-        group = GROUP
-    name = f"carafe_backward_masks{doubling}"
+        group = _group(threads[2])
+    name = f"carafe_backward_masks{variant}"
     return _launch(name, (grad, features), shape, sizes, threads=threads, group_size=group)
 
 
 def check_sizes(**shapes: tuple[int, ...]) -> None:
     """Raise ValueError for a shape (N, C, H, W) whose planes, or whose number of planes, the kernels cannot index.
 
-    They take 32-bit offsets within the planes of eight channels and 64-bit ones beyond: the number of elements as a
-    whole has no limit.
+    They take 32-bit offsets within the planes of eight channels, and 64-bit ones where a tensor needs these: the number
+    of elements as a whole has no limit.
     """
     for name, shape in shapes.items():
         n, c, h, w = shape
@@ -115,12 +122,37 @@ def _narrowed(stride: int, height: int, width: int) -> int:
     return min(stride, max(height, width))
 
 
-def _doubling(c: int, h: int, w: int, group_size: int, kernel_size: int, scale_factor: int, stride: int) -> str:
-    """What the name of the kernels made for this case has more than the general ones', empty where there are none."""
+def forward_channels(dtype: torch.dtype) -> int:
+    """The channels that a thread of carafe_doubling owns: FORWARD_CHANNELS in carafe.metal."""
+    return 4 if dtype == torch.float32 else 8
+
+
+def _variant(
+    shapes: Sequence[Sequence[int]],
+    channels: int,
+    width: int,
+    group_size: int,
+    kernel_size: int,
+    scale_factor: int,
+    stride: int,
+) -> str:
+    """What the name of an operator's kernel has after its own, for tensors of these shapes (N, C, H, W)."""
+    # A kernel's offset may go on to planes behind the last, where it reads nothing.
+    if any((n * c + MAX_SPLITS) * h * w >= WIDE_ELEMENTS for n, c, h, w in shapes):
+        return "_wide"
     served = kernel_size in DOUBLING_KERNEL_SIZES and (scale_factor, stride) == (2, 1)
-    if not served or c // group_size < CHANNELS or h * w >= 2**25:
+    if not served or channels // group_size < CHANNELS:
         return ""
-    return f"_doubling_k{kernel_size}_{'odd' if w % 2 else 'even'}"
+    return f"_doubling_k{kernel_size}_{'odd' if width % 2 else 'even'}"
+
+
+def _group(blocks: int) -> tuple[int, int, int]:
+    """Threads of a group for a grid of columns, rows and blocks of channels, which share their masks in the cache.
+
+    Half a simdgroup is 16 neighbours in a row. The other half is the next block, where there are blocks to spare, so
+    that both load the same masks at once, else the next row.
+    """
+    return (16, 1, 8) if blocks >= 8 else (16, 2, 4)
 
 
 def _launch(
