@@ -23,8 +23,8 @@ import torch
 from metalsim import parser, toolchain
 from metalsim.arguments import Dispatch, Inline
 from metalsim.compiler import compile_library
+from metalsim.language import CompileError
 from metalsim.library import Kernel, Library, parameters
-from metalsim.parser import CompileError
 from metalsim.unwritten import assert_written, launched, poisoned, written
 from torch import Tensor
 

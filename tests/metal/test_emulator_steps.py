@@ -1,6 +1,5 @@
 """The steps of a thread: loops that do not end, and lists that take too long."""
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -73,35 +72,52 @@ def test_a_loop_that_never_ends(body: str) -> None:
         library.f(out, threads=9)
 
 
-SLOW_SORT = """
-kernel void slow_sort(device int* heads, device int* links, uint cell [[thread_position_in_grid]]) {
-  device int* next = links + 3;
+SORT = """
+kernel void sort(device int* head, device int* next, uint i [[thread_position_in_grid]]) {
   int sorted = -1;
-  for (int sample = heads[cell]; sample >= 0;) {
-    const int following = next[4 * sample];
+  for (int item = head[i]; item >= 0;) {
+    const int following = next[item];
     int before = -1, after = sorted;
-    while (after >= 0 && after < sample) {
+    while (after >= 0 && after < item) {
       before = after;
-      after = next[4 * after];
+      after = next[after];
     }
-    next[4 * sample] = after;
-    if (before < 0) sorted = sample; else next[4 * before] = sample;
-    sample = following;
+    next[item] = after;
+    if (before < 0) sorted = item; else next[before] = item;
+    item = following;
   }
-  heads[cell] = sorted;
+  head[i] = sorted;
 }
 """
 
 
-class _SlowSort:
-    """The library, but with a sort that compares each sample of a list with each other one."""
+def test_a_sort_in_n_squared_steps() -> None:
+    """Planted: its results are right."""
 
-    def __init__(self, shipped: Any) -> None:
-        self.shipped = shipped
-        self.slow = compiled(SLOW_SORT)
+    def launch(n: int) -> None:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+        head, next = order[:1].clone(), torch.full((n,), -1, dtype=torch.int32)
+        next[order[:-1].long()] = order[1:]
+        compiled(SORT).sort(head, next)
+        assert head.item() == 0
+        assert next.tolist() == [*range(1, n), -1]
 
-    def __getattr__(self, name: str) -> Any:
-        return self.slow.slow_sort if name == "deform_conv2d_sort" else getattr(self.shipped, name)
+    with emulator.launches() as launched:
+        launch(500)
+        launch(1000)
+    assert launched[1].worst_steps > 3 * launched[0].worst_steps
+    budget = int(20 * 1000 * math.log2(1000))
+    message = f"kernel sort, .* takes more than {budget} steps"
+    with emulator.step_budget(budget), pytest.raises(KernelError, match=message):
+        launch(1000)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.mps, "compile_shader", emulator.compile_shader)
+    library.cache_clear()
+    yield
+    library.cache_clear()
 
 
 def in_one_cell(case: DeformConv2d) -> list[Any]:
@@ -115,40 +131,11 @@ def in_one_cell(case: DeformConv2d) -> list[Any]:
     return given
 
 
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch.mps, "compile_shader", emulator.compile_shader)
-    monkeypatch.setattr(emulator, "_seeds", itertools.count())
-    library.cache_clear()
-    yield
-    library.cache_clear()
-
-
-def sort_long_lists() -> None:
-    """Four times, as the order of a list is that in which the threads ran: one may be sorted as it is."""
-    given = in_one_cell(DeformConv2d(1, 4, 8, 16, 4))
-    for _ in range(4):
-        emulator.launched(metal.deform_conv2d_backward_data, *given)
-
-
-SAMPLES = 9 * 8 * 16
-BUDGET = int(25 * SAMPLES * math.log2(SAMPLES))
-
-
 @pytest.mark.usefixtures("emulated")
-def test_the_list_of_a_cell_is_sorted_in_n_log_n_steps() -> None:
-    with emulator.step_budget(BUDGET), emulator.launches() as launched:
-        sort_long_lists()
-    assert max(launch.worst_steps for launch in launched if launch.kernel == "deform_conv2d_sort") > SAMPLES
-
-
-@pytest.mark.usefixtures("emulated")
-def test_a_sort_in_n_squared_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: its results are right."""
-    monkeypatch.setattr(metal, "library", lambda *name: _SlowSort(library(*name)))
-    sort_long_lists()
-    with (
-        emulator.step_budget(BUDGET),
-        pytest.raises(KernelError, match=f"slow_sort, .* takes more than {BUDGET} steps"),
-    ):
-        sort_long_lists()
+def test_where_all_samples_meet_no_thread_of_deform_conv2d_takes_n_squared_steps() -> None:
+    for height, width in ((8, 8), (16, 8)):
+        samples = 9 * height * width
+        with emulator.step_budget(int(25 * samples * math.log2(samples))):
+            given = in_one_cell(DeformConv2d(1, 4, height, width, 4))
+            for _ in range(4):  # in other orders of the threads
+                emulator.launched(metal.deform_conv2d_backward_data, *given)

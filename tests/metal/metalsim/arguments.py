@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metalsim.parser import MAX_THREADS_PER_GROUP
+from metalsim.language import MAX_THREADS_PER_GROUP
 
 MAX_INLINE_BYTES = 4096  # of Metal's setBytes
 

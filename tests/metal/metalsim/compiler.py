@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metalsim import parser, toolchain
 from metalsim.instrument import instrument
-from metalsim.parser import CompileError
+from metalsim.language import CompileError
 from metalsim.preprocess import preprocess
 
 HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from metalsim.parser import CompileError
+from metalsim.language import CompileError
 
 _TYPE_SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "half": 2, "bfloat": 2, "float": 4, "ptr": 8}
 _VALUE = r"%[\w.$-]+|@[\w.$-]+|@\"[^\"]+\"|getelementptr.*\)|inttoptr.*\)"

@@ -19,74 +19,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-MAX_BUFFERS = 31
-MAX_THREADS_PER_GROUP = 1024
-
-# Attribute of a parameter -> its dimensions: a scalar, or up to three axes.
-BUILTINS = {
-    "thread_position_in_grid": 3,
-    "threadgroup_position_in_grid": 3,
-    "thread_position_in_threadgroup": 3,
-    "threads_per_threadgroup": 3,
-    "threadgroups_per_grid": 3,
-    "threads_per_grid": 3,
-    "thread_index_in_threadgroup": 1,
-    "thread_index_in_simdgroup": 1,
-    "simdgroup_index_in_threadgroup": 1,
-    "simdgroups_per_threadgroup": 1,
-    "threads_per_simdgroup": 1,
-}
-
-# Metal is C++14 without these.
-REFUSED = {
-    "double": "Metal has no double",
-    "virtual": "Metal has no virtual functions",
-    "dynamic_cast": "Metal has no dynamic_cast",
-    "typeid": "Metal has no typeid",
-    "new": "Metal has no new",
-    "delete": "Metal has no delete",
-    "try": "Metal has no exceptions",
-    "catch": "Metal has no exceptions",
-    "throw": "Metal has no exceptions",
-    "goto": "Metal has no goto",
-    "thread_local": "Metal has no thread_local",
-    "asm": "Metal has no asm",
-}
-
-ADDRESS_SPACES = {"device", "constant", "threadgroup", "thread"}
-_SCALARS = ("bool", "char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "half", "bfloat", "float")
-_VECTORS = {f"{scalar}{n}" for scalar in _SCALARS for n in (2, 3, 4)}
-_ATOMICS = {"atomic_int", "atomic_uint", "atomic_float", "atomic_bool", "atomic_ulong"}
-_PACKED = {f"packed_{vector}" for vector in _VECTORS}
-_ALIASES = {"size_t", "int8_t", "uint8_t", "int16_t", "uint16_t", "int32_t", "uint32_t", "int64_t", "uint64_t"}
-_BUILTIN_TYPES = {*_SCALARS, *_VECTORS, *_ATOMICS, *_PACKED, *_ALIASES}
-
-_TOKEN = re.compile(
-    r"""
-      (?P<space>\s+|//[^\n]*|/\*.*?\*/)
-    | (?P<directive>^[ \t]*\#(?:[^\n\\]|\\.|\\\n)*)
-    | (?P<string>"(?:[^"\\\n]|\\.)*")
-    | (?P<char>'(?:[^'\\\n]|\\.)*')
-    | (?P<number>\.?[0-9](?:[eEpP][+-]|[0-9a-zA-Z_.'])*)
-    | (?P<name>[A-Za-z_]\w*)
-    | (?P<mark>::|->|<<=|>>=|<=|>=|==|!=|&&|\|\||\+\+|--|[-+*/%&|^]=|.)
-    """,
-    re.VERBOSE | re.MULTILINE | re.DOTALL,
+from metalsim.language import (
+    ADDRESS_SPACES,
+    BUILTIN_TYPES,
+    BUILTINS,
+    FLOAT,
+    MAX_BUFFERS,
+    MAX_THREADS_PER_GROUP,
+    REFUSED,
+    VECTORS,
+    CompileError,
+    Token,
+    tokenise,
+    wrong_positions,
 )
-_LINE_MARKER = re.compile(r"\s*#\s*(?:line\s+)?(\d+)")
-_FLOAT = re.compile(r"(?:\d[\d']*\.[\d']*|\.\d[\d']*|\d[\d']*(?=[eE]))(?:[eE][+-]?\d+)?")
-
-
-class CompileError(RuntimeError):
-    """The source is not what Metal accepts."""
-
-
-@dataclass
-class Token:
-    kind: str
-    text: str
-    line: int
-    replacement: str | None = None
 
 
 @dataclass(frozen=True)
@@ -176,19 +122,9 @@ def parse(text: str) -> Shader:
     return _Parser(text).parse()
 
 
-def _tokenise(text: str) -> list[Token]:
-    tokens, line = [], 1
-    for match in _TOKEN.finditer(text):
-        kind = match.lastgroup or "mark"
-        tokens.append(Token(kind, match.group(), line))
-        marker = _LINE_MARKER.match(match.group()) if kind == "directive" else None
-        line = int(marker.group(1)) - 1 if marker else line + match.group().count("\n")
-    return tokens
-
-
 class _Parser:
     def __init__(self, text: str) -> None:
-        self.tokens = _tokenise(text)
+        self.tokens = tokenise(text)
         # Positions of the tokens that mean something; everything below walks these.
         self.code = [i for i, token in enumerate(self.tokens) if token.kind not in ("space", "directive")]
         self.definitions: dict[str, tuple[tuple[Parameter, ...], int | None]] = {}
@@ -452,24 +388,8 @@ class _Parser:
             yield Parameter(name, declaration, buffer, builtin)
         if automatic and any(a == "buffer" for a, _ in self._attributes_in(opening, close)):
             raise self._fail(opening, f"kernel {kernel!r}: give every buffer its [[buffer(n)]] or none")
-        self._check_positions(kernel, opening, positions)
-
-    def _check_positions(self, kernel: str, at: int, positions: dict[str, str]) -> None:
-        """Metal wants the same number of axes of all positions, and the same type of those of one kind."""
-        axes = {a: (int(t[-1]) if t[-1] in "234" else 1) for a, t in positions.items() if BUILTINS[a] == 3}
-        if len(set(axes.values())) > 1:
-            raise self._fail(at, f"kernel {kernel!r}: positions and sizes must have as many axes each, got {positions}")
-        for pair in (
-            ("thread_position_in_grid", "threads_per_grid"),
-            ("thread_position_in_threadgroup", "threads_per_threadgroup"),
-        ):
-            if len({positions[a] for a in pair if a in positions}) > 1:
-                raise self._fail(at, f"kernel {kernel!r}: {' and '.join(pair)} must have one type")
-        for attribute, word in positions.items():
-            scalar = word if word.endswith("_t") else word.rstrip("234")
-            known = scalar in ("uint", "ushort", "uint32_t", "uint16_t")
-            if not known or (BUILTINS[attribute] == 1 and word != scalar):
-                raise self._fail(at, f"kernel {kernel!r}: [[{attribute}]] cannot be {word}")
+        if wrong := wrong_positions(positions):
+            raise self._fail(opening, f"kernel {kernel!r}: {wrong}")
 
     def _threadgroup_statements(self, opening: int, close: int) -> Iterator[tuple[int, int]]:
         """(first, semicolon) of the statements in a body which declare threadgroup variables, not pointers."""
@@ -521,7 +441,7 @@ class _Parser:
 
     def _address_spaces(self) -> None:
         """Metal wants an address space on every pointer and reference, ``thread`` too."""
-        types = set(_BUILTIN_TYPES)
+        types = set(BUILTIN_TYPES)
         for i in range(len(self.code)):
             if self._text(i) in ("typename", "class", "struct") and self._text(i + 1).isidentifier():
                 types.add(self._text(i + 1))
@@ -545,7 +465,7 @@ class _Parser:
             token = self.tokens[i]
             if token.kind != "number" or token.text[:2].lower() in ("0x", "0b"):
                 continue
-            match = _FLOAT.match(token.text)
+            match = FLOAT.match(token.text)
             if match is None:
                 if token.text.lower().endswith("h"):
                     raise self._fail(at, f"{token.text}: the suffix h needs a decimal point")
@@ -563,7 +483,7 @@ class _Parser:
     def _constructors(self) -> None:
         """``float4(...)`` in an expression: C++ has no vector constructors of several arguments."""
         for at in range(len(self.code)):
-            if self._text(at) in _VECTORS and self._text(at + 1) == "(" and self._text(at + 2) not in ("&", "*"):
+            if self._text(at) in VECTORS and self._text(at + 1) == "(" and self._text(at + 2) not in ("&", "*"):
                 self.tokens[self.code[at]].replacement = f"metal::make<{self._text(at)}>"
             elif self._text(at) == "vec" and self._text(at + 1) == "<":
                 close = self._close(at + 1, "<>")

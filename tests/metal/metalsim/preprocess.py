@@ -10,7 +10,7 @@ import torch
 from torch.utils._cpp_embed_headers import _embed_headers
 
 from metalsim import toolchain
-from metalsim.parser import CompileError
+from metalsim.language import CompileError
 
 _STANDARD = re.compile(r"^[ \t]*#[ \t]*include[ \t]*<metal_\w+>[^\n]*$", re.MULTILINE)
 _OTHER = re.compile(r"^[ \t]*#[ \t]*include[ \t]*([<\"][^\n]*)$", re.MULTILINE)

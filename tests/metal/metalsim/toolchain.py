@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from metalsim.parser import CompileError
+from metalsim.language import CompileError
 
 HERE = Path(__file__).parent
 CACHE = HERE.parents[2] / "build" / "metal"

@@ -128,6 +128,8 @@ void put_in_order(uint32_t first) {
   for (uint32_t last = ready_count; first + 1 < last; ++first) swap(ready[first], ready[--last]);
 }
 
+bool is_finite(float value) { return (__builtin_bit_cast(uint32_t, value) & 0x7fffffffu) < 0x7f800000u; }
+
 Fiber* fresh_fiber();
 
 // Lets another of the threads that can run do so; comes back when ``fiber`` is to run again.
@@ -396,9 +398,10 @@ bool emulator_fails() { return !launch->newest_only && schedule_random(8) == 0; 
 
 // Under fast math, where a compiler may take all floats to be finite: what it makes of others is anybody's guess.
 bool emulator_compare(bool result, float a, float b) {
-  const bool finite = (__builtin_bit_cast(uint32_t, a) & 0x7fffffffu) < 0x7f800000u &&
-                      (__builtin_bit_cast(uint32_t, b) & 0x7fffffffu) < 0x7f800000u;
-  return finite ? result : schedule_random(2) == 0;
+  return is_finite(a) && is_finite(b) ? result : schedule_random(2) == 0;
+}
+void emulator_either(const float* a, const float* b, float* result) {
+  if (!is_finite(*a) || !is_finite(*b)) *result = schedule_random(2) ? *a : *b;
 }
 
 // At the beginning of every basic block of the source but the first of a function.

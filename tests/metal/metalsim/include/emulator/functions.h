@@ -10,15 +10,43 @@ namespace metal {
   METAL_EACH_WIDTH(M, char) METAL_EACH_WIDTH(M, uchar) METAL_EACH_WIDTH(M, short) METAL_EACH_WIDTH(M, ushort) \
   METAL_EACH_WIDTH(M, int) METAL_EACH_WIDTH(M, uint) METAL_EACH_WIDTH(M, long) METAL_EACH_WIDTH(M, ulong)
 
-#define METAL_MIN_MAX(T)                                                                      \
-  METAL_INLINE T min(T a, T b) { return __builtin_elementwise_min(a, b); }                    \
-  METAL_INLINE T max(T a, T b) { return __builtin_elementwise_max(a, b); }                    \
+// With fast math the smaller of two numbers of which one is not finite is anybody's guess, and so is the larger.
+#ifdef __FAST_MATH__
+#define METAL_EITHER(a, b, result) emulator::either(a, b, result)
+namespace emulator {
+METAL_INLINE float either(float a, float b, float result) {
+  emulator_either(&a, &b, &result);
+  return result;
+}
+template <typename T>
+METAL_INLINE enable_if_t<is_same_v<T, half>, T> either(T a, T b, T result) {
+  return half(either(float(a), float(b), float(result)));
+}
+template <typename T>
+METAL_INLINE enable_if_t<(Width<T>::value > 1), T> either(T a, T b, T result) {
+  for (int i = 0; i < Width<T>::value; ++i) result[i] = either(a[i], b[i], result[i]);
+  return result;
+}
+}  // namespace emulator
+#else
+#define METAL_EITHER(a, b, result) (result)
+#endif
+
+#define METAL_MIN_MAX(T, EITHER)                                                              \
+  METAL_INLINE T min(T a, T b) { return EITHER(a, b, __builtin_elementwise_min(a, b)); }      \
+  METAL_INLINE T max(T a, T b) { return EITHER(a, b, __builtin_elementwise_max(a, b)); }      \
   METAL_INLINE T clamp(T x, T low, T high) { return min(max(x, low), high); }                 \
   METAL_INLINE T min3(T a, T b, T c) { return min(min(a, b), c); }                            \
   METAL_INLINE T max3(T a, T b, T c) { return max(max(a, b), c); }
-METAL_EACH_FLOAT(METAL_MIN_MAX)
-METAL_EACH_INTEGER(METAL_MIN_MAX)
+#define METAL_FLOAT_MIN_MAX(T) METAL_MIN_MAX(T, METAL_EITHER)
+#define METAL_INTEGER_MIN_MAX(T) METAL_MIN_MAX(T, METAL_NEVER)
+#define METAL_NEVER(a, b, result) (result)
+METAL_EACH_FLOAT(METAL_FLOAT_MIN_MAX)
+METAL_EACH_INTEGER(METAL_INTEGER_MIN_MAX)
+#undef METAL_FLOAT_MIN_MAX
+#undef METAL_INTEGER_MIN_MAX
 #undef METAL_MIN_MAX
+#undef METAL_NEVER
 bfloat min(bfloat, bfloat) = delete;
 bfloat max(bfloat, bfloat) = delete;
 bfloat clamp(bfloat, bfloat, bfloat) = delete;
@@ -89,8 +117,8 @@ METAL_UNARY(tanh, __builtin_elementwise_tanh)
 
 #define METAL_FLOAT_FUNCTIONS(T)                                                             \
   METAL_INLINE T fma(T a, T b, T c) { return __builtin_elementwise_fma(a, b, c); }           \
-  METAL_INLINE T fmin(T a, T b) { return __builtin_elementwise_min(a, b); }                  \
-  METAL_INLINE T fmax(T a, T b) { return __builtin_elementwise_max(a, b); }                  \
+  METAL_INLINE T fmin(T a, T b) { return min(a, b); }                                        \
+  METAL_INLINE T fmax(T a, T b) { return max(a, b); }                                        \
   METAL_INLINE T pow(T a, T b) { return METAL_ROUNDED(T, __builtin_elementwise_pow(a, b)); } \
   METAL_INLINE T copysign(T a, T b) { return __builtin_elementwise_copysign(a, b); }         \
   METAL_INLINE T rsqrt(T x) { return T(1) / sqrt(x); }                                       \
@@ -101,6 +129,7 @@ METAL_UNARY(tanh, __builtin_elementwise_tanh)
 METAL_EACH_FLOAT(METAL_FLOAT_FUNCTIONS)
 #undef METAL_FLOAT_FUNCTIONS
 #undef METAL_ROUNDED
+#undef METAL_EITHER
 
 #define METAL_CLASSIFY(T)                                                    \
   METAL_INLINE bool isunordered(T a, T b) { return a != a || b != b; }       \

@@ -7,6 +7,7 @@ extern "C" {
 void emulator_check(ulong address, ulong size, uint align, uint space_and_kind, uint line);
 void emulator_atomic(ulong address, void* value, uint size, uint space_and_kind, uint line);
 bool emulator_fails();
+void emulator_either(const float* a, const float* b, float* result);
 ulong emulator_threadgroup(uint site, ulong size, uint element, const char* name, uint line);
 void emulator_barrier(uint flags, uint line, uint column) __attribute__((convergent));
 uint emulator_simd(const char* operation, const void* value, void* lanes, uint size, uint flags, uint line,
