@@ -18,7 +18,10 @@ from omniops.backends.mps import carafe as metal
 from omniops.backends.mps._library import METAL_TYPES, library
 from omniops.backends.reference import carafe as reference
 
-SOURCE = (Path(metal.__file__).parent / "carafe.metal").read_text(encoding="utf-8")
+SOURCES = {
+    name: (Path(metal.__file__).parent / f"{name}.metal").read_text(encoding="utf-8")
+    for name in ("carafe", "carafe_doubling")
+}
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=METAL_TYPES.get)
 operators = pytest.mark.parametrize("operator", OPERATORS[Carafe])
@@ -209,7 +212,9 @@ def test_the_cases_above_launch_every_kernel(recorder: Recorder, monkeypatch: py
             tensors, numbers = inputs(operator, torch.float32, case, device="meta")
             getattr(metal, operator)(*tensors, *numbers)
     launched = {launch[0] for launch in recorder.launches}
-    assert all(launched == set(dir(library("carafe", dtype))) for dtype in METAL_TYPES)
+    assert all(
+        launched == {kernel for name in SOURCES for kernel in dir(library(name, dtype))} for dtype in METAL_TYPES
+    )
 
 
 @operators
@@ -270,9 +275,9 @@ def test_a_stride_beyond_32_bits_leaves_one_centre(operator: str) -> None:
 @pytest.mark.parametrize(
     ("case", "variant"),
     [
-        ((1, 8, 1, 2**24 - 2**19, 5, 1, 2, 1), "_doubling_k5_even"),  # the masks, and 8 planes more, are the largest
+        ((1, 8, 1, 2**24 - 2**19, 5, 1, 2, 1), "_k5_even"),  # the masks, and 8 planes more, are the largest
         ((1, 8, 1, 2**24, 5, 1, 2, 1), "_wide"),
-        ((1, 2**10, 2**9, 2**9, 3, 1, 2, 1), "_doubling_k3_even"),  # the result
+        ((1, 2**10, 2**9, 2**9, 3, 1, 2, 1), "_k3_even"),  # the result
         ((1, 2**11 - 8, 2**9, 2**9, 3, 1, 2, 1), "_wide"),
         ((1, 2**11 - 9, 2**10, 2**10, 1, 1, 1, 2), ""),  # the features
         ((1, 2**11 - 8, 2**10, 2**10, 1, 1, 1, 2), "_wide"),
@@ -289,18 +294,20 @@ def test_tensors_that_32_bits_do_not_reach_go_to_the_wide_kernels(
 
 def test_the_source_is_ascii() -> None:
     # PyTorch hands it to the compiler as ASCII, and a source that is not becomes nothing.
-    assert SOURCE.isascii()
+    assert all(source.isascii() for source in SOURCES.values())
 
 
 @pytest.mark.parametrize("name", ["CHANNELS", "ROWS", "TAPS", "SIMD"])
 def test_the_launch_code_and_the_kernels_agree(name: str) -> None:
-    (value,) = re.findall(rf"constant constexpr int {name} = (\d+);", SOURCE)
-    assert int(value) == getattr(metal, name)
+    values = re.findall(rf"constant constexpr int {name} = (\d+);", "".join(SOURCES.values()))
+    assert {int(value) for value in values} == {getattr(metal, name)}
 
 
 @dtypes
-def test_the_launch_code_and_carafe_doubling_agree(dtype: torch.dtype) -> None:
-    ((float_channels, half_channels),) = re.findall(r"FORWARD_CHANNELS = sizeof\(T\) == 4 \? (\d+) : (\d+);", SOURCE)
+def test_the_launch_code_and_the_kernels_agree_on_channels(dtype: torch.dtype) -> None:
+    ((float_channels, half_channels),) = re.findall(
+        r"FORWARD_CHANNELS = sizeof\(T\) == 4 \? (\d+) : (\d+);", SOURCES["carafe_doubling"]
+    )
     assert int(float_channels if dtype.itemsize == 4 else half_channels) == metal.forward_channels(dtype)
 
 

@@ -1,4 +1,4 @@
-"""CARAFE in Metal: launches the kernels of carafe.metal; ``omniops.ops.carafe`` has the formula.
+"""CARAFE in Metal: launches the kernels of both its sources; ``omniops.ops.carafe`` has the formula.
 
 The kernels read and write contiguous tensors. Inputs of another layout are copied, and so is the result where the
 first argument is channels_last.
@@ -12,7 +12,7 @@ from torch import Tensor
 from omniops.backends import empty, memory_format
 from omniops.backends.mps._library import library
 
-# These stand in carafe.metal too, which says what they are.
+# These stand in the Metal sources too, which say what they are.
 CHANNELS = 8
 ROWS = 2
 TAPS = 4
@@ -36,11 +36,12 @@ def carafe(
     shape = (n, c, rows, columns)
     check_sizes(features=features.shape, masks=masks.shape)
     variant = _variant((features.shape, masks.shape, shape), c, w, group_size, kernel_size, scale_factor, stride)
-    doubling = variant.startswith("_doubling")
+    doubling = _doubling(variant)
     own = forward_channels(features.dtype) if doubling else CHANNELS
     blocks = n * group_size * _blocks(c // group_size, own)
     return _launch(
-        f"carafe{variant}",
+        "carafe",
+        variant,
         (features, masks),
         shape,
         [n * group_size, c // group_size, h, w, kernel_size, scale_factor, _narrowed(stride, h, w)],
@@ -64,10 +65,11 @@ def carafe_backward_features(
     shape = (n, c, height, width)
     check_sizes(grad=grad.shape, masks=masks.shape, features=shape)
     variant = _variant((grad.shape, masks.shape, shape), c, width, group_size, kernel_size, scale_factor, stride)
-    doubling = variant.startswith("_doubling")
+    doubling = _doubling(variant)
     blocks = n * group_size * _blocks(c // group_size, CHANNELS)
     return _launch(
-        f"carafe_backward_features{variant}",
+        "carafe_backward_features",
+        variant,
         (grad, masks),
         shape,
         [n * group_size, c // group_size, height, width, kernel_size, scale_factor, _narrowed(stride, height, width)],
@@ -87,7 +89,7 @@ def carafe_backward_masks(
     groups = n * group_size
     sizes = [groups, c // group_size, h, w]
     variant = _variant((grad.shape, features.shape, shape), c, w, group_size, kernel_size, scale_factor, stride)
-    if variant.startswith("_doubling"):
+    if _doubling(variant):
         pairs = (w + 1) // 2 * h
         splits = 1
         while splits < MAX_SPLITS and pairs * splits * kernel_size * groups < ENOUGH_SIMDGROUPS * SIMD:
@@ -99,8 +101,7 @@ def carafe_backward_masks(
         sizes += [kernel_size, scale_factor, _narrowed(stride, h, w)]
         threads = (columns, rows, groups * kernel_size * _blocks(kernel_size, TAPS))
         group = _group(threads[2])
-    name = f"carafe_backward_masks{variant}"
-    return _launch(name, (grad, features), shape, sizes, threads=threads, group_size=group)
+    return _launch("carafe_backward_masks", variant, (grad, features), shape, sizes, threads=threads, group_size=group)
 
 
 def check_sizes(**shapes: tuple[int, ...]) -> None:
@@ -123,7 +124,7 @@ def _narrowed(stride: int, height: int, width: int) -> int:
 
 
 def forward_channels(dtype: torch.dtype) -> int:
-    """The channels that a thread of carafe_doubling owns: FORWARD_CHANNELS in carafe.metal."""
+    """The channels that a thread of carafe owns in carafe_doubling.metal: FORWARD_CHANNELS there."""
     return 4 if dtype == torch.float32 else 8
 
 
@@ -143,7 +144,12 @@ def _variant(
     served = kernel_size in DOUBLING_KERNEL_SIZES and (scale_factor, stride) == (2, 1)
     if not served or channels // group_size < CHANNELS:
         return ""
-    return f"_doubling_k{kernel_size}_{'odd' if width % 2 else 'even'}"
+    return f"_k{kernel_size}_{'odd' if width % 2 else 'even'}"
+
+
+def _doubling(variant: str) -> bool:
+    """Whether it is one of carafe_doubling.metal."""
+    return variant.startswith("_k")
 
 
 def _group(blocks: int) -> tuple[int, int, int]:
@@ -156,7 +162,8 @@ def _group(blocks: int) -> tuple[int, int, int]:
 
 
 def _launch(
-    name: str,
+    operator: str,
+    variant: str,
     inputs: tuple[Tensor, Tensor],
     shape: tuple[int, ...],
     sizes: list[int],
@@ -165,7 +172,8 @@ def _launch(
 ) -> Tensor:
     first, second = (_aligned(tensor) for tensor in inputs)
     out = empty(shape, like=first)
-    kernel = getattr(library("carafe", first.dtype), name)
+    source = "carafe_doubling" if _doubling(variant) else "carafe"
+    kernel = getattr(library(source, first.dtype), f"{operator}{variant}")
     kernel(first, second, out, sizes, threads=threads, group_size=group_size, arg_casts={3: "int32"})
     return out.contiguous(memory_format=memory_format(inputs[0]))
 
