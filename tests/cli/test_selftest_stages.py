@@ -114,7 +114,7 @@ def test_the_first_that_is_wrong_is_named_and_what_follows_is_not(wrong):
         found = _found(lambda: model(inputs), Planted("softmax", wrong), model=model)
     assert (found.first_wrong.module, found.first_wrong.operator) == ("1", "softmax")
     assert found.worst is found.first_wrong
-    assert found.first_wrong.error > found.first_wrong.tolerance == 1e-5
+    assert found.first_wrong.error > found.first_wrong.tolerance == 1e-4
     assert found.first_wrong.inputs == "float32 (3, 8)"
     assert [stage.right for stage in found.stages.values()] == [True, False, True]
 
@@ -124,9 +124,9 @@ def test_the_lowest_precision_of_a_call_decides_on_its_tolerance(dtype):
     x = torch.randn(5, 6)
     found = _found(lambda: (x.to(dtype) @ x.T.to(dtype), x.exp()))
     tolerances = {stage.operator: stage.tolerance for stage in found.stages.values()}
-    assert tolerances["matmul"] == selftest_stages.TOLERANCES[dtype]
-    assert tolerances["exp"] == selftest_stages.TOLERANCES[torch.float32]
-    slightly = selftest_stages.TOLERANCES[dtype] * 3
+    assert tolerances["matmul"] == selftest_stages.STAGE_TOLERANCES[dtype]
+    assert tolerances["exp"] == selftest_stages.STAGE_TOLERANCES[torch.float32]
+    slightly = selftest_stages.STAGE_TOLERANCES[dtype] * 3
     found = _found(lambda: x.to(dtype) @ x.T.to(dtype), Planted("matmul", lambda result: result * (1 + slightly)))
     assert found.first_wrong.operator == "matmul"
 
@@ -244,7 +244,7 @@ def test_a_device_may_be_as_inexact_as_the_cpu(monkeypatch):
     monkeypatch.setattr(selftest_stages, "_is_on_cpu", lambda tensor: False)
     assert _found(lambda: (x * 1.1).sum()).first_wrong is None
     y = torch.randn(40)
-    plant = Planted("sigmoid", lambda result: result + 1e-3, only_first=True)
+    plant = Planted("sigmoid", lambda result: result + 1e-2, only_first=True)
     assert _found(lambda: y.sigmoid(), plant).first_wrong.operator == "sigmoid"
 
 

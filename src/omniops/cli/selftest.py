@@ -37,7 +37,10 @@ from omniops.cli.common import (
 from omniops.cli.doctor import facts, machine, serving, versions
 from omniops.cli.selftest_models import Model, models
 from omniops.cli.selftest_outcomes import Outcome, examine
-from omniops.cli.selftest_stages import TOLERANCES
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""The largest error of an operator of this package, relative to the largest value of the right result. Results of
+integers are exact. Those of models are ``STAGE_TOLERANCES`` and ``RESULT_TOLERANCES``."""
 
 _GROUPS = ("operators", "models")
 

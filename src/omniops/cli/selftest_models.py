@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from omniops import device as devices
 from omniops.cli.common import CommandError, missing_packages, require_sam2
 
-RESULT_TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""The largest error of a whole model's results, relative to the largest value of that result. The CPU in half precision
-differs from itself in float32 by 5e-3 in float16 and by 2e-2 in bfloat16."""
+RESULT_TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+"""The largest error of a whole model's results, relative to the largest value of that result. The largest seen, of CPUs
+and an H200 against the CPU in float32, were 1e-4, 5.3e-3 and 2e-2."""
 
 Results = dict[str, Tensor]
 

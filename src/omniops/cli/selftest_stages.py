@@ -22,9 +22,10 @@ from torch.overrides import TorchFunctionMode
 
 from omniops.cli.common import dtype_name
 
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+STAGE_TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """The largest error of one operator, relative to the largest value of the right result, by the lowest precision among
-its inputs and results. Results of integers are exact."""
+its inputs and results. Results of integers are exact. The largest errors seen on CPUs and an H200 were 1.3e-5, 9.7e-4
+and 7.5e-3; what is broken is wrong by a tenth and more."""
 
 _CPU_TIMES = 16
 """An operator may be so many times less exact than the CPU in the same dtype, where that is more than the tolerance:
@@ -37,8 +38,6 @@ _NOT_COMPARED = {
     "untyped_storage",
 }  # fmt: skip
 _OPERATORS = ("torch.", "torchvision.ops.", "omniops.ops.", "contextlib.", f"{__name__}.")
-# Which compute places in float32, where a difference in the last digit is that of their neighbour.
-_PLACES = {"interpolate": 10, "grid_sample": 10, "roi_align": 10}
 # Where float64 may decide otherwise than the dtype of the device: these are compared with the CPU in that dtype.
 _IN_OWN_DTYPE = {"nms", "roi_align"}
 _DUNDER_IN_PLACE = {
@@ -217,7 +216,7 @@ class _CheckedMode(TorchFunctionMode):
             copies, exact = (_by_values(name, source, each, args, kwargs) for each in (copies, exact))
         error = relative_error(copies, exact)
         are_floating = any(each.is_floating_point() for each in exact)
-        tolerance = TOLERANCES[dtype] * _PLACES.get(name, 1) if dtype is not None and are_floating else 0.0
+        tolerance = STAGE_TOLERANCES[dtype] if dtype is not None and are_floating else 0.0
         right = error <= tolerance
         if not right and name in _COMPARISONS:  # a number of Python's is rounded before, or not
             own_args, own_kwargs = _map((args, kwargs), self._weights, None)
