@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from omniops import weights
-from omniops.sam2 import build_sam2, build_sam2_video_predictor, load
+from omniops.sam2 import build_sam2, build_sam2_video_predictor, checkpoints, load
 from omniops.sam2.architectures import LETTERS, SIZES, new, recognise
 from omniops.sam2.checkpoints import from_meta
 
@@ -232,3 +232,17 @@ def test_bad_arguments(checkpoint):
         load(checkpoint, "nodevice")
     with pytest.raises(ValueError, match="size must be one of tiny, small, base-plus, large, got 'huge'"):
         new("huge")
+
+
+@pytest.mark.parametrize(("version", "refused"), [("2.7.0", True), ("2.13.1+cu130", True), ("2.14.0", False)])
+def test_compiled_encoders_are_refused_where_mps_compiles_layer_norms_wrongly(monkeypatch, version, refused):
+    monkeypatch.setattr(torch, "__version__", version)
+    checkpoints.require_compiler(torch.device("cpu"))
+    if not refused:
+        checkpoints.require_compiler(torch.device("mps"))
+        return
+    monkeypatch.setattr(checkpoints.devices, "pick", torch.device)
+    for call in (lambda: load("tiny", "mps", compile_encoder=True),
+                 lambda: build_sam2("sam2.1_hiera_t", device="mps", compile_encoder=True)):  # fmt: skip
+        with pytest.raises(ValueError, match="compile_encoder must be False on MPS before torch 2.14"):
+            call()
