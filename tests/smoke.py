@@ -3,16 +3,77 @@
 import torch
 
 import omniops
-import omniops.backends.reference.carafe
-from omniops.backends import cpu
+from omniops.backends import cpu, mps
+from omniops.backends.reference import carafe as reference_carafe
+from omniops.backends.reference import deform_conv2d as reference_deform_conv2d
 
-assert cpu.AVAILABLE, "the wheel holds no compiled module"
-features = torch.randn(1, 8, 5, 6, requires_grad=True)
-masks = torch.randn(1, 25, 10, 12, requires_grad=True)
-result = omniops.carafe(features, masks.softmax(1), 5, 1, 2)
-result.square().sum().backward()
-expected = omniops.backends.reference.carafe.carafe(features.detach(), masks.detach().softmax(1), 5, 1, 2, 1)
-torch.testing.assert_close(result.detach(), expected, rtol=1e-5, atol=1e-5)
-assert features.grad.abs().max() > 0
-assert masks.grad.abs().max() > 0
-print(f"omniops works with torch {torch.__version__}")
+
+def carafe(features, masks):
+    """The operator on the inputs' device."""
+    return omniops.carafe(features, masks.softmax(1), 5, 1, 2)
+
+
+def carafe_reference(features, masks):
+    """In plain PyTorch."""
+    return reference_carafe.carafe(features, masks.softmax(1), 5, 1, 2, 1)
+
+
+def deform_conv2d(input, offset, weight, bias, mask):
+    """The operator on the inputs' device."""
+    return omniops.deform_conv2d(input, offset, weight, bias, padding=1, mask=mask)
+
+
+def deform_conv2d_reference(input, offset, weight, bias, mask):
+    """In plain PyTorch."""
+    return reference_deform_conv2d.deform_conv2d(input, offset, weight, bias, mask, (1, 1), (1, 1), (1, 1))
+
+
+def compare(operator, reference, shapes, device):
+    """Results and gradients of float32 on the device against float64 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    here = [each.to(device).requires_grad_() for each in inputs]
+    exact = [each.double().requires_grad_() for each in inputs]
+    result, expected = operator(*here), reference(*exact)
+    assert result.device.type == torch.device(device).type
+    pairs = [(result, expected)]
+    pairs += zip(
+        torch.autograd.grad(result.square().sum(), here),
+        torch.autograd.grad(expected.square().sum(), exact),
+        strict=True,
+    )
+    for found, right in pairs:
+        error = (found.detach().cpu().double() - right.detach()).abs().max() / right.detach().abs().max()
+        assert error < 1e-5, f"{operator.__name__} on {device}: an error of {error:.1e}"
+
+
+def check(device):
+    """Each operator."""
+    compare(carafe, carafe_reference, [(1, 8, 5, 6), (1, 25, 10, 12)], device)
+    shapes = [(1, 4, 6, 7), (1, 18, 6, 7), (6, 4, 3, 3), (6,), (1, 9, 6, 7)]
+    compare(deform_conv2d, deform_conv2d_reference, shapes, device)
+    mask = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 1], [1, 0, 1, 0, 0]], dtype=torch.uint8)[None, None]
+    labels, counts = omniops.connected_components(mask.to(device))
+    assert labels.cpu().flatten().tolist() == [1, 1, 0, 0, 5, 0, 0, 0, 0, 5, 11, 0, 13, 0, 0]
+    assert counts.cpu().flatten().tolist() == [2, 2, 0, 0, 2, 0, 0, 0, 0, 2, 1, 0, 1, 0, 0]
+    print(f"omniops works with torch {torch.__version__} on {device}")
+
+
+def offers_metal():
+    """Whether PyTorch can use a GPU of Apple's, which a virtual machine may offer and then have no memory for."""
+    if not torch.backends.mps.is_available():
+        return False
+    try:
+        torch.ones(2, device="mps").add(1).cpu()
+    except RuntimeError as error:
+        print(f"not tested on mps: {error}")
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    assert cpu.AVAILABLE, "the wheel holds no compiled module"
+    check("cpu")
+    if offers_metal():
+        assert mps.AVAILABLE, mps.REMEDY
+        check("mps")
