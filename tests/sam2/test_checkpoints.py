@@ -244,5 +244,5 @@ def test_compiled_encoders_are_refused_where_mps_compiles_layer_norms_wrongly(mo
     monkeypatch.setattr(checkpoints.devices, "pick", torch.device)
     for call in (lambda: load("tiny", "mps", compile_encoder=True),
                  lambda: build_sam2("sam2.1_hiera_t", device="mps", compile_encoder=True)):  # fmt: skip
-        with pytest.raises(ValueError, match="compile_encoder must be False on MPS before torch 2.14"):
+        with pytest.raises(ValueError, match=r"compile_encoder must be False on MPS before torch 2\.14"):
             call()
