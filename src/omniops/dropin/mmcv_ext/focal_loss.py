@@ -6,6 +6,8 @@ that is no class, such as the background's, has weight 1: mmcv's kernels read be
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,8 @@ def softmax_focal_loss_backward(
 
 
 def _log(p: Tensor) -> Tensor:
-    return p.clamp(min=torch.finfo(torch.float32).tiny).log()
+    """Of what is at least the smallest normal float32, which MPS would take for 0 as a bound of p itself."""
+    return p.log().clamp(min=math.log(torch.finfo(torch.float32).tiny))
 
 
 def _is_target(target: Tensor, values: Tensor) -> Tensor:

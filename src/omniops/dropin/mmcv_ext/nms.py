@@ -90,8 +90,9 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
 
     ``dets`` is (N, 5), boxes and scores. A box is suppressed that overlaps by ``iou_threshold`` or more.
     """
-    order = dets[:, 4].sort(descending=True, stable=True).indices.cpu().numpy()
-    boxes = dets[:, :4].cpu().float().numpy()
+    dets = dets.cpu().float()
+    order = dets[:, 4].sort(descending=True, stable=True).indices.numpy()
+    boxes = dets[:, :4].numpy()
     groups: list[list[int]] = []
     while len(order):
         best, rest = order[0], order[1:]
