@@ -156,7 +156,7 @@ def test_the_file_holds_everything_also_where_something_is_wrong(omniops, plant,
     result = omniops("selftest", "--device", "cpu", "--only", "carafe", "--only", "fpn-carafe", "--json", str(path))
     assert result.status == 1
     written = json.loads(path.read_text(), parse_constant=pytest.fail)  # no Infinity, which is no JSON
-    assert written["complete"] is True
+    assert written["running"] == ""
     assert 0 < written["failed"] < written["total"]
     assert all(sentence in result.out for sentence in written["sentences"])
     assert any("no such kernel" in sentence for sentence in written["sentences"])
@@ -172,19 +172,20 @@ def test_the_file_holds_everything_also_where_something_is_wrong(omniops, plant,
     assert [row["result"] for row in model["results"]] == [f"level {level}" for level in range(4)]
 
 
-def test_what_was_found_is_written_before_the_next_part_begins(omniops, monkeypatch, tmp_path):
+def test_what_was_found_and_what_runs_is_written_before_each_part_begins(omniops, monkeypatch, tmp_path):
     path = tmp_path / "selftest.json"
     seen = []
 
     def examine(model, device, dtype):
         seen.append(json.loads(path.read_text()))
+        assert seen[-1]["running"] == f"{model.name} on {device}, {dtype}".replace("torch.", "")
         return Outcome(model.name, model.title, str(device), str(dtype), results={"level 0": 0.0})
 
     monkeypatch.setattr(selftest, "examine", examine)
     assert omniops("selftest", "--device", "cpu", "--only", "models", "--json", str(path)).status == 0
     assert [len(each["models"]) for each in seen] == list(range(len(seen)))
-    assert not any(each["complete"] for each in seen)
-    assert json.loads(path.read_text())["complete"] is True
+    last = json.loads(path.read_text())
+    assert (last["running"], len(last["models"])) == ("", len(seen))
 
 
 def test_the_worst_error_stays():

@@ -81,7 +81,8 @@ class Report:
     not_checked: list[str] = field(default_factory=list)
     """What, and why, in sentences."""
     runs: int = 0
-    is_complete: bool = False
+    running: str = "operators"
+    """What is about to run; empty at the end."""
 
     @property
     def total(self) -> int:
@@ -107,7 +108,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Everything, for a file."""
         return {
-            "complete": self.is_complete,
+            "running": self.running,
             "failed": self.failed,
             "total": self.total,
             "sentences": self.sentences,
@@ -166,7 +167,7 @@ def selftest(
     with the same call on the CPU in float64, so the first that differs is named, with the module that it is in; then
     the results of an undisturbed run are compared with the CPU's in float32.
 
-    FILE is written after each part, so what was found stays where the process dies.
+    FILE is written before each part, and says which: so what was found stays where the process dies.
 
     Ends with status 1 if anything is wrong.
 
@@ -181,7 +182,7 @@ def selftest(
     with progress() as bar:
         for _ in _checked(report, cases, chosen_models, bar):
             _write(report, json_file)
-    report.is_complete = True
+    report.running = ""
     _write(report, json_file)
     if report.total:
         console.print(_table(report))
@@ -218,7 +219,7 @@ def _chosen(only: Sequence[str] | None, image_size: int) -> tuple[list[ModuleTyp
 def _checked(
     report: Report, cases: Sequence[ModuleType], chosen_models: Sequence[Model], bar: Progress
 ) -> Iterator[None]:
-    """Fill the report; yields after each part of it."""
+    """Fill the report; yields before each part of it."""
     settings = {
         _Setting(each, case.NAME, dtype): case
         for each in report.tested
@@ -244,17 +245,18 @@ def _checked(
     ]
     report.runs = len(checks) + len(runs)
     task = bar.add_task("", total=report.runs)
+    yield
     for setting, check in checks:
         each, name, dtype = setting
         bar.update(task, description=escape(f"{name} {each} {dtype_name(dtype)} {check.label}"))
         _add(report, setting, check)
         bar.advance(task)
-    yield
     for model, each, dtype in runs:
-        bar.update(task, description=f"{model.name} {each} {dtype_name(dtype)}")
+        report.running = f"{model.name} on {each}, {dtype_name(dtype)}"
+        bar.update(task, description=report.running)
+        yield
         report.outcomes.append(examine(model, each, dtype))
         bar.advance(task)
-        yield
 
 
 def _add(report: Report, setting: _Setting, check: Check) -> None:
