@@ -1,4 +1,4 @@
-"""The stand-in for mmcv's compiled module on the pretended MPS device: the CPU's results, by no call that MPS gets wrong."""
+"""mmcv's compiled module as the stand-in has it, on the pretended MPS device: the CPU's results, within the rules."""
 
 from __future__ import annotations
 
