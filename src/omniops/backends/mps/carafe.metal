@@ -5,8 +5,8 @@
 // together in memory. All tensors are contiguous. A plane (H, W) of any of them has fewer than 2^28 elements and there
 // are fewer than 2^31 planes. Sums are in float.
 //
-// Addresses are the kernel's argument, which is the same for all threads, and an offset: of 64 bits in the kernels WIDE,
-// else of 32, as 64-bit integers are slow on these GPUs, where no tensor has 2^31 elements or more.
+// Addresses are the kernel's argument, which is the same for all threads, and an offset: of 64 bits in the kernels
+// WIDE, else of 32, as 64-bit integers are slow on these GPUs, where no tensor has 2^31 elements or more.
 //
 // ASCII and Metal 3.1 only: PyTorch hands the source to the compiler so.
 
@@ -22,10 +22,10 @@ typedef SCALAR T;
 constant constexpr int CHANNELS = 8;  // the channels of one group that a thread of the first two operators owns
 constant constexpr int TAPS = 4;      // the taps of one kernel row that a thread of carafe_backward_masks owns
 
-// Where the grid's third axis stands: a group, and the first of the CHANNELS channels of it that the thread sums. The last of a
-// group's blocks reaches back into the one before it where CHANNELS does not divide them, so that no inner loop asks how many
-// are left; the thread stores the channels from skip on only. In a group of fewer than CHANNELS channels the thread stores the
-// first count ones.
+// Where the grid's third axis stands: a group, and the first of the CHANNELS channels of it that the thread sums. The
+// last of a group's blocks reaches back into the one before it where CHANNELS does not divide them, so that no inner
+// loop asks how many are left; the thread stores the channels from skip on only. In a group of fewer than CHANNELS
+// channels the thread stores the first count ones.
 struct Block {
   int group, first, skip, count;
 

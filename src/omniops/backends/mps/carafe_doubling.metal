@@ -2,17 +2,17 @@
 // names. carafe.metal serves everything else.
 //
 // N batch and G channel groups are one axis here, "group" = n * G + g, since features, masks and results of (n, g) lie
-// together in memory. All tensors are contiguous, start at a multiple of four elements and have fewer than 2^31. Sums are
-// in float.
+// together in memory. All tensors are contiguous, start at a multiple of four elements and have fewer than 2^31. Sums
+// are in float.
 //
 // Addresses are the kernel's argument, which is the same for all threads, and an offset of 32 bits, as 64-bit integers
 // are slow on these GPUs. It is signed: what cannot wrap, a compiler may take apart.
 //
-// A thread owns two neighbouring centres, x and x + 1 with x even, so that rows of features are read in pairs and rows of
-// masks, gradients and results in fours; EVEN says that the width is even, so that the pairs and fours are aligned and lie
-// in the map as a whole or not at all. With P = K / 2 the columns x - P ... x + 1 + P that the two centres see are read as
-// pairs from x - LEFT on. Of the four products of a pair with the two centres, two fall on the same tap v, the others on
-// v + 1 and v - 1.
+// A thread owns two neighbouring centres, x and x + 1 with x even, so that rows of features are read in pairs and rows
+// of masks, gradients and results in fours; EVEN says that the width is even, so that the pairs and fours are aligned
+// and lie in the map as a whole or not at all. With P = K / 2 the columns x - P ... x + 1 + P that the two centres see
+// are read as pairs from x - LEFT on. Of the four products of a pair with the two centres, two fall on the same tap v,
+// the others on v + 1 and v - 1.
 //
 // What one step multiplies is loaded first, all of it and without a branch, so that its loads wait for memory together.
 // What lies outside the map is zero, features and masks alike, as neither may spoil a sum where it is not finite.
@@ -127,9 +127,9 @@ inline void store_four(device T* to, float4 values, bool second) {
     store_two(to + 2, values.z, values.w);
   }
 }
-// Where the grid's third axis stands: a group, and the first of the C channels of it that the thread sums. The last of a
-// group's blocks reaches back into the one before it where C does not divide them, so that no inner loop asks how many
-// are left; the thread stores the channels from skip on only. No group has fewer than C channels.
+// Where the grid's third axis stands: a group, and the first of the C channels of it that the thread sums. The last of
+// a group's blocks reaches back into the one before it where C does not divide them, so that no inner loop asks how
+// many are left; the thread stores the channels from skip on only. No group has fewer than C channels.
 template <int C>
 struct Block {
   int group, first, skip;
@@ -247,8 +247,8 @@ template <int K, bool EVEN, int C>
 }
 
 // What a row of results of carafe_backward_features's centres gives to the rows FROM ... TO - 1 of ROWS rows of
-// features, from the pairs of centres that see them. line: of the gradients, at column 2x; weights: of tap (u, 0) of the
-// first of the ROWS rows, there too, the next row's being K planes on.
+// features, from the pairs of centres that see them. line: of the gradients, at column 2x; weights: of tap (u, 0) of
+// the first of the ROWS rows, there too, the next row's being K planes on.
 template <int K, bool EVEN, int C, int FROM, int TO>
 inline void add_row(
     device const T* grad,
@@ -310,7 +310,8 @@ inline void add_row(
   }
 }
 
-// out[y, x] = sum over u, v, a, b of masks[u, v, 2q + a, 2r + b] * grad[2q + a, 2r + b], (q, r) = (y + P - u, x + P - v)
+// out[y, x] = sum over u, v, a, b of masks[u, v, 2q + a, 2r + b] * grad[2q + a, 2r + b],
+//     (q, r) = (y + P - u, x + P - v)
 //
 // A gather: each result is summed by one thread in one order. Grid: (pairs of a row, ROWS rows at a time, groups *
 // blocks of channels). A thread holds the ROWS x 2 results (y, x) ... (y + 1, x + 1), y and x even, in each of its C
