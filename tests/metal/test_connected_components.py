@@ -4,7 +4,9 @@ Every launch has an order of threads of its own, and of their turns at atomic op
 for: the result may not depend on it.
 """
 
+import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,15 @@ def check(mask: Tensor, connectivity: int) -> None:
         np.testing.assert_array_equal(counts[n, 0].numpy(), area[components])
 
 
+def meeting() -> Tensor:
+    """Two rows of a tile, and the two on either side of a border between tiles: the lower one is full, and the upper
+    one has a pixel above each of its words but the first, so that many threads change the parent of its first run."""
+    mask = torch.zeros(1, 1, metal.TILE_ROWS + 1, 64 * metal.TILE_WORDS, dtype=torch.bool)
+    mask[..., (1, -1), :] = True
+    mask[..., 0, 48::32] = mask[..., -2, 48::32] = True
+    return mask
+
+
 def noise(*shape: int, density: float = 0.5) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) < density
 
@@ -66,7 +77,7 @@ def noise(*shape: int, density: float = 0.5) -> Tensor:
 @connectivities
 @pytest.mark.parametrize("name", adversarial(1, 1))
 def test_adversarial_masks(name: str, connectivity: int) -> None:
-    for h, w in ((37, 71), (64, 96), (130, 33)):
+    for h, w in ((37, 71), (64, 96), (130, 33), (67, 135)):
         check(adversarial(h, w)[name][None, None], connectivity)
 
 
@@ -78,7 +89,9 @@ def test_noise(density: float, connectivity: int) -> None:
 
 @connectivities
 @pytest.mark.parametrize(
-    ("h", "w"), [(1, 1), (1, 2), (1, 31), (1, 32), (1, 200), (97, 1), (2, 33), (3, 64), (4, 65), (5, 63), (70, 3)]
+    ("h", "w"),
+    [(1, 1), (1, 2), (1, 31), (1, 32), (1, 200), (97, 1), (2, 33), (3, 64), (4, 65), (5, 63), (70, 3)]
+    + [(h, w) for h in (63, 64, 65) for w in (127, 128, 129)],
 )
 def test_thin_and_odd_shapes(h: int, w: int, connectivity: int) -> None:
     for density in (0.5, 0.8, 1.0):
@@ -117,34 +130,40 @@ def test_the_order_of_threads_changes_nothing(
     masks = torch.stack([noise(40, 70), noise(40, 70, density=0.593), spiral(40, 70)])[:, None]
     for _ in range(20):
         check(masks, connectivity)
-    # A row, and a pixel above each of its words but the first: their threads all change the parent of its first run.
-    meeting = torch.zeros(1, 1, 2, 512, dtype=torch.bool)
-    meeting[..., 1, :] = meeting[..., 0, 48::32] = True
     for _ in range(60):
-        check(meeting, connectivity)
+        check(meeting(), connectivity)
+
+
+def test_whatever_touches_across_the_borders_of_tiles() -> None:
+    """Every pattern of the pixels around a place where four tiles meet, and where two do."""
+    height, width = metal.TILE_ROWS, 32 * metal.TILE_WORDS
+    masks = []
+    for y, x, rows, columns in ((height, width, 2, 2), (height, 40, 2, 3), (height, 32, 2, 3), (20, width, 3, 2)):
+        for pattern in product((False, True), repeat=rows * columns):
+            mask = torch.zeros(height + 1, width + 1, dtype=torch.bool)
+            mask[y - 1 : y - 1 + rows, x - 1 : x - 1 + columns] = torch.tensor(pattern).view(rows, columns)
+            masks.append(mask)
+    for connectivity in (4, 8):
+        check(torch.stack(masks)[:, None], connectivity)
 
 
 def test_images_begin_beyond_32_bits() -> None:
     beginnings = """
-    kernel void beginnings(
+    [[kernel, max_total_threads_per_threadgroup(1)]] void beginnings(
         device long* planes [[buffer(0)]],
         device long* bitmaps [[buffer(1)]],
-        device const uint* bits [[buffer(2)]],
-        device long* words [[buffer(3)]],
-        constant int* sizes [[buffer(4)]],
+        constant int* sizes [[buffer(2)]],
         uint image [[thread_position_in_grid]]) {
       planes[image] = plane_of(sizes, image);
       bitmaps[image] = bitmap_of(sizes, image);
-      words[image] = Place(sizes, bits, uint2(0u, image)).here - bits;
     }
     """
     height, width, n = 2**29 + 1, 3, 70
-    planes, bitmaps, words = (torch.empty(n, dtype=torch.int64) for _ in range(3))
-    bits = torch.empty(1, dtype=torch.int32)
+    planes, bitmaps = (torch.empty(n, dtype=torch.int64) for _ in range(2))
     kernel = emulator.compile_shader(SOURCE + beginnings).beginnings
-    kernel(planes, bitmaps, bits, words, [height, width, 1], threads=n, arg_casts={4: "int32"})
+    kernel(planes, bitmaps, [height, width, 1], threads=n, group_size=1, arg_casts={2: "int32"})
     assert planes.tolist() == [image * height * width for image in range(n)]
-    assert bitmaps.tolist() == words.tolist() == [image * height for image in range(n)]
+    assert bitmaps.tolist() == [image * height for image in range(n)]
 
 
 class Recorder:
@@ -168,12 +187,15 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorder
 
 
-def test_every_kernel_is_launched_and_their_number_is_fixed(recorder: Recorder) -> None:
-    for dtype in DTYPES:
-        for connectivity in (4, 8):
-            metal.connected_components(torch.empty((2, 1, 5, 37), dtype=dtype, device="meta"), connectivity)
+def test_every_kernel_is_launched_and_their_number_depends_on_the_shape_alone(recorder: Recorder) -> None:
+    tile = metal.TILE_ROWS, 32 * metal.TILE_WORDS
+    shapes = {tile: 2, (1, 1): 2, (tile[0] + 1, 1): 4, (1, tile[1] + 1): 4, (500, 500): 4}
+    for (h, w), number in shapes.items():
+        for dtype, connectivity in product(DTYPES, (4, 8)):
+            before = len(recorder.launches)
+            metal.connected_components(torch.empty((2, 1, h, w), dtype=dtype, device="meta"), connectivity)
+            assert len(recorder.launches) - before == number
     assert {launch[0] for launch in recorder.launches} == set(dir(library("connected_components")))
-    assert len(recorder.launches) == 6 * 2 * len(DTYPES)
 
 
 @pytest.mark.parametrize(
@@ -202,5 +224,11 @@ def test_the_source_is_ascii() -> None:
     assert SOURCE.isascii()
 
 
-def test_a_word_of_pixels_is_a_simdgroup() -> None:
-    assert metal.PIXEL_GROUP[0] == 32
+def test_a_group_is_a_tile_of_words() -> None:
+    assert metal.PIXEL_GROUP == (32, metal.TILE_WORDS * metal.TILE_ROWS // 32, 1)
+
+
+@pytest.mark.parametrize("name", ["TILE_WORDS", "TILE_ROWS", "WRITTEN_ROWS"])
+def test_the_launch_code_and_the_kernels_agree(name: str) -> None:
+    (value,) = re.findall(rf"constant constexpr uint {name} = (\d+);", SOURCE)
+    assert int(value) == getattr(metal, name)

@@ -15,9 +15,11 @@ from omniops.backends.reference import connected_components as labelled
 CONNECTED_COMPONENTS = (Path(connected_components.__file__).parent / "connected_components.metal").read_text(
     encoding="ascii"
 )
-# A row, and a pixel above each of its words but the first: their threads all change the parent of the row's first run.
-MEETING = torch.zeros(1, 1, 2, 512, dtype=torch.bool)
-MEETING[..., 1, :] = MEETING[..., 0, 48::32] = True
+# Two rows of a tile, and the two on either side of a border between tiles: the lower one is full, and the upper one has
+# a pixel above each of its words but the first, so that many threads change the parent of its first run.
+MEETING = torch.zeros(1, 1, 65, 256, dtype=torch.bool)
+MEETING[..., (1, 64), :] = True
+MEETING[..., 0, 48::32] = MEETING[..., 63, 48::32] = True
 
 
 def run_connected_components(metal: str, group_size: int, patch: pytest.MonkeyPatch) -> None:
@@ -40,24 +42,31 @@ def test_the_shipped_connected_components_pass(group_size: int, monkeypatch: pyt
     run_connected_components(CONNECTED_COMPONENTS, group_size, monkeypatch)
 
 
-MINIMUM = "a = atomic_fetch_min_explicit(labels + (later - 1u), b, memory_order_relaxed);"
+MINIMUM = "parent = atomic_fetch_min_explicit(nodes + a, other, memory_order_relaxed);"
 
 
 @within_and_across
 @pytest.mark.parametrize(
     ("old", "new", "error", "message"),
     [
-        pytest.param("if (a == later) {\n      return;\n    }", "return;", AssertionError, "wrong result",
+        pytest.param(MINIMUM, MINIMUM + " return;", AssertionError, "wrong result",
                      id="no second try when another thread was first"),
-        pytest.param(MINIMUM, "a = parent_of(labels, later); "
-                     "atomic_store_explicit(labels + (later - 1u), b, memory_order_relaxed);",
+        pytest.param(MINIMUM, "parent = parent_of(nodes, a); "
+                     "atomic_store_explicit(nodes + a, other, memory_order_relaxed);",
                      AssertionError, "wrong result", id="a minimum in two steps"),
-        pytest.param(MINIMUM, "a = later; *(device uint*)(labels + (later - 1u)) = b;", KernelError, "a data race",
-                     id="a minimum by a plain write"),
-        pytest.param("atomic_fetch_add_explicit(counts + (root - 1u), run.end - run.first, memory_order_relaxed);",
-                     "atomic_store_explicit(counts + (root - 1u), run.end - run.first + atomic_load_explicit("
-                     "counts + (root - 1u), memory_order_relaxed), memory_order_relaxed);",
+        pytest.param("atomic_fetch_add_explicit(counts + root, pixels, memory_order_relaxed);",
+                     "*(device uint*)(counts + root) += pixels;", KernelError, "a data race",
+                     id="a sum by a plain write"),
+        pytest.param("atomic_fetch_add_explicit(counts + root, pixels, memory_order_relaxed);",
+                     "atomic_store_explicit(counts + root, pixels + parent_of(counts, root), memory_order_relaxed);",
                      AssertionError, "wrong result", id="a sum in two steps"),
+        pytest.param("atomic_fetch_add_explicit(cells + last, length << 16, memory_order_relaxed);",
+                     "atomic_store_explicit(cells + last, parent_of(cells, last) + (length << 16), "
+                     "memory_order_relaxed);", AssertionError, "wrong result", id="a tile's sum in two steps"),
+        pytest.param("threadgroup_barrier(mem_flags::mem_threadgroup);", "", KernelError, "a data race|nothing wrote",
+                     id="no barriers"),
+        pytest.param("if (parts[r] == 0u || parts[r] != label) {", "{", KernelError, "a data race",
+                     id="labels that others read are written again"),
     ],
 )  # fmt: skip
 def test_bugs_in_connected_components(

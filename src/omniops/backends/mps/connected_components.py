@@ -1,6 +1,7 @@
 """Connected components in Metal: launches the kernels; ``omniops.ops.connected_components`` says what they compute.
 
-Six launches whatever the masks hold; connected_components.metal says what each does.
+Four launches, or two where the image is one tile, whatever the masks hold; connected_components.metal says what each
+does.
 """
 
 import torch
@@ -8,6 +9,11 @@ from torch import Tensor
 
 from omniops.backends import as_signed, empty
 from omniops.backends.mps._library import library
+
+# These stand in connected_components.metal too, which says what they are.
+TILE_WORDS = 4
+TILE_ROWS = 64
+WRITTEN_ROWS = 4
 
 _METAL_TYPES = {torch.int8: "char", torch.int16: "short", torch.int32: "int", torch.int64: "long"}
 PIXEL_GROUP = (32, 8, 1)
@@ -19,16 +25,38 @@ def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tenso
     n, _, h, w = mask.shape
     labels, counts = (empty(mask.shape, like=mask, dtype=torch.int32) for _ in range(2))
     mask = as_signed(mask).contiguous()
-    words = (w + 31) // 32
-    bits = torch.empty((n, h, words), dtype=torch.int32, device=mask.device)
-    sizes = [h, w, words]
+    words = _blocks(w, 32)
+    bits, parts = (torch.empty((n, h, words), dtype=torch.int32, device=mask.device) for _ in range(2))
+    sizes = [h, w, words, connectivity]
+    tiles = _blocks(words, TILE_WORDS), _blocks(h, TILE_ROWS)
     metal = library("connected_components")
-    by_pixel = {"threads": (words * 32, h, n), "group_size": PIXEL_GROUP}
-    by_word = {"threads": (h * words, n), "group_size": WORD_GROUP}
-    getattr(metal, f"pack_mask_{_METAL_TYPES[mask.dtype]}")(mask, bits, sizes, arg_casts={2: "int32"}, **by_pixel)
-    getattr(metal, f"link_runs_{connectivity}")(bits, labels, counts, sizes, arg_casts={3: "int32"}, **by_word)
-    metal.flatten_runs(bits, labels, counts, sizes, arg_casts={3: "int32"}, **by_word)
-    getattr(metal, f"merge_runs_{connectivity}")(bits, labels, sizes, arg_casts={2: "int32"}, **by_word)
-    metal.flatten_and_count_runs(bits, labels, counts, sizes, arg_casts={3: "int32"}, **by_word)
-    metal.write_result(bits, labels, counts, sizes, arg_casts={3: "int32"}, **by_pixel)
+    getattr(metal, f"label_tiles_{_METAL_TYPES[mask.dtype]}")(
+        mask,
+        bits,
+        parts,
+        labels,
+        counts,
+        sizes,
+        threads=(tiles[0] * PIXEL_GROUP[0], tiles[1] * PIXEL_GROUP[1], n),
+        group_size=PIXEL_GROUP,
+        arg_casts={5: "int32"},
+    )
+    if borders := (tiles[1] - 1) * w + (tiles[0] - 1) * h:
+        metal.merge_tiles(bits, labels, sizes, threads=(borders, n), group_size=WORD_GROUP, arg_casts={2: "int32"})
+        metal.count_parts(
+            parts, labels, counts, sizes, threads=(h * words, n), group_size=WORD_GROUP, arg_casts={3: "int32"}
+        )
+    metal.write_result(
+        bits,
+        labels,
+        counts,
+        sizes,
+        threads=(words * 32, _blocks(h, WRITTEN_ROWS), n),
+        group_size=PIXEL_GROUP,
+        arg_casts={3: "int32"},
+    )
     return labels, counts
+
+
+def _blocks(length: int, block: int) -> int:
+    return (length + block - 1) // block
