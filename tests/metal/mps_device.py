@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from omniops import device as omniops_device
 from omniops.backends.mps._library import library
 
 MPS = torch.device("mps", 0)
@@ -61,6 +62,10 @@ class MpsTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise RuntimeError(f"{func}: a tensor of the pretended device is used outside of mps_device()")
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """That of the contents."""
+        return self.inner.untyped_storage()
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"MpsTensor({tuple(self.shape)}, strides={self.stride()}, dtype={self.dtype})"
@@ -266,6 +271,7 @@ def mps_device(*, values: bool) -> Iterator[torch.device]:
             ("empty_cache", lambda: None),
         ):
             stack.enter_context(mock.patch.object(torch.mps, name, replacement))
+        stack.enter_context(mock.patch.object(omniops_device, "found", lambda: [torch.device("cpu"), MPS]))
         library.cache_clear()
         stack.callback(library.cache_clear)
         stack.enter_context(_Functions())

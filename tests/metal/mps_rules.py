@@ -286,7 +286,8 @@ def _dtype(call: Call) -> str | None:
     return next((f"{dtype}, which MPS does not have" for dtype in asked if dtype in _UNKNOWN_DTYPES), None)
 
 
-# Views and copies of nothing launch nothing; the others look for elements first, as their sources say.
+# Views and copies of nothing launch nothing, and PyTorch's sources have the others look for elements first, as they do
+# with what is computed element by element.
 _TAKE_EMPTY = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like", "new_zeros"),
     *(
@@ -315,12 +316,27 @@ _TAKE_EMPTY = {
         "unbind",
     ),
     *("_to_copy", "copy_", "clone", "cat", "fill_", "zero_", "lift_fresh", "unfold", "diagonal", "view_as", "chunk"),
-    *("mm", "addmm", "bmm", "linear", "nonzero", "numel", "sym_size", "is_same_size", "new_full", "new_ones", "stack"),
+    *(
+        "mm",
+        "addmm",
+        "bmm",
+        "linear",
+        "nonzero",
+        "index",
+        "index_put",
+        "index_put_",
+        "numel",
+        "sym_size",
+        "is_same_size",
+        "new_full",
+        "new_ones",
+        "stack",
+    ),
 }
 
 
 def _empty(call: Call) -> str | None:
-    if call.name in _TAKE_EMPTY or call.func.namespace != "aten":
+    if call.name in _TAKE_EMPTY or call.func.namespace != "aten" or torch.Tag.pointwise in call.func.tags:
         return None
     for tensor in call.tensors:
         if not tensor.numel():

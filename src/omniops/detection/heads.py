@@ -148,6 +148,8 @@ class RoIAlign(nn.Module):
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: object = None) -> Tensor:
         """Maps (N, C, H_l, W_l), finest first, and boxes (K_n, 4) of each image -> (sum of K_n, C, S, S)."""
         maps = list(features.values())[:4]
+        if not sum(map(len, boxes)):  # not every operator of MPS takes no elements
+            return maps[0].new_zeros(0, maps[0].shape[1], self.output_size, self.output_size)
         images = torch.cat([each.new_full((len(each), 1), number) for number, each in enumerate(boxes)])
         together = torch.cat(boxes)
         scales = (together[:, 2:] - together[:, :2]).prod(dim=1).sqrt()
@@ -155,6 +157,8 @@ class RoIAlign(nn.Module):
         pooled = maps[0].new_zeros(len(together), maps[0].shape[1], self.output_size, self.output_size)
         for level, (features_of, stride) in enumerate(zip(maps, STRIDES, strict=False)):
             own = (levels == level).nonzero()[:, 0]
+            if not len(own):
+                continue
             rois = torch.cat([images[own], together[own]], dim=1)
             samples = roi_align(features_of.float(), rois, self.output_size, 1 / stride, sampling_ratio=0, aligned=True)
             pooled[own] = samples.to(pooled.dtype)
@@ -247,6 +251,9 @@ class RoIHeads(TorchvisionRoIHeads):  # type: ignore[misc]
 
     def _mask_logits(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[ResizedSize]) -> Tensor:
         pooled = self.mask_roi_pool(features, boxes, image_shapes)
+        if not len(pooled) and not self.training:
+            side = 2 * self.mask_roi_pool.output_size
+            return pooled.new_empty(0, self.box_predictor.cls_score.out_features, side, side, dtype=torch.float32)
         logits: Tensor = self.mask_predictor(self.mask_head(pooled))
         return logits.float()
 
@@ -270,6 +277,9 @@ class RoIHeads(TorchvisionRoIHeads):  # type: ignore[misc]
             if not self.has_mask():
                 boxes = boxes * boxes.new_tensor([1 / factor for factor in size.scale])
             rows, classes = (scores[:, 1:] > self.score_thresh).nonzero().unbind(dim=1)
+            if not len(rows):
+                results.append((boxes.new_empty(0, 4), scores.new_empty(0), classes))
+                continue
             labels = classes + 1
             boxes, scores = boxes[rows, labels], scores[rows, labels]
             kept = classwise_nms(boxes, scores, classes, self.nms_thresh)[: self.detections_per_img]
