@@ -140,7 +140,11 @@ METAL_INLINE T atomic_fetch_sub_explicit(volatile atomic<T>* object, METAL_GIVEN
 }
 template <typename T>
 METAL_INLINE void atomic_store_explicit(volatile atomic<T>* object, METAL_GIVEN(T) desired, memory_order) {
+#ifdef METAL_STORES_FOR_RACECHECK  // which takes a store for one that is not atomic
+  ::atomicExch((T*)&object->value, (T)desired);
+#else
   *(volatile T*)&object->value = desired;
+#endif
 }
 template <typename T>
 METAL_INLINE T atomic_load_explicit(const volatile atomic<T>* object, memory_order) {
