@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,6 +191,12 @@ def test_a_rule_says_where_it_is_from_and_when_it_may_go(rule):
     assert any(word in rule.upstream for word in ("issue", "pull request", ".mm"))
     assert rule.versions
     assert rule.until
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_the_documentation_lists_a_rule(rule):
+    table = (Path(__file__).parents[2] / "docs" / "metal.md").read_text(encoding="utf-8")
+    assert f"\n| {rule.name}" in table
 
 
 def test_tensors_of_two_devices_do_not_meet():
