@@ -265,13 +265,9 @@ def mps_device(*, values: bool) -> Iterator[torch.device]:
         # torch.tensor makes a tensor on the CPU, and moves it.
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
-        for name, replacement in (
-            ("compile_shader", lambda source: _CheckedKernels(source, values)),
-            ("synchronize", lambda: None),
-            ("empty_cache", lambda: None),
-        ):
-            stack.enter_context(mock.patch.object(torch.mps, name, replacement))
-        stack.enter_context(mock.patch.object(omniops_device, "found", lambda: [torch.device("cpu"), MPS]))
+        compile_shader = mock.patch.object(torch.mps, "compile_shader", lambda source: _CheckedKernels(source, values))
+        stack.enter_context(compile_shader)
+        stack.enter_context(mock.patch.object(omniops_device, "found", return_value=[torch.device("cpu"), MPS]))
         library.cache_clear()
         stack.callback(library.cache_clear)
         stack.enter_context(_Functions())
