@@ -163,14 +163,18 @@ def test_the_order_of_threads_changes_no_bit(operator: str, case: tuple[int, ...
 @operators
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 @pytest.mark.parametrize(
-    "case", [(1, 20, 6, 8, 5, 2, 2, 1), (1, 9, 5, 7, 3, 1, 2, 1), (2, 6, 6, 7, 5, 2, 3, 2)], ids=str
+    "case",
+    [(1, 20, 6, 8, 5, 2, 2, 1), (1, 9, 5, 7, 3, 1, 2, 1), (1, 8, 4, 7, 5, 1, 2, 1), (2, 6, 6, 7, 5, 2, 3, 2)],
+    ids=str,
 )
 def test_what_is_not_finite_spoils_only_what_depends_on_it(operator: str, poison: float, case: tuple[int, ...]) -> None:
     tensors, numbers = inputs(operator, torch.float32, case)
     taps = case[4] ** 2
     places = [(0, c, y, x) for c in (0, taps // 2, -1) for y in (0, 2, -1) for x in (0, -1)]
     # The masks of the first and the last column of taps, which lie beside the map at its borders.
-    places += [(0, c, 2, x) for c in (taps // 2 - case[4] // 2, taps // 2 + case[4] // 2) for x in (0, 1, -2, -1)]
+    places += [
+        (0, c, 2, x) for c in (taps // 2 - case[4] // 2, taps // 2 + case[4] // 2) for x in (0, 1, 2, -4, -2, -1)
+    ]
     for i, place in ((i, place) for i in range(2) for place in places if place[1] < tensors[i].shape[1]):
         spoilt = tensors.copy()
         spoilt[i] = tensors[i].clone()
