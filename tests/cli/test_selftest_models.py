@@ -128,6 +128,16 @@ def test_what_is_remembered_shows_in_the_next_mask(by_name):
         assert (change > 10 * RESULT_TOLERANCES[torch.float32]) == ("frame 0" not in result), (result, change)
 
 
+@pytest.mark.parametrize(("image_size", "expected"), [(128, 1), (1024, 3)])
+def test_small_models_have_one_thread(monkeypatch, image_size, expected):
+    seen = []
+    model = models(image_size)[-1]
+    monkeypatch.setattr(model, "build", lambda device, dtype: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(3)
+    assert "AttributeError" in examine(model, CPU, torch.float32).exception  # there is no network
+    assert (seen, torch.get_num_threads()) == ([expected], 3)
+
+
 def test_half_precision_is_that_of_the_devices_users():
     (model, *_) = models(64)
     assert model.dtypes(CPU) == tuple(dict.fromkeys((torch.float32, autocast_dtype("cpu"))))

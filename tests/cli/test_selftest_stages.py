@@ -253,7 +253,7 @@ class _OnWrongDevice:
 
     def __init__(self, model, *plant, **options):
         self.model, self.plant = model, Planted(*plant, **options)
-        self.name, self.title = model.name, model.title
+        self.name, self.title, self.is_small = model.name, model.title, model.is_small
 
     def build(self, device, dtype):
         network = self.model.build(device, dtype)

@@ -31,6 +31,8 @@ class Model(ABC):
     name: str
     """What ``--only`` calls it."""
     title: str
+    is_small = True
+    """Whether one thread of the CPU has done it before several have found each other."""
 
     def dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
         """Those that it is checked in: float32, and half precision as the device's users have it."""
@@ -148,6 +150,7 @@ class SAM2(Model):
 
     def __init__(self, image_size: int) -> None:
         self.image_size = image_size
+        self.is_small = image_size < 512
 
     def missing(self) -> str:
         """What the extra would install, or why it is of no use."""

@@ -102,12 +102,12 @@ def examine(model: Model, device: torch.device, dtype: torch.dtype) -> Outcome:
     outcome = Outcome(model.name, model.title, str(device), dtype_name(dtype), tolerance=RESULT_TOLERANCES[dtype])
     start = time.perf_counter()
     try:
-        with _exact_float32(device):
+        with _threads(1 if model.is_small else torch.get_num_threads()), _exact_float32(device):
             network = model.build(device, dtype)
             with checked(network) as outcome.found:
                 model.run(network, dtype)
             results = model.run(network, dtype)
-        expected = model.run(model.reference(network), torch.float32)
+            expected = model.run(model.reference(network), torch.float32)
         # In half precision there are fewer.
         outcome.results = {name: relative_error([each], [expected[name]]) for name, each in results.items()}
     except Exception as error:  # whatever a kernel raises is a finding
@@ -116,6 +116,16 @@ def examine(model: Model, device: torch.device, dtype: torch.dtype) -> Outcome:
         outcome.traceback = "".join(traceback.format_exception(error))
     outcome.seconds = time.perf_counter() - start
     return outcome
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
