@@ -21,16 +21,15 @@ from torch import Tensor
 
 HERE = Path(__file__).parent / "metalsim"
 ARCHITECTURE = os.environ.get("METAL_CUDA_ARCHITECTURE", "sm_90")
-# 128 registers a thread, so that 512 threads find room on a multiprocessor, as they do on an Apple GPU's core.
 _FLAGS = (
     f"-arch={ARCHITECTURE}",
     "-std=c++17",
     "-O3",
     "-lineinfo",
-    "-maxrregcount=128",
     "-shared",
     "-Xcompiler",
     "-fPIC",
+    *(("-DMETAL_STORES_FOR_RACECHECK",) if "METAL_STORES_FOR_RACECHECK" in os.environ else ()),
 )
 _MAX_INLINE_BYTES = 2048
 _MAX_BUFFERS = 31
@@ -39,16 +38,18 @@ _MAX_BUFFERS = 31
 class _Launch(ctypes.Structure):
     _fields_ = (
         ("threads", ctypes.c_uint32 * 3),
-        ("inline_mask", ctypes.c_uint32),
         ("buffers", ctypes.c_uint64 * _MAX_BUFFERS),
         ("padding", ctypes.c_uint64),
         ("bytes", ctypes.c_uint8 * _MAX_INLINE_BYTES),
     )
 
 
-def compile_shader(source: str) -> CudaLibrary:
-    """Compile Metal source for the GPU, as ``torch.mps.compile_shader``. Raises CompileError."""
-    return CudaLibrary(ctypes.CDLL(str(_compile(source))))
+def compile_shader(source: str, registers: int = 128) -> CudaLibrary:
+    """Compile Metal source for the GPU, as ``torch.mps.compile_shader``. Raises CompileError.
+
+    With 128 registers a thread at most, 512 threads find room on a multiprocessor, as they do on an Apple GPU's core.
+    """
+    return CudaLibrary(ctypes.CDLL(str(_compile(source, registers))))
 
 
 class CudaLibrary(Library):
@@ -65,6 +66,7 @@ class _CudaKernel(Kernel):
         self, library: ctypes.CDLL, index: int, name: str, max_threads: int, buffers: list[tuple[str, bool]]
     ) -> None:
         super().__init__(name, max_threads, parameters(library, f"shim_parameters_{index}", buffers))
+        self._places = _places([constant for _, constant in buffers])
         self._launch = getattr(library, f"shim_launch_{index}")
         self._launch.argtypes = (ctypes.POINTER(_Launch), *(ctypes.POINTER(ctypes.c_uint32),) * 2, ctypes.c_void_p)
         self._launch.restype = ctypes.c_char_p
@@ -72,15 +74,18 @@ class _CudaKernel(Kernel):
     def run(self, grid: Dispatch, values: Sequence[Tensor | Inline]) -> None:
         """Launch the kernel on PyTorch's current stream. RuntimeError when CUDA refuses the launch."""
         launch = _Launch((ctypes.c_uint32 * 3)(*grid.threads))
-        used = 0
         for i, value in enumerate(values):
             if isinstance(value, Inline):
-                if used + len(value.data) > _MAX_INLINE_BYTES:
-                    raise ValueError(f"kernel {self.name}: the shim takes {_MAX_INLINE_BYTES} bytes of Python values")
-                ctypes.memmove(ctypes.addressof(launch.bytes) + used, value.data, len(value.data))
-                launch.inline_mask |= 1 << i
-                launch.buffers[i] = used
-                used = (used + len(value.data) + 15) // 16 * 16
+                place = self._places.get(i)
+                most = _MAX_INLINE_BYTES // max(1, len(self._places))
+                if place is None or len(value.data) > most:
+                    raise ValueError(
+                        f"kernel {self.name}, argument {i}: the shim takes Python values of up to {most} bytes, "
+                        "for constant arguments"
+                    )
+                ctypes.memmove(ctypes.addressof(launch.bytes) + place, value.data, len(value.data))
+            elif i in self._places:
+                raise TypeError(f"kernel {self.name}, argument {i}: the shim takes no tensor for a constant argument")
             elif value.device.type != "cuda":
                 raise TypeError(f"kernel {self.name}, argument {i}: the shim runs on CUDA tensors, got {value.device}")
             else:
@@ -100,12 +105,19 @@ class _CudaKernel(Kernel):
             raise RuntimeError(f"kernel {self.name}: {error.decode()}")
 
 
-def _compile(source: str) -> Path:
-    inputs = [source, *_FLAGS, HERE / "include", *HERE.glob("*.py"), Path(__file__)]
-    return toolchain.cached("shim.so", inputs, lambda path: _build(source, path))
+def _places(constants: Sequence[bool]) -> dict[int, int]:
+    """Where the constant ones among a kernel's buffers lie in the launch: the compiler knows it, as Metal's does."""
+    which = [i for i, constant in enumerate(constants) if constant]
+    return {i: n * (_MAX_INLINE_BYTES // len(which) // 16 * 16) for n, i in enumerate(which)}
 
 
-def _build(source: str, path: Path) -> None:
+def _compile(source: str, registers: int) -> Path:
+    flags = (*_FLAGS, f"-maxrregcount={registers}")
+    inputs = [source, *flags, HERE / "include", *HERE.glob("*.py"), Path(__file__)]
+    return toolchain.cached("shim.so", inputs, lambda path: _build(source, path, flags))
+
+
+def _build(source: str, path: Path, flags: Sequence[str]) -> None:
     plain = path.with_suffix(".cpp")
 
     def run_preprocessor(text: str) -> str:
@@ -117,7 +129,7 @@ def _build(source: str, path: Path) -> None:
     unit = path.with_suffix(".cu")
     unit.write_text(_translation_unit(shader))
     include = str(HERE / "include" / "cuda")
-    toolchain.run(("nvcc", *_FLAGS, "-I", include, str(unit), "-o", str(path)))
+    toolchain.run(("nvcc", *flags, "-I", include, str(unit), "-o", str(path)))
 
 
 def _translation_unit(shader: parser.Shader) -> str:
@@ -135,9 +147,13 @@ def _translation_unit(shader: parser.Shader) -> str:
         parts.append(
             f'extern "C" const metal::host::Parameter shim_parameters_{i}[] = {{{", ".join(rows) or "{}"}}};\n'
         )
+        places = _places([p.constant for p in kernel.buffers])
+        addresses = [
+            f"launch.bytes + {places[b]}" if b in places else f"metal::host::device_address(launch, {b})"
+            for b in range(len(kernel.buffers))
+        ]
         arguments = [
-            f"{kind}::BufferAt<{n}>::from("
-            f"metal::host::{'constant' if p.constant else 'device'}_address(launch, {p.buffer}))"
+            f"{kind}::BufferAt<{n}>::from({addresses[p.buffer]})"
             if p.buffer is not None
             else f"{kind}::BuiltinAt<{n}>::from(position.{p.builtin})"
             for n, p in enumerate(kernel.parameters)

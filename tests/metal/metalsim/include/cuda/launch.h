@@ -13,9 +13,8 @@ constexpr int kInlineBytes = 2048;
 // Python fills in the same layout.
 struct Launch {
   uint threads[3];
-  uint inline_mask;               // which buffers lie in ``bytes``
-  ulong buffers[kBuffers];        // device addresses, or places in ``bytes``
-  alignas(16) char bytes[kInlineBytes];
+  ulong buffers[kBuffers];               // device addresses
+  alignas(16) char bytes[kInlineBytes];  // what the constant ones hold
 };
 
 // Metal's groups at the end of an axis have fewer threads. CUDA's blocks all have the same number, so threads beyond it
@@ -92,15 +91,11 @@ struct IsConst<const T> {
   static constexpr bool value = true;
 };
 
-// Saying that device buffers lie in global memory spares their loads the generic addressing. Constant ones lie there too,
-// or in the launch's own bytes.
+// Saying that device buffers lie in global memory spares their loads the generic addressing.
 METAL_INLINE void* device_address(const Launch& launch, int buffer) {
   void* address = (void*)launch.buffers[buffer];
   __builtin_assume(__isGlobal(address));
   return address;
-}
-METAL_INLINE const void* constant_address(const Launch& launch, int buffer) {
-  return launch.inline_mask >> buffer & 1 ? launch.bytes + launch.buffers[buffer] : (const char*)launch.buffers[buffer];
 }
 
 template <typename P>
