@@ -1,37 +1,51 @@
 """Deformable convolution in Metal: launches the kernels of deform_conv2d.metal; the matrix products are PyTorch's.
 
 ``omniops.ops.deform_conv2d`` has the formula and ``omniops.backends.columns`` the order of the work and the copies that
-it takes. The workspace beside these is MOST_BYTES for the columns, and in the backward 16 bytes a sample for at most
-MOST_SAMPLES samples and 4 bytes a cell for at most MOST_CELLS cells; where a single position, or two images, have more,
+it takes. The workspace beside these is MOST_BYTES for the columns, and in the backward 20 bytes a sample for at most
+MOST_SAMPLES samples and 8 bytes a cell for at most MOST_CELLS cells; where a single position, or two images, have more,
 what these have.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from omniops.backends.columns import Columns, Geometry
-from omniops.backends.mps._library import METAL_TYPES, library
+from omniops.backends.mps._library import library
 
 # The last-level caches of Apple's larger chips hold 24 MB and more: what one kernel or product writes, the next finds
 # there. Much smaller chunks would leave the largest GPUs idle between launches.
 MOST_BYTES = 2**25
-MOST_SAMPLES = 2**22
-MOST_CELLS = 2**24
+MOST_SAMPLES = 2**20
+MOST_CELLS = 2**23
+
+# Of one offset group, which may all lie in one cell: a thread each goes through all of these then.
+MOST_SAMPLES_A_GROUP = 2**18
 
 # From sums of 32767 terms on, the matrix products of PyTorch to 2.14 read past their operands on M1 and M2, and
 # those of macOS 14.0 to 14.3 are wrong with more than 32768 rows. A multiple of a simdgroup's 32.
 LONGEST_SUM = 32 * 1023
 
-# This stands in deform_conv2d.metal too, which says what it is.
-QUADS = 4
+# These stand in deform_conv2d.metal too, which says what they are.
+WIDTHS = (1, 4, 8)
+TILE_PAIRS = 9
+TILE_POSITIONS = 32
+CELLS = 4
+GATHER_THREADS = 256
+SIMD = 32
 
-# So few lanes for a sample that they load whole cache lines, and that there is little left to sum by shuffles.
-MAX_LANES = 8
+# So few lanes that they load whole cache lines, and that there is little left to sum by shuffles.
+SAMPLE_LANES = 16
+GATHER_LANES = 4
+
+# So many threadgroups keep the largest GPUs busy.
+GROUPS = 1024
 
 
 def _sample(
@@ -39,18 +53,16 @@ def _sample(
 ) -> None:
     """Fill ``columns`` with the samples of the positions from ``first`` on."""
     part = _Part(geometry, image, offset, first, 0, columns.shape[1], columns.shape[1])
-    width = _width(geometry, image)
-    quads = image.shape[3] // width
-    across = min(quads, 64)
+    tiles = _Tiles.of(part)
     moves = part.of(offset)
-    _kernel("sample", image, width)(
+    _kernel("sample", image, part.width)(
         part.of(image),
         moves,
         moves if mask is None else part.of(mask),
         columns,
-        part.sizes(lanes=1, masked=mask is not None),
-        threads=(quads, part.positions),
-        group_size=(across, 256 // across),
+        part.sizes(tiles, tiles.lanes, mask is not None),
+        threads=tiles.threads,
+        group_size=tiles.group_size,
         arg_casts={4: "int32"},
     )
 
@@ -67,42 +79,59 @@ def _gradients(
     by_mask: Tensor | None,
 ) -> None:
     """Write by_offset and by_mask of the positions from ``first`` on, and add to by_image."""
-    width = _width(geometry, image)
-    c, d, taps = image.shape[3], geometry.offset_groups, geometry.taps
-    quads = c // d // width
-    lanes = min(MAX_LANES, 1 << (quads.bit_length() - 1))
-    tap_rows = -(-taps // -(-taps // 16))
     for part in _parts(geometry, image, offset, first, by_columns.shape[1]):
-        h, w = image.shape[1:3]
+        tiles = _Tiles.of(part)
         images, moves, moves_gradient = part.of(image), part.of(offset), part.of(by_offset)
-        heads = torch.full((part.images * d * (h + 1) * (w + 1),), -1, dtype=torch.int32, device=image.device)
-        links = torch.empty((d * part.positions * taps, 4), dtype=torch.int32, device=image.device)
-        sizes = part.sizes(lanes, masked=mask is not None)
-        _kernel("backward_samples", image, width)(
+        sizes = part.sizes(tiles, tiles.lanes, mask is not None)
+        cells, rows, records = _cells(part, moves, sizes)
+        _kernel("backward_samples", image, part.width)(
             by_columns,
             images,
             moves,
             moves if mask is None else part.of(mask),
             moves_gradient,
             moves_gradient if by_mask is None else part.of(by_mask),
-            heads,
-            links,
+            cells,
+            rows,
+            records,
             sizes,
-            threads=(lanes * part.positions, taps, d),
-            group_size=(32, tap_rows, 1),
-            arg_casts={8: "int32"},
+            threads=tiles.threads,
+            group_size=tiles.group_size,
+            arg_casts={9: "int32"},
         )
-        library("deform_conv2d").deform_conv2d_sort(heads, links, threads=heads.numel(), group_size=256)
-        _kernel("backward_image", image, width)(
+        h, w = image.shape[1:3]
+        lanes = _lanes(part.quads, GATHER_LANES)
+        across, along = SIMD // lanes, min(GATHER_THREADS // SIMD, h + 1)
+        _kernel("backward_image", image, part.width)(
             by_columns,
-            heads,
-            links,
+            cells,
+            records,
             part.of(by_image),
-            sizes,
-            threads=(lanes * w, h, part.images * d * -(-quads // (lanes * QUADS))),
-            group_size=(64, 4, 1),
+            part.sizes(tiles, lanes, mask is not None),
+            threads=(
+                SIMD * along * -(-w // (across - 1)),
+                -(-h // (along - 1)),
+                part.images * geometry.offset_groups * -(-part.quads // lanes),
+            ),
+            group_size=(SIMD * along, 1, 1),
             arg_casts={4: "int32"},
         )
+
+
+def _cells(part: _Part, moves: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The cells, each with the number of its samples and the end of its segment; the segments; memory for records."""
+    kernels, pairs = library("deform_conv2d", moves.dtype), part.geometry.offset_groups * part.geometry.taps
+    counted = part.cells
+    numbers = torch.zeros(2 * counted + 1, dtype=torch.int32, device=moves.device)
+    cells, used = numbers[:-1], numbers[-1:]
+    rows = torch.empty(pairs * part.positions, dtype=torch.int32, device=moves.device)
+    records = torch.empty((len(rows), 4), dtype=torch.int32, device=moves.device)
+    grid = {"threads": (part.positions, pairs), "group_size": (64, 4)}
+    kernels.deform_conv2d_count(moves, cells, sizes, **grid, arg_casts={2: "int32"})
+    threads = -(-counted // (256 * CELLS)) * 256
+    kernels.deform_conv2d_place(cells, used, counted, threads=threads, group_size=256, arg_casts={2: "int32"})
+    kernels.deform_conv2d_collect(moves, cells, rows, sizes, **grid, arg_casts={3: "int32"})
+    return cells, rows, records
 
 
 def check_sizes(input: Sequence[int], offset: Sequence[int], out_channels: int, geometry: Geometry) -> None:
@@ -167,12 +196,30 @@ class _Part:
         first, end = self._range()
         return end - first
 
+    @property
+    def cells(self) -> int:
+        """How many cells these have."""
+        h, w = self.image.shape[1:3]
+        return self.images * self.geometry.offset_groups * (h + 1) * (w + 1)
+
+    @property
+    def width(self) -> int:
+        """How many channels a thread can take at a time."""
+        c, g = self.image.shape[3], self.geometry
+        divisor = gcd(8, c // g.groups, c // g.offset_groups, self.image.storage_offset())
+        return max(width for width in WIDTHS if divisor % width == 0)
+
+    @property
+    def quads(self) -> int:
+        """How many of these an offset group has."""
+        return self.image.shape[3] // self.geometry.offset_groups // self.width
+
     def of(self, tensor: Tensor) -> Tensor:
         """The images that it touches, of a tensor that has the batch for its first axis."""
         first, end = self._range()
         return tensor[first:end]
 
-    def sizes(self, lanes: int, masked: bool) -> list[int]:
+    def sizes(self, tiles: _Tiles, lanes: int, masked: bool) -> list[int]:
         """Sizes in deform_conv2d.metal. What no result can tell from a smaller number is made smaller."""
         g, (h, w, c), area = self.geometry, self.image.shape[1:], self._area()
         padded = (h + 2 * g.padding[0], w + 2 * g.padding[1])
@@ -185,8 +232,8 @@ class _Part:
             *(min(dilation, size) for dilation, size in zip(g.dilation, padded, strict=True)),
             *(g.offset_groups, c // g.offset_groups, c // g.groups),
             *((self.first + self.start) % area, self.positions, self.start, self.column_positions),
-            lanes.bit_length() - 1,
-            int(masked),
+            *(tiles.positions.bit_length() - 1, tiles.pairs, tiles.rounds, 65536 // tiles.pairs + 1),
+            *(lanes.bit_length() - 1, int(masked)),
         ]
 
     def _range(self) -> tuple[int, int]:
@@ -197,23 +244,49 @@ class _Part:
         return self.offset.shape[2] * self.offset.shape[3]
 
 
+@dataclass(frozen=True)
+class _Tiles:
+    """How the samples of a launch are dealt out to threadgroups."""
+
+    positions: int
+    """Of one tile; a power of two."""
+    pairs: int
+    rounds: int
+    """How many tiles of the same positions a threadgroup takes, one after another."""
+    lanes: int
+    threads: tuple[int, int]
+    group_size: tuple[int, int]
+
+    @classmethod
+    def of(cls, part: _Part) -> _Tiles:
+        """Tiles of samples that are more the fewer channels they have, and a thread for each."""
+        all_pairs = part.geometry.taps * part.geometry.offset_groups
+        tiles = -(-all_pairs // TILE_PAIRS)
+        pairs = -(-all_pairs // tiles)
+        positions = TILE_POSITIONS // (1 if part.quads < 8 else 2 if part.quads < 32 else 4)
+        across = -(-part.positions // positions)
+        # Neighbouring taps find each other's pixels in the cache, if enough threadgroups are left.
+        rounds = max(1, min(tiles, across * tiles // GROUPS))
+        size = TILE_POSITIONS * pairs if part.quads < 8 else min(256, TILE_POSITIONS * pairs)
+        threads = size * across, -(-tiles // rounds)
+        return cls(positions, pairs, rounds, _lanes(part.quads, SAMPLE_LANES), threads, (size, 1))
+
+
 def _parts(geometry: Geometry, image: Tensor, offset: Tensor, first: int, positions: int) -> Iterator[_Part]:
-    """The positions of the columns, in parts of at most MOST_SAMPLES and MOST_CELLS."""
+    """The positions of the columns, in parts of at most MOST_SAMPLES, MOST_SAMPLES_A_GROUP and MOST_CELLS."""
     h, w = image.shape[1:3]
     # The positions of so many images can touch one more.
     images = max(1, MOST_CELLS // (geometry.offset_groups * (h + 1) * (w + 1)) - 1)
-    by_samples = MOST_SAMPLES // (geometry.offset_groups * geometry.taps)
+    by_samples = min(MOST_SAMPLES // geometry.offset_groups, MOST_SAMPLES_A_GROUP) // geometry.taps
     at_once = max(1, min(by_samples, images * offset.shape[2] * offset.shape[3]))
     for start in range(0, positions, at_once):
         yield _Part(geometry, image, offset, first, start, min(at_once, positions - start), positions)
 
 
-def _width(geometry: Geometry, image: Tensor) -> int:
-    """How many channels a thread can take at a time."""
-    c = image.shape[3]
-    fours = c // geometry.groups % 4 == 0 and c // geometry.offset_groups % 4 == 0
-    return 4 if fours and image.storage_offset() % 4 == 0 else 1
+def _lanes(quads: int, most: int) -> int:
+    """How many lanes share the channels of an offset group: a power of two."""
+    return min(most, 1 << (quads.bit_length() - 1))
 
 
 def _kernel(name: str, image: Tensor, width: int) -> Any:
-    return getattr(library("deform_conv2d"), f"deform_conv2d_{name}_{METAL_TYPES[image.dtype]}{width}")
+    return getattr(library("deform_conv2d", image.dtype), f"deform_conv2d_{name}{width}")
