@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from metalsim import toolchain
 from mps_rules import check, is_on_mps, leaves
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -62,6 +61,10 @@ class MpsTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise RuntimeError(f"{func}: a tensor of the pretended device is used outside of mps_device()")
+
+    def tolist(self) -> Any:
+        """As of the device, whose contents are read first."""
+        return self.cpu().tolist()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """That of the contents."""
@@ -166,22 +169,25 @@ class _Operators(TorchDispatchMode):
         return MpsTensor(made) if isinstance(tensor, MpsTensor) else made
 
 
-class _Functions(TorchFunctionMode):
-    """Calls of functions that MPS has an operator for, where other devices run several."""
+def _patched_functions() -> list[Any]:
+    """Functions that MPS has an operator for, where autograd would take them apart before the operators are seen."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in (Tensor.tolist, F.linear, F.scaled_dot_product_attention) or not is_on_mps(args[0]):
-            return func(*args, **kwargs)
-        if func is Tensor.tolist:
-            return args[0].cpu().tolist()
-        if func is F.linear:
-            check(aten.linear.default, _cast(args), _cast(kwargs))
-        if func is F.scaled_dot_product_attention and isinstance(args[0], MpsTensor):
-            # Which kernel serves it is asked of the device's own code, which is not in this build.
-            with torch.inference_mode():
-                return func(*_cast(args), **_cast(kwargs))
-        return func(*args, **kwargs)
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if is_on_mps(input):
+            check(aten.linear.default, _cast((input, weight, bias)), {})
+        return _linear(input, weight, bias)
+
+    def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(query, MpsTensor):
+            return _attention(query, *args, **kwargs)
+        # Which kernel serves it is asked of the device's own code, which is not in this build.
+        with torch.inference_mode():
+            return _attention(*_cast((query, *args)), **_cast(kwargs))
+
+    return [mock.patch.object(F, "linear", linear), mock.patch.object(F, "scaled_dot_product_attention", attention)]
+
+
+_linear, _attention = F.linear, F.scaled_dot_product_attention
 
 
 def _cast(values: Any) -> Any:
@@ -270,6 +276,7 @@ def mps_device(*, values: bool) -> Iterator[torch.device]:
         stack.enter_context(mock.patch.object(omniops_device, "found", return_value=[torch.device("cpu"), MPS]))
         library.cache_clear()
         stack.callback(library.cache_clear)
-        stack.enter_context(_Functions())
+        for patch in _patched_functions():
+            stack.enter_context(patch)
         stack.enter_context(_Operators(values))
         yield MPS
