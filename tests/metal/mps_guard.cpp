@@ -4,9 +4,25 @@
 
 namespace {
 
-struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::MPS> {
+const c10::Device mps(c10::DeviceType::MPS, 0);
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override {
+    return c10::DeviceType::MPS;
+  }
+  c10::Device exchangeDevice(c10::Device) const override {
+    return mps;
+  }
   c10::Device getDevice() const override {
-    return c10::Device(c10::DeviceType::MPS, 0);
+    return mps;
+  }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Stream getStream(c10::Device) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, mps);
+  }
+  c10::Stream exchangeStream(c10::Stream) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, mps);
   }
   // None, so that autograd starts no thread for it.
   c10::DeviceIndex deviceCount() const noexcept override {
