@@ -130,7 +130,8 @@ inline void load(device const Scalar* from, thread float* to) {
   if (WIDTH == 1) {
     to[0] = float(from[0]);
   } else if (WIDTH == 4) {
-    widen(*(device const Stored*)from, to);
+    const Stored value = *(device const Stored*)from;
+    widen(value, to);
   } else {
     Stored low, high;
     Four<Scalar>::load(from, low, high);
