@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from omniops import device as devices
 
@@ -154,3 +155,44 @@ def test_a_video_and_the_masks_of_everything_wait_at_each_step(model, monkeypatc
     assert Waiting(lambda: state.images[0]).waits()
     # Between two frames others may.
     assert Waiting(lambda: next(frames)).waits()
+
+
+def test_no_work_on_the_device_is_done_without_the_lock(model, monkeypatch, tmp_path):
+    from PIL import Image
+
+    from omniops.sam2 import SAM2VideoPredictor, video_predictor
+
+    class Checked(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            free.append((func, Taken().now()))  # by another thread, if this one did not hold it
+            return func(*args, **kwargs or {})
+
+    class Taken:
+        def _try(self):
+            self.got = devices._mps.acquire(blocking=False)
+            if self.got:
+                devices._mps.release()
+
+        def now(self) -> bool:
+            thread = threading.Thread(target=self._try)
+            thread.start()
+            thread.join()
+            return self.got
+
+    free: list[tuple[object, bool]] = []
+    for i in range(6):
+        Image.fromarray(np.full((40, 60, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(video_predictor, "_RECENT", 3)
+    video = SAM2VideoPredictor(model)
+    state = video.init_state(tmp_path)
+    video.add_new_points_or_box(state, 0, 1, points=[[10, 10]], labels=[1])
+    list(video.propagate_in_video(state))
+    # A correction of a frame that was tracked takes the place of another, which is put on the disk.
+    video.add_new_points_or_box(state, 1, 1, points=[[20, 20]], labels=[0])
+    monkeypatch.setattr(devices, "exclusive", lambda device: devices._mps)
+    frames = video.propagate_in_video(state)
+    with Checked():
+        next(frames)
+        next(frames)
+    assert len(free) > 100
+    assert [func for func, could in free if could] == []

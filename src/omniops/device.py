@@ -186,10 +186,10 @@ def memory(device: torch.device | str) -> Memory:
 
 
 def exclusive(device: torch.device | str) -> AbstractContextManager[Any]:
-    """A context in which one thread at a time is on Apple's GPU, and a thread may be once more; nothing elsewhere.
+    """A lock around Apple's GPU, which a thread may enter again; on other devices it does nothing.
 
     Up to 2.14 PyTorch ends the process where two threads use MPS at once (pytorch issue 197805). The predictors of
-    ``omniops.sam2``, ``synchronize`` and ``empty_cache`` enter it; so should whoever runs models in threads beside them.
+    ``omniops.sam2``, ``synchronize`` and ``empty_cache`` take it; so should whoever uses tensors there beside them.
 
     Example:
         >>> with exclusive("mps"):

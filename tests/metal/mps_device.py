@@ -24,7 +24,8 @@ import emulator
 import torch
 import torch.nn.functional as F
 from metalsim import toolchain
-from mps_rules import check, is_on_mps, leaves
+from metalsim.arguments import bind, dispatch
+from mps_rules import check, check_results, is_on_mps, leaves
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -135,6 +136,8 @@ class _Operators(TorchDispatchMode):
         inference = torch.is_inference_mode_enabled() and all(leaf.is_inference() for leaf in on_mps)
         with torch.utils._python_dispatch._disable_current_modes():
             result = func(*map(unwrapped, args), **{name: unwrapped(value) for name, value in kwargs.items()})
+            if is_mps:
+                check_results(func, result)
             with torch.inference_mode(inference):
                 return tree_map_only(Tensor, wrapped, result)
 
@@ -243,6 +246,10 @@ class _CheckedKernels:
                 inner = [arg.inner if isinstance(arg, MpsTensor) else arg for arg in args]
                 if self._values:
                     kernel(*inner, **kwargs)
+                    return
+                casts = kwargs.pop("arg_casts", None)
+                dispatch(name, inner, kwargs.get("threads"), kwargs.get("group_size"), kernel.max_threads)
+                bind(name, inner, casts, kernel.parameters)
 
         return launch
 

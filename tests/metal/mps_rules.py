@@ -120,6 +120,7 @@ ATTENTION = ("scaled_dot_product_attention", "_scaled_dot_product_attention_math
 POOLS = ("max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_avg_pool2d")
 NORMS = ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "batch_norm")
 CONVOLUTIONS = ("convolution", "_convolution", "conv2d", "conv_transpose2d", "convolution_overrideable")
+_OF_GRAPHS = {*MATRIX_PRODUCTS, *ATTENTION, *POOLS, *NORMS, *CONVOLUTIONS, "convolution_backward"}
 
 MAX_SCORES = 2**28
 """Bytes of float32 scores that one attention may make; the process ends at 2**32, and memory before."""
@@ -144,9 +145,10 @@ def _output_view(call: Call) -> str | None:
 
 def _large_product(call: Call) -> str | None:
     first, second = call.factors
-    if max(*first[1:], second[-1]) > 32768:
-        return f"a side of more than 32768, of {tuple(first)} and {tuple(second)}"
-    return f"a batch of {first[0]}, more than 65536" if first[0] > 65536 else None
+    strides = [stride for tensor in call.tensors if tensor.dim() > 1 for stride in tensor.stride()[-2:]]
+    if max(*first[-2:], second[-1], *strides) > 32768:
+        return f"a side or stride of more than 32768, of {tuple(first)} and {tuple(second)}"
+    return f"a batch of {first[0]}, more than 65536" if call.name != "linear" and first[0] > 65536 else None
 
 
 def _many_rows_with_bias(call: Call) -> str | None:
@@ -234,8 +236,7 @@ def _not_packed(call: Call) -> str | None:
 
 def _strided_weight(call: Call) -> str | None:
     weight = call["weight"]
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    return None if dense else f"a weight of strides {weight.stride()}"
+    return None if weight.is_contiguous() else f"a weight of strides {weight.stride()}, which are ignored"
 
 
 def _channels_last_backward(call: Call) -> str | None:
@@ -245,18 +246,32 @@ def _channels_last_backward(call: Call) -> str | None:
     return None
 
 
-def _sort_strided(call: Call) -> str | None:
+def _strided(call: Call) -> str | None:
     return None if call["self"].is_contiguous() else f"an input of strides {call['self'].stride()}, which are ignored"
 
 
+def _best_strided(call: Call) -> str | None:
+    return _strided(call) if call["dim"] is None else None
+
+
+def _many_axes(call: Call) -> str | None:
+    return f"an input of {call['self'].dim()} axes" if call["self"].dim() >= 5 else None
+
+
 def _many_places(call: Call) -> str | None:
-    count = call["self"].numel()
-    return f"{count} elements, more than 2**24: their places go through float32" if count > 2**24 else None
+    masks = [call["self"]] if call["indices"] is None else call["indices"]
+    for mask in masks:
+        is_mask = mask is not None and (call["indices"] is None or mask.dtype == torch.bool)
+        if is_mask and mask.numel() > 2**24:
+            return f"{mask.numel()} elements, more than 2**24: their places go through float32"
+    return None
 
 
 def _wide_integers(call: Call) -> str | None:
-    tensor = call["self"]
-    return f"{tensor.dtype}: values above 2**24 go through float32" if tensor.dtype == torch.int64 else None
+    dtype = call["self"].dtype
+    if dtype == torch.int64 or (call.name == "abs" and dtype == torch.int32):
+        return f"{dtype}: values above 2**24 go through float32"
+    return f"{dtype}: indices out of range" if dtype == torch.bool and "sort" in call.name else None
 
 
 def _unaligned_bytes(call: Call) -> str | None:
@@ -348,6 +363,8 @@ def _too_large(call: Call) -> str | None:
     for tensor in call.tensors:
         if tensor.numel() >= 2**31:
             return f"{tuple(tensor.shape)}, {tensor.numel()} elements of 2**31 at most"
+        if call.name in _OF_GRAPHS and tensor.numel() * tensor.element_size() >= 2**32:
+            return f"{tuple(tensor.shape)} of {tensor.dtype}, more than 4 GiB, which ends the process"
     return None
 
 
@@ -370,9 +387,9 @@ RULES = (
     ),
     Rule(
         "a large side of a product",
-        BATCHED,
+        (*BATCHED, "linear"),
         _large_product,
-        "pytorch issues 116769, 111634, 197636 and pull request 117549, whose guard bmm has not",
+        "pytorch issues 116769, 111634, 122045, 197636 and pull request 117549, whose guard these have not",
         "every torch; macOS before 14.4 for sides, all for batches",
         "macOS 14.4 is the oldest, and 197636 is closed",
     ),
@@ -442,7 +459,7 @@ RULES = (
     ),
     Rule(
         "a convolution's strided weight",
-        CONVOLUTIONS,
+        (*CONVOLUTIONS, "convolution_backward"),
         _strided_weight,
         "pytorch issue 192212, pull request 192303",
         "torch before 2.14; macOS 15 and later",
@@ -459,14 +476,46 @@ RULES = (
     Rule(
         "a sort of what is not dense",
         ("sort", "argsort", "msort"),
-        _sort_strided,
+        _strided,
         "pytorch issue 175187",
         "every torch",
         "175187 is closed",
     ),
     Rule(
+        "a strided input of an activation",
+        ("softplus", "selu", "_prelu_kernel", "threshold"),
+        _strided,
+        "pytorch issue 131736, pull request 197000",
+        "torch before 2.15",
+        "torch 2.15 is the oldest",
+    ),
+    Rule(
+        "the best of all of a strided input",
+        ("argmax", "argmin"),
+        _best_strided,
+        "pytorch issue 160740 (open)",
+        "every torch",
+        "160740 is closed",
+    ),
+    Rule(
+        "the best of five axes",
+        ("topk",),
+        _many_axes,
+        "pytorch issue 154890 (open)",
+        "every torch",
+        "154890 is closed",
+    ),
+    Rule(
+        "a linear layer's strided weight",
+        ("linear",),
+        _strided_weight,
+        "pytorch issues 162730 and 161640",
+        "torch 2.8",
+        "torch 2.9 is the oldest",
+    ),
+    Rule(
         "the places of many elements",
-        ("nonzero", "masked_select"),
+        ("nonzero", "masked_select", "index", "index_put", "index_put_"),
         _many_places,
         "pytorch issues 122916 and 140570",
         "torch 2.4 and some later",
@@ -498,9 +547,9 @@ RULES = (
     ),
     Rule(
         "a bound that rounds to zero",
-        ("clamp", "clamp_", "clamp_min", "clamp_max", "clamp_min_", "clamp_max_"),
+        ("clamp", "clamp_", "clamp_min", "clamp_max", "clamp_min_", "clamp_max_", "addmm", "baddbmm", *ATTENTION),
         _tiny_number,
-        "pytorch issue 167767 (open)",
+        "pytorch issue 167767 (open); PyTorch's Attention.mm and LinearAlgebra.mm make keys alike",
         "every torch",
         "167767 is closed",
     ),
@@ -527,6 +576,13 @@ RULES = (
 @cache
 def _rules(name: str) -> list[Rule]:
     return [rule for rule in RULES if not rule.operators or name in rule.operators]
+
+
+def check_results(func: Any, results: Any) -> None:
+    """Raise RuleError where an operator makes more elements than MPS can address."""
+    for result in leaves(results if isinstance(results, (tuple, list)) else [results], {}):
+        if isinstance(result, Tensor) and result.numel() >= 2**31:
+            raise RuleError(f"{func}: more elements than MPS can address: a result of {tuple(result.shape)}")
 
 
 def check(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:

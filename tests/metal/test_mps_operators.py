@@ -138,6 +138,9 @@ def test_necks(rules, neck, layout):
     levels = [leaf(2, c, *size, dtype=torch.float32, layout=layout) for c, size in zip(channels, sizes, strict=True)]
     results = made(levels)
     differentiate(sum(result.sum() for result in results), *levels, *made.parameters())
+    levels = [torch.empty(level.shape, device=rules, memory_format=layout) for level in levels]
+    with torch.inference_mode(), torch.autocast("mps", dtype=torch.float16):
+        assert {result.dtype for result in neck(channels, 256, num_outs=5).to(rules)(levels)} == {torch.float16}
 
 
 detection = pytest.importorskip("omniops.detection", exc_type=ImportError, reason="needs torchvision")
@@ -154,6 +157,17 @@ def test_detectors_detect(rules, build, dtype):
     assert len(first["boxes"]) == 2
     if "masks" in first:
         assert first["masks"].shape == (2, 1, 800, 1333)
+
+
+@pytest.mark.parametrize("found", [0, 1])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_detectors_that_find_little(rules, monkeypatch, build, found):
+    monkeypatch.setattr("mps_device._TRUE", found)
+    model = build(num_classes=91, box_score_thresh=-1.0).to(rules).eval()
+    with torch.inference_mode():
+        (first,) = model([torch.empty(3, 400, 600, device=rules)])
+    assert len(first["boxes"]) == found
+    assert first.get("masks", first["boxes"]).shape[0] == found
 
 
 @pytest.mark.parametrize("build", BUILDERS)

@@ -131,6 +131,47 @@ CALLS = [
     ),
     (
         "a convolution's strided weight",
+        lambda: F.conv2d(empty(1, 4, 8, 8), empty(8, 4, 3, 3).contiguous(memory_format=torch.channels_last)),
+        lambda: F.conv2d(empty(1, 4, 8, 8), empty(8, 4, 1, 1).contiguous(memory_format=torch.channels_last)),
+    ),
+    ("a strided input of an activation", lambda: F.softplus(empty(4, 8).T), lambda: F.softplus(empty(4, 8))),
+    ("the best of all of a strided input", lambda: empty(4, 8).T.argmax(), lambda: empty(4, 8).T.argmax(dim=1)),
+    ("the best of five axes", lambda: empty(1, 2, 3, 4, 5).topk(1, dim=0), lambda: empty(2, 3, 4, 5).topk(1, dim=0)),
+    (
+        "a linear layer's strided weight",
+        lambda: F.linear(empty(16, 8), empty(8, 4).T),
+        lambda: F.linear(empty(16, 8), empty(4, 8)),
+    ),
+    (
+        "a large side of a product",
+        lambda: torch.bmm(empty(1, 3, 32), empty(1, 32, 65536)[..., :32768]),
+        lambda: torch.bmm(empty(1, 3, 32), empty(1, 32, 65536)[..., :32768].contiguous()),
+    ),
+    (
+        "a large side of a product",
+        lambda: F.linear(empty(9, 1024, 1), empty(50304, 1)),
+        lambda: F.linear(empty(9, 1024, 1), empty(32768, 1)),
+    ),
+    (
+        "the places of many elements",
+        lambda: empty(2**24 + 1)[empty(2**24 + 1) > 0],
+        lambda: empty(2**24)[empty(2**24) > 0],
+    ),
+    ("integers through float32", lambda: empty(8, dtype=torch.int32).abs(), lambda: empty(8).abs()),
+    ("integers through float32", lambda: empty(8, dtype=torch.bool).sort(), lambda: empty(8).sort()),
+    ("a bound that rounds to zero", lambda: attend(empty(1, 1, 9, 32), empty(1, 1, 9, 32), scale=1e-8), lambda: None),
+    (
+        "more elements than MPS can address",
+        lambda: torch.cat([empty(2**15, 2**15)] * 2),
+        lambda: torch.cat([empty(2**14, 2**15)] * 2),
+    ),
+    (
+        "more elements than MPS can address",
+        lambda: torch.bmm(empty(2, 2**15, 2**14), empty(2, 2**14, 16)),
+        lambda: torch.bmm(empty(2, 2**14, 2**14), empty(2, 2**14, 16)),
+    ),
+    (
+        "a convolution's strided weight",
         lambda: F.conv2d(empty(1, 4, 8, 8), empty(4, 8, 3, 3).transpose(0, 1)),
         lambda: F.conv2d(empty(1, 4, 8, 8), empty(8, 4, 3, 3)),
     ),
@@ -203,6 +244,23 @@ def test_tensors_of_two_devices_do_not_meet():
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         empty(8) + torch.zeros(8)
     assert (empty(8) + torch.tensor(1.0)).device.type == "mps"
+
+
+def test_kernels_have_their_arguments_checked():
+    from omniops.backends.mps._library import library
+
+    kernel = library("carafe", torch.float32).carafe
+    tensors = empty(1, 8, 4, 4), empty(1, 25, 8, 8), empty(1, 8, 8, 8)
+    sizes = [1, 8, 4, 4, 5, 2, 1]
+    kernel(*tensors, sizes, threads=(8, 8, 1), group_size=(8, 8, 1), arg_casts={3: "int32"})
+    with pytest.raises(TypeError):
+        kernel(
+            *(each.half() for each in tensors), sizes, threads=(8, 8, 1), group_size=(8, 8, 1), arg_casts={3: "int32"}
+        )
+    with pytest.raises(TypeError):
+        kernel(*tensors, "sizes", threads=(8, 8, 1), group_size=(8, 8, 1))
+    with pytest.raises(ValueError, match="threads"):
+        kernel(*tensors, sizes, threads=(64, 64, 1), group_size=(64, 64, 1), arg_casts={3: "int32"})
 
 
 def test_other_devices_are_left_alone():

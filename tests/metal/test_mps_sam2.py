@@ -18,7 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 
-from omniops.sam2 import architectures, attention, mask_decoder, memory_attention, network, rle, upsampling
+from omniops.sam2 import architectures, attention, mask_decoder, memory, memory_attention, network, rle, upsampling
 from omniops.sam2.architectures import SIZES, cast, new
 from omniops.sam2.image_predictor import SAM2ImagePredictor
 from omniops.sam2.mask_generator import SAM2AutomaticMaskGenerator
@@ -148,11 +148,32 @@ def test_a_planted_fault_is_found(rules, monkeypatch, tmp_path, fault, rule):
         everything(rules, clip)
 
 
-def test_eight_objects_at_once_are_found_where_queries_are_not_sliced(rules, monkeypatch, tmp_path):
-    monkeypatch.setattr("omniops.sam2.video_predictor._AT_ONCE", {})
-    monkeypatch.setattr(attention, "MAX_SCORES", 2**29)
-    with pytest.raises(RuleError, match="a whole score matrix"):
-        eight_objects(SAM2VideoPredictor(model(rules)), write_clip(tmp_path / "clip", 4))
+def test_two_objects_at_once(rules, monkeypatch, tmp_path):
+    counts = []
+    segment = memory.segment
+    monkeypatch.setattr(memory, "segment", lambda *given: counts.append(len(given[2])) or segment(*given))
+    predictor = SAM2VideoPredictor(model(rules, image_size=64))
+    state = predictor.init_state(write_clip(tmp_path / "clip", 2))
+    for obj_id in range(5):
+        predictor.add_new_points_or_box(state, 0, obj_id, points=[[10, 10]], labels=[1])
+    list(predictor.propagate_in_video(state))
+    assert counts == [1] * 5 + [2, 2, 1]
+
+
+def test_a_long_video_with_every_kind_of_call(rules, tmp_path):
+    torch.manual_seed(0)
+    network_ = cast(new("tiny", "2.0", image_size=128), torch.bfloat16).to(rules)
+    predictor = SAM2VideoPredictor(network_, non_overlap_masks=True, clear_non_cond_mem_around_input=True)
+    state = predictor.init_state(write_clip(tmp_path / "clip", 19))
+    for obj_id in range(2):
+        predictor.add_new_points_or_box(state, 1, obj_id, points=[[10, 10]], labels=[1])
+    assert len(list(predictor.propagate_in_video(state))) == 18
+    predictor.add_new_points_or_box(state, 2, 1, points=[[10, 10]], labels=[0])  # a frame whose map was let go
+    predictor.add_new_mask(state, 6, 1, np.ones((90, 140)))
+    predictor.clear_all_prompts_in_frame(state, 2, 1)
+    predictor.remove_object(state, 0)
+    assert len(list(predictor.propagate_in_video(state, start_frame_idx=7, reverse=True))) == 8
+    predictor.reset_state(state)
 
 
 def test_runs_on_the_device_are_found(rules, monkeypatch):
@@ -170,6 +191,14 @@ def test_runs_on_the_device_are_found(rules, monkeypatch):
     )
     with pytest.raises(RuleError, match="integers through float32"):
         sorted_there(masks)
+
+
+def test_the_places_of_a_large_mask_are_found_on_the_cpu(rules):
+    masks = torch.empty(1, 5000, 4000, dtype=torch.bool, device=rules)
+    rle.runs(masks)
+    on_device = planted(rle.runs, 'changes.device.type == "mps"', "False")
+    with pytest.raises(RuleError, match="the places of many elements"):
+        on_device(masks)
 
 
 def test_results_into_views_are_found(rules, monkeypatch):
@@ -214,10 +243,8 @@ def assert_alike(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("scrambled", [False, True], ids=["fused", "by hand"])
-def test_pictures_have_the_masks_of_the_cpu(monkeypatch, scrambled):
+def test_pictures_have_the_masks_of_the_cpu(monkeypatch):
     expected = of_picture(torch.device("cpu"))
-    monkeypatch.setattr(attention, "_scrambles_half", lambda: scrambled)
     monkeypatch.setattr(attention, "MAX_SCORES", 2**14)
     with mps_device(values=True) as device:
         assert_alike(of_picture(device), expected)
@@ -233,15 +260,43 @@ def test_videos_have_the_masks_of_the_cpu(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("queries", [3, 40])
+@pytest.mark.parametrize("scrambled", [False, True])
 @dtypes
-def test_attention(monkeypatch, batch, queries, dtype):
+def test_attention(monkeypatch, batch, queries, scrambled, dtype):
     generator = torch.Generator().manual_seed(0)
     shapes = (1, 2, queries, 16), (batch, 2, 50, 16), (batch, 2, 50, 16)
-    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    # Scores of up to 75, which half precision rounds by hundredths.
+    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
+    tensors = [each.to(dtype) for each in (8 * query, 8 * key, value)]
     expected = attention.scaled_dot_product_attention(*(each.double() for each in tensors))
-    monkeypatch.setattr(attention, "MAX_SCORES", 2**12)
-    for scrambled in (False, True):
-        monkeypatch.setattr(attention, "_scrambles_half", lambda scrambled=scrambled: scrambled)
-        with mps_device(values=True) as device:
-            found = attention.scaled_dot_product_attention(*(each.to(device) for each in tensors)).cpu()
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 2e-3)
+    monkeypatch.setattr(attention, "MAX_SCORES", 2**14)
+    monkeypatch.setattr(attention, "_scrambles_half", lambda: scrambled)
+    by_hand, calls = attention._by_hand, []
+    monkeypatch.setattr(attention, "_by_hand", lambda *given: calls.append(given) or by_hand(*given))
+    with mps_device(values=True) as device, torch.autocast("mps", dtype=torch.float16, enabled=dtype == torch.float16):
+        found = attention.scaled_dot_product_attention(*(each.to(device) for each in tensors)).cpu()
+    assert bool(calls) == (queries <= 8 or (scrambled and dtype == torch.float16))
+    assert found.dtype == dtype
+    tolerance = (1e-5 if dtype == torch.float32 else 2e-3) * float(expected.abs().max())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "macos", "expected"),
+    [
+        ("2.13.0", "26.1", True),
+        ("2.13.1", "27.0", True),
+        ("2.13.0", "15.6", False),
+        ("2.14.0", "26.1", False),
+        ("2.12.1", "26.1", False),
+        ("2.13.0", "", False),
+    ],
+)
+def test_half_precision_is_scrambled_by_torch_2_13_on_macos_26_alone(monkeypatch, torch_version, macos, expected):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr("platform.mac_ver", lambda: (macos, ("", "", ""), ""))
+    attention._scrambles_half.cache_clear()
+    try:
+        assert attention._scrambles_half() == expected
+    finally:
+        attention._scrambles_half.cache_clear()

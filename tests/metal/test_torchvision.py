@@ -48,8 +48,12 @@ def test_forward_and_backward(masked: bool) -> None:
 
     expected = result_and_gradients()
     omniops.enable("torchvision", devices=("mps",))
-    with AsOnMps():
-        found = result_and_gradients()
+
+    def on_mps() -> list[torch.Tensor]:
+        with AsOnMps():
+            return result_and_gradients()
+
+    found = emulator.launched(on_mps)
     for value, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
     assert not torch.equal(found[0], expected[0])

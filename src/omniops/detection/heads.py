@@ -79,11 +79,16 @@ def classwise_nms(boxes: Tensor, scores: Tensor, classes: Tensor, iou_threshold:
         together: Tensor = nms(moved, scores, iou_threshold)
         return together
     kept = torch.zeros_like(classes, dtype=torch.bool)
-    for each in classes.unique():
+    for each in classes.cpu().unique():  # of integers MPS has it wrong for large ones
         own = (classes == each).nonzero()[:, 0]
         kept[own[nms(moved[own], scores[own], iou_threshold)]] = True
     indices = kept.nonzero()[:, 0]
     return indices[scores[indices].argsort(descending=True)]
+
+
+def _is_nothing_to_mps(tensor: Tensor, count: int) -> bool:
+    """Whether it is MPS that would be given ``count`` = 0 elements, which not every operator takes there."""
+    return tensor.device.type == "mps" and count == 0
 
 
 class RegionProposalNetwork(TorchvisionRPN):  # type: ignore[misc]
@@ -148,7 +153,7 @@ class RoIAlign(nn.Module):
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: object = None) -> Tensor:
         """Maps (N, C, H_l, W_l), finest first, and boxes (K_n, 4) of each image -> (sum of K_n, C, S, S)."""
         maps = list(features.values())[:4]
-        if not sum(map(len, boxes)):  # not every operator of MPS takes no elements
+        if _is_nothing_to_mps(boxes[0], sum(map(len, boxes))):
             return maps[0].new_zeros(0, maps[0].shape[1], self.output_size, self.output_size)
         images = torch.cat([each.new_full((len(each), 1), number) for number, each in enumerate(boxes)])
         together = torch.cat(boxes)
@@ -157,7 +162,7 @@ class RoIAlign(nn.Module):
         pooled = maps[0].new_zeros(len(together), maps[0].shape[1], self.output_size, self.output_size)
         for level, (features_of, stride) in enumerate(zip(maps, STRIDES, strict=False)):
             own = (levels == level).nonzero()[:, 0]
-            if not len(own):
+            if _is_nothing_to_mps(own, len(own)):
                 continue
             rois = torch.cat([images[own], together[own]], dim=1)
             samples = roi_align(features_of.float(), rois, self.output_size, 1 / stride, sampling_ratio=0, aligned=True)
@@ -215,8 +220,7 @@ class RoIHeads(TorchvisionRoIHeads):  # type: ignore[misc]
         """The pyramid and each image's proposals -> each image's detections, or in training the losses."""
         if self.training:
             proposals, matched, labels, regression_targets = self.select_training_samples(proposals, targets)
-        logits, differences = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
-        logits, differences = logits.float(), differences.float()
+        logits, differences = self._box_logits(self.box_roi_pool(features, proposals, image_shapes))
         if self.training:
             assert targets is not None
             classifier, box_reg = fastrcnn_loss(logits, differences, labels, regression_targets)
@@ -249,9 +253,16 @@ class RoIHeads(TorchvisionRoIHeads):  # type: ignore[misc]
                 detection["masks"] = mask
         return detections, {}
 
+    def _box_logits(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        count = len(pooled)
+        if pooled.device.type == "mps" and count == 1:  # of one row PyTorch loses the bias there (pytorch issue 188438)
+            pooled = pooled.repeat(2, 1, 1, 1)
+        logits, differences = self.box_predictor(self.box_head(pooled))
+        return logits[:count].float(), differences[:count].float()
+
     def _mask_logits(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[ResizedSize]) -> Tensor:
-        pooled = self.mask_roi_pool(features, boxes, image_shapes)
-        if not len(pooled) and not self.training:
+        pooled: Tensor = self.mask_roi_pool(features, boxes, image_shapes)
+        if _is_nothing_to_mps(pooled, len(pooled)):
             side = 2 * self.mask_roi_pool.output_size
             return pooled.new_empty(0, self.box_predictor.cls_score.out_features, side, side, dtype=torch.float32)
         logits: Tensor = self.mask_predictor(self.mask_head(pooled))
@@ -266,6 +277,9 @@ class RoIHeads(TorchvisionRoIHeads):  # type: ignore[misc]
         suppression, which depends on them in the last bits: both as in MMDetection.
         """
         counts = [len(each) for each in proposals]
+        if _is_nothing_to_mps(class_logits, sum(counts)):
+            nothing = [each.new_empty(0) for each in proposals]
+            return [each.view(0, 4) for each in nothing], nothing, [each.long() for each in nothing]
         results = []
         for boxes, scores, size in zip(
             self.box_coder.decode(box_regression, proposals).split(counts),
@@ -277,7 +291,7 @@ class RoIHeads(TorchvisionRoIHeads):  # type: ignore[misc]
             if not self.has_mask():
                 boxes = boxes * boxes.new_tensor([1 / factor for factor in size.scale])
             rows, classes = (scores[:, 1:] > self.score_thresh).nonzero().unbind(dim=1)
-            if not len(rows):
+            if _is_nothing_to_mps(rows, len(rows)):
                 results.append((boxes.new_empty(0, 4), scores.new_empty(0), classes))
                 continue
             labels = classes + 1

@@ -104,7 +104,11 @@ class Transform(GeneralizedRCNNTransform):  # type: ignore[misc]
             if target["masks"].shape[1:] != (height, width):
                 expected, got = (len(target["boxes"]), height, width), tuple(target["masks"].shape)
                 raise ValueError(f"the masks of a target must be {expected}, as its boxes and image, got {got}")
-            target["masks"] = F.interpolate(target["masks"][:, None].float(), size)[:, 0].byte()
+            masks = target["masks"]
+            # Interpolation takes no empty batch on every device.
+            target["masks"] = (
+                F.interpolate(masks[:, None].float(), size)[:, 0].byte() if len(masks) else masks.new_zeros((0, *size))
+            )
         return resize_bilinear(image * 255, size), target
 
     def postprocess(

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omniops.ops._library import without_autocast
+
 MAX_SCORES = 2**28
 """Bytes of float32 scores at once on MPS: what a chip's last cache and the smallest machines hold."""
 _FEW_QUERIES = 8
@@ -47,8 +49,10 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> T
 
 
 def _by_hand(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
-    attended: Tensor = scores.softmax(dim=3) @ value
+    """With scores in float32, as PyTorch's kernels have them."""
+    with without_autocast(query):
+        scores = (query.float() * query.shape[3] ** -0.5) @ key.float().transpose(2, 3)
+        attended: Tensor = scores.softmax(dim=3).to(value.dtype) @ value
     return attended
 
 

@@ -60,7 +60,9 @@ def build_sam2(
     if compile_encoder:
         require_compiler(place)
     if ckpt_path is None:
-        model = cast(new(size, version, image_size=image_size or IMAGE_SIZE), as_dtype(dtype, place)).to(place)
+        model = cast(new(size, version, image_size=image_size or IMAGE_SIZE), as_dtype(dtype, place))
+        with devices.exclusive(place):
+            model = model.to(place)
         if compile_encoder:
             model.vision_encoder.backbone.compile()
     else:

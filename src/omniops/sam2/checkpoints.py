@@ -121,7 +121,8 @@ def load(
     cast(built, precision)
     if compile_encoder:
         built.vision_encoder.backbone.compile()
-    return built.to(place).eval()
+    with devices.exclusive(place):
+        return built.to(place).eval()
 
 
 class Pretrained:

@@ -64,7 +64,7 @@ def decode_masks(
 
 
 def project_rows(module: nn.Module, rows: Tensor) -> Tensor:
-    """A perceptron of (N, C), on MPS of two rows where there is one.
+    """A perceptron of (N, C). On MPS a single row is doubled, and the first result taken.
 
     Before torch 2.14 PyTorch loses the bias of a single row there, on macOS 26 (pytorch issue 188438).
     """
@@ -77,10 +77,10 @@ def project_rows(module: nn.Module, rows: Tensor) -> Tensor:
 def _product(weights: Tensor, wide: Tensor) -> Tensor:
     """(B, M, C) and (B, C, P) -> (B, M, P), on MPS in parts of 2**15 columns.
 
-    Before macOS 14.4 a matrix product of more is wrong there (pytorch issue 116769).
+    Before macOS 14.4 a matrix product of larger sides or strides is wrong there (pytorch issue 116769).
     """
     if wide.device.type == "mps":
-        return torch.cat([weights @ part for part in wide.split(2**15, dim=2)], dim=2)
+        return torch.cat([weights @ part.contiguous() for part in wide.split(2**15, dim=2)], dim=2)
     return weights @ wide
 
 

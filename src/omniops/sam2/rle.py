@@ -55,6 +55,8 @@ def runs(masks: Tensor, corner: tuple[int, int] = (0, 0), size: tuple[int, int] 
     changes = torch.empty((k, h + 1, w), dtype=torch.bool, device=masks.device)
     changes[:, 0], changes[:, h] = masks[:, 0], masks[:, -1]
     changes[:, 1:h] = masks[:, 1:] != masks[:, :-1]
+    if changes.device.type == "mps" and changes.numel() > 2**24:
+        changes = changes.cpu()  # MPS may find the places of so many wrongly (pytorch issue 122916)
     mask, y, x = changes.nonzero().cpu().numpy().T
     pixels = height * width
     places = np.sort(mask * (pixels + 1) + (x + corner[0]) * height + (y + corner[1]))

@@ -61,7 +61,8 @@ _ENCODED_AT_ONCE = {"cuda": 4}
 """How many frames are encoded as one batch, at most ``_FEATURES``; one elsewhere. CUDA has done the kernels of a small
 model before Python has begun the next."""
 _AT_ONCE = {"cpu": 2, "mps": 2}
-"""How many objects run as one batch, 8 elsewhere. The caches of a CPU, and of most Apple GPUs, do not hold more."""
+"""How many objects run as one batch, 8 elsewhere. The caches of a CPU do not hold more, nor the memory of small Macs
+what attention makes for them."""
 _AHEAD = 8
 """How many frames are decoded before the model comes to them, 3 MB each at 1024."""
 _LOADERS = 4
@@ -199,7 +200,8 @@ class SAM2VideoPredictor(Pretrained):
     """Follows objects through a video, from points, boxes or masks on any of its frames.
 
     Its methods may be called from several threads, for states of their own. On an Apple GPU they wait for each other, a
-    frame of ``propagate_in_video`` at a time.
+    frame of ``propagate_in_video`` at a time; what a thread does there with the masks that it gets, ``masks.cpu()``
+    too, belongs within ``omniops.device.exclusive(predictor.device)``.
 
     Args:
         model: of ``omniops.sam2.load``.
@@ -399,7 +401,8 @@ class SAM2VideoPredictor(Pretrained):
             count = _an_int("max_frame_num_to_track", max_frame_num_to_track)
         if count < 0:
             raise ValueError(f"max_frame_num_to_track must not be negative, got {count}")
-        self._settle(state)
+        with devices.exclusive(self.device):
+            self._settle(state)
         tracks = dict(state._tracks)
         start = min(t for track in tracks.values() for t in track.conditioning)
         if start_frame_idx is not None:

@@ -63,7 +63,7 @@ def softmax_focal_loss_backward(
 
 def _log(p: Tensor) -> Tensor:
     """Of what is at least the smallest normal float32, which MPS would take for 0 as a bound of p itself."""
-    return p.log().clamp(min=math.log(torch.finfo(torch.float32).tiny))
+    return p.clamp(min=0).log().clamp(min=math.log(torch.finfo(torch.float32).tiny))
 
 
 def _is_target(target: Tensor, values: Tensor) -> Tensor:
