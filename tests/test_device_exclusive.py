@@ -160,7 +160,7 @@ def test_a_video_and_the_masks_of_everything_wait_at_each_step(model, monkeypatc
 def test_no_work_on_the_device_is_done_without_the_lock(model, monkeypatch, tmp_path):
     from PIL import Image
 
-    from omniops.sam2 import SAM2VideoPredictor, video_predictor
+    from omniops.sam2 import SAM2VideoPredictor
 
     class Checked(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -180,9 +180,8 @@ def test_no_work_on_the_device_is_done_without_the_lock(model, monkeypatch, tmp_
             return self.got
 
     free: list[tuple[object, bool]] = []
-    for i in range(6):
-        Image.fromarray(np.full((40, 60, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
-    monkeypatch.setattr(video_predictor, "_RECENT", 3)
+    for i in range(18):  # more than keep all that was made of them
+        Image.fromarray(np.full((40, 60, 3), 14 * i, np.uint8)).save(tmp_path / f"{i}.png")
     video = SAM2VideoPredictor(model)
     state = video.init_state(tmp_path)
     video.add_new_points_or_box(state, 0, 1, points=[[10, 10]], labels=[1])
