@@ -281,6 +281,8 @@ def mps_device(*, values: bool) -> Iterator[torch.device]:
         compile_shader = mock.patch.object(torch.mps, "compile_shader", lambda source: _CheckedKernels(source, values))
         stack.enter_context(compile_shader)
         stack.enter_context(mock.patch.object(omniops_device, "found", return_value=[torch.device("cpu"), MPS]))
+        # Autocast asks, before it takes bfloat16.
+        stack.enter_context(mock.patch.object(torch.backends.mps, "is_macos_or_newer", return_value=True))
         library.cache_clear()
         stack.callback(library.cache_clear)
         for patch in _patched_functions():
