@@ -288,7 +288,7 @@ struct Tile {
 //
 // Groups: (tiles of positions, rounds of tiles of pairs).
 template <int WIDTH>
-[[kernel, max_total_threads_per_threadgroup(288)]] void deform_conv2d_sample(
+[[kernel, max_total_threads_per_threadgroup(320)]] void deform_conv2d_sample(
     device const T* image [[buffer(0)]],
     device const T* offset [[buffer(1)]],
     device const T* mask [[buffer(2)]],
@@ -350,7 +350,8 @@ template <int WIDTH>
 }
 
 // Gives each cell a segment of memory for as many samples as its first number says, and makes its second number the
-// beginning of that. Where a segment lies is left to chance; neighbours of 128 cells lie together. used is 0 before.
+// beginning of that. The segments of a simdgroup's 128 cells follow each other, those of simdgroups in any order. used is
+// 0 before.
 //
 // Grid: (simdgroups that have CELLS cells a lane).
 [[kernel, max_total_threads_per_threadgroup(256)]] void deform_conv2d_place(
@@ -408,7 +409,7 @@ template <int WIDTH>
 // Groups: (tiles of positions, rounds of tiles of pairs). The lanes of a sample are summed by shuffles, always in the
 // same order.
 template <int WIDTH>
-[[kernel, max_total_threads_per_threadgroup(288)]] void deform_conv2d_backward_samples(
+[[kernel, max_total_threads_per_threadgroup(320)]] void deform_conv2d_backward_samples(
     device const T* by_columns [[buffer(0)]],
     device const T* image [[buffer(1)]],
     device const T* offset [[buffer(2)]],
@@ -449,6 +450,7 @@ template <int WIDTH>
         const int row = (z.start + tile.position + own) * (z.kernel_height * z.kernel_width) + at.t;
         const int2 cell = cells[s.cell(z)];
         int place = cell.y - cell.x;
+#pragma unroll 4
         for (int other = place; other < cell.y; ++other) {
           place += rows[other] < row ? 1 : 0;
         }

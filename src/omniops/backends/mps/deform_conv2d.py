@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import gcd, prod
+from math import gcd, isqrt, prod
 from typing import Any
 
 import torch
@@ -25,12 +25,13 @@ MOST_BYTES = 2**25
 MOST_SAMPLES = 2**20
 MOST_CELLS = 2**23
 
-# Of one offset group, which may all lie in one cell: a thread each goes through all of these then.
-MOST_SAMPLES_A_GROUP = 2**18
+# Comparisons of a launch where all samples of an offset group lie in one cell: each of n goes through all n then.
+MOST_COMPARISONS = 2**36
 
 # From sums of 32767 terms on, the matrix products of PyTorch to 2.14 read past their operands on M1 and M2, and
-# those of macOS 14.0 to 14.3 are wrong with more than 32768 rows. A multiple of a simdgroup's 32.
-LONGEST_SUM = 32 * 1023
+# those of macOS 14.0 to 14.3 are wrong with more than 32768 rows. A multiple of a simdgroup's 32, and no more than the
+# positions of a 3x3 kernel that MOST_COMPARISONS leaves to one launch, so that a chunk is one.
+LONGEST_SUM = 32 * 910
 
 # These stand in deform_conv2d.metal too, which says what they are.
 WIDTHS = (1, 4, 8)
@@ -137,17 +138,17 @@ def _cells(part: _Part, moves: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor
 def check_sizes(input: Sequence[int], offset: Sequence[int], out_channels: int, geometry: Geometry) -> None:
     """Raise ValueError for tensors that PyTorch's operators, or the kernels, cannot index on MPS.
 
-    The operators, matrix products among them, take tensors of less than 2**31 elements; offsets in the kernels have 32
-    bits.
+    The operators, matrix products among them, take tensors of less than 2**31 elements, and zeros of less than 4 GiB
+    (pytorch issue 161265), which the gradient of the input and the cells begin as; offsets in the kernels have 32 bits.
     """
     n, c, h, w = input
     out = (n, out_channels, *offset[2:])
-    for name, shape in (("input", input), ("offset", offset), ("the result", out)):
-        if prod(shape) >= 2**31:
-            raise ValueError(f"{name} must have fewer than 2**31 elements on MPS, got shape {tuple(shape)}")
-    if c * h * w >= 2**30 or geometry.offset_groups * (h + 1) * (w + 1) >= 2**30:
+    for name, shape, most in (("input", input, 30), ("offset", offset, 31), ("the result", out, 31)):
+        if prod(shape) >= 2**most:
+            raise ValueError(f"{name} must have fewer than 2**{most} elements on MPS, got shape {tuple(shape)}")
+    if geometry.offset_groups * (h + 1) * (w + 1) >= 2**29:
         raise ValueError(
-            "input must have C * H * W, and offset groups * (H + 1) * (W + 1), below 2**30 on MPS, got shape "
+            "input must have offset groups * (H + 1) * (W + 1) below 2**29 on MPS, got shape "
             f"{(n, c, h, w)} and {geometry.offset_groups} offset groups"
         )
     if c * geometry.taps >= 2**29 or out_channels * c // geometry.groups * geometry.taps >= 2**31:
@@ -273,11 +274,12 @@ class _Tiles:
 
 
 def _parts(geometry: Geometry, image: Tensor, offset: Tensor, first: int, positions: int) -> Iterator[_Part]:
-    """The positions of the columns, in parts of at most MOST_SAMPLES, MOST_SAMPLES_A_GROUP and MOST_CELLS."""
+    """The positions of the columns, in parts of at most MOST_SAMPLES, MOST_COMPARISONS and MOST_CELLS."""
     h, w = image.shape[1:3]
     # The positions of so many images can touch one more.
     images = max(1, MOST_CELLS // (geometry.offset_groups * (h + 1) * (w + 1)) - 1)
-    by_samples = min(MOST_SAMPLES // geometry.offset_groups, MOST_SAMPLES_A_GROUP) // geometry.taps
+    groups = geometry.offset_groups
+    by_samples = min(MOST_SAMPLES // groups, isqrt(MOST_COMPARISONS // groups)) // geometry.taps
     at_once = max(1, min(by_samples, images * offset.shape[2] * offset.shape[3]))
     for start in range(0, positions, at_once):
         yield _Part(geometry, image, offset, first, start, min(at_once, positions - start), positions)
