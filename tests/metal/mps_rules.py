@@ -359,6 +359,14 @@ def _empty(call: Call) -> str | None:
     return None
 
 
+def _large_fill(call: Call) -> str | None:
+    size, dtype = call["size"], call["dtype"] or torch.get_default_dtype()
+    if call["self"] is not None and not call.name.startswith("new_"):
+        size, dtype = call["self"].shape, call["dtype"] or call["self"].dtype
+    count = math.prod(size) * dtype.itemsize
+    return f"{count / 2**30:.1f} GiB: what lies beyond 4 is not filled" if count >= 2**32 else None
+
+
 def _too_large(call: Call) -> str | None:
     for tensor in call.tensors:
         if tensor.numel() >= 2**31:
@@ -561,6 +569,14 @@ RULES = (
         "pytorch issues 187399, 175902 and 139400",
         "torch before 2.14, others not known",
         "PyTorch tests its operators for it",
+    ),
+    Rule(
+        "zeros of 4 GiB",
+        ("zeros", "zeros_like", "new_zeros", "zero_", "fill_", "full", "full_like", "new_full"),
+        _large_fill,
+        "pytorch issue 161265, pull request 164108",
+        "torch before 2.9, perhaps later; macOS 26",
+        "164108 is in the oldest torch",
     ),
     Rule(
         "more elements than MPS can address",

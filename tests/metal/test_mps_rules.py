@@ -158,6 +158,16 @@ CALLS = [
         lambda: empty(2**24)[empty(2**24) > 0],
     ),
     ("integers through float32", lambda: empty(8, dtype=torch.int32).abs(), lambda: empty(8).abs()),
+    (
+        "zeros of 4 GiB",
+        lambda: torch.zeros(2**15, 2**15, device="mps:0"),
+        lambda: torch.zeros(2**15, 2**15, dtype=half, device="mps:0"),
+    ),
+    (
+        "zeros of 4 GiB",
+        lambda: torch.zeros_like(empty(2**30, dtype=half), dtype=torch.float32),
+        lambda: empty(9).zero_(),
+    ),
     ("integers through float32", lambda: empty(8, dtype=torch.bool).sort(), lambda: empty(8).sort()),
     ("a bound that rounds to zero", lambda: attend(empty(1, 1, 9, 32), empty(1, 1, 9, 32), scale=1e-8), lambda: None),
     (

@@ -127,6 +127,7 @@ inline void store_four(device T* to, float4 values, bool second) {
     store_two(to + 2, values.z, values.w);
   }
 }
+
 // Where the grid's third axis stands: a group, and the first of the C channels of it that the thread sums. The last of
 // a group's blocks reaches back into the one before it where C does not divide them, so that no inner loop asks how
 // many are left; the thread stores the channels from skip on only. No group has fewer than C channels.

@@ -13,10 +13,10 @@
 //   write_result  labels and counts of every pixel
 //
 // A union points the later of two roots to the earlier one by an atomic minimum; had that one got another parent
-// meanwhile, this parent is united too. Parents only ever become smaller, never roots again, and stay in their
-// component, whoever stores which of its ancestors there: a value read late costs a step and nothing else, and relaxed
-// atomics are enough. No thread waits for another but at barriers. Roots are the first nodes of their components: the
-// result is canonical.
+// meanwhile, this parent is united too. A parent is always smaller than its node and in its component, whoever stores
+// which of its ancestors there, and no node becomes a root again: a value read late costs a step and nothing else, and
+// relaxed atomics are enough. No thread waits for another but at barriers. Roots are the first nodes of their
+// components: the result is canonical.
 //
 // All tensors are contiguous. A plane has fewer than 2^31 pixels: within it offsets take 32 bits, the step to an image,
 // which is the same for a threadgroup, is taken in 64. sizes: H, W, words of a row, connectivity.
@@ -389,8 +389,8 @@ inline void merge_left(device atomic_uint* nodes, device const uint* bits, const
 }
 
 // The label and the count of every pixel. Grid: (32 * words of a row, WRITTEN_ROWS rows at a time, N), a simdgroup a
-// word of each of its rows. Where a run begins, its lane looks up both for all of its pixels. What is right already, at
-// the first pixels of parts and components, others read too: it is not written again.
+// word of each of its rows. Where a run begins, its lane looks up both for all of its pixels. The first pixels of parts
+// and components hold their result already; other threads read it there, so it is not written again.
 [[kernel, max_total_threads_per_threadgroup(256)]] void write_result(
     device const uint* bits [[buffer(0)]],
     device uint* labels [[buffer(1)]],
