@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from metalsim import toolchain
 from metalsim.arguments import bind, dispatch
-from mps_rules import check, check_results, is_on_mps, leaves
+from mps_call import is_on_mps, leaves
+from mps_rules import check, check_results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only

@@ -9,94 +9,18 @@ shape, the rule holds for it. Nothing was seen on Apple hardware.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from mps_call import Call, leaves
 from torch import Tensor
 
 
 class RuleError(AssertionError):
     """A call that MPS gets wrong, or that ends the process there."""
-
-
-def is_on_mps(tensor: Tensor) -> bool:
-    """Whether it is, or pretends to be: see mps_device.py."""
-    return tensor.device.type in ("mps", "meta")
-
-
-def leaves(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """What an operator is called with, lists taken apart."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, (list, tuple)):
-            yield from value
-        else:
-            yield value
-
-
-class Schema(NamedTuple):
-    """An operator's arguments."""
-
-    names: list[str]
-    defaults: list[Any]
-    written: list[str]
-    """Those that it writes, as ``out=`` or in place."""
-    has_out: bool
-
-
-@cache
-def _schema(func: Any) -> Schema:
-    arguments = func._schema.arguments
-    return Schema(
-        [each.name for each in arguments],
-        [each.default_value if each.has_default_value() else None for each in arguments],
-        [each.name for each in arguments if each.alias_info and each.alias_info.is_write],
-        any(each.is_out for each in arguments),
-    )
-
-
-class Call:
-    """An operator with its arguments, by their names in its schema."""
-
-    def __init__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        self.func = func
-        self.name = str(func._opname)
-        self.schema = _schema(func)
-        self._args, self._kwargs = args, kwargs
-        self.tensors = [leaf for leaf in leaves(args, kwargs) if isinstance(leaf, Tensor) and is_on_mps(leaf)]
-        """Those on MPS."""
-
-    def __getitem__(self, name: str) -> Any:
-        """An argument, None where the operator has none of that name."""
-        if name in self._kwargs or name not in self.schema.names:
-            return self._kwargs.get(name)
-        place = self.schema.names.index(name)
-        return self._args[place] if place < len(self._args) else self.schema.defaults[place]
-
-    @property
-    def numbers(self) -> list[float]:
-        return [leaf for leaf in leaves(self._args, self._kwargs) if isinstance(leaf, float)]
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        written = [self[name] for name in self.schema.written]
-        return [leaf for leaf in leaves(written, {}) if isinstance(leaf, Tensor)]
-
-    @property
-    def factors(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes (..., M, K) and (..., K, N) of a matrix product."""
-        if self.name == "linear":
-            return self["input"].shape, self["weight"].shape[::-1]
-        first, second = _FACTORS.get(self.name, ("self", "mat2"))
-        return self[first].shape, self[second].shape
-
-
-_FACTORS = {
-    **dict.fromkeys(("addmm", "addmm_"), ("mat1", "mat2")),
-    **dict.fromkeys(("baddbmm", "baddbmm_", "addbmm"), ("batch1", "batch2")),
-}
 
 
 @dataclass(frozen=True)

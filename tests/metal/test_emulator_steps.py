@@ -1,7 +1,6 @@
 """The steps of a thread: loops that do not end, and lists that take too long."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import emulator
@@ -12,7 +11,6 @@ from problems import DeformConv2d, arguments
 from test_emulator import compiled
 
 from omniops.backends.mps import deform_conv2d as metal
-from omniops.backends.mps._library import library
 
 
 def test_the_thread_that_takes_the_most_steps_is_known() -> None:
@@ -110,14 +108,6 @@ def test_a_sort_in_n_squared_steps() -> None:
     message = f"kernel sort, .* takes more than {budget} steps"
     with emulator.step_budget(budget), pytest.raises(KernelError, match=message):
         launch(1000)
-
-
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch.mps, "compile_shader", emulator.compile_shader)
-    library.cache_clear()
-    yield
-    library.cache_clear()
 
 
 def in_one_cell(case: DeformConv2d) -> list[Any]:

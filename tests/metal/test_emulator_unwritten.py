@@ -1,7 +1,7 @@
 """Memory that nothing wrote: kernels and operators that read it, and launch code that returns it."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from test_emulator import COPY, compiled
 from torch import Tensor
 
 from omniops.backends.mps import deform_conv2d as metal
-from omniops.backends.mps._library import library
 from omniops.backends.reference import deform_conv2d as reference
 
 SOME = """kernel void some(device float* out, uint i [[thread_position_in_grid]]) { if (i != 3) out[i] = 1; }
@@ -112,14 +111,6 @@ def test_launch_code_that_writes_all_of_its_results() -> None:
         assert out.is_contiguous(memory_format=torch.channels_last) == channels_last
         assert none.shape == (0, 4)
         assert nothing is None
-
-
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch.mps, "compile_shader", emulator.compile_shader)
-    library.cache_clear()
-    yield
-    library.cache_clear()
 
 
 @pytest.mark.usefixtures("emulated")
