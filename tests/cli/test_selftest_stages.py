@@ -213,18 +213,65 @@ def test_integers_are_exact_and_comparisons_in_either_precision():
     assert _found(lambda: numbers + 1, plant).first_wrong.tolerance == 0
 
 
+def _refuse(_result):
+    raise NotImplementedError("not implemented for MPS")
+
+
 def test_the_stage_that_raises_is_kept():
     model = nn.Sequential(nn.Linear(4, 4), nn.Softmax(dim=-1))
-
-    def refuse(_result):
-        raise NotImplementedError("not implemented for MPS")
-
-    with pytest.raises(NotImplementedError), checked(model) as found, Planted("softmax", refuse):
+    with pytest.raises(NotImplementedError), checked(model) as found, Planted("softmax", _refuse):
         model(torch.randn(2, 4))
     assert (found.raising.module, found.raising.operator) == ("1", "softmax")
     # And nothing of it stays behind.
     assert len(torch.nn.modules.module._global_forward_hooks) == 0
     assert len(torch.nn.modules.module._global_forward_pre_hooks) == 0
+
+
+class _Swallows(nn.Module):
+    """Tries what raises, and goes on with something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.attempt, self.instead = nn.Softmax(dim=-1), nn.Tanh()
+
+    def forward(self, x):
+        try:
+            return self.attempt(x)
+        except NotImplementedError:
+            return self.instead(x).exp()
+
+
+def test_what_a_model_catches_is_not_blamed_later():
+    model = _Swallows()
+    found = _found(lambda: model(torch.randn(2, 4)), Planted("softmax", _refuse), model=model)
+    assert found.raising is None
+    assert [stage.name.split(" at ")[0] for stage in found.stages.values() if stage.calls] == ["instead, tanh", "exp"]
+    with pytest.raises(ZeroDivisionError), checked(model) as found, Planted("softmax", _refuse):
+        assert 1 / (model(torch.randn(2, 4)).numel() - 8)
+    assert found.raising is None
+
+
+def _reading_raises_after(reads, monkeypatch):
+    """As where Metal finds out later that a kernel failed."""
+    read, left = torch.UntypedStorage.cpu, iter(range(reads))
+
+    def cpu(storage):
+        if next(left, None) is None:
+            raise RuntimeError("Caused GPU Address Fault Error")
+        return read(storage)
+
+    monkeypatch.setattr(torch.UntypedStorage, "cpu", cpu)
+
+
+@pytest.mark.parametrize("operator", ["sigmoid", "sigmoid_"])
+@pytest.mark.parametrize("reads", [0, 1])
+def test_what_the_device_raises_where_it_is_read_is_kept_with_its_stage(monkeypatch, operator, reads):
+    x = torch.randn(2, 4)
+    _reading_raises_after(reads, monkeypatch)
+    with pytest.raises(RuntimeError, match="Address Fault"), checked(nn.Identity()) as found:
+        getattr(x, operator)()
+    assert found.raising.operator == operator
+    assert found.unchecked == {}
 
 
 def test_what_the_cpu_cannot_judge_is_counted():

@@ -55,3 +55,17 @@ def test_selftest_names_the_operator_that_is_wrong(monkeypatch):
     assert not outcome.is_right
     assert "FPNCarafe on mps:0, float32: the first stage that differs is lateral_convs.0" in outcome.sentence
     assert "conv2d" in outcome.sentence
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_copies_run_no_operator_on_the_device(monkeypatch, dtype):
+    """To look at a buffer in another shape may change what PyTorch makes of later views of it."""
+    memory = torch.arange(60).reshape(5, 12).remainder(7).to(dtype)
+    with mps_device(values=True) as device:
+        view = memory.to(device)[1:, 1::3].T
+        monkeypatch.setattr(pretended._Operators, "_run", lambda *_: pytest.fail("an operator"))
+        copy = selftest_stages._CheckedMode(selftest_stages._RunningModules(torch.nn.Identity()))._copy(view)
+        monkeypatch.undo()
+    assert (copy.device, copy.stride(), copy.storage_offset()) == (CPU, view.stride(), view.storage_offset())
+    assert torch.equal(copy, memory[1:, 1::3].T)
+    assert copy.untyped_storage().data_ptr() != view.untyped_storage().data_ptr()

@@ -74,18 +74,18 @@ class Stage:
         return f"{self.module + ', ' if self.module else ''}{self.operator} at {self.place}"
 
     @property
-    def badness(self) -> float:
+    def excess(self) -> float:
         """By how much it is over its tolerance."""
-        return _badness(self.error, self.tolerance)
+        return _excess(self.error, self.tolerance)
 
     def add(self, error: float, tolerance: float, right: bool, dtype: str, inputs: Callable[[], str]) -> None:
         """Keep the worst call."""
-        if not self.calls or (not right, _badness(error, tolerance)) > (not self.right, self.badness):
+        if not self.calls or (not right, _excess(error, tolerance)) > (not self.right, self.excess):
             self.error, self.tolerance, self.right, self.dtype, self.inputs = error, tolerance, right, dtype, inputs()
         self.calls += 1
 
 
-def _badness(error: float, tolerance: float) -> float:
+def _excess(error: float, tolerance: float) -> float:
     return error / tolerance if tolerance else float("inf") if error else 0.0
 
 
@@ -97,14 +97,14 @@ class Found:
     """In the order of their first calls."""
     first_wrong: Stage | None = None
     raising: Stage | None = None
-    """The operator that raised last."""
+    """The operator whose exception ended the run."""
     unchecked: Counter[str] = field(default_factory=Counter)
     """Operators whose right result is not known, and why."""
 
     @property
     def worst(self) -> Stage | None:
         """The stage that is most above its tolerance, or closest to it."""
-        return max(self.stages.values(), key=lambda stage: (not stage.right, stage.badness), default=None)
+        return max(self.stages.values(), key=lambda stage: (not stage.right, stage.excess), default=None)
 
 
 @contextmanager
@@ -112,10 +112,18 @@ def checked(model: nn.Module) -> Iterator[Found]:
     """Check the operators that are called inside, by a model or around it."""
     modules = _RunningModules(model)
     mode = _CheckedMode(modules)
-    hooks = (register_module_forward_pre_hook(modules.enter), register_module_forward_hook(modules.leave))
+    hooks = (
+        register_module_forward_pre_hook(modules.enter),
+        # Also where a module raises, which another may catch.
+        register_module_forward_hook(modules.leave, always_call=True),
+    )
     try:
         with mode:
             yield mode.found
+        mode.ended(None)
+    except Exception as error:
+        mode.ended(error)
+        raise
     finally:
         for hook in hooks:
             hook.remove()
@@ -158,6 +166,16 @@ class _CheckedMode(TorchFunctionMode):
         self.found = Found()
         self._modules = modules
         self._weights: dict[tuple[int, torch.dtype | None], tuple[Tensor, Tensor]] = {}
+        self._raised: Exception | None = None
+        """By the stage ``found.raising``."""
+        self._not_read: Exception | None = None
+        """What a device raised last where a tensor was read back from it."""
+
+    def ended(self, error: Exception | None) -> None:
+        """Forget the stage that raised, unless its exception is the one that ended the run."""
+        if error is not self._raised:
+            self.found.raising = None
+        self._raised = self._not_read = None  # they hold the tensors of the frames that they passed
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -166,23 +184,79 @@ class _CheckedMode(TorchFunctionMode):
         name = _name(func)
         if name in _NOT_COMPARED or name == "__get__" or (name == "view" and _has_dtype((args[1:], kwargs))):
             return func(*args, **kwargs)
-        changed = _changed(name, args, kwargs)
-        before = self._oracles((args, kwargs), name) if changed is not None else None
         try:
-            result = func(*args, **kwargs)
-        except Exception:
-            self.found.raising = self._stage(name)
+            return self._call(name, func, args, kwargs)
+        except Exception as error:
+            self._raised, self.found.raising = error, self._stage(name)
             raise
-        tensors = _tensors(result)
-        results = [*tensors, *([] if changed is None else [changed])]
-        if results and (changed is not None or not _are_views(tensors, _tensors((args, kwargs)))):
-            with torch.inference_mode():
+
+    def _call(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of the call, which is compared."""
+        changed, before = _changed(name, args, kwargs), None
+        if changed is not None:
+            with self._comparing(name):
+                before = self._oracles((args, kwargs), name)
+        result = func(*args, **kwargs)
+        if changed is not None and before is None:
+            return result
+        with self._comparing(name), torch.inference_mode():
+            tensors = _tensors(result)
+            results = [*tensors, *([] if changed is None else [changed])]
+            if results and (changed is not None or not _are_views(tensors, _tensors((args, kwargs)))):
                 exact_args, exact_kwargs = before or self._oracles((args, kwargs), name)
                 self._compare(name, func, args, kwargs, exact_args, exact_kwargs, results)
         return result
 
+    @contextmanager
+    def _comparing(self, name: str) -> Iterator[None]:
+        """What comparing raises is counted, and not the model's; what a device raises where it is read is."""
+        try:
+            yield
+        except Exception as error:
+            if error is self._not_read:
+                raise
+            self.found.unchecked[f"{name}: comparing it raised {first_line(error)}"] += 1
+
     def _oracles(self, values: Any, name: str) -> Any:
-        return _map(values, self._weights, None if name in _IN_OWN_DTYPE else torch.float64)
+        return self._on_cpu(values, None if name in _IN_OWN_DTYPE else torch.float64)
+
+    def _on_cpu(self, value: Any, dtype: torch.dtype | None) -> Any:
+        """Arguments as the oracle gets them: copies on the CPU with their strides, floating ones in ``dtype`` if there
+        is one."""
+        if isinstance(value, nn.Parameter):
+            if (id(value), dtype) not in self._weights:
+                self._weights[id(value), dtype] = value, self._copy(value, dtype)
+            return self._weights[id(value), dtype][1]
+        if isinstance(value, Tensor):
+            return self._copy(value, dtype)
+        if isinstance(value, torch.device):
+            return torch.device("cpu")
+        if isinstance(value, torch.dtype):
+            return dtype if dtype is not None and value.is_floating_point else value
+        if isinstance(value, str) and value.partition(":")[0] in ("cuda", "mps", "xpu"):
+            return "cpu"
+        if isinstance(value, Mapping):
+            return {name: self._on_cpu(each, dtype) for name, each in value.items()}
+        if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+            make = getattr(value, "_make", type(value))  # a named tuple's class takes its fields one by one
+            return make([self._on_cpu(each, dtype) for each in value])
+        return value
+
+    def _copy(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on the CPU, with the same strides: its whole storage is copied, because to copy a view is an
+        operator of the device, which may be wrong too, and what it leaves behind may change later ones."""
+        storage = tensor.untyped_storage()
+        try:
+            memory = storage.cpu()
+        except Exception as error:
+            self._not_read = error
+            raise
+        flat = torch.empty(0, dtype=tensor.dtype).set_(memory)
+        if dtype is not None and flat.is_floating_point():
+            flat = flat.to(dtype)
+        if flat.untyped_storage().data_ptr() == storage.data_ptr():
+            flat = flat.clone()
+        return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _stage(self, name: str) -> Stage:
         place = _place()
@@ -200,18 +274,17 @@ class _CheckedMode(TorchFunctionMode):
         results: list[Tensor],
     ) -> None:
         stage = self._stage(name)
-        source = _raw(args[0]) if name in _INDICES | _VALUES_AND_INDICES and isinstance(args[0], Tensor) else None
+        source = self._copy(args[0]) if name in _INDICES | _VALUES_AND_INDICES and isinstance(args[0], Tensor) else None
         try:
             exact_result = func(*exact_args, **exact_kwargs)
         except Exception as lacking:  # the CPU has no such operator, or none of float64
-            line = str(lacking).strip().partition("\n")[0]
-            self.found.unchecked[f"{name}: {type(lacking).__name__}: {line}"] += 1
+            self.found.unchecked[f"{name}: {first_line(lacking)}"] += 1
             return
         changed = _changed(name, exact_args, exact_kwargs)
         exact = [*_tensors(exact_result), *([] if changed is None else [changed])]
         floating = [each for each in (*_tensors((args, kwargs)), *results) if each.is_floating_point()]
         dtype = max((each.dtype for each in floating), key=lambda each: torch.finfo(each).eps, default=None)
-        copies = [_raw(each) for each in results]
+        copies = [self._copy(each) for each in results]
         if source is not None:
             copies, exact = (_by_values(name, source, each, args, kwargs) for each in (copies, exact))
         error = relative_error(copies, exact)
@@ -219,7 +292,7 @@ class _CheckedMode(TorchFunctionMode):
         tolerance = STAGE_TOLERANCES[dtype] if dtype is not None and are_floating else 0.0
         right = error <= tolerance
         if not right and name in _COMPARISONS:  # a number of Python's is rounded before, or not
-            own_args, own_kwargs = _map((args, kwargs), self._weights, None)
+            own_args, own_kwargs = self._on_cpu((args, kwargs), None)
             error = relative_error(copies, _tensors(func(*own_args, **own_kwargs)))
             right = not error
         elif not right and tolerance and not _is_on_cpu(results[0]):
@@ -235,10 +308,16 @@ class _CheckedMode(TorchFunctionMode):
         if _changed(name, args, kwargs) is not None:
             return 0.0  # the inputs are gone
         try:
-            own_args, own_kwargs = _map((args, kwargs), self._weights, None)
+            own_args, own_kwargs = self._on_cpu((args, kwargs), None)
             return relative_error(_tensors(func(*own_args, **own_kwargs)), exact)
         except Exception:
             return 0.0
+
+
+def first_line(error: Exception) -> str:
+    """The type of an exception, and the first line of what it says."""
+    line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {line}"
 
 
 def _name(func: Callable[..., Any]) -> str:
@@ -296,40 +375,6 @@ def _are_views(results: list[Tensor], inputs: list[Tensor]) -> bool:
     """Whether the results are the memory of the inputs: nothing was computed."""
     memory = {each.untyped_storage().data_ptr() for each in inputs}
     return all(each.untyped_storage().data_ptr() in memory for each in results)
-
-
-def _map(value: Any, weights: dict[Any, tuple[Tensor, Tensor]], dtype: torch.dtype | None) -> Any:
-    """Arguments as the oracle gets them: on the CPU, floating ones in ``dtype`` if there is one, with their strides."""
-    if isinstance(value, nn.Parameter):
-        if (id(value), dtype) not in weights:
-            weights[id(value), dtype] = value, _raw(value, dtype)
-        return weights[id(value), dtype][1]
-    if isinstance(value, Tensor):
-        return _raw(value, dtype)
-    if isinstance(value, torch.device):
-        return torch.device("cpu")
-    if isinstance(value, torch.dtype):
-        return dtype if dtype is not None and value.is_floating_point else value
-    if isinstance(value, str) and value.partition(":")[0] in ("cuda", "mps", "xpu"):
-        return "cpu"
-    if isinstance(value, Mapping):
-        return {name: _map(each, weights, dtype) for name, each in value.items()}
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        return type(value)(_map(each, weights, dtype) for each in value)
-    return value
-
-
-def _raw(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor on the CPU, with the same strides: its whole memory is copied, because to copy a view is an operator
-    that may be wrong too."""
-    memory = tensor.detach()
-    count = memory.untyped_storage().nbytes() // memory.element_size()
-    flat = memory.as_strided((count,), (1,), 0).cpu()
-    if dtype is not None and flat.is_floating_point():
-        flat = flat.to(dtype)
-    if flat.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr():
-        flat = flat.clone()
-    return flat.as_strided(memory.shape, memory.stride(), memory.storage_offset())
 
 
 def _by_values(
