@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,8 @@ from omniops.cli.common import (
 )
 from omniops.cli.doctor import facts, machine, serving, versions
 from omniops.cli.selftest_models import Model, models
-from omniops.cli.selftest_outcomes import Outcome, examine
+from omniops.cli.selftest_outcomes import Outcome, examine, raised_by_cpu
+from omniops.cli.selftest_stages import first_line
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """The largest error of an operator of this package, relative to the largest value of the right result. Results of
@@ -81,25 +82,30 @@ class Report:
     not_checked: list[str] = field(default_factory=list)
     """What, and why, in sentences."""
     runs: int = 0
-    running: str = "operators"
+    running: str = "preparations"
     """What is about to run; empty at the end."""
 
     @property
     def total(self) -> int:
-        """The number of results."""
-        return len(self.worst) + len(self.outcomes)
+        """The number of results that are known to be right or wrong."""
+        return len(self.worst) + sum(outcome.is_right or outcome.is_wrong for outcome in self.outcomes)
 
     @property
     def failed(self) -> int:
         """How many of them are wrong."""
         wrong = sum(not entry.error <= _tolerance(setting) for (setting, _), entry in self.worst.items())
-        return wrong + sum(not outcome.is_right for outcome in self.outcomes)
+        return wrong + sum(outcome.is_wrong for outcome in self.outcomes)
 
     @property
     def sentences(self) -> list[str]:
         """What went wrong where, and what was not checked."""
-        wrong = [outcome.sentence for outcome in self.outcomes if not outcome.is_right]
-        return [*self.not_checked, *self.raised, *wrong]
+        wrong = [outcome.sentence for outcome in self.outcomes if outcome.is_wrong]
+        not_checked = [
+            f"Not checked: {outcome.title} on {outcome.device}, {outcome.dtype}: {outcome.not_checked}"
+            for outcome in self.outcomes
+            if outcome.not_checked
+        ]
+        return [*self.not_checked, *not_checked, *self.raised, *wrong]
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -183,13 +189,14 @@ def selftest(
         for _ in _checked(report, cases, chosen_models, bar):
             _write(report, json_file)
     report.running = ""
-    _write(report, json_file)
+    unwritten = _write(report, json_file)
     if report.total:
         console.print(_table(report))
     for sentence in report.sentences:
         console.print(sentence, markup=False, soft_wrap=True)
-    if report.failed:
-        raise CommandError(f"{report.failed} of {report.total} results are wrong", status=1)
+    wrong = f"{report.failed} of {report.total} results are wrong" if report.failed else ""
+    if wrong or unwritten:
+        raise CommandError("; ".join(filter(None, (wrong, unwritten))), status=1)
     console.print(f"All {report.total} results are right in {report.runs} runs.")
 
 
@@ -220,6 +227,7 @@ def _checked(
     report: Report, cases: Sequence[ModuleType], chosen_models: Sequence[Model], bar: Progress
 ) -> Iterator[None]:
     """Fill the report; yields before each part of it."""
+    yield
     settings = {
         _Setting(each, case.NAME, dtype): case
         for each in report.tested
@@ -245,9 +253,12 @@ def _checked(
     ]
     report.runs = len(checks) + len(runs)
     task = bar.add_task("", total=report.runs)
-    yield
+    above = None
     for setting, check in checks:
         each, name, dtype = setting
+        if setting != above:
+            report.running, above = f"{name} on {each}, {dtype_name(dtype)}", setting
+            yield
         bar.update(task, description=escape(f"{name} {each} {dtype_name(dtype)} {check.label}"))
         _add(report, setting, check)
         bar.advance(task)
@@ -262,12 +273,15 @@ def _checked(
 def _add(report: Report, setting: _Setting, check: Check) -> None:
     """Run a check, and keep its errors where they are the worst."""
     each, name, dtype = setting
+    call = f"{name} on {each}, {dtype_name(dtype)}, {check.label}"
     try:
         found = errors(check, dtype, each)
+    except OracleError as error:
+        report.not_checked.append(f"Not checked: {call}: {error}")
+        return
     except Exception as error:  # whatever a kernel raises is a finding
         found = dict.fromkeys(_quantities(check, dtype), float("inf"))
-        line = str(error).strip().partition("\n")[0]
-        sentence = f"{name} on {each}, {dtype_name(dtype)}, {check.label}: {type(error).__name__}: {line}"
+        sentence = f"{call}: {first_line(error)}"
         if sentence not in report.raised:
             report.raised.append(sentence)
     for quantity, value in found.items():
@@ -303,15 +317,23 @@ def _table(report: Report) -> Table:
         if stage is not None:
             label = f"{stage.module}, {stage.operator}".removeprefix(", ")
             add(head, "each stage", stage.error, stage.tolerance, label, outcome.found.first_wrong is None)
+        if outcome.not_checked:
+            continue
         name = outcome.worst_result
         error = outcome.results.get(name, float("inf"))
         add(head, "results", error, outcome.tolerance, name or outcome.exception, outcome.results_are_right)
     return table
 
 
-def _write(report: Report, path: Path | None) -> None:
+def _write(report: Report, path: Path | None) -> str:
+    """Why the file cannot be written; empty where it was, or none is wanted."""
     if path is not None:
-        path.write_text(json.dumps(_plain(report.as_json()), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(_plain(report.as_json()), indent=1) + "\n"
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:  # what else there is to find is worth more than the file
+            return f"cannot write {path}: {error.strerror}"
+    return ""
 
 
 def _plain(value: Any) -> Any:
@@ -341,15 +363,32 @@ def _header(tested: list[torch.device]) -> str:
     return "; ".join([f"omniops {found['omniops']}, torch {found['torch']}", machine()["machine"], *hardware])
 
 
+class OracleError(Exception):
+    """The CPU's own run, which an operator is compared with, raised something."""
+
+
+@contextmanager
+def _oracle() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise OracleError(raised_by_cpu(error)) from error
+
+
 def errors(check: Check, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """The largest error of each result and of each gradient, relative to the largest right value."""
+    """The largest error of each result and of each gradient, relative to the largest right value.
+
+    Raises what the operator raises, and OracleError for what the oracle does.
+    """
     differentiable = dtype.is_floating_point
     inputs = [tensor.to(dtype).to(device).requires_grad_(differentiable) for tensor in check.inputs.values()]
     exact_inputs = [
         (each.double() if differentiable else each).requires_grad_(differentiable)
         for each in (tensor.detach().cpu() for tensor in inputs)
     ]
-    results, exact_results = _all(check.operator(*inputs)), _all(check.oracle(*exact_inputs))
+    results = _all(check.operator(*inputs))
+    with _oracle():
+        exact_results = _all(check.oracle(*exact_inputs))
     pairs = list(zip(results, exact_results, strict=True))
     if differentiable:
         generator = torch.Generator().manual_seed(0)
@@ -357,7 +396,8 @@ def errors(check: Check, dtype: torch.dtype, device: torch.device) -> dict[str, 
             torch.randn(exact.shape, dtype=torch.float64, generator=generator).to(dtype) for exact in exact_results
         ]
         gradients = torch.autograd.grad(results, inputs, [grad.to(device) for grad in grads])
-        exact_gradients = torch.autograd.grad(exact_results, exact_inputs, [grad.double() for grad in grads])
+        with _oracle():
+            exact_gradients = torch.autograd.grad(exact_results, exact_inputs, [grad.double() for grad in grads])
         pairs += zip(gradients, exact_gradients, strict=True)
     quantities = _quantities(check, dtype)
     return {name: _error(*pair, dtype, device) for name, pair in zip(quantities, pairs, strict=True)}

@@ -7,6 +7,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,14 @@ class Detector(Model):
         self.title = f"{'Mask' if masks else 'Faster'} R-CNN with CARAFE"
 
     def missing(self) -> str:
-        """What the extra would install."""
-        packages = [each for each in missing_packages("detect") if each == "torchvision"]
-        return f"{packages[0]} is not installed: pip install 'omniops[detect]'" if packages else ""
+        """What the extra would install, or why it is of no use."""
+        if "torchvision" in missing_packages("detect"):
+            return "torchvision is not installed: pip install 'omniops[detect]'"
+        try:
+            import_module("omniops.detection")
+        except Exception as error:  # whatever a torchvision made for another torch raises
+            return str(error).strip().partition("\n")[0]
+        return ""
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """With few classes and proposals."""

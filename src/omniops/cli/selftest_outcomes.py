@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from omniops.cli.common import dtype_name
-from omniops.cli.selftest_models import RESULT_TOLERANCES, Model
-from omniops.cli.selftest_stages import Found, checked, relative_error
+from omniops.cli.selftest_models import RESULT_TOLERANCES, Model, Results
+from omniops.cli.selftest_stages import Found, checked, first_line, relative_error
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Outcome:
     """Of the results."""
     exception: str = ""
     """Its type and first line; empty where nothing was raised."""
+    not_checked: str = ""
+    """What the results could not be compared with, and why; empty where they were."""
     traceback: str = ""
     seconds: float = 0.0
 
@@ -46,9 +49,15 @@ class Outcome:
         return bool(self.results) and self.results[self.worst_result] <= self.tolerance
 
     @property
+    def is_wrong(self) -> bool:
+        """Whether something was found; results that could not be compared are nothing."""
+        results_are_wrong = not self.results_are_right and not self.not_checked
+        return self.found.first_wrong is not None or bool(self.exception) or results_are_wrong
+
+    @property
     def is_right(self) -> bool:
-        """Whether nothing was found."""
-        return self.found.first_wrong is None and not self.exception and self.results_are_right
+        """Whether all was compared, and nothing was found."""
+        return not self.is_wrong and not self.not_checked
 
     @property
     def sentence(self) -> str:
@@ -63,7 +72,7 @@ class Outcome:
         if self.exception:
             stage = self.found.raising
             return f"{head} {f'the stage {stage.name}' if stage else 'it'} raised {self.exception}"
-        if not self.results_are_right:
+        if self.is_wrong:
             name = self.worst_result
             return (
                 f"{head} every stage alone is right, but {name} differ: {self.results[name]:.1e} of the largest value, "
@@ -84,6 +93,7 @@ class Outcome:
             "first_wrong": None if first is None else asdict(first),
             "raising": asdict(raising) if raising is not None and self.exception else None,
             "exception": self.exception,
+            "not_checked": self.not_checked,
             "traceback": self.traceback,
             "results": [
                 {"result": name, "error": error, "tolerance": self.tolerance} for name, error in self.results.items()
@@ -107,15 +117,32 @@ def examine(model: Model, device: torch.device, dtype: torch.dtype) -> Outcome:
             with checked(network) as outcome.found:
                 model.run(network, dtype)
             results = model.run(network, dtype)
-            expected = model.run(model.reference(network), torch.float32)
-        # In half precision there are fewer.
-        outcome.results = {name: relative_error([each], [expected[name]]) for name, each in results.items()}
+            expected = _expected(model, network, outcome)
+        if expected is not None:  # in half precision there are fewer results than it has
+            outcome.results = {
+                name: relative_error([each], [expected[name]] if name in expected else [])
+                for name, each in results.items()
+            }
     except Exception as error:  # whatever a kernel raises is a finding
-        line = str(error).strip().partition("\n")[0]
-        outcome.exception = f"{type(error).__name__}: {line}"
+        outcome.exception = first_line(error)
         outcome.traceback = "".join(traceback.format_exception(error))
     outcome.seconds = time.perf_counter() - start
     return outcome
+
+
+def _expected(model: Model, network: nn.Module, outcome: Outcome) -> Results | None:
+    """The CPU's results; None where it raises, which the outcome says."""
+    try:
+        return model.run(model.reference(network), torch.float32)
+    except Exception as error:  # says nothing about the device
+        outcome.not_checked = raised_by_cpu(error)
+        outcome.traceback = "".join(traceback.format_exception(error))
+        return None
+
+
+def raised_by_cpu(error: Exception) -> str:
+    """Why something is not checked."""
+    return f"the CPU's own run, which it is compared with, raised {first_line(error)}"
 
 
 @contextmanager
