@@ -16,6 +16,7 @@ from omniops.cli import selftest, selftest_models
 from omniops.cli.cases import carafe as case
 from omniops.cli.selftest_models import models
 from omniops.cli.selftest_outcomes import examine
+from omniops.cli.selftest_stages import STAGE_TOLERANCES
 
 CPU = torch.device("cpu")
 
@@ -39,17 +40,23 @@ def test_what_the_cpus_own_run_of_a_model_raises_is_not_the_devices(no_reference
 
 
 def test_a_stage_is_wrong_also_where_the_cpus_own_run_raises(no_reference, monkeypatch):
-    monkeypatch.setitem(selftest.TOLERANCES, torch.float32, 0.0)
+    monkeypatch.setitem(STAGE_TOLERANCES, torch.float32, 0.0)
     outcome = examine(models(64)[0], CPU, torch.float32)
-    outcome.found.first_wrong = next(iter(outcome.found.stages.values()))
     assert outcome.is_wrong
+    assert outcome.not_checked
     assert "the first stage that differs is " in outcome.sentence
 
 
-def test_a_model_that_is_compared_with_nothing_counts_as_not_checked(omniops, no_reference):
-    result = omniops("selftest", "--device", "cpu", "--only", "fpn-carafe")
+def test_a_model_that_is_compared_with_nothing_counts_as_not_checked(omniops, no_reference, monkeypatch):
+    check = next(case.checks())
+    monkeypatch.setattr(case, "checks", lambda: iter([check]))
+    alone = omniops("selftest", "--device", "cpu", "--only", "carafe").out
+    result = omniops("selftest", "--device", "cpu", "--only", "carafe", "--only", "fpn-carafe")
     assert result.status == 0
-    assert "All 0 results are right" in result.out
+    (count,) = (line.split()[1] for line in alone.splitlines() if line.startswith("All "))
+    assert int(count) > 0
+    assert f"All {count} results are right" in result.out
+    assert "each stage" in result.out
     assert "WRONG" not in result.out
     said = [line for line in result.out.splitlines() if line.startswith("Not checked: ")]
     assert "Not checked: FPNCarafe on cpu, float32: the CPU's own run, which it is compared with, raised" in said[0]
