@@ -188,7 +188,6 @@ def selftest(
     with progress() as bar:
         for _ in _checked(report, cases, chosen_models, bar):
             _write(report, json_file)
-    report.running = ""
     unwritten = _write(report, json_file)
     if report.total:
         console.print(_table(report))
@@ -268,6 +267,7 @@ def _checked(
         yield
         report.outcomes.append(examine(model, each, dtype))
         bar.advance(task)
+    report.running = ""
 
 
 def _add(report: Report, setting: _Setting, check: Check) -> None:
