@@ -160,7 +160,8 @@ def test_a_file_that_can_be_written_again_is_whole(omniops, monkeypatch, tmp_pat
         return write(self, *args, **options)
 
     monkeypatch.setattr(Path, "write_text", once)
-    monkeypatch.setattr(case, "checks", lambda: iter([]))
+    check = next(case.checks())
+    monkeypatch.setattr(case, "checks", lambda: iter([check]))
     assert omniops("selftest", "--device", "cpu", "--only", "carafe", "--json", str(path)).status == 0
     assert times
     assert json.loads(path.read_text())["running"] == ""
@@ -224,3 +225,11 @@ def test_float32_is_exact_on_cuda_while_a_model_runs(monkeypatch, tf32_flags, be
     assert examine(model, torch.device(device), torch.float32).exception  # there is no network
     assert seen == [[before if inside is None else inside] * 2]
     assert [each.allow_tf32 for each in tf32_flags] == [before] * 2
+
+
+def test_a_run_that_checked_nothing_is_no_success(omniops, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    result = omniops("selftest", "--device", "cpu", "--only", "faster-rcnn")
+    assert result.status == 1
+    assert result.err.strip().endswith("nothing was checked")
+    assert "Not checked: faster-rcnn" in result.out

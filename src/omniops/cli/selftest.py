@@ -194,6 +194,8 @@ def selftest(
     for sentence in report.sentences:
         console.print(sentence, markup=False, soft_wrap=True)
     wrong = f"{report.failed} of {report.total} results are wrong" if report.failed else ""
+    if not report.total:
+        wrong = "nothing was checked"
     if wrong or unwritten:
         raise CommandError("; ".join(filter(None, (wrong, unwritten))), status=1)
     console.print(f"All {report.total} results are right in {report.runs} runs.")
