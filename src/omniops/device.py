@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
@@ -207,6 +208,15 @@ def exclusively(method: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
             return method(*args, **kwargs)
 
     return within
+
+
+def without_single_row(rows: Tensor) -> Tensor:
+    """What a linear layer is given for ``rows``, (N, ...): themselves, but on MPS a single row twice.
+
+    Before torch 2.14 PyTorch drops the bias of a single row there, on macOS 26 (pytorch issue 188438). The caller takes
+    the first N results.
+    """
+    return torch.cat((rows, rows)) if rows.device.type == "mps" and len(rows) == 1 else rows
 
 
 def synchronize(device: torch.device | str) -> None:

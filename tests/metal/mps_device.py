@@ -82,7 +82,6 @@ class _Operators(TorchDispatchMode):
     def __init__(self, values: bool) -> None:
         super().__init__()
         self.values = values
-        self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -100,7 +99,6 @@ class _Operators(TorchDispatchMode):
         if func not in _OWN and _is_composite(func):
             with self:  # inference mode leaves to the device what autograd takes apart
                 return func.decompose(*args, **kwargs)
-        self.calls += 1
         _on_one_device(func, tensors)
         check(func, args, kwargs)
         return self._run(func, args, kwargs, on_mps)

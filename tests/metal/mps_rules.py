@@ -228,50 +228,13 @@ def _dtype(call: Call) -> str | None:
 # Views and copies of nothing launch nothing, and PyTorch's sources have the others look for elements first, as they do
 # with what is computed element by element.
 _TAKE_EMPTY = {
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like", "new_zeros"),
-    *(
-        "full",
-        "full_like",
-        "ones",
-        "ones_like",
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "expand",
-        "permute",
-        "transpose",
-        "t",
-    ),
-    *(
-        "select",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "unsqueeze",
-        "squeeze",
-        "as_strided",
-        "detach",
-        "alias",
-        "unbind",
-    ),
-    *("_to_copy", "copy_", "clone", "cat", "fill_", "zero_", "lift_fresh", "unfold", "diagonal", "view_as", "chunk"),
-    *(
-        "mm",
-        "addmm",
-        "bmm",
-        "linear",
-        "nonzero",
-        "index",
-        "index_put",
-        "index_put_",
-        "numel",
-        "sym_size",
-        "is_same_size",
-        "new_full",
-        "new_ones",
-        "stack",
-    ),
-}
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like",
+    "new_zeros", "full", "full_like", "new_full", "ones", "ones_like", "new_ones", "view", "view_as",
+    "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "select", "slice", "split",
+    "split_with_sizes", "chunk", "unsqueeze", "squeeze", "as_strided", "detach", "alias", "unbind", "unfold",
+    "diagonal", "stack", "_to_copy", "copy_", "clone", "cat", "fill_", "zero_", "lift_fresh", "mm", "addmm",
+    "bmm", "linear", "nonzero", "index", "index_put", "index_put_", "numel", "sym_size", "is_same_size",
+}  # fmt: skip
 
 
 def _empty(call: Call) -> str | None:

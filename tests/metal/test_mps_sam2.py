@@ -18,6 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 
+from omniops import device as devices
 from omniops.sam2 import architectures, attention, mask_decoder, memory, memory_attention, network, rle, upsampling
 from omniops.sam2.architectures import SIZES, cast, new
 from omniops.sam2.image_predictor import SAM2ImagePredictor
@@ -130,7 +131,7 @@ PLANTED = {
         "an expanded operand",
     ),
     "one row": (
-        (mask_decoder, "project_rows", planted(mask_decoder.project_rows, '"mps"', '"none"')),
+        (devices, "without_single_row", planted(devices.without_single_row, '"mps"', '"none"')),
         "a single row with a bias",
     ),
     "a wide product": (

@@ -19,6 +19,7 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_infer
 from torchvision.models.detection.rpn import RegionProposalNetwork as TorchvisionRPN
 from torchvision.ops import clip_boxes_to_image, nms, roi_align
 
+from omniops import device as devices
 from omniops.detection.transform import ResizedSize, Target
 from omniops.nn import CARAFEPack
 
@@ -79,15 +80,15 @@ def classwise_nms(boxes: Tensor, scores: Tensor, classes: Tensor, iou_threshold:
         together: Tensor = nms(moved, scores, iou_threshold)
         return together
     kept = torch.zeros_like(classes, dtype=torch.bool)
-    for each in classes.cpu().unique():  # of integers MPS has it wrong for large ones
+    for each in classes.cpu().unique():  # MPS takes integers through float32 (pytorch issue 195595)
         own = (classes == each).nonzero()[:, 0]
         kept[own[nms(moved[own], scores[own], iou_threshold)]] = True
     indices = kept.nonzero()[:, 0]
     return indices[scores[indices].argsort(descending=True)]
 
 
-def _is_nothing_to_mps(tensor: Tensor, count: int) -> bool:
-    """Whether it is MPS that would be given ``count`` = 0 elements, which not every operator takes there."""
+def _is_empty_on_mps(tensor: Tensor, count: int) -> bool:
+    """Whether ``tensor`` is on MPS, where not every operator takes an empty tensor, and ``count`` is 0."""
     return tensor.device.type == "mps" and count == 0
 
 
@@ -153,7 +154,7 @@ class RoIAlign(nn.Module):
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: object = None) -> Tensor:
         """Maps (N, C, H_l, W_l), finest first, and boxes (K_n, 4) of each image -> (sum of K_n, C, S, S)."""
         maps = list(features.values())[:4]
-        if _is_nothing_to_mps(boxes[0], sum(map(len, boxes))):
+        if _is_empty_on_mps(boxes[0], sum(map(len, boxes))):
             return maps[0].new_zeros(0, maps[0].shape[1], self.output_size, self.output_size)
         images = torch.cat([each.new_full((len(each), 1), number) for number, each in enumerate(boxes)])
         together = torch.cat(boxes)
@@ -162,7 +163,7 @@ class RoIAlign(nn.Module):
         pooled = maps[0].new_zeros(len(together), maps[0].shape[1], self.output_size, self.output_size)
         for level, (features_of, stride) in enumerate(zip(maps, STRIDES, strict=False)):
             own = (levels == level).nonzero()[:, 0]
-            if _is_nothing_to_mps(own, len(own)):
+            if _is_empty_on_mps(own, len(own)):
                 continue
             rois = torch.cat([images[own], together[own]], dim=1)
             samples = roi_align(features_of.float(), rois, self.output_size, 1 / stride, sampling_ratio=0, aligned=True)
@@ -254,15 +255,12 @@ class RoIHeads(TorchvisionRoIHeads):  # type: ignore[misc]
         return detections, {}
 
     def _box_logits(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        count = len(pooled)
-        if pooled.device.type == "mps" and count == 1:  # of one row PyTorch loses the bias there (pytorch issue 188438)
-            pooled = pooled.repeat(2, 1, 1, 1)
-        logits, differences = self.box_predictor(self.box_head(pooled))
-        return logits[:count].float(), differences[:count].float()
+        logits, differences = self.box_predictor(self.box_head(devices.without_single_row(pooled)))
+        return logits[: len(pooled)].float(), differences[: len(pooled)].float()
 
     def _mask_logits(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[ResizedSize]) -> Tensor:
         pooled: Tensor = self.mask_roi_pool(features, boxes, image_shapes)
-        if _is_nothing_to_mps(pooled, len(pooled)):
+        if _is_empty_on_mps(pooled, len(pooled)):
             side = 2 * self.mask_roi_pool.output_size
             return pooled.new_empty(0, self.box_predictor.cls_score.out_features, side, side, dtype=torch.float32)
         logits: Tensor = self.mask_predictor(self.mask_head(pooled))
@@ -277,7 +275,7 @@ class RoIHeads(TorchvisionRoIHeads):  # type: ignore[misc]
         suppression, which depends on them in the last bits: both as in MMDetection.
         """
         counts = [len(each) for each in proposals]
-        if _is_nothing_to_mps(class_logits, sum(counts)):
+        if _is_empty_on_mps(class_logits, sum(counts)):
             nothing = [each.new_empty(0) for each in proposals]
             return [each.view(0, 4) for each in nothing], nothing, [each.long() for each in nothing]
         results = []
@@ -291,7 +289,7 @@ class RoIHeads(TorchvisionRoIHeads):  # type: ignore[misc]
             if not self.has_mask():
                 boxes = boxes * boxes.new_tensor([1 / factor for factor in size.scale])
             rows, classes = (scores[:, 1:] > self.score_thresh).nonzero().unbind(dim=1)
-            if _is_nothing_to_mps(rows, len(rows)):
+            if _is_empty_on_mps(rows, len(rows)):
                 results.append((boxes.new_empty(0, 4), scores.new_empty(0), classes))
                 continue
             labels = classes + 1

@@ -57,9 +57,9 @@ def build_sam2(
     size = next(size for size, letter in LETTERS.items() if letter == found[2])
     version = VERSIONS[found[1] is not None]
     place = devices.pick(device)
-    if compile_encoder:
-        require_compiler(place)
     if ckpt_path is None:
+        if compile_encoder:
+            require_compiler(place)
         model = cast(new(size, version, image_size=image_size or IMAGE_SIZE), as_dtype(dtype, place))
         with devices.exclusive(place):
             model = model.to(place)

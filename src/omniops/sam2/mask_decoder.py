@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
 
+from omniops import device as devices
+
 _SCORES_AT, _MASKS_AT = 1, 2  # the tokens: whether the object is there, scores, masks, then those of the prompt
 
 
@@ -64,14 +66,9 @@ def decode_masks(
 
 
 def project_rows(module: nn.Module, rows: Tensor) -> Tensor:
-    """A perceptron of (N, C). On MPS a single row is doubled, and the first result taken.
-
-    Before torch 2.14 PyTorch loses the bias of a single row there, on macOS 26 (pytorch issue 188438).
-    """
-    if rows.device.type == "mps" and len(rows) == 1:
-        rows = rows.expand(2, -1).contiguous()
-        return module(rows)[:1]  # type: ignore[no-any-return]
-    return module(rows)  # type: ignore[no-any-return]
+    """A perceptron of (N, C), none of whose linear layers sees a single row on MPS."""
+    result: Tensor = module(devices.without_single_row(rows))
+    return result if len(result) == len(rows) else result[: len(rows)]
 
 
 def _product(weights: Tensor, wide: Tensor) -> Tensor:

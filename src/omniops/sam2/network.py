@@ -126,6 +126,6 @@ def decode(
         sparse = embedding.new_zeros(1 if mask is None else len(mask), 0, embedding.shape[1])
     dense = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1) if mask is None else encoder.mask_embed(mask)
     image = (embedding + dense).expand(len(sparse), -1, -1, -1)
-    if image.device.type == "mps":  # whose matrix products may be wrong of what is expanded (pytorch issue 180201)
+    if image.device.type == "mps":  # which may get matrix products of expanded tensors wrong (pytorch issue 180201)
         image = image.contiguous()
     return Masks(*decode_masks(model.mask_decoder, image, features.places, features.fine, sparse, multimask=multimask))

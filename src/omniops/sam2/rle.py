@@ -44,7 +44,7 @@ def runs(masks: Tensor, corner: tuple[int, int] = (0, 0), size: tuple[int, int] 
     """The lengths of the runs of each mask, of background first, which may be none.
 
     Args:
-        masks: (K, h, w), bool, on any device, which finds the few places of change; the rest is the CPU's.
+        masks: (K, h, w), bool, on any device: the few places of change are found there, the rest is done on the CPU.
         corner: where in the picture the masks lie: the x and y of their first pixel.
         size: the height and width of the picture; that of the masks where it is not given.
     """

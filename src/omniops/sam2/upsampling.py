@@ -135,6 +135,7 @@ def _kernels(
             u, v = divmod(tap, k)
             near = (..., slice(first + u, last + u), None, slice(v * s, (v + w) * s))
             exponent = exponents[:, tap]
+            # Not by out=, which MPS may fail to write into a view (pytorch pull request 193385).
             exponent.copy_(lengths[:, 0][near] - across[v]).sub_(down[u].view(h, s, 1)[first:last])
             for channel in range(channels):
                 exponent.addcmul_(fine[:, channel], means[:, channel][near])

@@ -25,10 +25,10 @@ def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tenso
     n, _, h, w = mask.shape
     labels, counts = (empty(mask.shape, like=mask, dtype=torch.int32) for _ in range(2))
     mask = as_signed(mask).contiguous()
-    words = _blocks(w, 32)
+    words = -(-w // 32)
     bits, parts = (torch.empty((n, h, words), dtype=torch.int32, device=mask.device) for _ in range(2))
     sizes = [h, w, words, connectivity]
-    tiles = _blocks(words, TILE_WORDS), _blocks(h, TILE_ROWS)
+    tiles = -(-words // TILE_WORDS), -(-h // TILE_ROWS)
     metal = library("connected_components")
     getattr(metal, f"label_tiles_{_METAL_TYPES[mask.dtype]}")(
         mask,
@@ -51,12 +51,8 @@ def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tenso
         labels,
         counts,
         sizes,
-        threads=(words * 32, _blocks(h, WRITTEN_ROWS), n),
+        threads=(words * 32, -(-h // WRITTEN_ROWS), n),
         group_size=PIXEL_GROUP,
         arg_casts={3: "int32"},
     )
     return labels, counts
-
-
-def _blocks(length: int, block: int) -> int:
-    return (length + block - 1) // block
