@@ -315,8 +315,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def test_the_cases_above_launch_every_kernel(recorder: Recorder) -> None:
-    for operator, case in product(OPERATORS[DeformConv2d], CASES):
-        getattr(metal, operator)(*arguments(operator, case, torch.float32, device="meta"))
+    for operator, case, dtype in product(OPERATORS[DeformConv2d], CASES, (torch.float32, torch.float16)):
+        getattr(metal, operator)(*arguments(operator, case, dtype, device="meta"))
     launched = {name for name, _ in recorder.launches}
     assert all(launched == set(dir(library("deform_conv2d", dtype))) for dtype in METAL_TYPES)
 

@@ -53,7 +53,9 @@ def _sample(
     image: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometry, first: int, columns: Tensor
 ) -> None:
     """Fill ``columns`` with the samples of the positions from ``first`` on."""
-    part = _Part(geometry, image, offset, first, 0, columns.shape[1], columns.shape[1])
+    # More than 16 bytes of each of the four pixels take registers without which more threads are resident.
+    widest = 16 // image.element_size()
+    part = _Part(geometry, image, offset, first, 0, columns.shape[1], columns.shape[1], widest)
     tiles = _Tiles.of(part)
     moves = part.of(offset)
     _kernel("sample", image, part.width)(
@@ -190,6 +192,8 @@ class _Part:
     """The row of the columns that the part begins with."""
     positions: int
     column_positions: int
+    widest: int = max(WIDTHS)
+    """The most channels that a thread may take at a time."""
 
     @property
     def images(self) -> int:
@@ -205,9 +209,9 @@ class _Part:
 
     @property
     def width(self) -> int:
-        """How many channels a thread can take at a time."""
+        """How many channels a thread takes at a time."""
         c, g = self.image.shape[3], self.geometry
-        divisor = gcd(8, c // g.groups, c // g.offset_groups, self.image.storage_offset())
+        divisor = gcd(self.widest, c // g.groups, c // g.offset_groups, self.image.storage_offset())
         return max(width for width in WIDTHS if divisor % width == 0)
 
     @property
