@@ -53,7 +53,7 @@ def _sample(
     image: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometry, first: int, columns: Tensor
 ) -> None:
     """Fill ``columns`` with the samples of the positions from ``first`` on."""
-    # More than 16 bytes of each of the four pixels take registers without which more threads are resident.
+    # Loading more than 16 bytes of each of the four pixels takes registers, and so leaves fewer threads resident.
     widest = 16 // image.element_size()
     part = _Part(geometry, image, offset, first, 0, columns.shape[1], columns.shape[1], widest)
     tiles = _Tiles.of(part)
