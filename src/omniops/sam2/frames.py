@@ -27,7 +27,7 @@ import threading
 import warnings
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,8 @@ class Frames:
 
     fps: float | None
     """Frames a second, on average; None of a folder."""
+    times: Sequence[float] | None
+    """When each frame is shown, in seconds after the first; None of a folder."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         try:
@@ -86,6 +88,7 @@ class Frames:
         self._source = _Folder(self.path) if self.path.is_dir() else _Video(self.path)
         self.height, self.width = self._source.height, self._source.width
         self.fps = self._source.fps
+        self.times = self._source.times
 
     def __len__(self) -> int:
         return len(self._source)
@@ -110,6 +113,7 @@ class Frames:
 
 class _Folder:
     fps = None
+    times = None
 
     def __init__(self, folder: Path) -> None:
         from PIL import Image
@@ -195,6 +199,10 @@ class _Video:
         self._size = first.width, first.height
         self._turns = round(first.rotation / 90) % 4  # counterclockwise
         self.width, self.height = self._size if self._turns % 2 == 0 else self._size[::-1]
+        if self._times is None:
+            self.times = [i / (self.fps or 25.0) for i in range(self._count)]
+        else:
+            self.times = [float((time - self._times[0]) * self._stream.time_base) for time in self._times]
 
     def __len__(self) -> int:
         return self._count
