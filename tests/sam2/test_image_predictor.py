@@ -73,10 +73,29 @@ def test_predictions_are_the_official_ones(both, prompt, multimask):
     expected = official.predict(**PROMPTS[prompt], multimask_output=multimask, return_logits=True)
     assert expected[0].std() > 0
     assert_alike(ours.predict(**PROMPTS[prompt], multimask_output=multimask, return_logits=True), expected)
-    masks, _, _ = ours.predict(**PROMPTS[prompt], multimask_output=multimask)
-    assert masks.dtype == np.bool_
+    (masks, *rest), right = (each.predict(**PROMPTS[prompt], multimask_output=multimask) for each in (ours, official))
     logits = ours.predict(**PROMPTS[prompt], multimask_output=multimask, return_logits=True)[0]
     assert np.array_equal(masks, logits > 0)
+    assert masks.shape == right[0].shape
+    for found, expected in zip((masks, *rest), right, strict=True):
+        assert type(found) is type(expected)
+        assert found.dtype == expected.dtype == np.float32
+        assert found.flags.writeable
+        assert found.flags.c_contiguous == expected.flags.c_contiguous
+
+
+def test_masks_are_numbers_to_compute_with(both):
+    """What bool refuses, or gives other values of: as scripts for the official predictor do."""
+    cv2 = pytest.importorskip("cv2", reason="what resizes masks")
+    _, ours = both
+    masks, scores, _ = ours.predict([[60, 80]], [1])
+    assert cv2.resize(masks[0], (20, 10)).shape == (10, 20)
+    assert set(np.unique(masks[0] - masks[1])) <= {-1, 0, 1}
+    color = np.array([0.1, 0.2, 0.3, 0.6])
+    assert (masks[0].reshape(150, 211, 1) * color).max() == 0.6
+    assert masks[scores.argsort()[::-1]].shape == masks.shape
+    masks *= 255
+    assert set(np.unique(masks)) == {0, 255}
 
 
 def test_the_embedding_is_the_official_one(both):
@@ -121,6 +140,12 @@ def test_batches_are_the_official_ones(both, photograph):
         results.append(predictor.predict_batch(**prompts, return_logits=True))
     for found, expected in zip(zip(*results[1], strict=True), zip(*results[0], strict=True), strict=True):
         assert_alike(found, expected)
+    binary = [predictor.predict_batch(**prompts) for predictor in both]
+    for found, expected in zip(*binary, strict=True):
+        assert type(found) is type(expected) is list
+        assert [each.dtype for each in found] == [each.dtype for each in expected] == [np.float32] * 3
+    for mask, logits in zip(binary[1][0], results[1][0], strict=True):
+        assert np.array_equal(mask, logits > 0)
 
 
 def test_small_holes_and_specks_go_as_in_the_official_one(twins, photograph):

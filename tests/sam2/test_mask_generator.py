@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -196,6 +197,81 @@ def test_masks_are_the_official_ones(lively, photograph, case):
     assert differing <= 3
 
 
+def kinds(value):
+    """The types of a value and of what it holds."""
+    if isinstance(value, dict):
+        return {key: kinds(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [kinds(each) for each in value]
+    return (type(value), value.dtype, value.shape) if isinstance(value, np.ndarray) else type(value)
+
+
+@pytest.mark.parametrize("mode", ["binary_mask", "uncompressed_rle", "coco_rle"])
+def test_records_are_of_the_official_types(lively, photograph, mode):
+    official, ours = generators(lively, **MANY, output_mode=mode)
+    official.predictor = AsTheOfficial(without_network(ours).predictor, official.predictor)
+    expected, found = official.generate(photograph), ours.generate(photograph)
+    assert len(found) == len(expected) > 5
+    for record, right in zip(found, expected, strict=True):
+        assert kinds(record["segmentation"]) == kinds(right["segmentation"])
+        assert list(record) == list(right)
+        for name in ("bbox", "crop_box", "point_coords", "predicted_iou", "stability_score", "area"):
+            assert (name, kinds(record[name])) == (name, kinds(right[name]))
+
+
+def components(mask):
+    """OpenCV's for the official package's extension: labels and areas of (N, 1, H, W)."""
+    cv2 = pytest.importorskip("cv2", reason="what the oracle finds components with")
+    labels, areas = torch.zeros_like(mask, dtype=torch.int32), torch.zeros_like(mask, dtype=torch.int32)
+    for i, each in enumerate(mask[:, 0].numpy()):
+        _, label, stats, _ = cv2.connectedComponentsWithStats(each.astype(np.uint8), connectivity=8)
+        labels[i, 0] = torch.from_numpy(label)
+        areas[i, 0] = torch.from_numpy(np.where(label > 0, stats[label, cv2.CC_STAT_AREA], 0))
+    return labels, areas
+
+
+@pytest.mark.parametrize("area", [1, 5, 40, 300])
+def test_small_regions_of_random_masks_go_as_in_the_official_generator(lively, photograph, monkeypatch, area):
+    """Ours all the way, and the official generator with its own postprocessing."""
+    misc = pytest.importorskip("sam2.utils.misc", reason="the oracle: the official package, sam2 from PyPI")
+    monkeypatch.setattr(misc, "get_connected_components", components)
+    smooth = blobs
+
+    def noisy(image, prompts, multimask):
+        masks = smooth(image, prompts, multimask)
+        numbers = torch.Generator().manual_seed(int(1000 * prompts[0].sum()))
+        return masks._replace(logits=masks.logits + 12 * torch.randn(masks.logits.shape, generator=numbers))
+
+    monkeypatch.setattr(sys.modules[__name__], "blobs", noisy)
+    options = {"points_per_side": 4, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.0, "box_nms_thresh": 0.99}
+    official, ours = generators(lively, **options, min_mask_region_area=area)
+    theirs = official.predictor
+    theirs._orig_hw = [photograph.shape[:2]]
+    official.predictor = AsTheOfficial(without_network(ours).predictor, theirs)
+    official.predictor._upsampled = lambda image, low: theirs._transforms.postprocess_masks(low, theirs._orig_hw[image])
+    expected, found = official.generate(photograph), ours.generate(photograph)
+    assert len(found) == len(expected) >= 3
+    for record, right in zip(found, expected, strict=True):
+        assert np.array_equal(record.pop("segmentation"), right.pop("segmentation"))
+        np.testing.assert_equal(record, right)
+    _, plain = generators(lively, **options)
+    before = {
+        tuple(record["point_coords"][0]): record["area"] for record in without_network(plain).generate(photograph)
+    }
+    assert any(before.get(tuple(record["point_coords"][0])) != record["area"] for record in found)
+
+
+def test_numpy_integers_are_integers(lively, photograph):
+    whole = {name: np.int64(value) for name, value in {"points_per_side": 2, "points_per_batch": 3}.items()}
+    options = {"crop_n_layers": np.int64(1), "min_mask_region_area": np.int32(4), "crop_n_points_downscale_factor": 1}
+    options["crop_n_points_downscale_factor"] = np.int64(1)
+    generator = without_network(SAM2AutomaticMaskGenerator(lively[1], **whole, **options))
+    plain = without_network(SAM2AutomaticMaskGenerator(lively[1], 2, 3, crop_n_layers=1, min_mask_region_area=4))
+    assert len(generator.point_grids) == 2
+    found, expected = ([record["area"] for record in each.generate(photograph)] for each in (generator, plain))
+    assert found == expected
+
+
 def test_chunks_do_not_matter(lively, photograph, monkeypatch):
     generator = without_network(SAM2AutomaticMaskGenerator(lively[1], **MANY, output_mode="coco_rle"))
     expected = generator.generate(photograph)
@@ -288,7 +364,7 @@ BAD = {
     "neither": ({"points_per_side": None}, ValueError, "exactly one of points_per_side and point_grids .* got neither"),
     "a mode": ({"output_mode": "png"}, ValueError, "output_mode must be one of binary_mask, .*, got 'png'"),
     "no points": ({"points_per_side": 0}, ValueError, "points_per_side must be at least 1, got 0"),
-    "half a point": ({"points_per_side": 1.5}, TypeError, "points_per_side must be an int, got float"),
+    "half a point": ({"points_per_side": 1.5}, TypeError, "points_per_side must be an integer, got float"),
     "no batch": ({"points_per_batch": 0}, ValueError, "points_per_batch must be at least 1, got 0"),
     "layers": ({"crop_n_layers": -1}, ValueError, "crop_n_layers must not be negative, got -1"),
     "area": ({"min_mask_region_area": -1}, ValueError, "min_mask_region_area must not be negative, got -1"),
@@ -378,6 +454,17 @@ def test_coco_is_that_of_pycocotools(shape):
         assert np.array_equal(rle.decode(found), mask)
         assert np.array_equal(rle.decode(expected), mask)
         assert np.array_equal(coco.decode(found).astype(bool), mask)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+def test_coco_of_no_pixels_is_that_of_pycocotools(shape):
+    coco = pytest.importorskip("pycocotools.mask", reason="the oracle: pycocotools")
+    expected = coco.encode(np.zeros(shape, np.uint8, order="F"))
+    found = rle.encode(np.zeros(shape))
+    assert found == {"size": list(shape), "counts": expected["counts"].decode()}
+    assert rle.decode(found).shape == coco.decode(found).shape == shape
+    (counts,) = rle.runs(torch.zeros((1, *shape), dtype=torch.bool))
+    assert (rle.area(counts), rle.box(counts, shape[0])) == (0, None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -22,7 +22,7 @@ from omniops.sam2.upsampling import guided
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Predicted = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]
+Predicted = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 
 _FILLED = 10.0
 
@@ -123,12 +123,13 @@ class SAM2ImagePredictor(Pretrained):
             box: (4) or (B, 4), x0, y0, x1, y1.
             mask_input: (1, H, W) or (B, 1, H, W) with H = W = 256, the logits of an earlier prediction.
             multimask_output: three masks, to choose from by their scores; else one.
-            return_logits: logits in place of bool.
+            return_logits: logits in place of 0 and 1.
             normalize_coords: the coordinates are pixels; else fractions of the picture, from 0 to 1.
 
         Returns:
-            masks (M, H, W), bool, or float32 of logits, at the size of the picture; scores (M), the IoU that the model
-            expects; logits (M, 256, 256), from -32 to 32. Of B > 1 prompts (B, M, ...).
+            masks (M, H, W) of 0 and 1, or of logits, at the size of the picture; scores (M), the IoU that the model
+            expects; logits (M, 256, 256), from -32 to 32. All are float32, as in the official predictor; ``masks > 0``
+            is bool. Of B > 1 prompts (B, M, ...).
 
         Raises:
             RuntimeError: where no picture is set.
@@ -153,7 +154,7 @@ class SAM2ImagePredictor(Pretrained):
         multimask_output: bool = True,
         return_logits: bool = False,
         normalize_coords: bool = True,
-    ) -> tuple[list[NDArray[Any]], list[NDArray[np.float32]], list[NDArray[np.float32]]]:
+    ) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]], list[NDArray[np.float32]]]:
         """``predict`` for each picture of ``set_image_batch``, with a list of each result."""
         if self._features is None or not self._is_batch:
             raise RuntimeError("no pictures are set: call set_image_batch(...) before predict_batch(...)")
@@ -301,4 +302,6 @@ class SAM2ImagePredictor(Pretrained):
             masks = masks > self.mask_threshold
         each = (masks, low.scores, low.logits.clamp(-network.LARGEST_LOGIT, network.LARGEST_LOGIT))
         one = len(low.scores) == 1
-        return tuple((value[0] if one else value).cpu().numpy() for value in each)  # type: ignore[return-value]
+        arrays = ((value[0] if one else value).cpu().numpy() for value in each)  # masks as bytes, a quarter of float32
+        masks_found, scores, logits = (array.astype(np.float32, copy=False) for array in arrays)
+        return masks_found, scores, logits

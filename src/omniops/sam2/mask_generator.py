@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import Sam2VideoModel
 
 from omniops import device as devices
-from omniops.ops import _checks
 from omniops.sam2 import rle
+from omniops.sam2.arguments import an_int
 from omniops.sam2.checkpoints import Pretrained
 from omniops.sam2.image_predictor import SAM2ImagePredictor
 from omniops.sam2.network import LARGEST_LOGIT, Masks
@@ -104,8 +104,8 @@ class SAM2AutomaticMaskGenerator(Pretrained):
             )
         if output_mode not in _MODES:
             raise ValueError(f"output_mode must be one of {', '.join(_MODES)}, got {output_mode!r}")
-        _checks.integer(points_per_batch=points_per_batch)
-        _checks.an_int(crop_n_layers=crop_n_layers)
+        points_per_batch = _a_count("points_per_batch", points_per_batch)
+        crop_n_layers = an_int("crop_n_layers", crop_n_layers)
         for name, value in (("crop_n_layers", crop_n_layers), ("min_mask_region_area", min_mask_region_area)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -114,8 +114,8 @@ class SAM2AutomaticMaskGenerator(Pretrained):
         if point_grids is not None:
             self.point_grids = _checked(point_grids, crop_n_layers + 1)
         else:
-            _checks.integer(points_per_side=points_per_side)
-            self.point_grids = _grids(points_per_side or 0, crop_n_layers, crop_n_points_downscale_factor)
+            per_side = _a_count("points_per_side", points_per_side)
+            self.point_grids = _grids(per_side, crop_n_layers, crop_n_points_downscale_factor)
         self.predictor = SAM2ImagePredictor(
             model, max_hole_area=min_mask_region_area, max_sprinkle_area=min_mask_region_area
         )
@@ -293,6 +293,13 @@ def _crops(height: int, width: int, layers: int, overlap_ratio: float) -> Iterat
             x, y = column * (w - overlap), row * (h - overlap)
             if x < width and y < height:  # a picture of a few pixels has not that many crops
                 yield (x, y, min(x + w, width), min(y + h, height)), layer
+
+
+def _a_count(name: str, value: Any) -> int:
+    count = an_int(name, value)
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+    return count
 
 
 def _grids(per_side: int, layers: int, factor: float) -> list[NDArray[np.float64]]:

@@ -53,8 +53,11 @@ def runs(masks: Tensor, corner: tuple[int, int] = (0, 0), size: tuple[int, int] 
     # Every column's runs begin and end in it, so that it does not matter how much of the picture lies between two
     # columns; where nothing does, one run's end is the next one's beginning, and both go.
     changes = torch.empty((k, h + 1, w), dtype=torch.bool, device=masks.device)
-    changes[:, 0], changes[:, h] = masks[:, 0], masks[:, -1]
-    changes[:, 1:h] = masks[:, 1:] != masks[:, :-1]
+    if h == 0:  # of no pixels there is no first one
+        changes.fill_(False)
+    else:
+        changes[:, 0], changes[:, h] = masks[:, 0], masks[:, -1]
+        changes[:, 1:h] = masks[:, 1:] != masks[:, :-1]
     if changes.device.type == "mps" and changes.numel() > 2**24:
         changes = changes.cpu()  # MPS may find the places of so many wrongly (pytorch issue 122916)
     mask, y, x = changes.nonzero().cpu().numpy().T
