@@ -25,6 +25,9 @@ NEED_THEM = (
     "tests/dropin/test_mmcv.py::test_mmcv_finds_all_that_it_asks_for",
     "tests/dropin/test_mmcv.py::test_mmcvs_functions_pass_gradcheck",
     "tests/dropin/test_mmcv.py::test_mmcvs_other_functions_work",
+    "tests/dropin/test_mmcv_deform_conv.py::test_mmcvs_module_reads_a_larger_offset",
+    "tests/dropin/test_mmcv_deform_conv.py::test_mmcvs_functions_have_mmcvs_gradient_at_the_border",
+    "tests/dropin/test_mmcv_deform_conv.py::test_dyhead_and_glip_predict_and_learn",
     "tests/nn/test_fpn_carafe.py::test_fpn_equals_that_of_mmdet",
     "tests/nn/test_fpn_carafe.py::test_path_aggregation_equals_that_of_mmdet_with_nearest_interpolation",
 )
@@ -88,7 +91,9 @@ def photograph():
     return cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
 
 
-@pytest.mark.parametrize(("model", "losses"), [("carafe-mask", 5), ("dcn", 5)])
+@pytest.mark.parametrize(
+    ("model", "losses"), [("carafe-mask", 5), ("dcn", 5), ("dyhead/atss_r50_fpn_dyhead_1x_coco.py", 3)]
+)
 def test_the_example_finds_and_learns(python, photograph, tmp_path, model, losses):
     said = _example(python, photograph, tmp_path, "--model", model)
     assert len(_losses(said)) == losses + 1  # and their sum

@@ -1,6 +1,12 @@
 """Deformable convolution, DCNv1 and DCNv2. The batch is never taken in the pieces that ``im2col_step`` asks for.
 
-The numbers of groups follow from the shapes, so ``group``, ``deformable_group`` and the kernel's size tell nothing new.
+The gradient of the offset is mmcv's, which is 0 where a position is exactly -1; ours and torchvision's is the slope
+towards the map there.
+
+DCNv2 reads ``offset[b]`` and ``mask[b]`` as flat memory, as mmcv does: of a larger tensor, such as that of another
+level of a pyramid, the first numbers of each sample are taken in the shape that the result asks for, and the gradient
+goes to them alone. A smaller one, which mmcv reads beyond its end, raises ValueError, as does a wrong number of
+channels of the input. DCNv1 takes no other shapes than that of the result, in mmcv and here.
 """
 
 from __future__ import annotations
@@ -8,8 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from omniops.backends import accumulated
 from omniops.dropin.mmcv_ext._kernel import kernel
 from omniops.ops.deform_conv2d import deform_conv2d
+
+Numbers = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""stride, padding and dilation, each (vertical, horizontal)."""
 
 
 @kernel
@@ -33,6 +43,8 @@ def deform_conv_forward(
     im2col_step: int,
 ) -> None:
     """Fill ``output``."""
+    _check_channels(input, weight, group)
+    _check_offset_channels(offset, 2 * deformable_group * kH * kW)
     output.copy_(deform_conv2d(input, offset, weight, None, (dH, dW), (padH, padW), (dilationH, dilationW)))
 
 
@@ -58,11 +70,12 @@ def deform_conv_backward_input(
     im2col_step: int,
 ) -> None:
     """Fill ``gradInput`` and ``gradOffset``."""
+    numbers = (dH, dW), (padH, padW), (dilationH, dilationW)
     by_input, by_offset, _ = torch.ops.omniops.deform_conv2d_backward_data(
-        gradOutput, input, offset, weight, None, (dH, dW), (padH, padW), (dilationH, dilationW)
+        gradOutput, input, offset, weight, None, *numbers
     )
     gradInput.copy_(by_input)
-    gradOffset.copy_(by_offset)
+    gradOffset.copy_(_without_border(by_offset, offset, (kH, kW), numbers))
 
 
 @kernel
@@ -117,6 +130,10 @@ def modulated_deform_conv_forward(
 ) -> None:
     """Fill ``output``."""
     numbers = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
+    _check_channels(input, weight, group)
+    channels = deformable_group * kernel_h * kernel_w
+    offset = _as_read("offset", offset, 2 * channels, output)
+    mask = _as_read("mask", mask, channels, output)
     output.copy_(deform_conv2d(input, offset, weight, bias if with_bias else None, *numbers, mask))
 
 
@@ -149,12 +166,73 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Fill the gradients of input, offset and mask; add to those of weight and bias."""
     numbers = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
+    channels = deformable_group * kernel_h * kernel_w
+    offset = _as_read("offset", offset, 2 * channels, grad_output)
+    mask = _as_read("mask", mask, channels, grad_output)
     operators = torch.ops.omniops
-    data = operators.deform_conv2d_backward_data(grad_output, input, offset, weight, mask, *numbers)
-    for grad, computed in zip((grad_input, grad_offset, grad_mask), data, strict=True):
-        grad.copy_(computed)
+    by_input, by_offset, by_mask = operators.deform_conv2d_backward_data(
+        grad_output, input, offset, weight, mask, *numbers
+    )
+    grad_input.copy_(by_input)
+    _fill_as_read(grad_offset, _without_border(by_offset, offset, (kernel_h, kernel_w), numbers))
+    _fill_as_read(grad_mask, by_mask)
     grad_weight.add_(
         operators.deform_conv2d_backward_weight(grad_output, input, offset, mask, (kernel_h, kernel_w), group, *numbers)
     )
     if with_bias:
         grad_bias.add_(grad_output.sum((0, 2, 3)))
+
+
+def _check_channels(input: Tensor, weight: Tensor, group: int) -> None:
+    if input.shape[1] != weight.shape[1] * group:
+        raise ValueError(
+            f"input must have {weight.shape[1] * group} channels, those of weight in {group} groups, "
+            f"got {input.shape[1]}"
+        )
+
+
+def _check_offset_channels(offset: Tensor, channels: int) -> None:
+    if offset.shape[1] != channels:
+        raise ValueError(f"offset must have {channels} channels, 2 * deform_groups * kh * kw, got {offset.shape[1]}")
+
+
+def _as_read(name: str, tensor: Tensor, channels: int, result: Tensor) -> Tensor:
+    """(N, channels, H_out, W_out): the first numbers of each sample, in order."""
+    n, _, height, width = result.shape
+    shape = (n, channels, height, width)
+    if tensor.shape == shape:
+        return tensor
+    samples = tensor.flatten(1)
+    numbers = channels * height * width
+    if len(samples) < n or samples.shape[1] < numbers:
+        raise ValueError(
+            f"{name} must have at least the numbers of shape {shape}, batch by batch, got {tuple(tensor.shape)}"
+        )
+    return samples[:n, :numbers].reshape(shape)
+
+
+def _fill_as_read(grad: Tensor, computed: Tensor) -> None:
+    """Fill the gradient of what :func:`_as_read` read, with 0 for the numbers that it left."""
+    if grad.shape == computed.shape:
+        grad.copy_(computed)
+        return
+    samples, numbers = grad.new_zeros(grad.flatten(1).shape), computed.flatten(1)
+    samples[: len(numbers), : numbers.shape[1]] = numbers
+    grad.copy_(samples.view(grad.shape))
+
+
+def _without_border(by_offset: Tensor, offset: Tensor, kernel_size: tuple[int, int], numbers: Numbers) -> Tensor:
+    """The gradient of the offset with 0 for positions of -1; beyond it and at the other border it has 0 already."""
+    height, width = offset.shape[2:]
+    moves = accumulated(offset).unflatten(1, (-1, *kernel_size, 2))
+    taps = [
+        torch.arange(taps, device=offset.device)[:, None] * dilation
+        + torch.arange(size, device=offset.device) * stride
+        - padding
+        for taps, size, stride, padding, dilation in zip(kernel_size, (height, width), *numbers, strict=True)
+    ]
+    y = moves[:, :, :, :, 0] + taps[0][:, None, :, None]
+    x = moves[:, :, :, :, 1] + taps[1][:, None, :]
+    border = ((y == -1) | (x == -1))[:, :, :, :, None]
+    by_moves: Tensor = by_offset.unflatten(1, (-1, *kernel_size, 2)).masked_fill(border, 0)
+    return by_moves.flatten(1, 4)
