@@ -1,26 +1,27 @@
-"""sam2 after omniops.enable: stand-ins for the package, with and without its compiled extension, and the real one."""
+"""sam2 and its copies after omniops.enable: small packages with and without a compiled extension, and the real one."""
 
 import importlib
 import sys
 import warnings
 from contextlib import contextmanager
-from importlib.util import find_spec
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import omniops
-from omniops.dropin import _sam2
+from omniops.dropin import LIBRARIES
 
 MASK = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 1], [1, 0, 0, 0, 0]], dtype=torch.uint8)[None, None]
+LABELS = torch.tensor([[1, 1, 0, 0, 5], [0, 0, 0, 0, 5], [11, 0, 0, 0, 0]], dtype=torch.int32)[None, None]
+COUNTS = torch.tensor([[2, 2, 0, 0, 2], [0, 0, 0, 0, 2], [1, 0, 0, 0, 0]], dtype=torch.int32)[None, None]
 MISC = """
 def get_connected_components(mask):
-    from sam2 import _C
+    from {package} import _C
 
     return _C.get_connected_componnets(mask)
 """
@@ -28,6 +29,7 @@ EXTENSION = """
 def get_connected_componnets(mask):
     return ["labels of the extension", mask.device.type]
 """
+PACKAGES = ("sam2", "sam2_train", "efficient_track_anything")
 
 
 @pytest.fixture(autouse=True)
@@ -36,114 +38,50 @@ def _nothing_stays():
     omniops.disable()
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """Writes a package sam2 that calls the extension as the real one does; given the extension's text, that too."""
-    away = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "sam2"}
-    for name in away:
-        del sys.modules[name]
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def write(extension=None):
-        (tmp_path / "sam2").mkdir()
-        (tmp_path / "sam2" / "__init__.py").write_text("")
-        (tmp_path / "sam2" / "misc.py").write_text(MISC)
-        if extension is not None:
-            (tmp_path / "sam2" / "_C.py").write_text(extension)
-        importlib.invalidate_caches()
-
-    yield write
-    omniops.disable()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "sam2"]:
-        del sys.modules[name]
-    sys.modules.update(away)
+@pytest.fixture(params=PACKAGES)
+def package(request, project):
+    """The name of a package that calls its extension as the real one does."""
+    project({f"{request.param}/utils/misc.py": MISC.format(package=request.param)})
+    return request.param
 
 
-def components(mask=MASK):
-    return importlib.import_module("sam2.misc").get_connected_components(mask)
-
-
-def is_ours():
-    labels, counts = components()
-    assert labels.dtype == counts.dtype == torch.int32
-    expected_labels, expected_counts = omniops.connected_components(MASK)
-    return torch.equal(labels, expected_labels) and torch.equal(counts, expected_counts)
+def components(package, mask=MASK):
+    return importlib.import_module(f"{package}.utils.misc").get_connected_components(mask)
 
 
 def test_enabled_before_the_import(package):
-    package()
-    omniops.enable("sam2")
-    assert "sam2" not in sys.modules
-    assert is_ours()
+    omniops.enable(package)
+    assert package not in sys.modules
+    assert_close(components(package), (LABELS, COUNTS), rtol=0, atol=0)
 
 
 def test_enabled_after_the_import_and_disabled(package):
-    package()
     with pytest.raises(ImportError, match="_C"):
-        components()
+        components(package)
     for _ in range(2):
-        omniops.enable("sam2")
-        omniops.enable("sam2")
-        assert _sam2.enabled()
-        assert is_ours()
+        omniops.enable(package)
+        omniops.enable(package)
+        assert LIBRARIES[package].enabled()
+        assert_close(components(package), (LABELS, COUNTS), rtol=0, atol=0)
         omniops.disable()
-        assert not _sam2.enabled()
+        assert not LIBRARIES[package].enabled()
         with pytest.raises(ImportError, match="_C"):
-            components()
+            components(package)
 
 
-def test_it_is_a_module_as_others_are(package):
-    package()
-    omniops.enable("sam2")
-    assert find_spec("sam2._C").name == "sam2._C"
-    module = importlib.import_module("sam2._C")
-    assert module is sys.modules["sam2._C"] is sys.modules["sam2"]._C
-    assert (module.__name__, module.__spec__.name) == ("sam2._C", "sam2._C")
-    assert find_spec("sam2._D") is None
-
-
-def on_cuda():
-    return SimpleNamespace(device=torch.device("cuda"))
-
-
-@pytest.mark.parametrize("imported", [False, True], ids=["before the import", "after the import"])
-def test_a_compiled_extension_goes_on_to_serve_cuda(package, imported):
-    package(EXTENSION)
-    extension = None
-    if imported:
-        assert components()[1] == "cpu"
-        extension = sys.modules["sam2._C"]
-    omniops.enable("sam2")
-    assert tuple(components(on_cuda())) == ("labels of the extension", "cuda")
-    assert is_ours()
-    assert _sam2.serving() == {"cpu": "omniops", "cuda": "sam2", "mps": "omniops", "any other": "omniops"}
+def test_a_compiled_extension_goes_on_to_serve_cuda(package, project):
+    project({f"{package}/_C.py": EXTENSION})
+    with FakeTensorMode():
+        on_cuda = torch.empty(MASK.shape, dtype=torch.uint8, device="cuda")
+    assert components(package)[1] == "cpu"
+    omniops.enable(package)
+    assert components(package, on_cuda) == ["labels of the extension", "cuda"]
+    assert_close(components(package), (LABELS, COUNTS), rtol=0, atol=0)
+    omniops.enable(package, devices=["cuda"])
+    labels, counts = components(package, on_cuda)
+    assert labels.shape == counts.shape == MASK.shape
     omniops.disable()
-    assert components()[1] == "cpu"
-    assert not imported or sys.modules["sam2._C"] is extension is sys.modules["sam2"]._C
-
-
-def test_a_compiled_extension_is_replaced_where_that_is_asked_for(package, monkeypatch):
-    package(EXTENSION)
-    monkeypatch.setattr(_sam2, "connected_components", lambda mask: ("ours", mask.device.type))
-    omniops.enable("sam2", devices=["cuda"])
-    assert components(on_cuda()) == ("ours", "cuda")
-    assert set(_sam2.serving().values()) == {"omniops"}
-    omniops.enable("sam2")
-    assert tuple(components(on_cuda())) == ("labels of the extension", "cuda")
-
-
-def test_an_extension_that_does_not_load_is_none(package):
-    package("raise ImportError('undefined symbol: _ZN3c10')")
-    omniops.enable("sam2")
-    assert is_ours()
-
-
-def test_a_folder_of_that_name_is_not_the_package(package, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    (tmp_path / "sam2").mkdir()
-    assert not _sam2.installed()
-    with pytest.raises(ModuleNotFoundError, match="got 'sam2', which is not: install it"):
-        omniops.enable("sam2")
+    assert components(package)[1] == "cpu"
 
 
 # From here on the package from PyPI, with a small model of random weights.

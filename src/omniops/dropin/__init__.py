@@ -1,6 +1,7 @@
-"""Existing code on our kernels with one line: what ``omniops.enable`` and ``omniops.disable`` do, one file a library.
+"""Existing code on our kernels with one line: what ``omniops.enable`` and ``omniops.disable`` do.
 
-Each file has ``installed``, ``enable``, ``disable``, ``enabled`` and ``serving``, and imports its library when that is
+There is one file a library, or for libraries that compile the same functions. Each library, a module or an
+``Extension``, has ``installed``, ``enable``, ``disable``, ``enabled`` and ``serving``, and is imported when that is
 first needed.
 """
 
@@ -8,34 +9,55 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from threading import RLock
+from types import ModuleType
 
 import torch
 
-from omniops.dropin import _mmcv, _sam2, _torchvision
+from omniops.dropin import _deform_conv, _detectron2, _mmcv, _multi_scale_deform_attn, _sam2, _torchvision
+from omniops.dropin._extension import Extension
 
-LIBRARIES = {"torchvision": _torchvision, "mmcv": _mmcv, "sam2": _sam2}
+EXTENSIONS = (
+    _sam2.sam2,
+    _sam2.sam2_train,
+    _sam2.efficient_track_anything,
+    _multi_scale_deform_attn.MultiScaleDeformableAttention,
+    _multi_scale_deform_attn.groundingdino,
+    _multi_scale_deform_attn.detrex,
+    _detectron2.detectron2,
+    _deform_conv.deform_conv_ext,
+)
+LIBRARIES: dict[str, ModuleType | Extension] = {
+    "torchvision": _torchvision,
+    "mmcv": _mmcv,
+    **{extension.library: extension for extension in EXTENSIONS},
+}
 """What can be enabled. torchvision is first, as the others use it."""
 
 _LOCK = RLock()
 
 
 def enable(*libraries: str, devices: Sequence[str] | None = None) -> None:
-    """Let code written for torchvision, mmcv or sam2 run on our kernels, unchanged.
+    """Let code written for torchvision, mmcv, sam2 and others run on our kernels, unchanged.
 
     ``torchvision``: ``torchvision.ops.deform_conv2d`` and what uses it. ``mmcv``: ``mmcv.ops`` without mmcv's compiled
-    extension. ``sam2``: the connected components with which sam2 fills holes, without its compiled extension.
+    extension. ``sam2``, ``sam2_train`` (MedSAM-2) and ``efficient_track_anything``: the connected components with which
+    they fill holes, without their compiled extension. ``MultiScaleDeformableAttention``, the module that Deformable
+    DETR, DINO, Mask2Former and others compile, and ``groundingdino`` and ``detrex``, which have the same functions.
+    ``detectron2``: its deformable convolutions, and all of it that needs no compiled function. ``deform_conv_ext``: the
+    module that BasicSR and its copies compile.
 
     It may be called before or after the library is imported, and again, when the last call's ``devices`` count.
 
     Args:
-        libraries: "torchvision", "mmcv", "sam2"; without names, those of the three that are installed.
+        libraries: names of the above; without names, those that are installed. ``MultiScaleDeformableAttention`` and
+            ``deform_conv_ext`` belong to no package and count as installed: they are served if something imports them.
         devices: types of devices, "cpu", "cuda", "mps" or another of PyTorch's, where our kernels replace the
             library's own, which are kept everywhere else. None, or a device not named: ours serve what the library
             lacks there.
 
     Raises:
         TypeError: for an argument of the wrong type.
-        ValueError: for a name that is none of the three, or no type of device.
+        ValueError: for a name that is none of these, or no type of device.
         ModuleNotFoundError: for a named library that is not installed.
         RuntimeError: if torchvision is installed but cannot be imported.
     """
@@ -58,11 +80,11 @@ def disable(*libraries: str) -> None:
     """Undo ``enable``: the libraries' own kernels serve again, and what they lack is lacking again.
 
     Args:
-        libraries: "torchvision", "mmcv", "sam2"; without names, all three. One that is not enabled is left as it is.
+        libraries: names that ``enable`` takes; without names, all. One that is not enabled is left as it is.
 
     Raises:
         TypeError: for a name that is no str.
-        ValueError: for a name that is none of the three.
+        ValueError: for a name that is none of these.
     """
     _check_names(libraries)
     with _LOCK:
