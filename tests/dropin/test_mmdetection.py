@@ -28,6 +28,9 @@ NEED_THEM = (
     "tests/dropin/test_mmcv_deform_conv.py::test_mmcvs_module_reads_a_larger_offset",
     "tests/dropin/test_mmcv_deform_conv.py::test_mmcvs_functions_have_mmcvs_gradient_at_the_border",
     "tests/dropin/test_mmcv_deform_conv.py::test_dyhead_and_glip_predict_and_learn",
+    "tests/dropin/test_mmcv_masked_conv.py::test_mmcvs_module",
+    "tests/dropin/test_mmcv_masked_conv.py::test_mmcvs_module_refuses_by_name_what_it_would_leave_out",
+    "tests/dropin/test_mmcv_masked_conv.py::test_mmcvs_module_is_its_own_again",
     "tests/nn/test_fpn_carafe.py::test_fpn_equals_that_of_mmdet",
     "tests/nn/test_fpn_carafe.py::test_path_aggregation_equals_that_of_mmdet_with_nearest_interpolation",
 )
@@ -92,11 +95,13 @@ def photograph():
 
 
 @pytest.mark.parametrize(
-    ("model", "losses"), [("carafe-mask", 5), ("dcn", 5), ("dyhead/atss_r50_fpn_dyhead_1x_coco.py", 3)]
+    ("model", "losses", "most"),
+    # ATSS divides its classes' loss, of all places, by the one object's share of them.
+    [("carafe-mask", 5, 100), ("dcn", 5, 100), ("dyhead/atss_r50_fpn_dyhead_1x_coco.py", 3, 10_000)],
 )
-def test_the_example_finds_and_learns(python, photograph, tmp_path, model, losses):
+def test_the_example_finds_and_learns(python, photograph, tmp_path, model, losses, most):
     said = _example(python, photograph, tmp_path, "--model", model)
-    assert len(_losses(said)) == losses + 1  # and their sum
+    assert len(_losses(said, most)) == losses + 1  # and their sum
 
 
 def test_it_starts_from_a_checkpoint_that_mmengine_saved(python, photograph, tmp_path):
@@ -125,9 +130,9 @@ def _example(python, photograph, tmp_path, *options):
     return said
 
 
-def _losses(said):
+def _losses(said, most=100):
     losses = {name: float(loss) for name, loss in (part.split() for part in said[-1].split(", "))}
-    assert all(0 <= loss < 100 for loss in losses.values())
+    assert all(0 <= loss < most for loss in losses.values())
     return losses
 
 

@@ -183,6 +183,37 @@ def _free_carafe_naive(module: ModuleType) -> None:
     _replace(function, "backward", staticmethod(backward))
 
 
+def _complete_masked_conv(module: ModuleType) -> None:
+    """Let masked_conv2d work without a bias, and refuse by name what it cannot take or would leave out."""
+    theirs, modules_forward = module.MaskedConv2dFunction.forward, module.MaskedConv2d.forward
+
+    def forward(
+        ctx: Any, features: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None = None, *numbers: Any
+    ) -> Tensor:
+        shape = (1, *features.shape[2:])
+        if features.dim() != 4 or len(features) != 1 or mask.shape != shape:
+            raise ValueError(
+                f"features and mask must have shapes (1, C, H, W) and (1, H, W), got {tuple(features.shape)} and "
+                f"{tuple(mask.shape)}"
+            )
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        result: Tensor = theirs(ctx, features, mask, weight, bias, *numbers)
+        return result
+
+    def forward_of_module(self: Any, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            for name, needed in (("stride", (1, 1)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+                if getattr(self, name) != needed:
+                    raise ValueError(f"{name} must be {needed} for a masked convolution, got {getattr(self, name)}")
+            if isinstance(self.padding, str):
+                raise ValueError(f"padding must be numbers for a masked convolution, got {self.padding!r}")
+        result: Tensor = modules_forward(self, input, mask)
+        return result
+
+    _replace(module.MaskedConv2dFunction, "forward", staticmethod(forward))
+    _replace(module.MaskedConv2d, "forward", forward_of_module)
+
+
 def _change_extension(module: ModuleType) -> None:
     if not isinstance(module, _StandIn):
         _complete(module)
@@ -209,5 +240,6 @@ def _find_loader(name: str) -> Any:
 _CHANGES: dict[str, Callable[[ModuleType], None]] = {
     EXTENSION: _change_extension,
     "mmcv.ops.carafe": _free_carafe_naive,
+    "mmcv.ops.masked_conv": _complete_masked_conv,
 }
 """What is changed in which module, once it is imported."""
