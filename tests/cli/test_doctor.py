@@ -86,6 +86,13 @@ def test_a_library_without_a_distribution_has_an_unknown_version(monkeypatch):
     assert doctor.library_version("sam2") == "unknown"
 
 
+def test_a_module_of_no_package_is_shown_as_such(omniops):
+    lines = [" ".join(line.split()) for line in omniops("doctor").out.splitlines()]
+    for name in ("MultiScaleDeformableAttention", "deform_conv_ext"):
+        assert f"{name} of no package no omniops omniops omniops omniops" in lines
+    assert "detectron2 not installed no" in lines
+
+
 def test_a_macs_system_is_its_macos(monkeypatch):
     monkeypatch.setattr(doctor.platform, "mac_ver", lambda: ("15.5", ("", "", ""), "arm64"))
     monkeypatch.setattr(doctor.platform, "machine", lambda: "arm64")

@@ -22,6 +22,7 @@ from omniops.backends import BACKENDS, cpu, reference
 from omniops.cli import cases
 from omniops.cli.common import EXTRAS, dtype_name, missing_packages, output, require_writable
 from omniops.dropin import LIBRARIES
+from omniops.dropin._extension import Extension
 
 PACKAGES = ("omniops", "torch", "numpy", "triton")
 
@@ -138,7 +139,8 @@ def library_version(library: str) -> str:
         return "not installed"
     distributions = packages_distributions().get(library, [])
     found = (version(name) if name == library else f"{version(name)} ({name})" for name in dict.fromkeys(distributions))
-    return ", ".join(found) or "unknown"
+    of_no_package = isinstance(LIBRARIES[library], Extension) and not LIBRARIES[library].package
+    return ", ".join(found) or ("of no package" if of_no_package else "unknown")
 
 
 def who_serves(library: str) -> tuple[dict[str, str], str]:

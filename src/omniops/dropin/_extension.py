@@ -48,13 +48,15 @@ class Extension(MetaPathFinder):
     ) -> None:
         self.name = name.removeprefix(".")
         package = self.name.rpartition(".")[0]
+        self.package = package
+        """The package around the module; empty for a module of none, or of any."""
         self.library = package or self.name
         self.functions: Mapping[str, Callable[..., Any]] = {
             **{name: self._refusal(name) for name in lacking},
             **functions,
         }
         self._ours = functions
-        self._package, self._pattern, self._changes, self._homes = package, name, changes, homes or (name,)
+        self._pattern, self._changes, self._homes = name, changes, homes or (name,)
         self._devices: frozenset[str] = frozenset()
         self._undo: list[Callable[[], None]] = []
 
@@ -63,7 +65,7 @@ class Extension(MetaPathFinder):
 
         A module of no package is always served: nothing but an import of it tells that a project needs it.
         """
-        return not self._package or _is_file(_located(self._package))
+        return not self.package or _is_file(_located(self.package))
 
     def enabled(self) -> bool:
         """Whether ours serve."""
