@@ -8,6 +8,7 @@ import pickle
 import socket
 import time
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
@@ -90,8 +91,49 @@ def test_build_sam2(twins, checkpoint):
         build_sam2("sam2.1_hiera_s.yaml", checkpoint, "cpu", image_size=SIDE)
     with pytest.raises(ValueError, match=r"config_file must be a name as configs/sam2.1/.*, got 'sam_vit_h'"):
         build_sam2("sam_vit_h")
-    with pytest.raises(ValueError, match=r"hydra_overrides_extra must be empty, got \['\+\+model.image_size=512'\]"):
-        build_sam2(name, None, "cpu", "eval", ["++model.image_size=512"])
+    with pytest.raises(
+        ValueError, match=r"ckpt_path has the weights of version 2\.1, config_file 'sam2_hiera_t.yaml' is"
+    ):
+        build_sam2("sam2_hiera_t.yaml", checkpoint, "cpu", image_size=SIDE)
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.1"])
+@pytest.mark.parametrize("kind", ["Meta's file", "a folder"])
+def test_weights_of_the_other_version(twins, tmp_path, version, kind):
+    official, ours = twins(version=version, image_size=SIDE)
+    if kind == "a folder":
+        ours.save_pretrained(tmp_path)
+        path = tmp_path
+    else:
+        path = tmp_path / "a.pt"
+        torch.save({"model": official.state_dict()}, path)
+    right, wrong = ("sam2_hiera_t", "sam2.1_hiera_t")[:: 1 if version == "2.0" else -1]
+    for build in (build_sam2, build_sam2_video_predictor):
+        build(right, path, "cpu", image_size=SIDE)
+        with pytest.raises(ValueError, match=f"ckpt_path has the weights of version {version}, config_file '{wrong}'"):
+            build(wrong, path, "cpu", image_size=SIDE)
+
+
+@pytest.mark.parametrize("side", [0, -32, 100, np.int64(0)])
+def test_image_sizes_that_are_none(twins, checkpoint, tmp_path, side):
+    twins(image_size=SIDE)[1].save_pretrained(tmp_path)
+    for build in (
+        lambda: load(checkpoint, "cpu", image_size=side),
+        lambda: load(tmp_path, "cpu", image_size=side),
+        lambda: build_sam2("sam2.1_hiera_t", None, "cpu", image_size=side),
+        lambda: build_sam2_video_predictor("sam2.1_hiera_t", None, "cpu", image_size=side),
+        lambda: build_sam2("sam2.1_hiera_t", None, "cpu", "eval", [f"++model.image_size={side}"]),
+    ):
+        with pytest.raises(ValueError, match=f"image_size must be a positive multiple of 32, got {side}"):
+            build()
+
+
+def test_image_sizes_of_numpy(checkpoint):
+    model = load(checkpoint, "cpu", image_size=np.int64(SIDE))
+    assert model.image_size == SIDE
+    assert type(model.config.image_size) is int
+    with pytest.raises(TypeError, match="image_size must be an integer, got str"):
+        load(checkpoint, "cpu", image_size="64")
 
 
 def test_build_sam2_video_predictor(twins, checkpoint):

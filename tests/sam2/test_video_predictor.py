@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from clips import HEIGHT, SHARPER, WIDTH, write_clip
 from PIL import Image
 
 pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
@@ -22,38 +22,7 @@ from omniops.sam2.checkpoints import from_meta
 from omniops.sam2.video_predictor import SAM2VideoPredictor
 
 SIDE = 64
-HEIGHT, WIDTH = 90, 140
 RED, GREEN = [36, 44], [98, 58, 122, 82]  # a point in one object and a box around the other, on frame 0
-
-
-# By which random weights are multiplied, so that memories, pointers and prompts change more of a mask than its last
-# digits. With more, the rounding of memories to bfloat16 would make of a difference in the last digit a large one.
-SHARPER = {
-    "cross_attn_image": 2,
-    "gamma": 10,
-    "tpos_enc": 20,
-    "no_obj": 20,
-    "no_mem_embed": 20,
-    "obj_ptr": 2,
-    "obj_ptr_tpos_proj": 5,
-    "sam_prompt_encoder.point_embeddings": 4,
-    "sam_prompt_encoder.mask_downscaling.6": 8,
-    "pred_obj_score_head.layers.2.weight": 20,
-    "output_hypernetworks_mlps": 2,
-}
-
-
-def write_clip(folder: Path, count: int) -> Path:
-    """Two objects that move over a background, without loss: PNG under the only name that the oracle takes."""
-    folder.mkdir()
-    noise = np.random.default_rng(0).integers(0, 255, (9, 14, 3), dtype=np.uint8)
-    background = np.asarray(Image.fromarray(noise).resize((WIDTH, HEIGHT)))
-    for t in range(count):
-        frame = background.copy()
-        frame[30:60, 20 + 6 * t : 50 + 6 * t] = [220, 40, 30]
-        frame[60:80, 100 - 6 * t : 120 - 6 * t] = [20, 200, 60]
-        Image.fromarray(frame).save(folder / f"{t}.jpg", format="PNG")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -437,8 +406,137 @@ def test_state_reads_as_the_official_one(models, clip):
     assert len(both.state["images"]) == len(both.expected_state["images"])
     assert torch.equal(both.state["images"][4], both.expected_state["images"][4])
     assert torch.equal(both.state["images"][1:3], both.expected_state["images"][1:3])
+    both.add_new_points_or_box(2, "x", points=[RED, [5, 5]], labels=[1, 0])
+    both.propagate_in_video()
+    for key in ("obj_id_to_idx", "obj_idx_to_id", "frames_tracked_per_obj"):
+        assert both.state[key] == both.expected_state[key]
+    points, expected = (state["point_inputs_per_obj"] for state in (both.state, both.expected_state))
+    for i, t in ((0, 0), (1, 2)):
+        assert list(points[i]) == list(expected[i]) == [t]
+        for name in ("point_coords", "point_labels"):
+            torch.testing.assert_close(points[i][t][name], expected[i][t][name])
     with pytest.raises(KeyError, match="num_frames"):
         both.state["output_dict_per_obj"]
+
+
+def test_state_is_a_mapping(models, clip):
+    both = Both(models(), clip)
+    state = both.state
+    assert "num_frames" in state
+    assert "output_dict_per_obj" not in state
+    assert 3 not in state
+    assert set(state) - {"frames"} <= set(both.expected_state)
+    assert set(both.expected_state) - set(state) == {
+        "cached_features",
+        "constants",
+        "mask_inputs_per_obj",
+        "output_dict_per_obj",
+        "temp_output_dict_per_obj",
+    }
+    assert len(state) == len(list(state)) == len(state.keys()) == len(state.values())
+    assert dict(state.items())["num_frames"] == 6
+    assert state.get("video_height") == HEIGHT
+    assert state.get("output_dict_per_obj", 7) == 7
+    assert {**state}["video_width"] == WIDTH
+    assert state
+    other = both.ours.init_state(clip)
+    assert state != other
+    assert len({state, other}) == 2
+    with pytest.raises(TypeError, match="item assignment"):
+        state["num_frames"] = 3
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_copied_state_goes_its_own_way(models, long_clip, monkeypatch, deep):
+    """From frames in memory and on the shelf, with a prompt that does not count yet."""
+    if deep:
+        monkeypatch.setattr(video_predictor, "_RECENT", 7)
+    predictor = SAM2VideoPredictor(models()[1])
+    state = predictor.init_state(long_clip)
+    predictor.add_new_points_or_box(state, 0, 1, points=[RED], labels=[1])
+    list(predictor.propagate_in_video(state))
+    predictor.add_new_points_or_box(state, 4, "new", box=GREEN)
+    twin = copy.deepcopy(state)
+    assert twin is not state
+    assert twin.frames is state.frames
+    assert twin.images is not state.images
+    assert dict(twin["obj_id_to_idx"]) == {1: 0, "new": 1}
+    expected = list(predictor.propagate_in_video(state))
+    assert not twin._tracks["new"].conditioning
+    predictor.add_new_points_or_box(state, 5, 1, points=[[20, 20]], labels=[0])
+    predictor.remove_object(state, "new")
+    assert twin["obj_ids"] == [1, "new"]
+    assert 5 not in twin["point_inputs_per_obj"][0]
+    found = list(predictor.propagate_in_video(twin))
+    for (t, ids, masks), (u, others, right) in zip(found, expected, strict=True):
+        assert (t, ids) == (u, others)
+        assert torch.equal(masks, right)
+    predictor.reset_state(twin)
+    assert state["obj_ids"] == [1]
+    assert any(isinstance(output.logits, memory.Shelved) for output in state._tracks[1].others.values()) == deep
+    list(predictor.propagate_in_video(state))
+
+
+def test_a_copied_state_of_a_video_file(models, tmp_path):
+    av = pytest.importorskip("av", reason="what writes and reads the video")
+    with av.open(str(tmp_path / "clip.mkv"), "w") as file:
+        stream = file.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "bgr0"
+        for t in range(3):
+            pixels = np.random.default_rng(t).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        file.mux(stream.encode())
+    predictor = SAM2VideoPredictor(models()[1])
+    state = predictor.init_state(tmp_path / "clip.mkv")
+    predictor.add_new_points_or_box(state, 0, 1, points=[RED], labels=[1])
+    held = copy.deepcopy({"held": state, "again": state})
+    assert held["held"] is held["again"]
+    results = [list(predictor.propagate_in_video(each)) for each in (state, held["held"])]
+    for (_, _, masks), (_, _, right) in zip(*results, strict=True):
+        assert torch.equal(masks, right)
+
+
+def test_numpy_integers_are_integers(models, clip):
+    predictor = SAM2VideoPredictor(models()[1], fill_hole_area=np.int64(8), max_cond_frames_in_attn=np.int32(2))
+    state = predictor.init_state(clip)
+    predictor.add_new_points_or_box(state, np.int64(1), np.int64(3), points=np.array([RED]), labels=np.array([1]))
+    tracked = list(predictor.propagate_in_video(state, np.int64(1), np.int16(2)))
+    assert [(type(frame), frame) for frame, *_ in tracked] == [(int, 1), (int, 2), (int, 3)]
+    predictor.clear_all_prompts_in_frame(state, np.uint8(1), 3)
+    with pytest.raises(ValueError, match="fill_hole_area must not be negative, got -1"):
+        SAM2VideoPredictor(models()[1], fill_hole_area=-1)
+    with pytest.raises(TypeError, match="fill_hole_area must be an integer, got float"):
+        SAM2VideoPredictor(models()[1], fill_hole_area=8.0)
+    with pytest.raises(ValueError, match="max_cond_frames_in_attn must be -1 or at least 2, got 1"):
+        SAM2VideoPredictor(models()[1], max_cond_frames_in_attn=1)
+
+
+@pytest.mark.parametrize("version", ["2.1", "2.0"])
+@pytest.mark.parametrize("most", [2, 3])
+def test_the_nearest_of_many_prompts(models, long_clip, version, most):
+    results = []
+    for limit in (most, -1):
+        both = Both(models(version), long_clip, max_cond_frames_in_attn=limit)
+        for frame in (0, 2, 3, 6, 9):
+            both.add_new_mask(frame, 1, np.eye(30) + np.eye(30, k=frame))
+        both.add_new_points_or_box(4, 2, points=[RED], labels=[1])
+        both.propagate_in_video()
+        both.propagate_in_video(start_frame_idx=8, reverse=True)
+        _, _, masks = both.add_new_points_or_box(5, 1, points=[[20, 20]], labels=[0])
+        results.append(masks)
+    assert not torch.allclose(*results, atol=1e-2)
+
+
+def test_memories_of_prompts_as_sure_as_the_model_is(models, clip):
+    results = []
+    for binary in (True, False):
+        both = Both(models(), clip, binarize_mask_from_pts_for_mem_enc=binary)
+        both.add_new_points_or_box(0, 1, points=[RED], labels=[1])
+        both.add_new_mask(0, 2, np.eye(20))
+        both.propagate_in_video()
+        _, _, masks = both.add_new_points_or_box(3, 1, points=[[20, 20]], labels=[0])
+        results.append(masks)
+    assert not torch.allclose(*results, atol=1e-2)
 
 
 def test_breaking_off_and_going_on(models, clip):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Sam2HieraDetConfig, Sam2VideoConfig, Sam2VideoModel, Sam2VisionConfig
 
+from omniops.sam2.arguments import an_int
 from omniops.sam2.attention import scaled_dot_product_attention
 
 IMAGE_SIZE = 1024
@@ -118,12 +119,19 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, str]:
     )
 
 
+def version_of(model: Sam2VideoModel) -> str:
+    """2.0 or 2.1."""
+    return VERSIONS[bool(model.config.enable_occlusion_spatial_embedding)]
+
+
 def set_image_size(config: Sam2VideoConfig, image_size: int) -> None:
     """Have a model of this configuration resize pictures to squares of that side.
 
     Raises:
-        ValueError: for a side that is not a positive multiple of 32.
+        TypeError: for a side that is no integer.
+        ValueError: for one that is not a positive multiple of 32.
     """
+    image_size = an_int("image_size", image_size)
     if image_size < 32 or image_size % 32:
         raise ValueError(f"image_size must be a positive multiple of 32, got {image_size}")
     config.image_size = config.prompt_encoder_config.image_size = image_size

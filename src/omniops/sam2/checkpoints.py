@@ -224,7 +224,8 @@ def _meta(path: Path, image_size: int | None) -> Sam2VideoModel:
         size, version = recognise(state)
     except ValueError as error:
         raise ValueError(f"{path} is {error}") from None
-    model, converted = new(size, version, image_size=image_size or IMAGE_SIZE), from_meta(state)
+    side = IMAGE_SIZE if image_size is None else image_size
+    model, converted = new(size, version, image_size=side), from_meta(state)
     if complaint := weights.complaint(model.state_dict(), converted):
         raise ValueError(f"{path} does not fit SAM {version} {size}: {complaint}")
     model.load_state_dict(converted)

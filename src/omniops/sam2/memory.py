@@ -98,7 +98,7 @@ def _pointer(model: Sam2VideoModel, pointer: Tensor, is_there: Tensor) -> Tensor
 
 
 def remember(
-    model: Sam2VideoModel, embedding: Tensor, logits: Tensor, object_logits: Tensor, *, prompted: bool
+    model: Sam2VideoModel, embedding: Tensor, logits: Tensor, object_logits: Tensor, *, binary: bool
 ) -> Tensor:
     """The maps that later frames look at, (B, 64, S/16, S/16).
 
@@ -106,13 +106,13 @@ def remember(
         embedding: (1, 256, S/16, S/16), of the frame and not conditioned.
         logits: (B, 1, S/4, S/4), of the objects' masks.
         object_logits: (B, 1)
-        prompted: a user saw these masks and left them so; they count as they are seen, inside or outside.
+        binary: the masks count as they are seen, inside or outside, as where a user saw them and left them so.
 
     Returns:
         bfloat16, to which the official predictor rounds them too.
     """
     larger = F.interpolate(logits, scale_factor=4.0, mode="bilinear", align_corners=False)
-    soft = (larger > 0).float() if prompted else larger.sigmoid()
+    soft = (larger > 0).float() if binary else larger.sigmoid()
     scaled = soft * model.config.sigmoid_scale_for_mem_enc + model.config.sigmoid_bias_for_mem_enc
     encoder = model.memory_encoder
     memory: Tensor = encoder.projection(

@@ -30,13 +30,10 @@ What differs:
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
@@ -49,8 +46,10 @@ from transformers import Sam2VideoModel
 from omniops import device as devices
 from omniops import fill_holes
 from omniops.sam2 import memory, network
+from omniops.sam2.arguments import an_int, points_and_box, tensor
 from omniops.sam2.checkpoints import Pretrained, require_model
 from omniops.sam2.frames import FrameError, Frames
+from omniops.sam2.state import InferenceState, Output, Track, a_frame, a_state, a_track
 
 _RECENT = 16
 """Of how many frames that were tracked last the state keeps everything; at least those that a frame looks back at."""
@@ -72,130 +71,6 @@ MasksOnFrame = tuple[int, list[Any], Tensor]
 """The frame, the objects' ids, and their mask logits (N, 1, H, W) at the size of the video, above 0 inside."""
 
 
-@dataclass(eq=False)
-class _Output:
-    """What the model made of an object on a frame."""
-
-    logits: Tensor | memory.Shelved
-    """(1, 1, S/4, S/4), holes not filled"""
-    pointer: Tensor
-    object_logits: Tensor
-    prompted: bool
-    map: Tensor | None = None
-    """What later frames look at; None where it has to be made (again)."""
-
-
-@dataclass(eq=False)
-class _Track:
-    """An object: its points by frame, and what the model made of it by frame."""
-
-    points: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    prompted: set[int] = field(default_factory=set)
-    """The frames with points or a mask."""
-    conditioning: dict[int, _Output] = field(default_factory=dict)
-    """Of the frames that every other frame looks at."""
-    others: dict[int, _Output] = field(default_factory=dict)
-    """Of the frames that their neighbours look at."""
-    new_conditioning: dict[int, _Output] = field(default_factory=dict)
-    new_others: dict[int, _Output] = field(default_factory=dict)
-    """Of prompts since the last propagation, which may still change."""
-    reverse: dict[int, bool] = field(default_factory=dict)
-    """The frames that were tracked, and whether backwards."""
-    recent: OrderedDict[int, None] = field(default_factory=OrderedDict)
-    """The frames of ``others`` of which all is kept, the latest last."""
-
-    def new(self, conditioning: bool) -> dict[int, _Output]:
-        return self.new_conditioning if conditioning else self.new_others
-
-    def latest(self, frame: int, conditioning: bool) -> _Output | None:
-        """Its last output on a frame, looked for where the official predictor looks."""
-        for outputs in (self.new(conditioning), self.conditioning, self.others):
-            if frame in outputs:
-                return outputs[frame]
-        return None
-
-
-class _Images(Sequence[Tensor]):
-    """The frames as the encoder takes them, (3, S, S), float32, normalised, on the device."""
-
-    def __init__(self, frames: Frames, side: int, device: torch.device) -> None:
-        self._frames, self._side, self._device = frames, side, device
-        self._ahead: dict[int, Future[Tensor]] = {}
-
-    def __len__(self) -> int:
-        return len(self._frames)
-
-    def __getitem__(self, index: Any) -> Any:
-        index = range(len(self))[index]
-        if isinstance(index, range):
-            return torch.stack([self[i] for i in index])
-        loading = self._ahead.pop(index, None)
-        pixels = loading.result() if loading else self._load(index)
-        with devices.exclusive(self._device):
-            pixels = pixels.to(self._device, non_blocking=self._device.type == "cuda")  # which has them pinned
-            return network.normalised(pixels.permute(2, 0, 1).contiguous() / 255)
-
-    def load(self, indices: Sequence[int], pool: ThreadPoolExecutor) -> None:
-        """Begin to decode frames that will be asked for next."""
-        self._ahead = {i: self._ahead.get(i) or pool.submit(self._load, i) for i in indices}
-
-    def _load(self, index: int) -> Tensor:
-        """(S, S, 3), uint8, on the CPU, from where CUDA fetches it without being waited for."""
-        pixels = torch.from_numpy(self._frames.resized(index, self._side))
-        return pixels.pin_memory() if self._device.type == "cuda" else pixels
-
-
-class InferenceState:
-    """A video, its objects and their masks so far; made by ``SAM2VideoPredictor.init_state``, for its other methods.
-
-    The attributes below can be read as the keys of the official predictor's dictionary too:
-    ``state["num_frames"]``.
-    """
-
-    frames: Frames
-    """The video, with its frames as they are."""
-    images: Sequence[Tensor]
-    """Its frames as the encoder takes them: (3, S, S), float32, normalised, on the device, made when asked for."""
-    num_frames: int
-    video_height: int
-    video_width: int
-    device: torch.device
-    """The model's."""
-    storage_device: torch.device
-    """Where masks and memories are kept."""
-    offload_video_to_cpu: bool
-    offload_state_to_cpu: bool
-
-    def __init__(
-        self, frames: Frames, side: int, device: torch.device, offload_video_to_cpu: bool, offload_state_to_cpu: bool
-    ) -> None:
-        self.frames = frames
-        self.images = self._images = _Images(frames, side, device)
-        self.num_frames = len(frames)
-        self.video_height, self.video_width = frames.height, frames.width
-        self.device = device
-        self.storage_device = torch.device("cpu") if offload_state_to_cpu else device
-        self.offload_video_to_cpu = offload_video_to_cpu
-        self.offload_state_to_cpu = offload_state_to_cpu
-        self._tracks: dict[Any, _Track] = {}
-        self._features: OrderedDict[int, network.Features] = OrderedDict()
-        self._shelf = memory.Shelf()
-
-    @property
-    def obj_ids(self) -> list[Any]:
-        """The objects, in the order in which their masks come."""
-        return list(self._tracks)
-
-    def __getitem__(self, key: str) -> Any:
-        if key.startswith("_") or key not in self.keys():
-            raise KeyError(f"{key!r}: the state has {', '.join(self.keys())}")
-        return getattr(self, key)
-
-    def keys(self) -> list[str]:
-        """What can be read as of a dictionary."""
-        return [*(name for name in vars(self) if not name.startswith("_")), "obj_ids"]
-
-
 class SAM2VideoPredictor(Pretrained):
     """Follows objects through a video, from points, boxes or masks on any of its frames.
 
@@ -212,9 +87,15 @@ class SAM2VideoPredictor(Pretrained):
             which may show the object as it was before a correction.
         add_all_frames_to_correct_as_cond: corrections of tracked frames condition all other frames, as first prompts
             do.
+        binarize_mask_from_pts_for_mem_enc: what is remembered of a frame with prompts is its mask as it is seen,
+            inside or outside; else how sure the model is of each pixel, as on tracked frames. As the official
+            ``build_sam2_video_predictor`` has it.
+        max_cond_frames_in_attn: at most so many frames with first prompts condition a frame, those nearest to it: the
+            last before, the next after, then the others; -1 for all.
 
     Raises:
-        TypeError: where ``model`` is something else.
+        TypeError: where ``model`` or an argument is something else.
+        ValueError: for an area below 0, or less than 2 frames that are not -1.
     """
 
     def __init__(
@@ -225,13 +106,21 @@ class SAM2VideoPredictor(Pretrained):
         non_overlap_masks: bool = False,
         clear_non_cond_mem_around_input: bool = False,
         add_all_frames_to_correct_as_cond: bool = False,
+        binarize_mask_from_pts_for_mem_enc: bool = True,
+        max_cond_frames_in_attn: int = -1,
     ) -> None:
         require_model(model, "model")
         self.model = model
-        self.fill_hole_area = fill_hole_area
+        self.fill_hole_area = an_int("fill_hole_area", fill_hole_area)
+        if self.fill_hole_area < 0:
+            raise ValueError(f"fill_hole_area must not be negative, got {fill_hole_area}")
         self.non_overlap_masks = non_overlap_masks
         self.clear_non_cond_mem_around_input = clear_non_cond_mem_around_input
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
+        self.binarize_mask_from_pts_for_mem_enc = binarize_mask_from_pts_for_mem_enc
+        self.max_cond_frames_in_attn = an_int("max_cond_frames_in_attn", max_cond_frames_in_attn)
+        if self.max_cond_frames_in_attn != -1 and self.max_cond_frames_in_attn < 2:
+            raise ValueError(f"max_cond_frames_in_attn must be -1 or at least 2, got {max_cond_frames_in_attn}")
 
     @property
     def device(self) -> torch.device:
@@ -297,13 +186,13 @@ class SAM2VideoPredictor(Pretrained):
             TypeError: for arguments of wrong types.
             ValueError: for a frame that there is none, wrong shapes, labels, boxes, or no prompt at all.
         """
-        state = _a_state(inference_state)
-        frame = _a_frame(state, "frame_idx", frame_idx)
+        state = a_state(inference_state)
+        frame = a_frame(state, "frame_idx", frame_idx)
         width, height = (state.video_width, state.video_height) if normalize_coords else (1, 1)
-        where, which = _prompt(points, labels, box, clear_old_points)
+        where, which = points_and_box(points, labels, box, clear_old_points)
         where = (where / where.new_tensor([width, height]) * self.image_size).to(self.device)
         which = which.to(self.device)
-        track = _a_track(state, obj_id)
+        track = a_track(state, obj_id)
         if not clear_old_points and frame in track.points:
             before = track.points[frame]
             where, which = torch.cat((before[0], where), dim=1), torch.cat((before[1], which), dim=1)
@@ -347,9 +236,9 @@ class SAM2VideoPredictor(Pretrained):
             TypeError: for arguments of wrong types.
             ValueError: for a frame that there is none, or a mask of another shape.
         """
-        state = _a_state(inference_state)
-        frame = _a_frame(state, "frame_idx", frame_idx)
-        inside = _tensor("mask", mask)
+        state = a_state(inference_state)
+        frame = a_frame(state, "frame_idx", frame_idx)
+        inside = tensor("mask", mask)
         if inside.dim() != 2 or 0 in inside.shape:
             raise ValueError(f"mask must be (H, W) with H, W >= 1, got {tuple(inside.shape)}")
         binary = (inside > 0).float()[None, None].to(self.device)
@@ -358,7 +247,7 @@ class SAM2VideoPredictor(Pretrained):
             size = (self.image_size, self.image_size)
             smooth = F.interpolate(binary.cpu(), size, mode="bilinear", align_corners=False, antialias=True)
             binary = (smooth >= 0.5).float().to(self.device)
-        track = _a_track(state, obj_id)
+        track = a_track(state, obj_id)
         conditioning = _is_first(track, frame) or self.add_all_frames_to_correct_as_cond
         with network.precision(self.model):
             seen = memory.given(self.model, self._features(state, frame), binary)
@@ -393,12 +282,12 @@ class SAM2VideoPredictor(Pretrained):
         Warns:
             UserWarning: where a frame cannot be decoded; it ends there.
         """
-        state = _a_state(inference_state)
+        state = a_state(inference_state)
         if start_frame_idx is not None:
-            start_frame_idx = _a_frame(state, "start_frame_idx", start_frame_idx)
+            start_frame_idx = a_frame(state, "start_frame_idx", start_frame_idx)
         count = state.num_frames
         if max_frame_num_to_track is not None:
-            count = _an_int("max_frame_num_to_track", max_frame_num_to_track)
+            count = an_int("max_frame_num_to_track", max_frame_num_to_track)
         if count < 0:
             raise ValueError(f"max_frame_num_to_track must not be negative, got {count}")
         with devices.exclusive(self.device):
@@ -435,8 +324,8 @@ class SAM2VideoPredictor(Pretrained):
         Raises:
             ValueError: for a frame or an object that there is none.
         """
-        state = _a_state(inference_state)
-        frame = _a_frame(state, "frame_idx", frame_idx)
+        state = a_state(inference_state)
+        frame = a_frame(state, "frame_idx", frame_idx)
         if obj_id not in state._tracks:
             raise ValueError(f"obj_id {obj_id!r} is unknown: the objects are {state.obj_ids}")
         self._clear(state, state._tracks[obj_id], frame)
@@ -463,7 +352,7 @@ class SAM2VideoPredictor(Pretrained):
         Raises:
             ValueError: where it is unknown, and ``strict``.
         """
-        state = _a_state(inference_state)
+        state = a_state(inference_state)
         if obj_id not in state._tracks:
             if strict:
                 raise ValueError(f"obj_id {obj_id!r} is unknown: the objects are {state.obj_ids}")
@@ -475,13 +364,13 @@ class SAM2VideoPredictor(Pretrained):
 
     def reset_state(self, inference_state: InferenceState) -> None:
         """Forget all objects, and what the encoder made of the frames; the video stays open."""
-        state = _a_state(inference_state)
+        state = a_state(inference_state)
         state._tracks.clear()
         state._features.clear()
 
     @devices.exclusively
     def _propagate(
-        self, state: InferenceState, tracks: dict[Any, _Track], frame: int, coming: Sequence[int], reverse: bool
+        self, state: InferenceState, tracks: dict[Any, Track], frame: int, coming: Sequence[int], reverse: bool
     ) -> Tensor:
         """Track the objects to a frame: their masks there, (N, 1, H, W)."""
         tracked = [track for track in tracks.values() if frame not in track.conditioning]
@@ -511,17 +400,17 @@ class SAM2VideoPredictor(Pretrained):
         state._features.move_to_end(frame)
         return state._features[frame]
 
-    def _outputs(self, state: InferenceState, seen: memory.Seen, *, prompted: bool) -> list[_Output]:
+    def _outputs(self, state: InferenceState, seen: memory.Seen, *, prompted: bool) -> list[Output]:
         each = zip(seen.logits.to(state.storage_device), seen.pointer, seen.object_logits, strict=True)
-        return [_Output(logits[None], pointer[None], there[None], prompted) for logits, pointer, there in each]
+        return [Output(logits[None], pointer[None], there[None], prompted) for logits, pointer, there in each]
 
-    def _mask(self, output: _Output, *, filled: bool = True) -> Tensor:
+    def _mask(self, output: Output, *, filled: bool = True) -> Tensor:
         """(1, 1, S/4, S/4), its small holes filled or not."""
         logits = output.logits.tensor() if isinstance(output.logits, memory.Shelved) else output.logits
         logits = logits.to(self.device, torch.float32)
         return fill_holes(logits, self.fill_hole_area) if filled and self.fill_hole_area > 0 else logits
 
-    def _resized(self, state: InferenceState, outputs: Sequence[_Output | None]) -> Tensor:
+    def _resized(self, state: InferenceState, outputs: Sequence[Output | None]) -> Tensor:
         """The masks at the size of the video, (N, 1, H, W)."""
         size = (state.video_height, state.video_width)
         masks = torch.full((len(outputs), 1, *size), memory.NO_OBJECT, device=self.device)
@@ -531,22 +420,29 @@ class SAM2VideoPredictor(Pretrained):
             larger = F.interpolate(low, size, mode="bilinear", align_corners=False)
             for i, mask in zip(known, larger, strict=True):  # a list as index would have CUDA waited for
                 masks[i] = mask
-        if self.non_overlap_masks and len(masks) > 1:
-            best = masks.argmax(dim=0, keepdim=True)
-            index = torch.arange(len(masks), device=self.device)[:, None, None, None]
-            masks = torch.where(best == index, masks, masks.clamp(max=-10))
-        return masks
+        return self._apply_non_overlapping_constraints(masks) if self.non_overlap_masks else masks
+
+    def _apply_non_overlapping_constraints(self, pred_masks: Tensor) -> Tensor:
+        """Mask logits (N, 1, H, W) of N objects, each at most -10 wherever another object has the highest.
+
+        By the official predictor's name: ``tools/vos_inference.py`` of the official repository calls it.
+        """
+        if len(pred_masks) <= 1:
+            return pred_masks
+        best = pred_masks.argmax(dim=0, keepdim=True)
+        index = torch.arange(len(pred_masks), device=pred_masks.device)[:, None, None, None]
+        return torch.where(best == index, pred_masks, pred_masks.clamp(max=-10))
 
     def _masks_on(self, state: InferenceState, frame: int, conditioning: bool) -> Tensor:
         return self._resized(state, [track.latest(frame, conditioning) for track in state._tracks.values()])
 
     def _track(
-        self, state: InferenceState, tracks: Iterable[_Track], frame: int, features: network.Features, reverse: bool
+        self, state: InferenceState, tracks: Iterable[Track], frame: int, features: network.Features, reverse: bool
     ) -> None:
         """Find objects without prompts on a frame, those that look back at the same frames as one batch."""
         most = self._most_pointers(state)
         at_once = _AT_ONCE.get(self.device.type, 8)
-        alike: dict[Any, list[_Track]] = {}
+        alike: dict[Any, list[Track]] = {}
         for track in tracks:
             self._shelve(state, track, _RECENT - 1)  # for speed: it waits for the device, so before that is given work
             maps, pointers = self._looks_back(track, frame, reverse, most)
@@ -559,14 +455,14 @@ class SAM2VideoPredictor(Pretrained):
                     embedding = self._conditioned(state, batch, frame, features, reverse=reverse)
                     seen = memory.segment(self.model, features, embedding)
                     made = memory.remember(
-                        self.model, features.embedding, seen.logits, seen.object_logits, prompted=False
+                        self.model, features.embedding, seen.logits, seen.object_logits, binary=False
                     ).to(state.storage_device)
                 for i, output in enumerate(self._outputs(state, seen, prompted=False)):
                     output.map = made[i : i + 1]
                     self._keep(state, batch[i], frame, output)
 
     def _conditioned(
-        self, state: InferenceState, tracks: Sequence[_Track], frame: int, features: network.Features, *, reverse: bool
+        self, state: InferenceState, tracks: Sequence[Track], frame: int, features: network.Features, *, reverse: bool
     ) -> Tensor:
         """The features of a frame after its look back, (B, 256, S/16, S/16), of objects that look at alike frames."""
         most = self._most_pointers(state)
@@ -591,42 +487,50 @@ class SAM2VideoPredictor(Pretrained):
         return min(state.num_frames, int(self.model.config.max_object_pointers_in_encoder))
 
     def _looks_back(
-        self, track: _Track, frame: int, reverse: bool, most: int
-    ) -> tuple[list[tuple[int, int, _Output]], list[tuple[int, _Output]]]:
+        self, track: Track, frame: int, reverse: bool, most: int
+    ) -> tuple[list[tuple[int, int, Output]], list[tuple[int, Output]]]:
         """What a frame sees of an object: maps (frames since or 0 with prompts, frame, output), and up to most pointers
         (frames since, output)."""
         step = -1 if reverse else 1
-        maps = [(0, t, output) for t, output in track.conditioning.items()]
-        pointers = [((frame - t) * step, output) for t, output in track.conditioning.items() if (frame - t) * step >= 0]
+        conditioning, others = track.conditioning, track.others
+        if 0 <= self.max_cond_frames_in_attn < len(conditioning):
+            near = _nearest(list(conditioning), frame, self.max_cond_frames_in_attn)
+            # Those that are left out still count as neighbours.
+            others = {**conditioning, **others}
+            others = {t: output for t, output in others.items() if t not in near}
+            conditioning = {t: conditioning[t] for t in near}
+        maps = [(0, t, output) for t, output in conditioning.items()]
+        pointers = [((frame - t) * step, output) for t, output in conditioning.items() if (frame - t) * step >= 0]
         for since in range(self.model.config.num_maskmem - 1, 0, -1):
             t = frame - since * step
-            if t in track.others:
-                maps.append((since, t, track.others[t]))
+            if t in others:
+                maps.append((since, t, others[t]))
         for since in range(1, most):
             t = frame - since * step
-            if t in track.others:
-                pointers.append((since, track.others[t]))
+            if t in others:
+                pointers.append((since, others[t]))
         return maps, pointers
 
-    def _map(self, state: InferenceState, track: _Track, frame: int, output: _Output) -> Tensor:
+    def _map(self, state: InferenceState, track: Track, frame: int, output: Output) -> Tensor:
         """What an output leaves to later frames, (1, 64, S/16, S/16); made where it is missing."""
         if output.map is None:
             logits = self._mask(output, filled=output.prompted)
             embedding = self._features(state, frame).embedding
-            made = memory.remember(self.model, embedding, logits, output.object_logits, prompted=output.prompted)
+            binary = output.prompted and self.binarize_mask_from_pts_for_mem_enc
+            made = memory.remember(self.model, embedding, logits, output.object_logits, binary=binary)
             output.map = made.to(state.storage_device)
             if track.others.get(frame) is output:
                 self._keep(state, track, frame, output)
         return output.map.to(self.device, torch.float32)
 
-    def _keep(self, state: InferenceState, track: _Track, frame: int, output: _Output) -> None:
+    def _keep(self, state: InferenceState, track: Track, frame: int, output: Output) -> None:
         """Put an output among those of frames that do not condition others."""
         track.others[frame] = output
         track.recent[frame] = None
         track.recent.move_to_end(frame)
         self._shelve(state, track, _RECENT)
 
-    def _shelve(self, state: InferenceState, track: _Track, most: int) -> None:
+    def _shelve(self, state: InferenceState, track: Track, most: int) -> None:
         """Put what is oldest on the shelf, until all is kept of so many frames at most."""
         while len(track.recent) > most:
             old = track.others[track.recent.popitem(last=False)[0]]
@@ -654,12 +558,12 @@ class SAM2VideoPredictor(Pretrained):
             for frame in track.conditioning:
                 _forget(track, frame)
 
-    def _forget_around(self, track: _Track, frame: int) -> None:
+    def _forget_around(self, track: Track, frame: int) -> None:
         for t in range(frame - self.model.config.num_maskmem, frame + self.model.config.num_maskmem + 1):
             if t != frame:
                 _forget(track, t)
 
-    def _clear(self, state: InferenceState, track: _Track, frame: int) -> None:
+    def _clear(self, state: InferenceState, track: Track, frame: int) -> None:
         track.points.pop(frame, None)
         track.prompted.discard(frame)
         track.new_conditioning.pop(frame, None)
@@ -676,84 +580,26 @@ def _joined(objects: Sequence[Sequence[Tensor]]) -> Tensor:
     return slots.reshape(-1, len(objects), *slots.shape[1:])
 
 
-def _is_first(track: _Track, frame: int) -> bool:
+def _nearest(frames: Sequence[int], frame: int, most: int) -> list[int]:
+    """Of several frames those nearest to one: the last before it, the first from it on, then the nearest others."""
+    ends = [
+        max((t for t in frames if t < frame), default=None),
+        min((t for t in frames if t >= frame), default=None),
+    ]
+    near = [t for t in ends if t is not None]
+    rest = sorted((t for t in frames if t not in near), key=lambda t: abs(t - frame))
+    return near + rest[: most - len(near)]
+
+
+def _is_first(track: Track, frame: int) -> bool:
     """Whether a prompt on that frame shows the object, and does not correct what was tracked from another frame."""
     return frame not in track.reverse or not track.conditioning
 
 
-def _forget(track: _Track, frame: int) -> None:
+def _forget(track: Track, frame: int) -> None:
     track.others.pop(frame, None)
     track.recent.pop(frame, None)
 
 
 def _is_new(state: InferenceState, frame: int) -> bool:
     return any(frame in track.new_conditioning for track in state._tracks.values())
-
-
-def _a_state(value: object) -> InferenceState:
-    if not isinstance(value, InferenceState):
-        raise TypeError(f"inference_state must be what init_state(...) returns, got {type(value).__name__}")
-    return value
-
-
-def _an_int(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
-
-
-def _a_frame(state: InferenceState, name: str, value: object) -> int:
-    frame = _an_int(name, value)
-    if not 0 <= frame < state.num_frames:
-        raise ValueError(f"{name} must be from 0 to {state.num_frames - 1}, got {frame}")
-    return frame
-
-
-def _a_track(state: InferenceState, obj_id: object) -> _Track:
-    if not isinstance(obj_id, Hashable):
-        raise TypeError(f"obj_id must be a number or a name, got {type(obj_id).__name__}")
-    return state._tracks.get(obj_id) or _Track()
-
-
-def _tensor(name: str, value: object) -> Tensor:
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be an array of numbers, got {type(value).__name__} ({error})") from None
-
-
-def _prompt(points: object, labels: object, box: object, clear_old_points: bool) -> tuple[Tensor, Tensor]:
-    """(1, P, 2), float32, and (1, P), int32, the corners of a box first."""
-    if (points is None) != (labels is None):
-        raise ValueError("points and labels must be given together")
-    where, which = torch.zeros(1, 0, 2), torch.zeros(1, 0, dtype=torch.int32)
-    if points is not None:
-        where, given = _tensor("points", points).float(), _tensor("labels", labels)
-        if where.numel() == 0:
-            where = where.reshape(-1, 2)
-        where = where if where.dim() == 3 else where[None]
-        given = given if given.dim() == 2 else given[None]
-        if where.dim() != 3 or where.shape[0] != 1 or where.shape[2] != 2:
-            raise ValueError(f"points must be (P, 2), got {tuple(_tensor('points', points).shape)}")
-        if given.shape != where.shape[:2]:
-            raise ValueError(f"labels must be ({where.shape[1]},) as points say, got {tuple(given.shape[1:])}")
-        if not torch.isin(given, torch.tensor([-1, 0, 1, 2, 3], dtype=given.dtype, device=given.device)).all():
-            raise ValueError(f"labels must be 1 (object), 0 (not) or -1 (ignored), got {given.flatten().tolist()}")
-        which = given.to(torch.int32)
-    if box is not None:
-        if not clear_old_points:
-            raise ValueError("a box comes before all points: box needs clear_old_points=True")
-        corners = _tensor("box", box).float().to(where.device)
-        if corners.numel() != 4:
-            raise ValueError(f"box must be x0, y0, x1, y1, got the shape {tuple(corners.shape)}")
-        corners = corners.reshape(1, 2, 2)
-        if (corners[:, 0] > corners[:, 1]).any():
-            raise ValueError(f"box must be x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, got {corners.flatten().tolist()}")
-        where = torch.cat((corners, where), dim=1)
-        which = torch.cat((which.new_tensor([[2, 3]]), which), dim=1)
-    if where.shape[1] == 0:
-        raise ValueError("there is no prompt: give points and labels, or a box")
-    if not where.isfinite().all():
-        raise ValueError("points and box must be finite")
-    return where, which
