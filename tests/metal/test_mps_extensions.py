@@ -1,0 +1,141 @@
+"""The compiled modules that omniops.enable serves, on the pretended MPS device: the CPU's results, within the rules.
+
+Autograd does not know the pretended device, so what it computes itself runs on "meta", without values.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from mps_device import mps_device
+from torch import Tensor
+from torch.autograd import Function
+
+from omniops.dropin import _deform_conv, _multi_scale_deform_attn, _sam2
+
+generator = torch.Generator().manual_seed(0)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+SHAPES, STARTS = torch.tensor([[6, 5], [3, 4]]), torch.tensor([0, 30])
+PLACES = torch.rand((2, 7, 2, 2, 3, 2), generator=generator) * 1.6 - 0.3
+ATTENTION = random(2, 42, 2, 4), SHAPES, STARTS, PLACES, random(2, 7, 2, 2, 3)
+NUMBERS = (1, 1, 1, 1, 1)
+DEFORM_CONV = random(2, 4, 7, 6), random(2, 18, 7, 6), random(6, 4, 3, 3)
+MODULATED = random(2, 4, 7, 6), random(2, 18, 7, 6), random(2, 9, 7, 6), random(6, 4, 3, 3), random(6)
+GRAD = random(2, 6, 7, 6)
+
+
+class DeformConvFunction(Function):
+    """What _deform_conv changes."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        raise NotImplementedError
+
+    @staticmethod
+    def backward(ctx: Any, *args: Any) -> Any:
+        raise NotImplementedError
+
+
+class ModulatedDeformConvFunction(DeformConvFunction):
+    """And this."""
+
+
+LAYERS = SimpleNamespace(deform_conv=DeformConvFunction, modulated=ModulatedDeformConvFunction)
+
+
+@pytest.fixture(autouse=True)
+def _freed():
+    extension = _deform_conv.deform_conv_ext
+    extension.enable(None)
+    _deform_conv.free(extension, LAYERS, "deform_conv", "modulated")  # type: ignore[arg-type]
+    yield
+    extension.disable()
+
+
+def results(function: Any, arguments: tuple[Any, ...], device: torch.device | str, dtype: torch.dtype) -> list[Tensor]:
+    def made(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+    returned = function(*map(made, arguments))
+    returned = returned if isinstance(returned, tuple) else (returned,)
+    return [each.cpu() for each in returned if each is not None]
+
+
+def both_ways(function: type[Function], count: int) -> Any:
+    """What forward and backward of an autograd function compute, without autograd."""
+
+    def call(*arguments: Any) -> tuple[Tensor, ...]:
+        *given, grad = arguments
+        ctx = SimpleNamespace(needs_input_grad=[True] * count)
+        ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
+        with torch.no_grad():
+            result = function.forward(ctx, *given)
+            return result, *function.backward(ctx, grad)
+
+    return call
+
+
+CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ms_deform_attn_forward": (_multi_scale_deform_attn.ms_deform_attn_forward, (*ATTENTION, 64)),
+    "deform_conv": (both_ways(DeformConvFunction, 3), (*DEFORM_CONV, *NUMBERS, GRAD)),
+    "modulated_deform_conv": (both_ways(ModulatedDeformConvFunction, 5), (*MODULATED, *NUMBERS, GRAD)),
+    "modulated_deform_conv without a bias": (
+        both_ways(ModulatedDeformConvFunction, 5),
+        (*MODULATED[:4], None, *NUMBERS, GRAD),
+    ),
+    "get_connected_componnets": (_sam2.get_connected_componnets, ((random(2, 1, 13, 17) > 0).to(torch.uint8),)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_the_results_of_the_cpu(name, dtype):
+    function, arguments = CALLS[name]
+    expected = results(function, arguments, "cpu", dtype)
+    with mps_device(values=True) as device:
+        found = results(function, arguments, device, dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * max(1.0, float(theirs.abs().max())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_gradients_of_attention_keep_the_rules(dtype):
+    """At the size of Deformable DETR's encoder."""
+    shapes = torch.tensor([[100, 134], [50, 67], [25, 34], [13, 17]])
+    pixels, points = int(shapes.prod(1).sum()), (2, 300, 8, 4, 4)
+    with mps_device(values=False):
+        value, locations, weights = (
+            torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, pixels, 8, 32), (*points, 2), points)
+        )
+        grad = torch.empty(2, 300, 256, dtype=dtype, device="meta")
+        gradients = _multi_scale_deform_attn.ms_deform_attn_backward(
+            value, shapes, torch.zeros(4), locations, weights, grad, 64
+        )
+    assert [each.shape for each in gradients] == [value.shape, locations.shape, weights.shape]
+
+
+@pytest.mark.parametrize("function", [DeformConvFunction, ModulatedDeformConvFunction])
+def test_training_keeps_the_rules(function):
+    """At the size of a Mask R-CNN's third stage."""
+    shapes: dict[str, tuple[int, ...]] = {"input": (2, 256, 100, 152), "offset": (2, 18, 100, 152)}
+    if function is ModulatedDeformConvFunction:
+        shapes["mask"] = (2, 9, 100, 152)
+    shapes["weight"] = (256, 256, 3, 3)
+    with mps_device(values=False):
+        tensors = [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes.values()]
+        bias = [] if function is DeformConvFunction else [torch.empty(256, device="meta", requires_grad=True)]
+        result = function.apply(*tensors, *bias, *NUMBERS)
+        gradients = torch.autograd.grad(result, [*tensors, *bias], torch.empty_like(result))
+    assert [each.shape for each in gradients] == [each.shape for each in (*tensors, *bias)]
