@@ -1,6 +1,7 @@
 """A predictor in a process of its own. Most tests share one, whose predictor is a stand-in: see remote_standin.py."""
 
 import ast
+import copy
 import gc
 import importlib
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clips import write_clip
 
 from omniops.sam2 import SAM2ImagePredictor, load
 from omniops.sam2.architectures import new
@@ -223,12 +225,25 @@ def test_a_state_stays_in_the_process_while_it_is_held(shared):
         state["nothing"]
     with pytest.raises(TypeError, match="generator stays in the process"):
         state["generator"]
-    with pytest.raises(AttributeError, match="keys"):
-        _ = state.keys
+    with pytest.raises(AttributeError, match="clear"):
+        _ = state.clear
     del state
     gc.collect()
     shared.echo()
     assert shared.dropped == dropped + 1
+
+
+def test_a_state_is_a_mapping_of_what_passes(shared):
+    state = shared.init_state([5, 6])
+    assert "video" in state
+    assert "generator" not in state  # which stays there
+    assert 3 not in state
+    assert list(state) == list(state.keys()) == ["video"]
+    assert len(state) == 1
+    assert dict(state.items()) == {"video": [5, 6]}
+    assert state.get("nothing", 7) == 7
+    assert state != shared.init_state([5, 6])
+    assert len({state, state}) == 1
 
 
 def test_threads_take_turns(shared):
@@ -432,6 +447,24 @@ def test_a_script_needs_no_guard_and_when_it_is_killed_nothing_is_left(tmp_path)
         os.kill(heir, signal.SIGKILL)
 
 
+def test_a_video_is_tracked_and_its_state_copied_there(tmp_path):
+    torch.manual_seed(0)
+    new("tiny", image_size=64).save_pretrained(tmp_path)
+    clip = write_clip(tmp_path / "clip", 3)
+    with remote(tmp_path, predictor="video", device="cpu", dtype="float32", image_size=64) as predictor:
+        state = predictor.init_state(str(clip))
+        predictor.add_new_mask(state, 0, 1, np.eye(20))
+        twin = copy.deepcopy(state)
+        predictor.add_new_mask(state, 0, 2, np.eye(30))
+        assert (state["obj_ids"], twin["obj_ids"]) == ([1, 2], [1])
+        assert state["obj_id_to_idx"] == {1: 0, 2: 1}
+        assert {"num_frames", "video_height", "obj_ids", "frames_tracked_per_obj"} <= set(state)
+        assert not {"images", "frames"} & set(state)
+        assert [ids for _, ids, _ in predictor.propagate_in_video(twin)] == [[1]] * 3
+        del state
+        assert twin["num_frames"] == 3
+
+
 def test_the_image_predictor_gives_the_same_masks_there(tmp_path):
     torch.manual_seed(0)
     new("tiny", image_size=64).save_pretrained(tmp_path)
@@ -444,6 +477,10 @@ def test_the_image_predictor_gives_the_same_masks_there(tmp_path):
         there.set_image(image)
         for mine, its in zip(here.predict(**prompt), there.predict(**prompt), strict=True):
             np.testing.assert_allclose(its, mine, rtol=1e-5, atol=1e-5)
+        masks, _, _ = there.predict(**{**prompt, "return_logits": False})
+        assert masks.dtype == np.float32
+        assert set(np.unique(masks)) <= {0, 1}
+        masks *= 255
         assert there.device == torch.device("cpu")
         assert there.mask_threshold == 0.1
         with pytest.raises(ValueError, match="point"):

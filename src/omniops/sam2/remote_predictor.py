@@ -13,6 +13,7 @@ rebuilt from their bytes. The one exception is an exception: its class is import
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -229,7 +230,12 @@ class Remote:
             if self._gone and what == "call" and not sets:
                 raise RemoteError(self._gone)
             child = self._running()
-            doing = {"call": f"{name}()", "next": "the next value of a generator"}.get(what, f"reading an {what}")
+            doing = {
+                "call": f"{name}()",
+                "next": "the next value of a generator",
+                "keys": "reading the keys of a state",
+                "copy": "copying a state",
+            }.get(what, f"reading an {what}")
             kind, value = self._exchange(child, doing, (what, *arguments))
             if sets and kind != "error":
                 child.is_set, self._gone = name.startswith("set_"), ""
@@ -296,11 +302,12 @@ class Remote:
             self._lose("belongs to the process that this one was forked from")
 
 
-class State:
+class State(Mapping[str, Any]):
     """The state of a video in another process: to be passed to the methods of the remote predictor that made it.
 
     What can be read of the state there, by key or as an attribute, can be read here, if it is plain data or arrays:
-    ``state["num_frames"]``.
+    ``state["num_frames"]``, ``"num_frames" in state``, ``state.items()``. ``copy.deepcopy(state)`` is a state of its
+    own, in the same process.
     """
 
     __slots__ = ("__weakref__", "_child", "_number", "_remote")
@@ -311,6 +318,23 @@ class State:
 
     def __getitem__(self, key: Any) -> Any:
         return self._remote._ask([self._child], "item", self._number, key)[2]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._remote._ask([self._child], "keys", self._number)[2])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, key: object) -> bool:
+        return key in list(self)  # without the value, which may be large
+
+    # A state is itself alone, and may be a key or in a set.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        child, _, number = self._remote._ask([self._child], "copy", self._number)
+        return State(self._remote, child, number)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -650,6 +674,23 @@ class _Server:
 
     def item(self, number: int, key: Any) -> Any:
         return "value", self._kept[number][key]
+
+    def keys(self, number: int) -> Any:
+        """Those of what can pass."""
+        state = self._kept[number]
+        return "value", [key for key in state if self._passes(state[key])]
+
+    def _passes(self, value: Any) -> bool:
+        try:
+            _encode(value, self._memory, plain=True)
+        except TypeError:
+            return False
+        return True
+
+    def copy(self, number: int) -> Any:
+        made = next(self._numbers)
+        self._kept[made] = copy.deepcopy(self._kept[number])
+        return "state", made
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = getattr(self._predictor, name)(*args, **kwargs)

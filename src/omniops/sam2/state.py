@@ -140,14 +140,14 @@ class InferenceState(Mapping[str, Any]):
         return list(self._tracks)
 
     @property
-    def obj_id_to_idx(self) -> OrderedDict[Any, int]:
+    def obj_id_to_idx(self) -> dict[Any, int]:
         """The place of each object in that order."""
-        return OrderedDict((obj_id, i) for i, obj_id in enumerate(self._tracks))
+        return {obj_id: i for i, obj_id in enumerate(self._tracks)}
 
     @property
-    def obj_idx_to_id(self) -> OrderedDict[int, Any]:
+    def obj_idx_to_id(self) -> dict[int, Any]:
         """The object at each place."""
-        return OrderedDict(enumerate(self._tracks))
+        return dict(enumerate(self._tracks))
 
     @property
     def point_inputs_per_obj(self) -> dict[int, dict[int, dict[str, Tensor]]]:
