@@ -474,17 +474,20 @@ def test_regions_of_an_image_that_is_not_there(name, image):
         _roi_align(input, rois, grad, 2, "avg", True) if "avg" in name else _pooled(name, input, rois, grad, 2)
 
 
-@pytest.mark.parametrize("number", [math.nan, math.inf])
-@pytest.mark.parametrize("column", [3, 4])
-def test_regions_that_are_not_finite(column, number):
-    pytest.importorskip("torchvision")
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("column", [1, 4])
+@pytest.mark.parametrize("name", ["roi_align", "roi_align avg", "roi_pool", "deform_roi_pool"])
+def test_regions_that_are_not_finite(name, column, number):
+    if name == "roi_align avg":
+        pytest.importorskip("torchvision")
     input, rois = _random(2, 3, 8, 9), ROIS.clone()
     rois[1, column] = number
     grad = _random(len(rois), 3, *SIZE)
-    for output in (_pooled(name, input, rois, grad, 2)[0] for name in ("roi_align", "deform_roi_pool")):
-        assert (output[1] == 0).all()
-    with pytest.raises(ValueError, match="rois must be finite"):
-        _roi_align(input, rois, grad, 2, "avg", True)
+    for ratio in (0, 2):
+        with pytest.raises(ValueError, match=r"^rois must be finite, got NaN or infinity"):
+            _roi_align(input, rois, grad, ratio, "avg", True) if "avg" in name else _pooled(
+                name, input, rois, grad, ratio
+            )
 
 
 def test_pixels_of_a_map_too_large_for_float32_to_count():

@@ -3,20 +3,21 @@
 ``input`` is (N, C, H, W), ``rois`` (K, 5): the index of the image, then x1, y1, x2, y2, which ``spatial_scale`` brings
 to pixels of the input. Each region is cut into bins, and results are (K, C, bins down, bins across).
 
-Each ``..._forward`` raises ValueError for the index of an image that ``input`` does not have; but for roi_align's
-average, on the CPU alone.
+Each ``..._forward`` raises ValueError for a number in ``rois`` that is not finite, and for the index of an image that
+``input`` does not have; but for roi_align's average, on the CPU alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from omniops.backends import accumulated
 from omniops.dropin.mmcv_ext._kernel import kernel
+from omniops.dropin.mmcv_ext._large_regions import Bin, add_gradient, average, bins_of, large_regions
 from omniops.dropin.mmcv_ext._torchvision import torchvision_ops
 
 MAX = 0
@@ -55,14 +56,14 @@ def roi_align_forward(
         roi_align = torchvision_ops("roi_align").roi_align
         # On other devices torchvision's kernels do not look, and to look here would be to wait for the device.
         if rois.device.type == "cpu":
-            _check_images(rois[:, 0].tolist(), len(input))
-            if not rois.isfinite().all():  # they would end the process
-                raise ValueError("rois must be finite, got NaN or infinity: look for it in what predicts the boxes")
-        output.copy_(roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned))
+            _check_rois(rois[:, 0].tolist(), bool(rois.isfinite().all()), len(input))
+        small, large = _small_and_large(rois, spatial_scale, size, sampling_ratio, aligned, input.shape[2:])
+        averages = roi_align(input, rois[small], size, spatial_scale, sampling_ratio, aligned)
+        output[small] = averages.to(output.dtype)
+        for k, down, across in large:
+            output[k] = average(input[int(rois[k, 0])], down, across)
         return
-    begin, extent = _regions(rois, spatial_scale, 0.5 if aligned else 0.0)
-    if not aligned:
-        extent = extent.clamp(min=1)
+    begin, extent = _aligned_regions(rois, spatial_scale, aligned)
     # mmcv's largest of no samples, of regions without area, or what a half has nearest to it.
     output.fill_(max(torch.finfo(torch.float32).min, torch.finfo(output.dtype).min))
     argmax_y.fill_(-1)
@@ -100,11 +101,13 @@ def roi_align_backward(
     if pool_mode != MAX:
         torchvision_ops("roi_align")
         size = (aligned_height, aligned_width)
-        grad_input.copy_(
-            torch.ops.torchvision._roi_align_backward(
-                grad, rois, spatial_scale, *size, *grad_input.shape, sampling_ratio, aligned
-            )
+        small, large = _small_and_large(rois, spatial_scale, size, sampling_ratio, aligned, grad_input.shape[2:])
+        by_input = torch.ops.torchvision._roi_align_backward(
+            grad[small], rois[small], spatial_scale, *size, *grad_input.shape, sampling_ratio, aligned
         )
+        for k, down, across in large:
+            add_gradient(by_input[int(rois[k, 0])], grad[k], down, across)
+        grad_input.copy_(by_input)
         return
     pixels, weights = _neighbours(argmax_y.to(grad.dtype), argmax_x.to(grad.dtype), *grad_input.shape[2:])
     _scatter(grad_input, rois, pixels, grad * weights)
@@ -246,13 +249,38 @@ def _regions(rois: Tensor, spatial_scale: float, shift: float) -> tuple[Tensor, 
     return begin, rois[:, 3:5] * spatial_scale - shift - begin
 
 
-def _check_images(indices: list[float], images: int) -> None:
+def _aligned_regions(rois: Tensor, spatial_scale: float, aligned: bool) -> tuple[Tensor, Tensor]:
+    """The regions of roi_align, which are at least a pixel wide and high where they are not aligned."""
+    begin, extent = _regions(rois, spatial_scale, 0.5 if aligned else 0.0)
+    return begin, extent if aligned else extent.clamp(min=1)
+
+
+def _small_and_large(
+    rois: Tensor, spatial_scale: float, size: tuple[int, int], sampling_ratio: int, aligned: bool, sides: Sequence[int]
+) -> tuple[slice | list[int], list[tuple[int, list[Bin], list[Bin]]]]:
+    """The regions for torchvision's kernel, and those that would take it too much memory with their bins on the map."""
+    if rois.device.type != "cpu" or sampling_ratio > 0:
+        return slice(None), []
+    begin, extent = _aligned_regions(rois, spatial_scale, aligned)
+    large = []
+    for k in large_regions(extent, size):
+        (x, y), (width, height) = begin[k], extent[k]
+        large.append((k, bins_of(y, height, size[0], sides[0]), bins_of(x, width, size[1], sides[1])))
+    if not large:
+        return slice(None), []
+    numbers = {k for k, _, _ in large}
+    return [k for k in range(len(rois)) if k not in numbers], large
+
+
+def _check_rois(indices: list[float], finite: bool, images: int) -> None:
     for row, index in enumerate(indices):
         if not 0 <= index < images:
             raise ValueError(
                 f"rois must have the index of an image in its first column, from 0 to {images - 1} as input has batch "
                 f"size {images}, got {index:g} in row {row}"
             )
+    if not finite:
+        raise ValueError("rois must be finite, got NaN or infinity: look for it in what predicts the boxes")
 
 
 def _on_map(samples: int, side: int) -> int:
@@ -277,8 +305,9 @@ def _steps(
     alike: dict[tuple[int, int], list[int]] = {}
     samples = (extent.flip(1) / extent.new_tensor(size)).ceil()
     # One transfer brings what a step needs and the indices of the images: to check them costs no further one.
-    down, across, indices = torch.cat([samples, rois[:, :1]], 1).T.tolist()
-    _check_images(indices, len(input))
+    finite = rois.isfinite().all(1, keepdim=True).to(rois.dtype)
+    down, across, indices, are_finite = torch.cat([samples, rois[:, :1], finite], 1).T.tolist()
+    _check_rois(indices, all(are_finite), len(input))
     for k, numbers in enumerate(zip(down, across, strict=True)):
         if sampling_ratio > 0:
             grid = (sampling_ratio, sampling_ratio)
