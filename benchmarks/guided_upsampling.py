@@ -15,7 +15,6 @@ python benchmarks/guided_upsampling.py photo.jpg --json guided_upsampling.json -
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import shlex
 import statistics
@@ -37,17 +36,16 @@ from rich.table import Table
 from torch import Tensor
 
 from omniops import device as devices
+from omniops.cli import ending
 from omniops.cli.common import (
-    CommandError,
     DeviceOption,
     choose_device,
     output,
     progress,
-    require_picture_path,
     require_pictures,
-    require_writable,
 )
 from omniops.cli.doctor import machine, versions
+from omniops.cli.outputs import OverwriteOption, require_new, require_picture, write_json, writing
 from omniops.cli.pictures import read_picture
 from omniops.sam2.upsampling import guided
 
@@ -97,11 +95,12 @@ def main(
         float, typer.Option("--noise", min=0, help="Of the logits: their error's standard deviation.")
     ] = 0.5,
     sweep: Annotated[bool, typer.Option("--sweep", help="Other settings too: where the defaults are from.")] = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Compare, print a table, write the figures."""
     chosen = choose_device(device)
-    require_writable(json_file)
-    require_picture_path(plot)
+    require_picture("--plot", plot)
+    require_new([json_file, plot], overwrite, [] if photo is None else [photo])
     require_pictures()
     if photo is None:
         from matplotlib.cbook import get_sample_data
@@ -163,9 +162,10 @@ def main(
             "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
             "results": results,
         }
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, report, overwrite, indent=1)
     if plot is not None:
-        _draw(results, shown, f"{photo.name}, {width} x {height}, noise of {noise}, {date[:10]}", plot)
+        with writing(plot, overwrite) as part:
+            _draw(results, shown, f"{photo.name}, {width} x {height}, noise of {noise}, {date[:10]}", part)
 
 
 def _bilinear(logits: Tensor, picture: Tensor, size: tuple[int, int]) -> Tensor:
@@ -344,8 +344,5 @@ def _draw(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except CommandError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
+    with ending.terminable():
+        sys.exit(ending.status_of(lambda: typer.run(main)))

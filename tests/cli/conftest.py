@@ -16,6 +16,9 @@ class Run:
     status: int
     out: str
     err: str
+    """Without the notes."""
+    notes: list[str]
+    """What took a while, as it was said on stderr."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +38,10 @@ def omniops(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         captured = capsys.readouterr()
-        code = ended.value.code
-        if isinstance(code, str):
-            return Run(1, captured.out, f"{captured.err}{code}\n")
-        return Run(int(code or 0), captured.out, captured.err)
+        lines = captured.err.splitlines(keepends=True)
+        notes = [line for line in lines if line.startswith("omniops: ") and not line.startswith("omniops: error")]
+        err = "".join(line for line in lines if line not in notes)
+        return Run(int(ended.value.code or 0), captured.out, err, notes)
 
     return run
 

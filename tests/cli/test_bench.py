@@ -61,7 +61,7 @@ def test_goals_are_judged_only_where_they_are_asked_for(omniops, monkeypatch, tm
     assert usual.status == 0
     assert not re.search(r"\b(goal|met|missed|in no time)\b", usual.out)
     assert json.loads(path.read_text())["goals"] == []
-    asked = omniops("bench", "carafe", *QUICK, "--json", str(path), "--goals")
+    asked = omniops("bench", "carafe", *QUICK, "--json", str(path), "--overwrite", "--goals")
     assert len(re.findall(r"in a year .* met\b", asked.out)) == 3
     assert len(re.findall(r"in no time .* missed\b", asked.out)) == 3
     assert len(json.loads(path.read_text())["goals"]) == 6

@@ -38,7 +38,16 @@ def test_any_photo_and_the_same_seed_gives_the_same_figures(omniops, photo, tmp_
     figures = []
     for seed in ("3", "3", "4"):
         out = omniops(
-            "demo", str(photo), "--steps", "1", "--seed", seed, "--device", "cpu", "--out", str(tmp_path / "o.png")
+            "demo",
+            str(photo),
+            "--steps",
+            "1",
+            "--seed",
+            seed,
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / f"{len(figures)}.png"),
         ).out
         figures.append(re.findall(r"[\d.]+ dB", out))
     assert figures[0] == figures[1] != figures[2]

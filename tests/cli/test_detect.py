@@ -155,7 +155,7 @@ def test_ids_are_those_of_coco_s_names(omniops, scripted, tmp_path):
     _run(omniops, tmp_path / "in", "--out", tmp_path / "out")
     assert {each["image_id"] for each in _results(tmp_path / "out")} == {397133, 139}
     _picture(tmp_path / "in" / "139.png")  # the same number
-    _run(omniops, tmp_path / "in", "--out", tmp_path / "out")
+    _run(omniops, tmp_path / "in", "--out", tmp_path / "out", "--overwrite")
     assert {each["image_id"] for each in _results(tmp_path / "out")} == {1, 2, 3}
 
 
@@ -225,13 +225,70 @@ def test_an_interrupt_keeps_what_was_found(omniops, scripted, tmp_path, monkeypa
     assert [each["image_id"] for each in _results(tmp_path / "out")] == [1, 1, 3, 3]
 
 
-def test_a_picture_that_cannot_be_written_is_named(omniops, scripted, tmp_path):
+def test_a_picture_that_cannot_be_written_is_named(omniops, scripted, tmp_path, monkeypatch):
     paths = [_picture(tmp_path / name) for name in ("a.png", "b.png")]
-    (tmp_path / "out" / "a.jpg").mkdir(parents=True)
-    result = _run(omniops, *paths, "--out", tmp_path / "out")
+    read, out = detect.read_picture, tmp_path / "out"
+
+    def read_while_another_writes(path):
+        if path == paths[0]:
+            (out / "a.jpg").write_text("another's")
+        return read(path)
+
+    monkeypatch.setattr(detect, "read_picture", read_while_another_writes)
+    result = _run(omniops, *paths, "--out", out)
     assert result.status == 1
-    assert "cannot write" in result.err
-    assert (tmp_path / "out" / "b.jpg").is_file()
+    assert f"cannot write {out / 'a.jpg'}: meanwhile it is there" in result.err
+    assert (out / "a.jpg").read_text() == "another's"
+    assert sorted(path.name for path in out.iterdir()) == ["a.jpg", "b.jpg", "detections.json"]
+
+
+def test_what_is_there_is_replaced_where_that_is_asked_for(omniops, fails, scripted, tmp_path):
+    path, out = _picture(tmp_path / "p.png"), tmp_path / "out"
+    theirs = [out / name for name in ("p.jpg", "detections.json", "detections.jsonl")]
+    out.mkdir()
+    for each in theirs:
+        each.write_text("another's")
+    command = ("detect", str(path), "--out", str(out), "--random-weights", "--device", "cpu")
+    line = fails(*command, status=2)
+    assert line == (
+        f"omniops: error: {', '.join(map(str, theirs))} are there already: --overwrite replaces what is there"
+    )
+    assert not scripted
+    assert all(each.read_text() == "another's" for each in theirs)
+    assert omniops(*command, "--overwrite").status == 0
+    assert len(_results(out)) == 2
+    assert sorted(each.name for each in out.iterdir()) == ["detections.json", "p.jpg"]
+    assert f"{out / 'p.jpg'}, {out / 'detections.json'} are there already" in fails(*command, status=2)
+
+
+def test_many_files_in_the_way_are_not_all_named(fails, tmp_path):
+    for i in range(12):
+        _picture(tmp_path / "in" / f"{i:02}.png")
+        _picture(tmp_path / "out" / f"{i:02}.jpg")
+    line = fails("detect", str(tmp_path / "in"), "--random-weights", "--out", str(tmp_path / "out"), status=2)
+    assert "09.jpg and 2 more are there already" in line
+
+
+def test_what_is_found_is_written_and_said_as_it_is_found(omniops, scripted, tmp_path, monkeypatch):
+    paths, out = [_picture(tmp_path / name) for name in ("a.png", "b.png")], tmp_path / "out"
+    read, said, seen = detect.read_picture, [], []
+
+    def read_after_the_first(path):
+        if path == paths[1]:
+            lines = (out / "detections.jsonl").read_text().splitlines()
+            seen.append((len(said), [json.loads(line)["file_name"] for line in lines], (out / "a.jpg").is_file()))
+        return read(path)
+
+    monkeypatch.setattr(detect, "read_picture", read_after_the_first)
+    monkeypatch.setattr(detect, "print_lines", lambda *lines, above=None: said.extend(lines))
+    assert _run(omniops, *paths, "--out", out).status == 0
+    assert seen == [(1, [paths[0].as_posix()] * 2, True)]
+    assert not (out / "detections.jsonl").exists()
+
+
+def test_random_weights_are_named(omniops, tmp_path):
+    result = _run(omniops, _picture(tmp_path / "a.png"), "--out", tmp_path / "out")
+    assert any("random weights: what it finds means nothing" in each for each in result.notes)
 
 
 def _gradient(dtype, peak):
@@ -341,8 +398,10 @@ def test_weights_that_are_missing_or_wrong(fails, tmp_path):
     assert "cannot fetch" in line
 
 
-@pytest.mark.parametrize("command", [("detect", "."), ("detect-eval", "--images", ".", "--annotations", "x.json")])
-def test_a_missing_package_is_named_before_the_work(fails, monkeypatch, command):
+@pytest.mark.parametrize("command", [("detect", "a.png"), ("detect-eval", "--images", ".", "--annotations", "x.json")])
+def test_a_missing_package_is_named_before_the_work(fails, monkeypatch, tmp_path, command):
+    _picture(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "omniops.detection.coco")
     monkeypatch.delattr(detection, "coco")
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)

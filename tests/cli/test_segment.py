@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import warnings
 from fractions import Fraction
@@ -19,8 +20,9 @@ pytest.importorskip("av", reason="needs PyAV")
 import av
 
 from omniops import sam2
-from omniops.cli import segment, segment_parts
+from omniops.cli import ending, outputs, segment, segment_parts, segment_video
 from omniops.cli.pictures import colour_of
+from omniops.drawing import VideoWriter
 from omniops.sam2 import mask_generator, rle, video_predictor
 from omniops.sam2.architectures import new
 
@@ -155,7 +157,7 @@ def test_one_click_takes_the_best_of_three_and_more_prompts_one_mask(omniops, sc
         ((*click, "--box", "1,2,30,20"), ([(1.5, 2)], [1], (1, 2, 30, 20), False)),
     ):
         scripted.clear()
-        assert _run(omniops, path, *prompts, "--out", out).status == 0
+        assert _run(omniops, path, *prompts, "--out", out, "--overwrite").status == 0
         pixels, asked = scripted
         assert np.array_equal(pixels, _pixels())
         assert asked == expected
@@ -190,7 +192,7 @@ def test_several_objects_are_numbered_in_one_picture(omniops, scripted, tmp_path
         assert picture.mode == "P"
         assert np.array_equal(np.array(picture), np.where(_half(30, 40, "left"), 7, 3))
         assert picture.convert("RGB").getpixel((0, 0)) == colour_of(7)
-    assert _run(omniops, path, "--point", "1,2#300", "--point", "1,2,1#2", "--out", out).status == 0
+    assert _run(omniops, path, "--point", "1,2#300", "--point", "1,2,1#2", "--out", out, "--overwrite").status == 0
     assert np.array_equal(np.array(Image.open(out)), _half(30, 40, "left") * np.uint16(300))
 
 
@@ -313,7 +315,7 @@ def tracker(monkeypatch, loaded):
                 yield frame, self.numbers, torch.from_numpy(masks)[:, None].float() - 0.5
 
     Tracker.calls, Tracker.at = [], {}
-    monkeypatch.setattr(video_predictor, "SAM2VideoPredictor", Tracker)
+    monkeypatch.setattr(segment_video, "SAM2VideoPredictor", Tracker)
     return Tracker
 
 
@@ -387,7 +389,7 @@ def test_without_x264_it_is_mpeg_4(tmp_path, monkeypatch):
     codecs = set()
     for available in (av.codecs_available, {"mpeg4"}):
         monkeypatch.setattr(av, "codecs_available", available)
-        writer = segment_parts.VideoWriter(tmp_path / "out.mp4", 30000 / 1001)
+        writer = VideoWriter(tmp_path / "out.mp4", fps=30000 / 1001)
         for i in range(5):
             writer.write(np.full((32, 48, 3), 50 * i, np.uint8))
         writer.close()
@@ -412,20 +414,22 @@ def test_a_file_is_what_is_in_it(omniops, tracker, scripted, tmp_path):
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (RuntimeError("out of memory\nlong story"), 1, "out of memory"),
-        (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (ending.Terminated(signal.SIGTERM), 143, "terminated"),
     ],
 )
 def test_what_was_found_is_kept_when_it_stops(omniops, tracker, tmp_path, first, happening, status, said):
     path, out = _video(tmp_path / "v.mp4"), tmp_path / "out.mp4"
     for where, frames in ((4, list(range(4))), (1, [0] if first == 0 else [2, 3])):
         tracker.at = {where: happening}
-        result = _run(omniops, path, "--point", f"1,2@{first}", "--out", out)
+        result = _run(omniops, path, "--point", f"1,2@{first}", "--out", out, "--overwrite")
         assert result.status == status
         kept = f"the masks of {len(frames)} of 6 frames were kept"
         assert result.err.strip().splitlines() == [f"omniops: error: {said}: {kept}"]
         assert [each["frame"] for each in _json(tmp_path / "out.json")] == frames
         assert len(_frames(out)) == len(frames)
         assert f"Wrote {out}" in result.out
+        assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_nothing_is_written_before_the_first_mask(omniops, tracker, tmp_path):
@@ -465,14 +469,37 @@ def test_a_video_that_breaks_off_keeps_its_masks(omniops, loaded, tmp_path):
 
 
 def test_a_disk_that_is_full_keeps_the_masks_that_are_known(omniops, tracker, tmp_path, monkeypatch):
-    def full(self, frame):
-        raise segment_parts.CommandError("cannot write out.mp4: No space left on device", status=1)
+    def full(self, frame, time=None):
+        raise OSError("cannot write out.mp4: No space left on device")
 
-    monkeypatch.setattr(segment_parts.VideoWriter, "write", full)
+    monkeypatch.setattr(VideoWriter, "write", full)
     result = _run(omniops, _video(tmp_path / "v.mp4"), "--point", "1,2", "--out", tmp_path / "out.mp4")
     assert result.status == 1
-    assert "No space left on device: the masks of 1 of 6 frames were kept" in result.err
+    assert "cannot write out.mp4: No space left on device: the masks of 1 of 6 frames were kept" in result.err
     assert len(_json(tmp_path / "out.json")) == 1
+
+
+def test_records_that_cannot_become_one_file_stay_as_lines(omniops, tracker, tmp_path, monkeypatch):
+    def full(path, value, overwrite, indent=None):
+        raise ending.CommandError(f"cannot write {path}: No space left on device", status=1)
+
+    monkeypatch.setattr(outputs, "write_json", full)
+    result = _run(omniops, _video(tmp_path / "v.mp4"), "--point", "1,2@3", "--out", tmp_path / "out.mp4")
+    assert (result.status, result.out) == (1, "")
+    (line,) = result.err.splitlines()
+    assert f"cannot write {tmp_path}/out.json: No space left on device; {tmp_path}/out.jsonl has what was found" in line
+    assert line.endswith("the masks of 6 of 6 frames were kept")
+    lines = [json.loads(each) for each in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [each["frame"] for each in lines] == [3, 2, 1, 0, 4, 5]  # as they were found
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_records_have_the_times_of_their_frames(omniops, tracker, tmp_path):
+    assert _run(omniops, _video(tmp_path / "v.mp4"), "--point", "1,2", "--out", tmp_path / "out.mp4").status == 0
+    assert [each["time"] for each in _json(tmp_path / "out.json")] == pytest.approx([i / 25 for i in range(6)])
+    _picture(tmp_path / "frames" / "1.png")
+    assert _run(omniops, tmp_path / "frames", "--point", "1,2", "--out", tmp_path / "folder.mp4").status == 0
+    assert "time" not in _json(tmp_path / "folder.json")[0]
 
 
 # Wrong use, all of it before the model is loaded.
@@ -506,6 +533,12 @@ def test_a_disk_that_is_full_keeps_the_masks_that_are_known(omniops, tracker, tm
         ),
         (("--point", "1,2", "--image-size", "100"), "--image-size must be a positive multiple of 32, got 100"),
         (("--point", "1,2", "--out", "masks.jpg"), "cannot write masks.jpg: what is made of PICTURE ends with .png"),
+        (("--point", "1,2", "--out", ".png"), "--out .png: a name is missing before .png"),
+        (("--point", "1,2", "--out", "/"), "cannot write /: what is made of PICTURE ends with .png"),
+        (("--point", "1,2", "--out", ""), "cannot write .: what is made of PICTURE ends with .png"),
+        (("--point", "inf,2"), "--point inf,2: it is outside"),
+        (("--box", "nan,2,3,4"), "--box nan,2,3,4: it is inside out"),
+        (("--box", "1,2,inf,4"), "--box 1,2,inf,4: it is outside"),
         (("--point", "1,2", "--device", "foo"), "unknown device 'foo'"),
         (
             ("--point", "1,2", "--random-weights", "--model", "x.pt"),
@@ -565,8 +598,48 @@ def test_an_input_is_never_overwritten(fails, never_loaded, tmp_path):
     before = {each: each.read_bytes() for each in (picture, video, overlay)}
     for source, out in ((picture, "a.png"), (picture, "link.png"), (overlay, "b.png"), (video, "v.mp4")):
         line = fails("segment", str(source), *point, str(tmp_path / out), status=2)
-        assert line.endswith("would be overwritten: --out must be another file")
+        assert line.endswith("would be overwritten: it is what is read, so --out must be another")
+        fails("segment", str(source), *point, str(tmp_path / out), "--overwrite", status=2)
     assert all(each.read_bytes() == content for each, content in before.items())
+
+
+@pytest.mark.parametrize(("name", "theirs"), [
+    ("p.png", ["out.png", "out.json", "out-overlay.jpg"]), ("v.mp4", ["out.mp4", "out.json", "out.jsonl"]),
+])  # fmt: skip
+def test_what_is_there_is_replaced_where_that_is_asked_for(omniops, fails, scripted, tracker, tmp_path, name, theirs):
+    path = _picture(tmp_path / name) if name == "p.png" else _video(tmp_path / name)
+    command = ("segment", str(path), "--point", "1,2", "--device", "cpu", "--out", str(tmp_path / theirs[0]))
+    for each in theirs:
+        (tmp_path / each).write_text("another's")
+        line = fails(*command, status=2)
+        assert line.endswith(f"{tmp_path / each} is there already: --overwrite replaces what is there")
+        assert (tmp_path / each).read_text() == "another's"
+        (tmp_path / each).unlink()
+    for each in theirs:
+        (tmp_path / each).symlink_to("nowhere")
+    assert all(each in fails(*command, status=2) for each in theirs)
+    for each in theirs:
+        (tmp_path / each).unlink()
+        (tmp_path / each).write_text("another's")
+    assert omniops(*command, "--overwrite").status == 0
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(
+        [name, *(each for each in theirs if not each.endswith(".jsonl"))]
+    )
+    assert len(_json(tmp_path / "out.json")) == (1 if name == "p.png" else 6)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_random_weights_show_something_soon_and_are_named(omniops, tmp_path, everything):
+    path, out = _picture(tmp_path / "a.png", (300, 200)), tmp_path / "out.png"
+    what = ("--everything",) if everything else ("--point", "1,2", "--image-size", "64")
+    result = _run(omniops, path, *what, "--random-weights", "--out", out)
+    assert (result.status, result.err) == (0, "")
+    assert any("random weights: its masks mean nothing" in each for each in result.notes)
+    if everything:
+        assert "masks of 16 points" in result.out
+        assert "The weights are random" in result.out
+        assert len(_json(tmp_path / "out.json")) > 0
+        assert np.array(Image.open(out)).any()
 
 
 def test_results_that_cannot_be_written_are_refused_before_the_work(fails, never_loaded, tmp_path):
@@ -620,7 +693,7 @@ def test_the_names_of_results_without_out(omniops, scripted, tracker, tmp_path, 
     assert _run(omniops, _picture(Path("in/a.png")), "--point", "1,2").status == 0
     assert _run(omniops, _video(Path("in/v.mp4")), "--point", "1,2").status == 0
     assert sorted(each.name for each in tmp_path.glob("*.*")) == [
-        "omniops-mask-overlay.jpg", "omniops-mask.json", "omniops-mask.mp4", "omniops-mask.png",
+        "omniops-mask-overlay.jpg", "omniops-mask.json", "omniops-mask.png", "omniops-video.json", "omniops-video.mp4",
     ]  # fmt: skip
 
 

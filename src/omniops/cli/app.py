@@ -1,56 +1,116 @@
-"""The commands together, and how each of them ends."""
+"""The commands together. Each is imported when it is called, so that help is there at once."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
+import rich  # noqa: F401  # which every command needs, and Typer's help would do without
 import typer
 from typer.core import TyperGroup
 
-from omniops.cli.bench import bench
-from omniops.cli.bench_sam2 import bench_sam2
-from omniops.cli.common import CommandError
-from omniops.cli.demo import demo
-from omniops.cli.detect import detect
-from omniops.cli.detect_eval import detect_eval
-from omniops.cli.doctor import doctor
-from omniops.cli.segment import segment
-from omniops.cli.selftest import selftest
+from omniops.cli import ending
 
 _BENCH_SAM2 = "bench sam2"
 
 
+class Command(NamedTuple):
+    """Where a command is, and the first line of its help."""
+
+    module: str
+    function: str
+    summary: str
+    hidden: bool = False
+
+
+COMMANDS = {
+    "doctor": Command(
+        "doctor", "doctor", "Show versions, devices, and the kernel that serves each operator on each device."
+    ),
+    "selftest": Command(
+        "selftest",
+        "selftest",
+        "Check operators and models, in every dtype, against the CPU in float64 or exact integers.",
+    ),
+    "bench": Command(
+        "bench",
+        "bench",
+        "Time every operator beside what you would call instead, and beside the time that moving its bytes takes.",
+    ),
+    "demo": Command(
+        "demo",
+        "demo",
+        "Train one small network three times on a photo, upsampling with nearest, bilinear and CARAFE, and compare.",
+    ),
+    "detect": Command(
+        "detect",
+        "detect",
+        "Find COCO's 80 kinds of objects in pictures: draw their boxes, masks, classes and scores, and write them "
+        "down.",
+    ),
+    "detect-eval": Command(
+        "detect_eval",
+        "detect_eval",
+        "Compute COCO's average precision and recall of boxes, and of masks where model and annotations have them.",
+    ),
+    "segment": Command(
+        "segment", "segment", "Cut objects out of a picture, or follow them through a video, with SAM 2."
+    ),
+    # omniops bench --help names it
+    _BENCH_SAM2: Command(
+        "bench_sam2",
+        "bench_sam2",
+        "Time SAM 2 on one device beside another: set_image, predict of one click, and the two together.",
+        hidden=True,
+    ),
+}
+
+
 class _Commands(TyperGroup):
-    """With a command of two words, beside the one that is called as the first of them."""
+    """Commands that are imported when they are called, one of them of two words."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Which command the arguments name, and what is left of them."""
         if " ".join(args[:2]) == _BENCH_SAM2:
             args = [_BENCH_SAM2, *args[2:]]
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name is None else _imported(name), rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; end here what Typer would end in its own ways."""
+        try:
+            return super().invoke(ctx)
+        except (ending.CommandError, KeyboardInterrupt, OSError) as error:
+            raise SystemExit(ending.told(error)) from None
 
 
-app = typer.Typer(
-    name="omniops",
-    cls=_Commands,
-    help="Vision operators on every device: what serves them here, whether they are right, how fast they are.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-for command in (doctor, selftest, bench, demo, detect, detect_eval, segment):
-    app.command()(command)
-app.command(_BENCH_SAM2, hidden=True)(bench_sam2)  # omniops bench --help names it
+def _app() -> typer.Typer:
+    return typer.Typer(
+        name="omniops",
+        cls=_Commands,
+        help="Vision operators on every device: what serves them here, whether they are right, how fast they are.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
 
 
-def run(arguments: Sequence[str] | None = None) -> None:
-    """Parse the arguments, run the command and exit: 0 done, 1 failed, 2 used wrongly, 130 interrupted."""
-    try:
-        app(args=None if arguments is None else list(arguments), prog_name="omniops")
-    except CommandError as error:
-        print(f"omniops: error: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except KeyboardInterrupt:
-        sys.exit(130)
+def _imported(name: str) -> Any:
+    command = COMMANDS[name]
+    function = getattr(import_module(f"omniops.cli.{command.module}"), command.function)
+    alone = _app()
+    alone.command(name)(function)
+    return typer.main.get_group(alone).commands[name]
+
+
+def _not_imported() -> None:
+    """In the place of a command until it is called."""
+
+
+def run_app(arguments: Sequence[str] | None = None) -> None:
+    """Parse the arguments, run the command and exit."""
+    app = _app()
+    for name, command in COMMANDS.items():
+        app.command(name, help=command.summary, hidden=command.hidden)(_not_imported)
+    app(args=None if arguments is None else list(arguments), prog_name="omniops")

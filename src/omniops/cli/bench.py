@@ -32,11 +32,10 @@ from omniops.cli.common import (
     dtype_name,
     output,
     progress,
-    require_picture_path,
     require_pictures,
-    require_writable,
 )
 from omniops.cli.doctor import installed, machine, serving, versions
+from omniops.cli.outputs import OverwriteOption, require_new, require_picture, write_json, writing
 from omniops.cli.timing import CALL, GRAPH
 
 PEERS = ("torchvision", "sam2", "opencv-python-headless", "opencv-python", "scipy")
@@ -97,6 +96,7 @@ def bench(
         float, typer.Option("--seconds", metavar="S", min=0.0, help="Time spent on each measurement.")
     ] = 0.5,
     quick: Annotated[bool, typer.Option("--quick", help="One tiny shape: does it run at all?")] = False,
+    overwrite: OverwriteOption = False,
     # The goals name an H200 and two CPU threads: benchmarks/ asks for them, on those machines.
     goals: Annotated[bool, typer.Option("--goals", hidden=True)] = False,
 ) -> None:
@@ -115,8 +115,8 @@ def bench(
     if operator is not None and operator not in cases:
         raise CommandError(f"unknown operator {operator!r}: there are {', '.join(cases)}")
     chosen = choose_device(device)
-    require_writable(json_file)
-    require_picture_path(plot)
+    require_picture("--plot", plot)
+    require_new([json_file, plot], overwrite, [] if beside is None else [beside])
     if plot is not None:
         require_pictures()
     others, origin = ([], "") if beside is None else _read(beside, devices.title(chosen))
@@ -148,11 +148,12 @@ def bench(
         "goals": [asdict(verdict) for verdict in verdicts],
     }
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, report, overwrite, indent=1)
     if plot is not None:
         from omniops.cli.bench_plot import draw
 
-        draw(results, f"{devices.title(chosen)}, torch {torch.__version__}, {report['date'][:10]}", origin, plot)
+        with writing(plot, overwrite) as part:
+            draw(results, f"{devices.title(chosen)}, torch {torch.__version__}, {report['date'][:10]}", origin, part)
 
 
 def circumstances(device: str, peers: Iterable[str]) -> dict[str, Any]:

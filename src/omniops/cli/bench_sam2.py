@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import tempfile
 import warnings
@@ -31,20 +30,20 @@ from omniops.cli.common import (
     choose_device,
     digits,
     dtype_name,
+    load_sam2,
     output,
     progress,
-    require_picture_path,
     require_pictures,
     require_sam2,
-    require_writable,
 )
+from omniops.cli.ending import reason, say
+from omniops.cli.outputs import OverwriteOption, require_new, require_picture, write_json, writing
 from omniops.cli.pictures import read_picture
 from omniops.cli.segment_parts import (
     ImageSizeOption,
     Precision,
     PrecisionOption,
     configuration,
-    line,
     require_image_size,
 )
 
@@ -180,6 +179,7 @@ def bench_sam2(
     ] = 2.0,
     json_file: JsonOption = None,
     plot: PlotOption = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Time SAM 2 on one device beside another: set_image, predict of one click, and the two together.
 
@@ -196,11 +196,13 @@ def bench_sam2(
     if video is None and (frames is not None or objects is not None):
         raise CommandError("--frames and --objects are of a video: name one by --video")
     require_image_size(image_size)
-    require_writable(json_file)
-    require_picture_path(plot)
+    require_picture("--plot", plot)
+    require_new([json_file, plot], overwrite, [each for each in (picture, video) if each is not None])
     if plot is not None:
         require_pictures()
     require_sam2()
+    say("loading SAM 2")
+    load_sam2()
     config = configuration(model)
     pixels = _noise() if picture is None else np.array(read_picture(picture))
     height, width = pixels.shape[:2]
@@ -247,9 +249,10 @@ def bench_sam2(
         "note": note,
     }
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, report, overwrite, indent=1)
     if plot is not None:
-        _draw(times, f"{what}, torch {torch.__version__}, {report['date'][:10]}", plot)
+        with writing(plot, overwrite) as part:
+            _draw(times, f"{what}, torch {torch.__version__}, {report['date'][:10]}", part)
 
 
 def _noise() -> NDArray[np.uint8]:
@@ -294,7 +297,7 @@ def _official(config: str, image_size: int | None) -> tuple[Any, str]:
             loaded.tqdm = functools.partial(loaded.tqdm, disable=True)  # type: ignore[attr-defined]
         return build(config, device="cpu", hydra_overrides_extra=overrides), ""
     except Exception as error:  # of many types, whatever is called sam2 there
-        return None, f"sam2 is installed but cannot be used, so omniops stands alone: {line(error)}"
+        return None, f"sam2 is installed but cannot be used, so omniops stands alone: {reason(error)}"
 
 
 def _contenders(
@@ -366,7 +369,7 @@ def _warmed_up(call: timing.Call, device: torch.device, seconds: float) -> str:
     try:
         timing.warm_up(call, device, seconds)
     except (RuntimeError, NotImplementedError) as error:
-        return line(error)
+        return reason(error)
     return ""
 
 

@@ -1,4 +1,7 @@
-"""What the commands share: errors, output, progress, and the options that several of them take."""
+"""What the commands share: output, progress, and the options that several of them take.
+
+PyTorch is imported when it is needed first, so that help and errors of use do not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
-from omniops import device as devices
+from omniops.cli.ending import CommandError as CommandError
+from omniops.cli.ending import say
+
+if TYPE_CHECKING:
+    import torch
 
 # The package's extras: what each installs, and the module that it is imported as.
 EXTRAS = {
@@ -25,14 +32,7 @@ EXTRAS = {
 
 # Outside a terminal rich would wrap tables at 80 columns, whatever reads them.
 _PIPED_WIDTH = 140
-
-
-class CommandError(Exception):
-    """Ends the command with one line: status 2 says that it was used wrongly, 1 that it failed."""
-
-    def __init__(self, message: str, status: int = 2) -> None:
-        super().__init__(message)
-        self.status = status
+_SECONDS_BETWEEN_NOTES = 10
 
 
 DEVICE_NAMES = "auto, cpu, cuda, cuda:1, mps, ..."
@@ -45,6 +45,10 @@ DeviceOption = Annotated[
 
 def choose_device(name: str | None) -> torch.device:
     """``omniops.device.pick``, its errors as the command's."""
+    import torch
+
+    from omniops import device as devices
+
     try:
         device = devices.pick("auto" if name is None else name)
     except ValueError as error:
@@ -64,22 +68,62 @@ def digits(number: float) -> str:
     return f"{number:#.3g}" if number < 99.95 else f"{number:.0f}"
 
 
+class _Output(Console):
+    """Which leaves it to ``ending`` what a closed pipe means."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 def output() -> Console:
     """Where results go: coloured and as wide as the terminal, plain in a pipe or a file."""
-    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return _Output(width=None if is_terminal else _PIPED_WIDTH, highlight=False)
+
+
+def print_lines(*lines: str, above: Progress | None = None) -> None:
+    """Results, as they are, and at once; in a terminal above a progress bar that is running."""
+    console = output()
+    in_the_way = above is not None and above.console.is_terminal and console.is_terminal
+    if above is not None and in_the_way:
+        above.stop()
+    for each in lines:
+        console.print(each, markup=False, soft_wrap=True)
+    if above is not None and in_the_way:
+        above.start()
 
 
 def progress(*columns: ProgressColumn) -> Progress:
-    """A progress bar, beside the results on stderr and gone at the end, with more columns if wanted."""
+    """A progress bar, beside the results on stderr and gone at the end, with more columns if wanted.
+
+    There is none where stderr is no terminal.
+    """
+    console = Console(stderr=True)
     return Progress(
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         *columns,
         TextColumn("{task.description}"),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
+
+
+class Heartbeat:
+    """In place of a progress bar that nobody sees: a note on stderr, at most every ten seconds."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._silent = bar.console.is_terminal
+        self._last = perf_counter()
+
+    def beat(self, text: str) -> None:
+        """Say how far it is, if it is time."""
+        now = perf_counter()
+        if not self._silent and now - self._last > _SECONDS_BETWEEN_NOTES:
+            self._last = now
+            say(text)
 
 
 def missing_packages(extra: str) -> list[str]:
@@ -92,6 +136,10 @@ def require_sam2() -> None:
     pillow = [package for package in missing_packages("pictures") if package == "pillow"]
     for package in [*missing_packages("sam2"), *pillow]:
         raise CommandError(f"SAM 2 needs {package}, which is not installed: pip install 'omniops[sam2]'", status=1)
+
+
+def load_sam2() -> None:
+    """Import what SAM 2 is made of, which takes seconds; raise where it is of a version that lacks something."""
     try:
         import omniops.sam2.architectures  # noqa: F401
     except ImportError as error:  # of another version, which lacks something
@@ -118,10 +166,3 @@ def require_writable(path: Path | None) -> None:
         raise CommandError(f"cannot write {path}: {error.strerror}") from None
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise CommandError(f"cannot write {path}: permission denied")
-
-
-def require_picture_path(path: Path | None) -> None:
-    """As ``require_writable``, and raise for a name whose ending is no picture format's."""
-    if path is not None and path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"):
-        raise CommandError(f"cannot write {path}: a picture's name ends with .png, .jpg, .pdf, .svg or .webp")
-    require_writable(path)

@@ -22,10 +22,10 @@ from omniops.cli.common import (
     choose_device,
     output,
     progress,
-    require_picture_path,
     require_pictures,
 )
 from omniops.cli.demo_parts import UPSAMPLERS, Box, Contestant, Network, centred, uncentred
+from omniops.cli.outputs import OverwriteOption, require_new, require_picture, writing
 from omniops.cli.pictures import read_picture
 
 CROP = 64
@@ -48,6 +48,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The picture to write.")] = Path(
         "omniops-demo.png"
     ),
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Train one small network three times on a photo, upsampling with nearest, bilinear and CARAFE, and compare.
 
@@ -57,7 +58,8 @@ def demo(
     Example: omniops demo holiday.jpg --steps 1000 --out holiday-demo.png
     """
     chosen = choose_device(device)
-    require_picture_path(out)
+    require_picture("--out", out)
+    require_new([out], overwrite, [] if photo is None else [photo])
     require_pictures()
     picture = _read(_sample() if photo is None else photo)
 
@@ -88,7 +90,8 @@ def demo(
 
     from omniops.cli.demo_picture import draw
 
-    draw(picture, held_out, truth, contestants, chosen, out)
+    with writing(out, overwrite) as part:
+        draw(picture, held_out, truth, contestants, chosen, part)
     console.print(f"Wrote {out}")
 
 

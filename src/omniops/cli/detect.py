@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+from unicodedata import normalize
 
-import numpy as np
 import typer
 from rich.markup import escape
-from torch import Tensor
 
-from omniops.cli.common import CommandError, DeviceOption, choose_device, output, progress, require_writable
+from omniops.cli.common import CommandError, DeviceOption, choose_device, print_lines, progress
 from omniops.cli.detect_parts import (
     Model,
     ModelOption,
@@ -26,10 +24,16 @@ from omniops.cli.detect_parts import (
     require_detection,
     require_weights,
 )
+from omniops.cli.ending import exit_status, say, stopped_by
+from omniops.cli.outputs import OverwriteOption, Records, lines_of, require_new, writing
 from omniops.cli.pictures import colour_of, find_pictures, read_picture
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
+    from torch import Tensor
+
+    from omniops.detection import CARAFERCNN
 
 RESULTS = "detections.json"
 LOWEST_SCORE = 0.05
@@ -48,83 +52,106 @@ def detect(
     threshold: Annotated[
         float, typer.Option("--threshold", metavar="T", min=0.0, max=1.0, help="The lowest score that is drawn.")
     ] = 0.5,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Find COCO's 80 kinds of objects in pictures: draw their boxes, masks, classes and scores, and write them down.
 
     DIR gets a .jpg of each picture, numbered where several have the same name, and detections.json: every detection
     that scores above 0.05, in COCO's results format and with its picture's file_name. Its image_id is the number that
     is the picture's name where all are named by different numbers, as COCO's are, or else counts the pictures from 1.
+    What is there already is not replaced without --overwrite, and what is read never is.
 
     A picture that cannot be read does not keep the others from being done: it is named at the end, with status 1.
-    Ctrl-C ends it with status 130, what was found so far written down.
+    Ctrl-C, or SIGTERM, ends it with what was found so far written down. Until the end that is in detections.jsonl, a
+    line of JSON for each detection, which stays there where the process is killed.
 
     Example: omniops detect street.jpg photos/ --weights coco --out found
     """
-    chosen = choose_device(device)
     require_weights(weights, random_weights)
-    require_detection()
     paths = find_pictures(images)
     targets = [out / name for name in _names(paths)]
-    inputs = {path.resolve() for path in paths}
-    for target in targets:
-        if target.resolve() in inputs:
-            raise CommandError(f"{target} would be overwritten: --out must be another folder")
-    results_path = out / RESULTS
-    require_writable(results_path)
+    results = out / RESULTS
+    require_new([*targets, results, lines_of(results)], overwrite, paths)
+    say("loading PyTorch and torchvision")
+    chosen = choose_device(device)
+    require_detection()
     detector = load_detector(model, weights, chosen, box_score_thresh=min(LOWEST_SCORE, threshold))
+    say(f"looking at {len(paths)} pictures" if len(paths) > 1 else f"looking at {paths[0]}")
 
-    from omniops.detection import COCO_CATEGORIES, coco
-
-    results, lines, bad, interrupted = [], [], {}, False
+    work = _Work(detector, chosen, threshold, overwrite, Records(results, overwrite))
+    stopped: BaseException | None = None
     try:
         with progress() as bar:
             task = bar.add_task("", total=len(paths))
             for path, image_id, target in zip(paths, _ids(paths), targets, strict=True):
                 bar.update(task, description=escape(path.name))
-                try:
-                    picture = read_picture(path)
-                    found = detect_objects(detector, picture, chosen)
-                    results += [{**each, "file_name": path.as_posix()} for each in coco.to_results(found, image_id)]
-                    shown = {name: value[found["scores"] >= threshold] for name, value in found.items()}
-                    classes = [COCO_CATEGORIES[label] for label in shown["labels"].tolist()]
-                    _save(_draw(picture, shown, classes), target)
-                    counts = ", ".join(f"{count} {name}" for name, count in Counter(classes).most_common())
-                    lines.append(f"{path} -> {target}: {counts or f'nothing that scores {threshold:g}'}")
-                except CommandError as error:
-                    bad[path] = str(error)
+                said = work.done(path, image_id, target)
+                if said:
+                    print_lines(said, above=bar)
                 bar.advance(task)
-    except KeyboardInterrupt:  # what was found so far is kept
-        interrupted = True
-    try:
-        results_path.write_text(json.dumps(results) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"cannot write {results_path}: {error.strerror}", status=1) from None
-
-    console = output()
-    for line in [*lines, f"Wrote {len(results)} detections in {len(lines)} pictures to {results_path}"]:
-        console.print(line, markup=False, soft_wrap=True)
-    if interrupted:
-        print(*bad.values(), sep="\n", end="\n" if bad else "", file=sys.stderr)
-        raise CommandError(f"interrupted: {len(lines)} of {len(paths)} images were done", status=130)
-    fail_for(bad, len(paths))
+    except (KeyboardInterrupt, OSError, CommandError) as error:  # what was found so far is kept
+        stopped = error
+    work.records.finish(work.found)
+    done = f"{work.pictures} of {len(paths)} images were done"
+    if isinstance(stopped, OSError):  # of the output, which nobody reads or nothing takes
+        raise stopped
+    print_lines(f"Wrote {len(work.found)} detections in {work.pictures} pictures to {results}")
+    if stopped is not None:
+        print(*work.bad.values(), sep="\n", end="\n" if work.bad else "", file=sys.stderr)
+        raise CommandError(f"{stopped_by(stopped)}: {done}", exit_status(stopped))
+    fail_for(work.bad, len(paths))
 
 
-def _save(picture: Image, path: Path) -> None:
-    try:
-        picture.save(path, quality=90)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"cannot write {path}: {error}") from None
+class _Work:
+    """The pictures that are done, and what was found on them."""
+
+    def __init__(
+        self, detector: CARAFERCNN, device: torch.device, threshold: float, overwrite: bool, records: Records
+    ) -> None:
+        self._detector, self._device, self._threshold, self._overwrite = detector, device, threshold, overwrite
+        self.records = records
+        self.found: list[dict[str, Any]] = []
+        self.bad: dict[Path, str] = {}
+        self.pictures = 0
+
+    def done(self, path: Path, image_id: int, target: Path) -> str:
+        """Find what is on a picture and write both: what is to be said of it, or nothing where it is bad."""
+        from omniops.detection import COCO_CATEGORIES, coco
+
+        try:
+            picture = read_picture(path)
+            found = detect_objects(self._detector, picture, self._device)
+            records = [{**each, "file_name": path.as_posix()} for each in coco.to_results(found, image_id)]
+            shown = {name: value[found["scores"] >= self._threshold] for name, value in found.items()}
+        except CommandError as error:
+            self.bad[path] = str(error)
+            return ""
+        self.records.add(records)  # whatever keeps them from the disk ends the work
+        self.found += records
+        classes = [COCO_CATEGORIES[label] for label in shown["labels"].tolist()]
+        try:
+            with writing(target, self._overwrite) as part:
+                _draw(picture, shown, classes).save(part, format="JPEG", quality=90)
+        except CommandError as error:
+            self.bad[path] = str(error)
+            return ""
+        self.pictures += 1
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(classes).most_common())
+        return f"{path} -> {target}: {counts or f'nothing that scores {self._threshold:g}'}"
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """What each picture is called in the folder that is written to; some file systems tell no A from a."""
+    """What each picture is called in the folder that is written to.
+
+    Some file systems tell neither A from a nor é from e with an accent.
+    """
     names: dict[str, str] = {}
     for path in paths:
         name, number = f"{path.stem}.jpg", 1
-        while name.casefold() in names:
+        while (key := normalize("NFC", name).casefold()) in names:
             number += 1
             name = f"{path.stem}-{number}.jpg"
-        names[name.casefold()] = name
+        names[key] = name
     return list(names.values())
 
 
@@ -136,6 +163,7 @@ def _ids(paths: Sequence[Path]) -> list[int]:
 
 def _draw(picture: Image, found: dict[str, Tensor], classes: Sequence[str]) -> Image:
     """The picture with everything found drawn on it, the surest on top."""
+    import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
     colours = [colour_of(label) for label in found["labels"].tolist()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from omniops import device as devices
-from omniops.cli.common import CommandError, DeviceOption, choose_device, output, progress, require_writable
+from omniops.cli.common import CommandError, DeviceOption, choose_device, output, progress
 from omniops.cli.detect_parts import (
     Model,
     ModelOption,
@@ -28,6 +27,7 @@ from omniops.cli.detect_parts import (
     require_weights,
 )
 from omniops.cli.doctor import versions
+from omniops.cli.outputs import OverwriteOption, require_new, write_json
 from omniops.cli.pictures import read_picture
 
 
@@ -41,6 +41,7 @@ def detect_eval(
     random_weights: RandomWeightsOption = False,
     device: DeviceOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Compute COCO's average precision and recall of boxes, and of masks where model and annotations have them.
 
@@ -55,8 +56,9 @@ def detect_eval(
     distributed = dist.is_available() and dist.is_torchelastic_launched()
     chosen = _choose_device(device, distributed)
     require_weights(weights, random_weights)
+    if os.environ.get("RANK", "0") == "0":  # another process may be slower than the first one is
+        require_new([json_file], overwrite, [annotations])
     require_detection()
-    require_writable(json_file)
     if not images.is_dir():
         raise CommandError(f"no such folder: {images}")
 
@@ -143,7 +145,7 @@ def detect_eval(
             "versions": versions(),
             **figures,
         }
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, report, overwrite, indent=1)
     fail_for(bad, len(entries))
 
 

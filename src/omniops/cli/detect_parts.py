@@ -8,15 +8,15 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import torch
 import typer
-from torch import Tensor
 
 from omniops.cli.common import CommandError
+from omniops.cli.ending import reason, say
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
+    from torch import Tensor
 
     from omniops.detection import CARAFERCNN
 
@@ -73,8 +73,11 @@ def load_detector(
 
     ``classes`` says in an error what the model is for.
     """
+    import torch
+
     from omniops import detection
 
+    say(f"loading {model.value}" + (", with random weights: what it finds means nothing" if weights is None else ""))
     build = {
         Model.MASK: detection.mask_rcnn_resnet50_fpn_carafe,
         Model.FASTER: detection.faster_rcnn_resnet50_fpn_carafe,
@@ -86,7 +89,12 @@ def load_detector(
         raise CommandError(str(error)) from None
     except ValueError as error:
         raise CommandError(f"{error} (--model is {model.value}, here for {classes})", status=1) from None
-    except (OSError, ImportError) as error:
+    except ConnectionError as error:  # said by us, with what to do
+        raise CommandError(str(error), status=1) from None
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        raise CommandError(f"{place}{reason(error)}", status=1) from None
+    except ImportError as error:
         raise CommandError(str(error), status=1) from None
     detector.eval().to(device)
     return detector
@@ -94,14 +102,17 @@ def load_detector(
 
 def detect_objects(detector: CARAFERCNN, picture: Image, device: torch.device) -> dict[str, Tensor]:
     """The detections in a picture, on the CPU."""
+    import numpy as np
+    import torch
+
     image = torch.from_numpy(np.array(picture)).to(device).permute(2, 0, 1) / 255
     try:
         with torch.inference_mode():
             (detections,) = detector([image])
             found = {name: value.cpu() for name, value in detections.items()}
     except (RuntimeError, ValueError) as error:  # RuntimeError: no memory, on the CPU too
-        line = str(error).partition("\n")[0]
-        raise CommandError(f"a picture of {picture.width} x {picture.height} pixels: {line}", status=1) from None
+        size = f"a picture of {picture.width} x {picture.height} pixels"
+        raise CommandError(f"{size}: {reason(error)}", status=1) from None
     if not (found["boxes"].isfinite().all() and found["scores"].isfinite().all()):
         raise CommandError(
             "the detections are no finite numbers: are the weights damaged, or another model's?", status=1

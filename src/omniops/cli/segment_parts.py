@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from numpy.typing import NDArray
 
-from omniops.cli.common import CommandError
+from omniops.cli.common import CommandError, dtype_name
+from omniops.cli.ending import reason
 from omniops.cli.pictures import colour_of
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
     from transformers import Sam2VideoModel
 
+Record = dict[str, Any]
 Mask = NDArray[np.bool_]
 """(H, W)"""
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 
-_FOLDERS_RATE = Fraction(24)
 _MOST_IN_A_BYTE = 255
 _GREEN, _RED = (40, 200, 80), (230, 50, 50)
+NOT_FINITE = "the scores or masks are no finite numbers: are the weights damaged, or another model's?"
 
 
 class Precision(str, Enum):
@@ -84,6 +85,19 @@ class Written:
     def wrong(self, why: str) -> CommandError:
         """The error that says so."""
         return CommandError(f"{self.option} {self.text}: {why}")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the command was asked for."""
+
+    source: Path
+    written: list[Written]
+    load: Callable[[], Sam2VideoModel]
+    """The model, loaded when it is called."""
+    out: Path
+    overwrite: bool
+    random_weights: bool
 
 
 def parse(points: Iterable[str], boxes: Iterable[str]) -> list[Written]:
@@ -170,16 +184,12 @@ def is_picture(path: Path) -> bool:
         return True
 
 
-def require_not_input(target: Path, path: Path) -> None:
-    """Raise where writing would overwrite what is read."""
-    if target.exists() and target.samefile(path):
-        raise CommandError(f"{target} would be overwritten: --out must be another file")
-
-
 def load_model(
     model: str, random_weights: bool, device: torch.device, precision: Precision, image_size: int | None
 ) -> Sam2VideoModel:
     """The model on the device; its random weights are from a fixed seed."""
+    import torch
+
     from omniops import sam2
 
     try:
@@ -190,7 +200,7 @@ def load_model(
     except FileNotFoundError as error:
         raise CommandError(str(error)) from None
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: no memory
-        raise CommandError(line(error), status=1) from None
+        raise CommandError(reason(error), status=1) from None
 
 
 def configuration(size: str) -> str:
@@ -208,9 +218,32 @@ def require_image_size(image_size: int | None) -> None:
         raise CommandError(f"--image-size must be a positive multiple of 32, got {image_size}")
 
 
-def line(error: BaseException) -> str:
-    """The first of what an error says: of PyTorch's the rest is for its developers."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def as_record(number: int, mask: Mask) -> Record:
+    """The mask of an object as COCO's run lengths."""
+    from omniops.sam2 import rle
+
+    return {"id": number, "segmentation": rle.encode(mask), "area": int(mask.sum())}
+
+
+def largest_first(records: Iterable[Record]) -> list[Record]:
+    """So that none is hidden by what it lies in when they are drawn."""
+    return sorted(records, key=lambda each: -int(each["area"]))
+
+
+def masks_of(records: Iterable[Record]) -> Iterator[Mask]:
+    """One at a time, for all of them may be more than there is memory."""
+    from omniops.sam2 import rle
+
+    return (rle.decode(each["segmentation"]) for each in records)
+
+
+def where(model: Sam2VideoModel) -> str:
+    """The device in words, and what is computed in."""
+    import torch
+
+    from omniops import device as devices
+
+    return f"{devices.title(torch.device(model.device))}, {dtype_name(model.vision_encoder.dtype)}"
 
 
 def paint(pixels: NDArray[np.uint8], masks: Iterable[tuple[int, Mask]]) -> None:
@@ -251,54 +284,3 @@ def as_picture(numbers: Sequence[int], masks: Iterable[Mask], height: int, width
     if len(numbers) > 1 and highest <= _MOST_IN_A_BYTE:
         picture.putpalette(bytes([0, 0, 0, *(value for i in range(1, highest + 1) for value in colour_of(i))]))
     return picture
-
-
-class VideoWriter:
-    """Frames of one size as a video: H.264, or MPEG-4 where FFmpeg came without x264.
-
-    The file is there once the first frame has come. Sides become even, as these codecs want them: the last row or
-    column is repeated.
-    """
-
-    def __init__(self, path: Path, fps: float | None) -> None:
-        self._path = path
-        self._rate = _FOLDERS_RATE if fps is None else Fraction(fps).limit_denominator(1001)
-        self._container: Any = None
-
-    def write(self, frame: NDArray[np.uint8]) -> None:
-        """Append (H, W, 3), RGB."""
-        import av
-
-        height, width = frame.shape[:2]
-        even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        try:
-            if self._container is None:
-                self._open(*even.shape[:2])
-            self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
-        except av.FFmpegError as error:
-            raise CommandError(f"cannot write {self._path}: {error}", status=1) from None
-
-    def close(self) -> None:
-        """Write what the encoder still holds, and the end."""
-        import av
-
-        if self._container is None:
-            return
-        try:
-            self._container.mux(self._stream.encode(None))
-            self._container.close()
-        except av.FFmpegError as error:
-            raise CommandError(f"cannot write {self._path}: {error}", status=1) from None
-
-    def _open(self, height: int, width: int) -> None:
-        import av
-
-        self._container = av.open(str(self._path), "w")
-        has_x264 = "libx264" in av.codecs_available
-        self._stream = self._container.add_stream("libx264" if has_x264 else "mpeg4", rate=self._rate)
-        self._stream.height, self._stream.width = height, width
-        self._stream.pix_fmt = "yuv420p"
-        if has_x264:
-            self._stream.options = {"preset": "veryfast"}
-        else:  # whose default is far too little
-            self._stream.bit_rate = int(height * width * self._rate / 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,9 +31,9 @@ from omniops.cli.common import (
     dtype_name,
     output,
     progress,
-    require_writable,
 )
 from omniops.cli.doctor import facts, machine, serving, versions
+from omniops.cli.outputs import OverwriteOption, require_new, write_json
 from omniops.cli.selftest_models import Model, models
 from omniops.cli.selftest_outcomes import Outcome, examine, raised_by_cpu
 from omniops.cli.selftest_stages import first_line
@@ -165,6 +164,7 @@ def selftest(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything there, to attach to a report.")
     ] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Check operators and models, in every dtype, against the CPU in float64 or exact integers.
 
@@ -180,7 +180,7 @@ def selftest(
     Example: omniops selftest --device mps --json selftest.json
     """
     cases, chosen_models = _chosen(only, image_size)
-    require_writable(json_file)
+    require_new([json_file], overwrite)
     report = Report(devices.found() if device is None else [choose_device(device)])
     _say_where_it_dies()
     console = output()
@@ -330,11 +330,10 @@ def _table(report: Report) -> Table:
 def _write(report: Report, path: Path | None) -> str:
     """Why the file cannot be written; empty where it was, or none is wanted."""
     if path is not None:
-        text = json.dumps(_plain(report.as_json()), indent=1) + "\n"
         try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:  # what else there is to find is worth more than the file
-            return f"cannot write {path}: {error.strerror}"
+            write_json(path, _plain(report.as_json()), overwrite=True, indent=1)  # that of the part before
+        except CommandError as error:  # what else there is to find is worth more than the file
+            return str(error)
     return ""
 
 

@@ -1,0 +1,158 @@
+"""How the command ends: an error is one line, a signal keeps what was found, and nobody need read the output.
+
+Only the standard library is imported here, because all else may be interrupted while it is imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+INTERRUPTED = 130
+_UNREAD = 128 + 13
+"""What a shell reports of a process that SIGPIPE ended, which Python ignores."""
+
+
+class CommandError(Exception):
+    """Ends the command with one line: status 2 says that it was used wrongly, 1 that it failed."""
+
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was told to end, by SIGTERM, or by SIGHUP where its terminal was closed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+def exit_status(stopped: BaseException) -> int:
+    """130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP; else 1."""
+    if isinstance(stopped, KeyboardInterrupt):
+        return getattr(stopped, "status", INTERRUPTED)
+    return 1
+
+
+def stopped_by(error: BaseException) -> str:
+    """What ended the work: a signal, or the reason that an error gives."""
+    if isinstance(error, KeyboardInterrupt):
+        return "terminated" if isinstance(error, Terminated) else "interrupted"
+    return reason(error)
+
+
+def status_of(call: Callable[[], object]) -> int:
+    """Call what may exit or raise, write its output to the end, say on stderr what went wrong: the exit status."""
+    try:
+        try:
+            call()
+            status = 0
+        except SystemExit as ended:
+            status = _status(ended)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BaseException as error:
+        return told(error)
+
+
+def told(error: BaseException) -> int:
+    """Say on stderr what ended the command, in one line where it is no fault of this package: the exit status."""
+    if isinstance(error, BrokenPipeError):  # as of ``| head -1``
+        _forget_output()
+        return _UNREAD
+    if isinstance(error, KeyboardInterrupt):
+        say(f"error: {stopped_by(error)}")
+        return exit_status(error)
+    if isinstance(error, CommandError):
+        say(f"error: {error}")
+        return error.status
+    if isinstance(error, OSError):
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG):
+            _forget_output()
+            say(f"error: cannot write the output: {reason(error)}")
+        else:
+            place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+            say(f"error: {place}{reason(error)}")
+        return 1
+    if _is_memory(error):
+        say(f"error: not enough memory: {reason(error)}")
+        return 1
+    name = type(error).__name__
+    say(f"error: a fault of omniops, please report it with what follows: {name}: {reason(error)}")
+    with suppress(OSError, ValueError):
+        traceback.print_exception(error)
+    return 1
+
+
+def reason(error: BaseException) -> str:
+    """What an error says in one line, without the number that an operating system or a library gives it."""
+    if isinstance(error, OSError) and error.strerror:
+        return str(error.strerror).partition("\n")[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def say(text: str) -> None:
+    """A line on stderr, at once, whatever stderr is."""
+    with suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            print(f"omniops: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Meanwhile SIGTERM and SIGHUP raise ``Terminated``, in the main thread, unless somebody else minds them."""
+    before = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            with suppress(ValueError):  # in another thread
+                before[number] = signal.signal(number, _terminate)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def write_any_name() -> None:
+    """Have stdout take names that its encoding has no letters for, as stderr does."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated(number)
+
+
+def _status(ended: SystemExit) -> int:
+    if isinstance(ended.code, str):
+        say(ended.code)
+        return 1
+    return int(ended.code or 0)
+
+
+def _forget_output() -> None:
+    """So that what is still buffered is not written, and complained of, when Python ends."""
+    with suppress(OSError, ValueError, AttributeError):
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, sys.stdout.fileno())
+        os.close(sink)
+
+
+def _is_memory(error: BaseException) -> bool:
+    """Of PyTorch's own types too, which are not imported here."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
+    )
