@@ -4,6 +4,7 @@ from omniops import nn
 from omniops.dropin import disable, enable
 from omniops.nn import (
     CARAFE,
+    CARAFEDownsamplePack,
     CARAFENaive,
     CARAFEPack,
     DeformConv2d,
@@ -13,10 +14,11 @@ from omniops.nn import (
 )
 from omniops.ops.carafe import carafe, carafe_downsample, carafe_naive
 from omniops.ops.connected_components import connected_components, fill_holes, remove_small_components
-from omniops.ops.deform_conv2d import deform_conv2d
+from omniops.ops.deform_conv2d import deform_conv2d, modulated_deform_conv2d
 
 __all__ = [
     "CARAFE",
+    "CARAFEDownsamplePack",
     "CARAFENaive",
     "CARAFEPack",
     "DeformConv2d",
@@ -31,6 +33,7 @@ __all__ = [
     "disable",
     "enable",
     "fill_holes",
+    "modulated_deform_conv2d",
     "nn",
     "remove_small_components",
 ]

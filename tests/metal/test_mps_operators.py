@@ -113,11 +113,16 @@ def test_connected_components(rules):
 
 MODULES = {
     "CARAFEPack": lambda: nn.CARAFEPack(256, scale_factor=2),
+    "CARAFEDownsamplePack": lambda: nn.CARAFEDownsamplePack(256, stride=2),
     "DeformConv2dPack": lambda: nn.DeformConv2dPack(256, 256, 3, padding=1),
+    "DeformConv2dPack, same, even": lambda: nn.DeformConv2dPack(256, 256, 4, padding="same"),
     "ModulatedDeformConv2d": lambda: nn.ModulatedDeformConv2d(256, 256, 3, padding=1),
+    "ModulatedDeformConv2d, same, even": lambda: nn.ModulatedDeformConv2d(256, 256, (3, 2), padding="same"),
+    "ModulatedDeformConv2dPack": lambda: nn.ModulatedDeformConv2dPack(256, 256, 3, padding=1),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 @layouts
 def test_modules(rules, module, layout):
@@ -127,6 +132,14 @@ def test_modules(rules, module, layout):
     with torch.inference_mode(), torch.autocast("mps", dtype=torch.float16):
         result = module().to(rules)(torch.empty(2, 256, 100, 152, device=rules, memory_format=layout))
     assert result.dtype == torch.float16
+
+
+@layouts
+def test_modulated_deform_conv2d_with_offset_and_mask(rules, layout):
+    made = nn.ModulatedDeformConv2d(256, 256, 3, padding="same").to("meta")
+    x = leaf(2, 256, 100, 152, dtype=torch.float32, layout=layout)
+    offset, mask = leaf(2, 18, 100, 152, dtype=torch.float32), leaf(2, 9, 100, 152, dtype=torch.float32)
+    differentiate(made(x, offset, mask), x, offset, mask, made.weight, made.bias)
 
 
 @pytest.mark.parametrize("neck", [nn.FPNCarafe, nn.PAFPNCarafe])

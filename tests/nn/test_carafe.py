@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,13 @@ def test_pack_takes_the_other_names_by_keyword():
         ({"channels": 0}, ValueError, "channels must be at least 1, got 0"),
         ({"scale_factor": 0}, ValueError, "scale_factor must be at least 1, got 0"),
         ({"scale_factor": -2}, ValueError, "scale_factor must be at least 1, got -2"),
-        ({"scale_factor": 2.0}, TypeError, "scale_factor must be an int, got float"),
+        ({"scale_factor": 2.5}, ValueError, "scale_factor must be a whole number, got 2.5"),
+        ({"scale_factor": np.float32(1.5)}, ValueError, "scale_factor must be a whole number, got 1.5"),
+        ({"scale_factor": float("nan")}, ValueError, "scale_factor must be a whole number, got nan"),
+        ({"scale_factor": float("inf")}, ValueError, "scale_factor must be a whole number, got inf"),
+        ({"scale_factor": 0.0}, ValueError, "scale_factor must be at least 1, got 0"),
+        ({"scale_factor": (2, 2)}, TypeError, "scale_factor must be an int, got tuple"),
+        ({"channels": 8.0}, TypeError, "channels must be an int, got float"),
     ],
 )
 def test_pack_refuses(arguments, error, message):
@@ -178,3 +185,111 @@ def test_pack_learns_nothing_from_an_empty_batch():
     result.sum().backward()
     assert x.grad.shape == x.shape
     assert all(not parameter.grad.any() for parameter in pack.parameters())
+
+
+@pytest.mark.parametrize("whole", [2.0, np.float32(2), np.float64(2)])
+def test_packs_take_a_whole_float_for_a_factor(whole):
+    """As ``nn.Upsample`` does, whose factors are floats."""
+    pack = omniops.CARAFEPack(4, whole)
+    assert type(pack.scale_factor) is int
+    assert pack(torch.randn(1, 4, 3, 5)).shape == (1, 4, 6, 10)
+    downsample = omniops.CARAFEDownsamplePack(4, whole)
+    assert type(downsample.stride) is int
+    assert downsample(torch.randn(1, 4, 3, 5)).shape == (1, 4, 2, 3)
+
+
+def test_downsample_pack_is_the_formula_of_the_paper():
+    """compress, encode with the stride of the downsampling, softmax over the kernel, reassemble; here with unfold."""
+    torch.manual_seed(0)
+    pack = omniops.CARAFEDownsamplePack(
+        6, 3, kernel_size=3, group_size=2, encoder_kernel=5, encoder_dilation=2, compressed_channels=4
+    )
+    torch.nn.init.normal_(pack.content_encoder.weight)
+    x = torch.randn(2, 6, 7, 9)
+    encoded = F.conv2d(
+        F.conv2d(x, pack.channel_compressor.weight, pack.channel_compressor.bias),
+        pack.content_encoder.weight, pack.content_encoder.bias, stride=3, padding=4, dilation=2,
+    )  # fmt: skip
+    masks = encoded.view(2, 2, 9, 3, 3).softmax(2)
+    patches = F.unfold(x, 3, padding=1, stride=3).view(2, 2, 3, 9, 3, 3)
+    expected = torch.einsum("ngckyx,ngkyx->ngcyx", patches, masks).flatten(1, 2)
+    torch.testing.assert_close(pack(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_downsample_pack_begins_as_the_mean_of_each_kernel():
+    torch.manual_seed(0)
+    pack = omniops.CARAFEDownsamplePack(8, 2)
+    assert {name: tuple(value.shape) for name, value in pack.state_dict().items()} == {
+        "channel_compressor.weight": (64, 8, 1, 1),
+        "channel_compressor.bias": (64,),
+        "content_encoder.weight": (25, 64, 3, 3),
+        "content_encoder.bias": (25,),
+    }
+    assert pack.content_encoder.weight.std().item() == pytest.approx(0.001, rel=0.05)
+    assert not pack.content_encoder.bias.any()
+    x = torch.randn(1, 8, 12, 11)
+    torch.testing.assert_close(pack(x), F.avg_pool2d(x, 5, 2, 2), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 1)])
+def test_downsample_pack_learns_and_compiles(size):
+    torch.manual_seed(0)
+    pack, x = omniops.CARAFEDownsamplePack(4, 2, group_size=2, compressed_channels=8), torch.randn(2, 4, *size)
+    result = pack(x)
+    assert result.shape == (2, 4, (size[0] + 1) // 2, (size[1] + 1) // 2)
+    result.square().sum().backward()
+    assert pack.channel_compressor.weight.grad.any()
+    torch.testing.assert_close(torch.compile(pack, fullgraph=True)(x), result, rtol=1e-4, atol=1e-5)
+    x = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(pack.to(memory_format=torch.channels_last)(x), result, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pack(x).dtype == torch.bfloat16
+
+
+def test_downsample_pack_takes_an_empty_batch():
+    pack = omniops.CARAFEDownsamplePack(4, 2)
+    result = pack(torch.zeros(0, 4, 5, 6))
+    assert result.shape == (0, 4, 3, 3)
+    result.sum().backward()
+    assert not pack.content_encoder.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"channels": 0}, ValueError, "channels must be at least 1, got 0"),
+        ({"stride": 1.5}, ValueError, "stride must be a whole number, got 1.5"),
+        ({"stride": "2"}, TypeError, "stride must be an int, got str"),
+        ({"kernel_size": 4}, ValueError, "kernel_size must be odd, got 4"),
+        ({"group_size": 3}, ValueError, "group_size must divide the 8 channels, got 3"),
+        ({"encoder_kernel": 2}, ValueError, "encoder_kernel must be odd, got 2"),
+        ({"encoder_dilation": 0}, ValueError, "encoder_dilation must be at least 1, got 0"),
+        ({"compressed_channels": 4.0}, TypeError, "compressed_channels must be an int, got float"),
+    ],
+)
+def test_downsample_pack_refuses(arguments, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        omniops.CARAFEDownsamplePack(**{"channels": 8, "stride": 2, **arguments})
+    with pytest.raises(ValueError, match=r"^x must have 4 dimensions \(N, C, H, W\), got shape \(8, 4, 4\)$"):
+        omniops.CARAFEDownsamplePack(8, 2)(torch.zeros(8, 4, 4))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.array, torch.tensor])
+def test_sizes_may_be_numpys_integers(kind):
+    """What has ``__index__``, as for ``torch.nn.Conv2d``; attributes are ints."""
+    for name, numbers in (
+        ("CARAFE", (3, 1, 2)),
+        ("CARAFEPack", (4, 2, 3, 2, 3, 1, 8)),
+        ("CARAFEDownsamplePack", (4, 2, 3, 2, 3, 1, 8)),
+    ):
+        module, usual = (getattr(omniops, name)(*map(of, numbers)) for of in (kind, int))
+        assert repr(module) == repr(usual)
+        for attribute, value in vars(usual).items():
+            if not attribute.startswith("_") and attribute != "training":
+                assert getattr(module, attribute) == value
+                assert type(getattr(module, attribute)) is int
+        if name != "CARAFE":
+            compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+            assert compiled(torch.randn(1, 4, 5, 5)).shape == usual(torch.randn(1, 4, 5, 5)).shape
+    pack = omniops.CARAFEPack(4, 2, kernel_size=kind(3), group_size=kind(2))
+    assert (type(pack.up_kernel), type(pack.up_group)) == (int, int)

@@ -1,6 +1,10 @@
 """The modules: torchvision's and mmcv's parameters, initialisation and formulas."""
 
+import copy
 import math
+import pickle
+from collections import OrderedDict
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,7 +13,9 @@ import torch.nn.functional as F
 import omniops
 from omniops.backends.reference import deform_conv2d as reference
 
-PACKS = pytest.mark.parametrize("pack", [omniops.DeformConv2dPack, omniops.ModulatedDeformConv2d])
+PACKS = pytest.mark.parametrize(
+    "pack", [omniops.DeformConv2dPack, omniops.ModulatedDeformConv2d, omniops.ModulatedDeformConv2dPack]
+)
 # A kernel, stride, padding and dilation of which no two numbers are alike where they may differ.
 SIZES = {"kernel_size": (3, 2), "stride": (1, 2), "padding": (2, 1), "dilation": (1, 3)}
 NUMBERS = [SIZES[name] for name in ("stride", "padding", "dilation")]
@@ -128,8 +134,12 @@ def test_packs_load_what_mmcv_saved_before_its_version_2(pack):
         assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
     # None but that name, and none from version 2 on, nor in the place of the new one.
     missing = ["1.conv2.conv_offset.weight", "1.conv2.conv_offset.bias"]
+    may_lack = pack is omniops.ModulatedDeformConv2d
     for state in (old(2), old(1, "1.conv2.offset"), old(1, "1.conv2._offset"), old(1, "conv2_offset")):
-        assert load_as_mmengine_does(model(1), state) == missing
+        loaded, before = model(1), model(1).state_dict()
+        assert load_as_mmengine_does(loaded, state) == ([] if may_lack else missing)
+        for name in missing:
+            assert torch.equal(loaded.state_dict()[name], before[name])
     both, loaded = old(1), model(1)
     both.update({name: expected[name] * 2 for name in missing})
     assert not load_as_mmengine_does(loaded, both)
@@ -137,6 +147,31 @@ def test_packs_load_what_mmcv_saved_before_its_version_2(pack):
         assert torch.equal(loaded.state_dict()[name], expected[name] * 2)
     with pytest.raises(RuntimeError, match=r"1\.conv2_offset\.weight"):
         model(1).load_state_dict(old(1))
+
+
+def test_a_predictor_beside_the_module_keeps_what_is_its_own():
+    """Of the name that mmcv's first version gave its own: the network's, which calls (x, offset, mask)."""
+
+    def model(seed):
+        layers = {"dcn": omniops.ModulatedDeformConv2d(4, 6, 3), "dcn_offset": torch.nn.Conv2d(4, 27, 3)}
+        return stirred(torch.nn.ModuleDict(layers), seed)
+
+    state = model(0).state_dict()
+    state._metadata["dcn"] = {"version": 1}
+    for parameter in ("weight", "bias"):
+        del state[f"dcn.conv_offset.{parameter}"]
+    loaded = model(1)
+    assert not load_as_mmengine_does(loaded, state)
+    assert torch.equal(loaded["dcn_offset"].weight, model(0)["dcn_offset"].weight)
+    narrow = torch.nn.ModuleDict(
+        {"dcn": omniops.ModulatedDeformConv2d(4, 6, 3), "dcn_offset": torch.nn.Conv2d(4, 3, 3)}
+    )
+    state = {name: value for name, value in narrow.state_dict().items() if ".conv_offset" not in name}
+    assert not load_as_mmengine_does(narrow, OrderedState(state))
+
+
+class OrderedState(OrderedDict):
+    _metadata: ClassVar = {}
 
 
 def bilinear(image, y, x):
@@ -214,8 +249,8 @@ def test_packs_are_initialised_as_mmcv_does():
 
 
 def test_names():
-    assert omniops.ModulatedDeformConv2dPack is omniops.ModulatedDeformConv2d
-    for name in ("DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2d"):
+    assert issubclass(omniops.ModulatedDeformConv2dPack, omniops.ModulatedDeformConv2d)  # as in mmcv
+    for name in ("DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2d", "ModulatedDeformConv2dPack"):
         assert getattr(omniops.nn, name) is getattr(omniops, name)
     assert omniops.ModulatedDeformConv2d(4, 4, 3, deform_groups=2).offset_groups == 2
     # The order in which mmcv has them, and bias after them.
@@ -238,7 +273,9 @@ def test_names():
         ({"stride": 0}, ValueError, "stride must be at least 1, got 0"),
         ({"stride": True}, TypeError, "stride must be an int or two, got True"),
         ({"padding": -1}, ValueError, "padding must be at least 0, got -1"),
-        ({"padding": "same"}, TypeError, "padding must be an int or two, got 'same'"),
+        ({"padding": "full"}, ValueError, "padding must be 'valid', 'same', an int or two, got 'full'"),
+        ({"padding": "same", "stride": 2}, ValueError, "stride must be 1 with padding='same', got (2, 2)"),
+        ({"padding": None}, TypeError, "padding must be an int or two, got None"),
         ({"dilation": 0}, ValueError, "dilation must be at least 1, got 0"),
         ({"groups": 3}, ValueError, "groups must divide in_channels, 8, got 3"),
         ({"groups": 4}, ValueError, "groups must divide out_channels, 6, got 4"),
@@ -249,11 +286,14 @@ def test_names():
         ({"offset_groups": True}, TypeError, "offset_groups must be an int, got bool"),
         ({"deform_groups": 3}, ValueError, "deform_groups must divide in_channels, 8, got 3"),
         ({"deform_groups": "2"}, TypeError, "deform_groups must be an int, got str"),
+        ({"deformable_groups": 3}, ValueError, "deformable_groups must divide in_channels, 8, got 3"),
     ],
 )
 def test_refusals(pack, arguments, error, message):
     for module in (pack, omniops.DeformConv2d):
-        if module is omniops.DeformConv2d and not arguments.keys().isdisjoint(("offset_groups", "deform_groups")):
+        if module is omniops.DeformConv2d and not arguments.keys().isdisjoint(
+            ("offset_groups", "deform_groups", "deformable_groups")
+        ):
             continue
         with pytest.raises(error) as caught:
             module(**{"in_channels": 8, "out_channels": 6, "kernel_size": 3, **arguments})
@@ -318,3 +358,118 @@ def test_packs_take_an_empty_batch(pack):
     assert result.shape == (0, 6, 6, 5)
     result.sum().backward()
     assert not module.weight.grad.any()
+
+
+def test_modulated_deform_conv2d_called_as_mmcvs():
+    torch.manual_seed(0)
+    module = stirred(omniops.ModulatedDeformConv2d(4, 6, **SIZES, groups=2, deform_groups=2))
+    x = torch.randn(2, 4, 5, 6)
+    size = F.conv2d(x, module.weight, None, *NUMBERS, groups=2).shape[2:]
+    offset, mask = torch.randn(2, 2 * 12, *size), torch.rand(2, 12, *size)
+    expected = omniops.deform_conv2d(x, offset, module.weight, module.bias, *NUMBERS, mask=mask)
+    assert torch.equal(module(x, offset, mask), expected)
+    assert torch.equal(module(x, mask=mask, offset=offset), expected)
+    assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x, offset, mask), expected)
+    assert (module.deform_groups, module.transposed, module.output_padding) == (2, False, (0,))
+    for given, message in (
+        ((offset,), "mask must be a torch.Tensor, got NoneType: give both offset and mask, or neither"),
+        ((None, mask), "offset must be a torch.Tensor, got NoneType: give both offset and mask, or neither"),
+        ((3, mask), "offset must be a torch.Tensor, got int"),
+    ):
+        with pytest.raises(TypeError) as caught:
+            module(x, *given)
+        assert str(caught.value) == message
+    with pytest.raises(ValueError, match=r"^offset must have deform_groups \* kh \* kw \* 2 = 24 channels, got 12$"):
+        module(x, offset[:, :12], mask[:, :6])
+    with pytest.raises(TypeError):
+        omniops.ModulatedDeformConv2dPack(4, 6, **SIZES)(x, offset, mask)
+
+
+def test_modulated_deform_conv2d_loads_the_state_dicts_of_both_of_mmcvs_classes():
+    generator = torch.Generator().manual_seed(0)
+    plain = {"weight": torch.randn(6, 4, 3, 3, generator=generator), "bias": torch.randn(6, generator=generator)}
+    pack = {
+        **plain,
+        "conv_offset.weight": torch.randn(27, 4, 3, 3, generator=generator),
+        "conv_offset.bias": torch.randn(27, generator=generator),
+    }
+    x = torch.randn(1, 4, 5, 6)
+    for prefix, wrapped in (
+        ("", lambda module: module),
+        ("0.1.", lambda m: torch.nn.Sequential(torch.nn.Sequential(torch.nn.ReLU(), m))),
+    ):
+        for assign in (False, True):
+            module = omniops.ModulatedDeformConv2d(4, 6, 3)
+            state = {prefix + name: value.clone() for name, value in plain.items()}
+            conv_offset = module.conv_offset.weight
+            wrapped(module).load_state_dict(state, strict=True, assign=assign)
+            assert set(state) == {prefix + name for name in plain}
+            assert torch.equal(module.weight, plain["weight"])
+            assert torch.equal(module.bias, plain["bias"])
+            assert module.conv_offset.weight is conv_offset  # in the optimizer it still is
+            assert not conv_offset.any()
+            torch.testing.assert_close(module(x), 0.5 * F.conv2d(x, plain["weight"]) + plain["bias"][:, None, None])
+            state = {prefix + name: value.clone() for name, value in pack.items()}
+            wrapped(module).load_state_dict(state, strict=True, assign=assign)
+            assert all(torch.equal(value, pack[name]) for name, value in module.state_dict().items())
+    # What is half there, or of another module, is missed as ever.
+    del state["0.1.conv_offset.bias"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0\.1\.conv_offset\.bias"'):
+        wrapped(module).load_state_dict(state, strict=True)
+    with pytest.raises(RuntimeError, match="weight"):
+        module.load_state_dict({}, strict=True)
+    with pytest.raises(RuntimeError, match=r"conv_offset\.weight"):
+        omniops.ModulatedDeformConv2dPack(4, 6, 3).load_state_dict(plain, strict=True)
+
+
+def test_without_conv_offset_the_parameters_are_those_of_mmcvs_class():
+    module = omniops.ModulatedDeformConv2d(4, 6, 3)
+    module.conv_offset = None
+    for made in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert shapes(made) == {"weight": (6, 4, 3, 3), "bias": (6,)}
+        assert [name for name, _ in made.named_parameters()] == ["weight", "bias"]
+        made.load_state_dict(module.state_dict(), strict=True)
+        made.init_weights()
+        made(torch.randn(1, 4, 5, 5), torch.zeros(1, 18, 3, 3), torch.ones(1, 9, 3, 3)).sum().backward()
+        with pytest.raises(
+            ValueError, match=r"^x alone needs conv_offset, which is None here: give offset and mask too$"
+        ):
+            made(torch.randn(1, 4, 5, 5))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*conv_offset\.weight"):
+        module.load_state_dict(omniops.ModulatedDeformConv2d(4, 6, 3).state_dict(), strict=True)
+
+
+def test_copies_of_modulated_deform_conv2d_load_as_it_does():
+    module = omniops.ModulatedDeformConv2d(4, 6, 3)
+    state = {"weight": torch.randn(6, 4, 3, 3), "bias": torch.randn(6)}
+    for made in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        stirred(made)
+        kept = made.conv_offset.weight.clone()
+        made.load_state_dict(state)
+        assert torch.equal(made.conv_offset.weight, kept)
+
+
+class OwnPredictor(omniops.ModulatedDeformConv2d):
+    """As MMEditing's packs are written: of mmcv's class, with a predictor and a forward of their own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.conv_offset = torch.nn.Conv2d(self.in_channels, self.deform_groups * 27, self.kernel_size, padding=1)
+        self.init_offset()
+
+    def forward(self, x, extra):
+        first, second, mask = torch.chunk(self.conv_offset(extra), 3, dim=1)
+        return omniops.modulated_deform_conv2d(
+            x, torch.cat((first, second), dim=1), torch.sigmoid(mask), self.weight, self.bias, self.stride,
+            self.padding, self.dilation, self.groups, self.deform_groups,
+        )  # fmt: skip
+
+
+def test_a_predictor_of_a_subclass_is_loaded_strictly():
+    module, x = OwnPredictor(4, 6, 3, padding=1, deform_groups=2), torch.randn(1, 4, 5, 6)
+    torch.testing.assert_close(module(x, x), 0.5 * F.conv2d(x, module.weight, padding=1))
+    state = module.state_dict()
+    module.load_state_dict(state, strict=True)
+    del state["conv_offset.weight"], state["conv_offset.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*conv_offset\.weight"):
+        module.load_state_dict(state, strict=True)

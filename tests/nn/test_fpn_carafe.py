@@ -1,6 +1,7 @@
 import pickle
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -307,3 +308,21 @@ def test_refuses(kind, arguments, error, message):
 def test_refuses_maps(x, error, message):
     with pytest.raises(error, match=f"^{message}$"):
         FPNCarafe([4, 8], 4)(x)
+
+
+@pytest.mark.parametrize("neck", [FPNCarafe, PAFPNCarafe])
+def test_sizes_may_be_numpys_integers(neck):
+    def of(kind):
+        return neck([kind(4), kind(8), kind(16)], kind(8), kind(3), kind(1), kind(2),
+                    upsample_cfg={"up_kernel": kind(3), "compressed_channels": kind(4)})  # fmt: skip
+
+    made = of(np.int64)
+    assert repr(made) == repr(of(int))
+    assert [type(size) for size in (*made.in_channels, made.out_channels, made.num_outs)] == [int] * 5
+    x = [torch.randn(1, channels, 8 >> level, 8 >> level) for level, channels in enumerate((4, 8, 16))]
+    assert [tuple(result.shape) for result in made(x)] == [(1, 8, 4, 4), (1, 8, 2, 2), (1, 8, 1, 1)]
+
+
+def test_levels_are_integers():
+    with pytest.raises(TypeError, match=r"^start_level must be an int, got float$"):
+        FPNCarafe([4, 8], 8, start_level=1.0)

@@ -378,7 +378,12 @@ I, O, W, B, M = (torch.zeros(*s) for s in ((1, 4, 5, 5), (1, 18, 3, 3), (6, 4, 3
             ValueError,
             "stride must be below 2**31 and not negative, got (1, 18446744073709551616)",
         ),
-        ({"padding": "same"}, TypeError, "padding must be an int or two, got 'same'"),
+        ({"padding": "full"}, ValueError, "padding must be 'valid', 'same', an int or two, got 'full'"),
+        ({"padding": "same", "stride": (1, 2)}, ValueError, "stride must be 1 with padding='same', got (1, 2)"),
+        ({"padding": "same", "stride": 0}, ValueError, "stride must be at least 1, got (0, 0)"),
+        ({"padding": "same", "dilation": -1}, ValueError, "dilation must be at least 1, got (-1, -1)"),
+        ({"padding": "same", "weight": W[0]}, ValueError, "weight must have 4 dimensions (N, C, H, W), got shape (4,"),
+        ({"padding": "same"}, ValueError, "offset must have shape (N, D * kh * kw * 2, H_out, W_out) = (1, 18, 5, 5)"),
         ({"padding": (1, 1.0)}, TypeError, "padding must be an int or two, got (1, 1.0)"),
         ({"dilation": 0}, ValueError, "dilation must be at least 1, got (0, 0)"),
         ({"dilation": (False, 1)}, TypeError, "dilation must be an int or two, got (False, 1)"),
@@ -387,6 +392,37 @@ I, O, W, B, M = (torch.zeros(*s) for s in ((1, 4, 5, 5), (1, 18, 3, 3), (6, 4, 3
 def test_errors_name_the_argument(arguments, error, message):
     with pytest.raises(error) as caught:
         omniops.deform_conv2d(**{"input": I, "offset": O, "weight": W, "bias": B, "mask": M, **arguments})
+    assert message in str(caught.value)
+
+
+def test_modulated_deform_conv2d_is_the_same_with_the_groups_said():
+    x, weight, bias = torch.randn(2, 4, 5, 6), torch.randn(6, 2, 3, 2), torch.randn(6)
+    offset, mask = torch.randn(2, 24, 3, 5), torch.rand(2, 12, 3, 5)
+    expected = omniops.deform_conv2d(x, offset, weight, bias, (1, 2), (1, 2), (2, 1), mask)
+    result = omniops.modulated_deform_conv2d(x, offset, mask, weight, bias, (1, 2), (1, 2), (2, 1), 2, 2)
+    assert torch.equal(result, expected)
+    same = omniops.modulated_deform_conv2d(x, torch.zeros(2, 24, 5, 6), torch.ones(2, 12, 5, 6), weight, bias,
+                                           padding="same", groups=2, deform_groups=2)  # fmt: skip
+    around = torch.nn.functional.pad(x, (0, 1, 1, 1))
+    plain = torch.nn.functional.conv2d(around, weight, bias, groups=2)
+    torch.testing.assert_close(same, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"mask": None}, TypeError, "mask must be a torch.Tensor, got NoneType"),
+        ({"groups": 2}, ValueError, "weight must have shape (C_out, C / groups, kh, kw) with groups 2 and the 4 chann"),
+        ({"groups": 1.0}, TypeError, "groups must be an int, got float"),
+        ({"deform_groups": 2}, ValueError, "offset must have deform_groups * kh * kw * 2 = 36 channels, got 18"),
+        ({"deform_groups": 0}, ValueError, "deform_groups must be at least 1, got 0"),
+        ({"weight": W[0]}, ValueError, "weight must have 4 dimensions (N, C, H, W), got shape (4, 3, 3)"),
+        ({"mask": M[:, 1:]}, ValueError, "mask must have shape (N, D * kh * kw, H_out, W_out) = (1, 9, 3, 3), got"),
+    ],
+)
+def test_errors_of_modulated_deform_conv2d(arguments, error, message):
+    with pytest.raises(error) as caught:
+        omniops.modulated_deform_conv2d(**{"input": I, "offset": O, "mask": M, "weight": W, "bias": B, **arguments})
     assert message in str(caught.value)
 
 

@@ -1,6 +1,6 @@
 """Modules."""
 
-from omniops.nn.carafe import CARAFE, CARAFENaive, CARAFEPack
+from omniops.nn.carafe import CARAFE, CARAFEDownsamplePack, CARAFENaive, CARAFEPack
 from omniops.nn.deform_conv2d import (
     DeformConv2d,
     DeformConv2dPack,
@@ -12,6 +12,7 @@ from omniops.nn.replace_upsampling import UpsamplingReport, replace_upsampling
 
 __all__ = [
     "CARAFE",
+    "CARAFEDownsamplePack",
     "CARAFENaive",
     "CARAFEPack",
     "DeformConv2d",

@@ -1,4 +1,4 @@
-"""CARAFE as modules, with mmcv's names, parameters and initialisation."""
+"""CARAFE as modules, with mmcv's names, parameters and initialisation, and the downsampling of CARAFE++."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from omniops.backends import memory_format
 from omniops.ops import _checks
-from omniops.ops.carafe import carafe
+from omniops.ops.carafe import carafe, carafe_downsample
 
 
 class CARAFE(nn.Module):
@@ -25,11 +25,10 @@ class CARAFE(nn.Module):
 
     def __init__(self, kernel_size: int, group_size: int, scale_factor: int) -> None:
         super().__init__()
-        _checks.integer(kernel_size=kernel_size, group_size=group_size, scale_factor=scale_factor)
-        _odd(kernel_size=kernel_size)
-        self.kernel_size = kernel_size
-        self.group_size = group_size
-        self.scale_factor = scale_factor
+        self.kernel_size, self.group_size, self.scale_factor = _checks.integer(
+            kernel_size=kernel_size, group_size=group_size, scale_factor=scale_factor
+        )
+        _odd(kernel_size=self.kernel_size)
 
     def forward(self, features: Tensor, masks: Tensor) -> Tensor:
         """(N, C, H, W), (N, G*k*k, H*s, W*s) -> (N, C, H*s, W*s)."""
@@ -44,7 +43,37 @@ CARAFENaive = CARAFE
 """mmcv's other name of the same module."""
 
 
-class CARAFEPack(nn.Module):
+class _Pack(nn.Module):
+    """A reassembly that predicts its own masks: ``content_encoder`` from what ``channel_compressor`` makes of x."""
+
+    channel_compressor: nn.Conv2d
+    content_encoder: nn.Conv2d
+
+    def init_weights(self) -> None:
+        """mmcv's initialisation: Xavier for the compressor, nearly equal weights in each predicted kernel."""
+        nn.init.xavier_uniform_(self.channel_compressor.weight)
+        nn.init.normal_(self.content_encoder.weight, std=0.001)
+        for convolution in (self.channel_compressor, self.content_encoder):
+            if convolution.bias is not None:
+                nn.init.zeros_(convolution.bias)
+
+    def kernel_normalizer(self, mask: Tensor) -> Tensor:
+        """What ``content_encoder`` gives -> the masks, each kernel's weights summing to one."""
+        raise NotImplementedError
+
+    def feature_reassemble(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The features, the masks -> the result."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features, (N, C, H, W) -> the result, of as many channels."""
+        _checks.tensor(x=x)
+        _checks.four_dimensional(x=x)
+        mask = self.content_encoder(self.channel_compressor(x))
+        return self.feature_reassemble(x, self.kernel_normalizer(mask))
+
+
+class CARAFEPack(_Pack):
     """Content-aware upsampling that predicts its own masks (mmcv's ``CARAFEPack``; arXiv:1905.02188, section 3.2).
 
     A 1x1 convolution compresses the channels, a second convolution predicts the masks of each pixel's block of
@@ -53,7 +82,7 @@ class CARAFEPack(nn.Module):
 
     Args:
         channels: C of the features.
-        scale_factor: the upsampling factor.
+        scale_factor: the upsampling factor; a float too, as for ``nn.Upsample``, where it is a whole number.
         up_kernel: the side of the reassembly kernel, odd.
         up_group: the number of channel groups of the reassembly.
         encoder_kernel: the side of the mask predictor's kernel, odd.
@@ -69,7 +98,7 @@ class CARAFEPack(nn.Module):
     def __init__(
         self,
         channels: int,
-        scale_factor: int,
+        scale_factor: float,
         up_kernel: int = 5,
         up_group: int = 1,
         encoder_kernel: int = 3,
@@ -81,44 +110,32 @@ class CARAFEPack(nn.Module):
     ) -> None:
         super().__init__()
         # Named as the caller named them, for the errors.
-        kernel = {"up_kernel": up_kernel} if kernel_size is None else {"kernel_size": kernel_size}
-        groups = {"up_group": up_group} if group_size is None else {"group_size": group_size}
-        _checks.integer(
-            channels=channels,
-            scale_factor=scale_factor,
-            **kernel,
-            **groups,
-            encoder_kernel=encoder_kernel,
-            encoder_dilation=encoder_dilation,
-            compressed_channels=compressed_channels,
+        kernel = "up_kernel" if kernel_size is None else "kernel_size"
+        group = "up_group" if group_size is None else "group_size"
+        (self.channels,) = _checks.integer(channels=channels)
+        (self.scale_factor,) = _checks.whole(scale_factor=scale_factor)
+        self.up_kernel, self.up_group, self.encoder_kernel, self.encoder_dilation, self.compressed_channels = (
+            _checks.integer(
+                **{
+                    kernel: up_kernel if kernel_size is None else kernel_size,
+                    group: up_group if group_size is None else group_size,
+                },
+                encoder_kernel=encoder_kernel,
+                encoder_dilation=encoder_dilation,
+                compressed_channels=compressed_channels,
+            )
         )
-        _odd(**kernel, encoder_kernel=encoder_kernel)
-        ((name, self.up_group),) = groups.items()
-        if channels % self.up_group != 0:
-            raise ValueError(f"{name} must divide the {channels} channels, got {self.up_group}")
-        self.channels = channels
-        self.scale_factor = scale_factor
-        (self.up_kernel,) = kernel.values()
-        self.encoder_kernel = encoder_kernel
-        self.encoder_dilation = encoder_dilation
-        self.compressed_channels = compressed_channels
-        self.channel_compressor = nn.Conv2d(channels, compressed_channels, 1)
+        _odd(**{kernel: self.up_kernel}, encoder_kernel=self.encoder_kernel)
+        _divides(group, self.up_group, self.channels)
+        self.channel_compressor = nn.Conv2d(self.channels, self.compressed_channels, 1)
         self.content_encoder = nn.Conv2d(
-            compressed_channels,
-            self.up_kernel**2 * self.up_group * scale_factor**2,
-            encoder_kernel,
-            padding=(encoder_kernel - 1) * encoder_dilation // 2,
-            dilation=encoder_dilation,
+            self.compressed_channels,
+            self.up_kernel**2 * self.up_group * self.scale_factor**2,
+            self.encoder_kernel,
+            padding=(self.encoder_kernel - 1) * self.encoder_dilation // 2,
+            dilation=self.encoder_dilation,
         )
         self.init_weights()
-
-    def init_weights(self) -> None:
-        """mmcv's initialisation: Xavier for the compressor, nearly equal weights in each predicted kernel."""
-        nn.init.xavier_uniform_(self.channel_compressor.weight)
-        nn.init.normal_(self.content_encoder.weight, std=0.001)
-        for convolution in (self.channel_compressor, self.content_encoder):
-            if convolution.bias is not None:
-                nn.init.zeros_(convolution.bias)
 
     def kernel_normalizer(self, mask: Tensor) -> Tensor:
         """(N, G*k*k*s*s, H, W) -> (N, G*k*k, H*s, W*s), each kernel's weights summing to one."""
@@ -126,25 +143,96 @@ class CARAFEPack(nn.Module):
         s = self.scale_factor
         # PyTorch's pixel_shuffle fails in the backward of an empty batch.
         mask = F.pixel_shuffle(mask, s) if mask.numel() > 0 else mask.reshape(n, c // s**2, h * s, w * s)
-        # A softmax over an axis in the middle gives contiguous results, so channels_last takes it over the last axis.
-        channels_last = memory_format(mask) == torch.channels_last
-        kernels = (mask.permute(0, 2, 3, 1) if channels_last else mask).unflatten(
-            -1 if channels_last else 1, (self.up_group, self.up_kernel**2)
-        )
-        # The dtype is said because autocast would make it float32, which the reassembly would cast back.
-        weights = F.softmax(kernels, dim=-1 if channels_last else 2, dtype=mask.dtype)
-        return weights.flatten(3).permute(0, 3, 1, 2) if channels_last else weights.flatten(1, 2)
+        return _softmax(mask, self.up_group, self.up_kernel)
 
     def feature_reassemble(self, x: Tensor, mask: Tensor) -> Tensor:
         """(N, C, H, W), (N, G*k*k, H*s, W*s) -> (N, C, H*s, W*s)."""
         return carafe(x, mask, self.up_kernel, self.up_group, self.scale_factor)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H*s, W*s)."""
-        _checks.tensor(x=x)
-        _checks.four_dimensional(x=x)
-        mask = self.content_encoder(self.channel_compressor(x))
-        return self.feature_reassemble(x, self.kernel_normalizer(mask))
+
+class CARAFEDownsamplePack(_Pack):
+    """Content-aware downsampling that predicts its own masks (CARAFE++, arXiv:2012.04733): ``carafe_downsample``.
+
+    ``CARAFEPack`` in the other direction: a 1x1 convolution compresses the channels, a second one, of the stride of
+    the downsampling, predicts the masks of each result, and softmax normalises them over the kernel. Initialised as
+    ``CARAFEPack``: at first it is nearly the mean of each kernel.
+
+        >>> downsample = omniops.CARAFEDownsamplePack(channels=64, stride=2)
+        >>> downsample(torch.randn(1, 64, 32, 31)).shape
+        torch.Size([1, 64, 16, 16])
+
+    Args:
+        channels: C of the features.
+        stride: the downsampling factor; a float too where it is a whole number.
+        kernel_size: the side of the reassembly kernel, odd.
+        group_size: the number of channel groups of the reassembly.
+        encoder_kernel: the side of the mask predictor's kernel, odd.
+        encoder_dilation: its dilation.
+        compressed_channels: the channels that the predictor sees.
+
+    Raises:
+        TypeError, ValueError: for a number that no CARAFE can have.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        stride: float,
+        kernel_size: int = 5,
+        group_size: int = 1,
+        encoder_kernel: int = 3,
+        encoder_dilation: int = 1,
+        compressed_channels: int = 64,
+    ) -> None:
+        super().__init__()
+        (self.channels,) = _checks.integer(channels=channels)
+        (self.stride,) = _checks.whole(stride=stride)
+        self.kernel_size, self.group_size, self.encoder_kernel, self.encoder_dilation, self.compressed_channels = (
+            _checks.integer(
+                kernel_size=kernel_size,
+                group_size=group_size,
+                encoder_kernel=encoder_kernel,
+                encoder_dilation=encoder_dilation,
+                compressed_channels=compressed_channels,
+            )
+        )
+        _odd(kernel_size=self.kernel_size, encoder_kernel=self.encoder_kernel)
+        _divides("group_size", self.group_size, self.channels)
+        self.channel_compressor = nn.Conv2d(self.channels, self.compressed_channels, 1)
+        self.content_encoder = nn.Conv2d(
+            self.compressed_channels,
+            self.kernel_size**2 * self.group_size,
+            self.encoder_kernel,
+            stride=self.stride,
+            padding=(self.encoder_kernel - 1) * self.encoder_dilation // 2,
+            dilation=self.encoder_dilation,
+        )
+        self.init_weights()
+
+    def kernel_normalizer(self, mask: Tensor) -> Tensor:
+        """(N, G*k*k, ceil(H / t), ceil(W / t)) -> the same, each kernel's weights summing to one."""
+        return _softmax(mask, self.group_size, self.kernel_size)
+
+    def feature_reassemble(self, x: Tensor, mask: Tensor) -> Tensor:
+        """(N, C, H, W), (N, G*k*k, ceil(H / t), ceil(W / t)) -> (N, C, ceil(H / t), ceil(W / t))."""
+        return carafe_downsample(x, mask, self.kernel_size, self.group_size, self.stride)
+
+
+def _softmax(mask: Tensor, group_size: int, kernel_size: int) -> Tensor:
+    """Over each kernel of (N, G*k*k, H, W)."""
+    # A softmax over an axis in the middle gives contiguous results, so channels_last takes it over the last axis.
+    channels_last = memory_format(mask) == torch.channels_last
+    kernels = (mask.permute(0, 2, 3, 1) if channels_last else mask).unflatten(
+        -1 if channels_last else 1, (group_size, kernel_size**2)
+    )
+    # The dtype is said because autocast would make it float32, which the reassembly would cast back.
+    weights = F.softmax(kernels, dim=-1 if channels_last else 2, dtype=mask.dtype)
+    return weights.flatten(3).permute(0, 3, 1, 2) if channels_last else weights.flatten(1, 2)
+
+
+def _divides(name: str, groups: int, channels: int) -> None:
+    if channels % groups != 0:
+        raise ValueError(f"{name} must divide the {channels} channels, got {groups}")
 
 
 def _odd(**arguments: int) -> None:

@@ -1,4 +1,4 @@
-"""Deformable convolution as modules: torchvision's, which is given the offsets, and mmcv's, which predict them."""
+"""Deformable convolution as modules: torchvision's, which is given the offsets, and mmcv's, which may predict them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from omniops.ops import _checks
-from omniops.ops.deform_conv2d import deform_conv2d
+from omniops.ops.deform_conv2d import deform_conv2d, modulated_deform_conv2d
 
 
 class DeformConv2d(nn.Module):
     """Deformable convolution with offsets given by the caller (torchvision's ``DeformConv2d``).
 
     Parameters and their initialisation are torchvision's: ``weight``, (C_out, C / groups, kh, kw), and ``bias``,
-    (C_out,), as those of ``torch.nn.Conv2d``.
+    (C_out,), as those of ``torch.nn.Conv2d``. mmcv's class of the same name has no bias, and is told the number of
+    offset groups, which here is seen in the offset: ``DeformConv2d(..., bias=False)`` loads its state dict strictly.
+
+        >>> conv = omniops.DeformConv2d(64, 128, kernel_size=3, padding="same")
+        >>> conv(torch.randn(1, 64, 32, 32), torch.zeros(1, 2 * 9, 32, 32)).shape
+        torch.Size([1, 128, 32, 32])
 
     Args:
         in_channels: C of the input.
         out_channels: C_out.
         kernel_size: a number or (height, width).
         stride: of the output positions, in pixels; a number or (vertical, horizontal).
-        padding: zeros around the map, in pixels; a number or (vertical, horizontal).
+        padding: zeros around the map, in pixels; a number or (vertical, horizontal), or as in ``torch.nn.Conv2d``
+            "valid", which is 0, or "same", with a stride of 1.
         dilation: the distance of the taps, in pixels; a number or (vertical, horizontal).
         groups: the number of weight groups, which divides C and C_out.
         bias: whether there is a bias.
@@ -40,27 +46,25 @@ class DeformConv2d(nn.Module):
         out_channels: int,
         kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
+        padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
     ) -> None:
         super().__init__()
-        _checks.integer(in_channels=in_channels, out_channels=out_channels, groups=groups)
-        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels % groups != 0:
-                raise ValueError(f"groups must divide {name}, {channels}, got {groups}")
-        if not isinstance(bias, bool):
-            raise TypeError(f"bias must be a bool, got {bias!r}")
-        self.in_channels = in_channels
-        self.out_channels = out_channels
+        self.in_channels, self.out_channels, self.groups = _checks.integer(
+            in_channels=in_channels, out_channels=out_channels, groups=groups
+        )
+        for name, channels in (("in_channels", self.in_channels), ("out_channels", self.out_channels)):
+            if channels % self.groups != 0:
+                raise ValueError(f"groups must divide {name}, {channels}, got {self.groups}")
+        (bias,) = _checks.boolean(bias=bias)
         self.kernel_size = _pair("kernel_size", kernel_size, least=1)
         self.stride = _pair("stride", stride, least=1)
-        self.padding = _pair("padding", padding, least=0)
+        self.padding = _padding(padding, self.stride)
         self.dilation = _pair("dilation", dilation, least=1)
-        self.groups = groups
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
+        self.weight = nn.Parameter(torch.empty(self.out_channels, self.in_channels // self.groups, *self.kernel_size))
+        self.register_parameter("bias", nn.Parameter(torch.empty(self.out_channels)) if bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -85,17 +89,22 @@ class DeformConv2d(nn.Module):
 
 
 class _Pack(DeformConv2d):
-    """A deformable convolution that is called as a plain one: ``conv_offset`` predicts what moves its taps.
+    """A deformable convolution that can be called as a plain one: ``conv_offset`` predicts what moves its taps.
 
     State dicts of mmcv's first version have ``<name>_offset.*`` for ``<name>.conv_offset.*``. They load where the
     loader hands every module the whole dict, as mmengine's does. PyTorch's hands it only what lies below its name: for
     that one the keys must be renamed before.
     """
 
+    # mmcv's ConvModule reads them of every convolution.
+    transposed = False
+    output_padding = (0,)
+
     _version = 2  # mmcv's
 
     _numbers_of_a_tap: int
     """How many channels ``conv_offset`` has for each offset group and tap."""
+    _state_dict_may_lack_conv_offset = False
 
     def __init__(
         self,
@@ -103,47 +112,79 @@ class _Pack(DeformConv2d):
         out_channels: int,
         kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int],
-        padding: int | tuple[int, int],
+        padding: int | tuple[int, int] | str,
         dilation: int | tuple[int, int],
         groups: int,
         offset_groups: int,
         bias: bool,
         deform_groups: int | None,
+        deformable_groups: int | None,
     ) -> None:
         # Named as the caller named it, for the errors.
-        name, offset_groups = (
-            ("offset_groups", offset_groups) if deform_groups is None else ("deform_groups", deform_groups)
-        )
-        _checks.integer(**{name: offset_groups})
+        name = "offset_groups"
+        if deform_groups is not None:
+            name, offset_groups = "deform_groups", deform_groups
+        elif deformable_groups is not None:
+            name, offset_groups = "deformable_groups", deformable_groups
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        if in_channels % offset_groups != 0:
-            raise ValueError(f"{name} must divide in_channels, {in_channels}, got {offset_groups}")
-        self.offset_groups = offset_groups
-        self.conv_offset = nn.Conv2d(
-            in_channels,
-            offset_groups * self._numbers_of_a_tap * math.prod(self.kernel_size),
+        (self.offset_groups,) = _checks.integer(**{name: offset_groups})
+        if self.in_channels % self.offset_groups != 0:
+            raise ValueError(f"{name} must divide in_channels, {self.in_channels}, got {self.offset_groups}")
+        self.conv_offset: nn.Conv2d | None = nn.Conv2d(
+            self.in_channels,
+            self.offset_groups * self._numbers_of_a_tap * math.prod(self.kernel_size),
             self.kernel_size,
             self.stride,
             self.padding,
             self.dilation,
         )
+        if self._state_dict_may_lack_conv_offset:
+            # Of this one alone: what a subclass puts in its place is loaded as strictly as any module.
+            self.conv_offset.register_load_state_dict_pre_hook(_stay_where_none_is_given)
         self.init_offset()
+
+    @property
+    def deform_groups(self) -> int:
+        """mmcv's name of ``offset_groups``."""
+        return self.offset_groups
 
     def init_offset(self) -> None:
         """Zeros: every tap starts where a plain convolution has it."""
-        for parameter in self.conv_offset.parameters():
-            nn.init.zeros_(parameter)
+        if self.conv_offset is not None:
+            for parameter in self.conv_offset.parameters():
+                nn.init.zeros_(parameter)
+
+    def _predicted(self, x: Tensor) -> Tensor:
+        _checks.tensor(x=x)
+        _checks.four_dimensional(x=x)
+        if self.conv_offset is None:
+            raise ValueError("x alone needs conv_offset, which is None here: give offset and mask too")
+        predicted: Tensor = self.conv_offset(x)
+        return predicted
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         # Before its version 2 mmcv had the predictor beside the module, <name>_offset, not in it, <name>.conv_offset.
-        if (local_metadata.get("version") or 1) < 2:
-            for parameter in ("weight", "bias"):
-                old, new = f"{prefix.removesuffix('.')}_offset.{parameter}", f"{prefix}conv_offset.{parameter}"
-                if old in state_dict and new not in state_dict:
-                    state_dict[new] = state_dict.pop(old)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if (local_metadata.get("version") or 1) < 2 and self.conv_offset is not None:
+            for name, parameter in self.conv_offset.named_parameters():
+                old, new = f"{prefix.removesuffix('.')}_offset.{name}", f"{prefix}conv_offset.{name}"
+                # A predictor that the network itself has beside it is not taken away from there.
+                if old in state_dict and new not in state_dict and state_dict[old].shape == parameter.shape:
+                    state_dict[new] = state_dict[old]
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self.conv_offset is None:
+            # PyTorch looks for these keys at a module, and passes over those of a module that is None.
+            unexpected_keys.extend(key for key in state_dict if key.startswith(f"{prefix}conv_offset."))
 
     def extra_repr(self) -> str:
         """The arguments, without those that are as usual."""
@@ -156,17 +197,24 @@ class DeformConv2dPack(_Pack):
     At first the offsets are zero, and it is a plain convolution. A state dict of mmcv's module loads strictly, and by
     mmengine's loader also one of before mmcv's version 2, with ``<name>_offset.*`` for ``<name>.conv_offset.*``.
 
+        >>> conv = omniops.DeformConv2dPack(64, 128, kernel_size=3, padding=1)
+        >>> conv(torch.randn(1, 64, 32, 32)).shape
+        torch.Size([1, 128, 32, 32])
+
     Args:
         in_channels: C of the input.
         out_channels: C_out.
         kernel_size: a number or (height, width).
         stride: of the output positions, in pixels; a number or (vertical, horizontal).
-        padding: zeros around the map, in pixels; a number or (vertical, horizontal).
+        padding: zeros around the map, in pixels; a number or (vertical, horizontal), or as in ``torch.nn.Conv2d``
+            "valid", which is 0, or "same", with a stride of 1.
         dilation: the distance of the taps, in pixels; a number or (vertical, horizontal).
         groups: the number of weight groups, which divides C and C_out.
         offset_groups: D, the number of channel groups with offsets of their own, which divides C.
         bias: whether there is a bias; mmcv's module has none.
+        im2col_step: mmcv's, without effect: memory is bounded for any batch.
         deform_groups: mmcv's name of ``offset_groups``; where both are given it is this one.
+        deformable_groups: mmcv's older name of the same.
 
     Raises:
         TypeError, ValueError: for an argument that no convolution can have.
@@ -180,18 +228,21 @@ class DeformConv2dPack(_Pack):
         out_channels: int,
         kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
+        padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         offset_groups: int = 1,
         bias: bool = False,
+        im2col_step: int = 32,
         *,
         deform_groups: int | None = None,
+        deformable_groups: int | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, offset_groups, bias,
-            deform_groups,
+            deform_groups, deformable_groups,
         )  # fmt: skip
+        (self.im2col_step,) = _checks.integer(im2col_step=im2col_step)
 
     def reset_parameters(self) -> None:
         """mmcv's initialisation: Kaiming, for what a ReLU follows."""
@@ -202,36 +253,53 @@ class DeformConv2dPack(_Pack):
     # torchvision's module, which this is in all else, is called with offsets.
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(N, C, H, W) -> (N, C_out, H_out, W_out)."""
-        _checks.tensor(x=x)
-        _checks.four_dimensional(x=x)
-        return super().forward(x, self.conv_offset(x))
+        return super().forward(x, self._predicted(x))
 
 
 class ModulatedDeformConv2d(_Pack):
-    """Deformable convolution that predicts its own offsets and masks (DCNv2, arXiv:1811.11168).
+    """Deformable convolution with masks (DCNv2, arXiv:1811.11168), whose offsets and masks are given or predicted.
 
-    mmcv's ``ModulatedDeformConv2dPack``, whose state dict loads strictly, and by mmengine's loader also one of before
-    mmcv's version 2, with ``<name>_offset.*`` for ``<name>.conv_offset.*``. The first 2 * D * kh * kw channels of
-    ``conv_offset`` are the offsets, and the sigmoid of the others is the mask. At first the offsets are zero and the
-    masks 0.5: it is half a plain convolution, and the bias.
+    Called with ``(x, offset, mask)`` it is mmcv's ``ModulatedDeformConv2d``. Called with ``x`` alone it is mmcv's
+    ``ModulatedDeformConv2dPack``: of what ``conv_offset`` predicts the first 2 * D * kh * kw channels are the offsets,
+    and the sigmoid of the others is the mask. At first these offsets are zero and the masks 0.5: half a plain
+    convolution, and the bias.
+
+        >>> conv = omniops.ModulatedDeformConv2d(64, 128, kernel_size=3, padding=1)
+        >>> x = torch.randn(1, 64, 32, 32)
+        >>> conv(x).shape
+        torch.Size([1, 128, 32, 32])
+        >>> conv(x, torch.zeros(1, 2 * 9, 32, 32), torch.ones(1, 9, 32, 32)).shape
+        torch.Size([1, 128, 32, 32])
+
+    State dicts of both of mmcv's classes load strictly, and by mmengine's loader also one of a Pack of before mmcv's
+    version 2, with ``<name>_offset.*`` for ``<name>.conv_offset.*``. One without ``conv_offset``, as mmcv's
+    ``ModulatedDeformConv2d`` saves it, leaves that as it was, zeros in a new module; where this should be an error use
+    ``ModulatedDeformConv2dPack``.
+
+    Where offset and mask are always given, ``conv.conv_offset = None`` leaves mmcv's parameters, ``weight`` and
+    ``bias`` alone: mmcv's own class loads this state dict strictly, and ``DistributedDataParallel`` finds no unused
+    parameter.
 
     Args:
         in_channels: C of the input.
         out_channels: C_out.
         kernel_size: a number or (height, width).
         stride: of the output positions, in pixels; a number or (vertical, horizontal).
-        padding: zeros around the map, in pixels; a number or (vertical, horizontal).
+        padding: zeros around the map, in pixels; a number or (vertical, horizontal), or as in ``torch.nn.Conv2d``
+            "valid", which is 0, or "same", with a stride of 1.
         dilation: the distance of the taps, in pixels; a number or (vertical, horizontal).
         groups: the number of weight groups, which divides C and C_out.
         offset_groups: D, the number of channel groups with offsets and masks of their own, which divides C.
         bias: whether there is a bias.
         deform_groups: mmcv's name of ``offset_groups``; where both are given it is this one.
+        deformable_groups: mmcv's older name of the same.
 
     Raises:
         TypeError, ValueError: for an argument that no convolution can have.
     """
 
     _numbers_of_a_tap = 3
+    _state_dict_may_lack_conv_offset = True
 
     def __init__(
         self,
@@ -239,17 +307,18 @@ class ModulatedDeformConv2d(_Pack):
         out_channels: int,
         kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
+        padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         offset_groups: int = 1,
         bias: bool = True,
         *,
         deform_groups: int | None = None,
+        deformable_groups: int | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, offset_groups, bias,
-            deform_groups,
+            deform_groups, deformable_groups,
         )  # fmt: skip
 
     def reset_parameters(self) -> None:
@@ -259,18 +328,63 @@ class ModulatedDeformConv2d(_Pack):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    # torchvision's module, which this is in all else, is called with offsets.
+    def init_weights(self) -> None:
+        """mmcv's name of the initialisation, of all parameters."""
+        self.reset_parameters()
+        self.init_offset()
+
+    def forward(self, x: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) -> (N, C_out, H_out, W_out).
+
+        Args:
+            x: (N, C, H, W).
+            offset: (N, D * kh * kw * 2, H_out, W_out), as for ``omniops.deform_conv2d``; with it comes the mask.
+            mask: (N, D * kh * kw, H_out, W_out).
+        """
+        if offset is None and mask is None:
+            predicted = self._predicted(x)
+            offsets = predicted.shape[1] // 3 * 2
+            offset, mask = predicted[:, :offsets], predicted[:, offsets:].sigmoid()
+        elif offset is None or mask is None:
+            missing = "offset" if offset is None else "mask"
+            raise TypeError(f"{missing} must be a torch.Tensor, got NoneType: give both offset and mask, or neither")
+        return modulated_deform_conv2d(
+            x, offset, mask, self.weight, self.bias,
+            self.stride, self.padding, self.dilation, self.groups, self.offset_groups,
+        )  # fmt: skip
+
+
+class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
+    """``ModulatedDeformConv2d`` that always predicts its own offsets and masks: mmcv's ``ModulatedDeformConv2dPack``.
+
+    Arguments are those of ``ModulatedDeformConv2d``. It is called with x alone, and a strict load asks for
+    ``conv_offset``.
+
+        >>> conv = omniops.ModulatedDeformConv2dPack(64, 128, kernel_size=3, padding=1)
+        >>> conv(torch.randn(1, 64, 32, 32)).shape
+        torch.Size([1, 128, 32, 32])
+    """
+
+    _state_dict_may_lack_conv_offset = False
+
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(N, C, H, W) -> (N, C_out, H_out, W_out)."""
-        _checks.tensor(x=x)
-        _checks.four_dimensional(x=x)
-        predicted = self.conv_offset(x)
-        offsets = predicted.shape[1] // 3 * 2
-        return super().forward(x, predicted[:, :offsets], predicted[:, offsets:].sigmoid())
+        return super().forward(x)
 
 
-ModulatedDeformConv2dPack = ModulatedDeformConv2d
-"""mmcv's name of the same module."""
+def _stay_where_none_is_given(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if not any(key.startswith(prefix) for key in state_dict):
+        state_dict.update(module.state_dict(prefix=prefix, keep_vars=True))
+
+
+def _padding(padding: int | tuple[int, int] | str, stride: tuple[int, int]) -> tuple[int, int] | str:
+    if not isinstance(padding, str):
+        return _pair("padding", padding, least=0)
+    if padding not in ("valid", "same"):
+        raise ValueError(f"padding must be 'valid', 'same', an int or two, got {padding!r}")
+    if padding == "same" and stride != (1, 1):
+        raise ValueError(f"stride must be 1 with padding='same', got {stride}")
+    return padding
 
 
 def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:

@@ -65,10 +65,11 @@ class FPNCarafe(nn.Module):
         super().__init__()
         if not isinstance(in_channels, (list, tuple)):
             raise TypeError(f"in_channels must be a list or a tuple of ints, got {type(in_channels).__name__}")
-        _checks.integer(
+        *in_channels, out_channels = _checks.integer(
             **{f"in_channels[{level}]": channels for level, channels in enumerate(in_channels)},
             out_channels=out_channels,
         )
+        start_level, end_level = _checks.an_int(start_level=start_level, end_level=end_level)
         last = len(in_channels) - 1 if end_level == -1 else end_level
         if not 0 <= start_level <= last < len(in_channels):
             raise ValueError(
@@ -78,7 +79,7 @@ class FPNCarafe(nn.Module):
         upsampling = dict(upsample_cfg or {})
         if (kind := upsampling.pop("type", "carafe")) != "carafe":
             raise ValueError(f"upsample_cfg must be CARAFE's, got type={kind!r}")
-        self.in_channels = list(in_channels)
+        self.in_channels = in_channels
         self.out_channels = out_channels
         self.start_level = start_level
         self.end_level = end_level
@@ -182,7 +183,8 @@ class PAFPNCarafe(FPNCarafe):
             activation_layer=activation_layer, upsample_cfg=upsample_cfg, extra_blocks=extra_blocks,
         )  # fmt: skip
         self.num_outs = _at_least(self._used, num_outs)
-        convolution = partial(_convolution, out_channels, norm_layer, activation_layer, out_channels, 3)
+        channels = self.out_channels
+        convolution = partial(_convolution, channels, norm_layer, activation_layer, channels, 3)
         self.downsample_convs = nn.ModuleList(convolution(stride=2) for _ in range(self._used - 1))
         self.pafpn_convs = nn.ModuleList(convolution() for _ in range(self._used - 1))
 
@@ -221,7 +223,7 @@ def _convolution(
 def _at_least(used: int, num_outs: int | None) -> int:
     if num_outs is None:
         return used
-    _checks.integer(num_outs=num_outs)
+    (num_outs,) = _checks.integer(num_outs=num_outs)
     if num_outs < used:
         raise ValueError(f"num_outs must be at least the {used} levels used, got {num_outs}")
     return num_outs

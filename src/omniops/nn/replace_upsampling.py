@@ -94,7 +94,7 @@ def replace_upsampling(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    _checks.integer(up_kernel=up_kernel, compressed_channels=compressed_channels)
+    up_kernel, compressed_channels = _checks.integer(up_kernel=up_kernel, compressed_channels=compressed_channels)
     for argument, patterns in (("include", include), ("exclude", exclude)):
         if not isinstance(patterns, Iterable):
             raise TypeError(f"{argument} must be a name or several, got {type(patterns).__name__}")

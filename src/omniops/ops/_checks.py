@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,34 +26,76 @@ def tensor(**arguments: Any) -> None:
             raise TypeError(f"{name} must be a dense tensor, got a {layout} one: convert it with {name}.{convert}")
 
 
-def an_int(**arguments: Any) -> None:
-    """Raise TypeError for an argument that is not an int, or what stands for one while PyTorch traces."""
+def an_int(**arguments: Any) -> list[int]:
+    """The arguments as ints; TypeError for one that stands for none, as a bool or a float.
+
+    Ints are what has ``__index__``, as NumPy's integers do, and what stands for an int while PyTorch traces.
+    """
+    numbers = []
     for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if (number := _int(value)) is None:
             raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        numbers.append(number)
+    return numbers
 
 
-def integer(**arguments: Any) -> None:
-    """Raise TypeError for an argument that is not an int, ValueError for one below 1 or too large to be a size."""
-    an_int(**arguments)
+def integer(**arguments: Any) -> list[int]:
+    """The arguments as ints; TypeError as ``an_int``, ValueError for one below 1 or too large to be a size."""
+    numbers = an_int(**arguments)
+    for name, number in zip(arguments, numbers, strict=True):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+        if number >= 2**63:
+            raise ValueError(f"{name} must be below 2**63, got {number}")
+    return numbers
+
+
+def whole(**arguments: Any) -> list[int]:
+    """``integer``, which takes a float that is a whole number too; ValueError for any other float."""
+    numbers = {}
     for name, value in arguments.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-        if value >= 2**63:
-            raise ValueError(f"{name} must be below 2**63, got {value}")
+        if isinstance(value, (float, np.floating)):
+            if not float(value).is_integer():
+                raise ValueError(f"{name} must be a whole number, got {value}")
+            value = int(value)
+        numbers[name] = value
+    return integer(**numbers)
+
+
+def boolean(**arguments: Any) -> list[bool]:
+    """The arguments as bools; TypeError for one that is neither Python's nor NumPy's."""
+    for name, value in arguments.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
+    return [bool(value) for value in arguments.values()]
 
 
 def pair(name: str, value: Any) -> list[int]:
-    """A number or two as two; TypeError for anything else."""
-    numbers = value if isinstance(value, (list, tuple)) else (value, value)
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int):
+    """An int or two as two; TypeError for anything else."""
+    given = value if isinstance(value, (list, tuple)) else (value, value)
+    numbers = []
+    for part in given:
+        if (number := _int(part)) is None:
             raise TypeError(f"{name} must be an int or two, got {value!r}")
         if not -(2**31) < number < 2**31:
             raise ValueError(f"{name} must be below 2**31 and not negative, got {value!r}")
+        numbers.append(number)
     if len(numbers) != 2:
         raise ValueError(f"{name} must be an int or two, got {value!r}")
-    return list(numbers)
+    return numbers
+
+
+def _int(value: Any) -> int | None:
+    """What ``operator.index`` gives, but None of what is no integer, and of bools and of arrays with dimensions."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    if isinstance(value, (Tensor, np.ndarray)):
+        scalar = torch.as_tensor(value)
+        return int(scalar) if scalar.dim() == 0 and scalar.dtype in INTEGERS and scalar.dtype != torch.bool else None
+    # Dynamo traces this and not operator.index.
+    return int(value.__index__()) if hasattr(value, "__index__") else None
 
 
 def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:

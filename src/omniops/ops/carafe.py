@@ -45,8 +45,8 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
         ValueError: for a wrong shape, number or device.
     """
     _checks.tensor(features=features, masks=masks)
-    _checks.integer(kernel_size=kernel_size, group_size=group_size, scale_factor=scale_factor)
-    result: Tensor = _carafe(features, masks, kernel_size, group_size, scale_factor, 1)
+    sizes = _checks.integer(kernel_size=kernel_size, group_size=group_size, scale_factor=scale_factor)
+    result: Tensor = _carafe(features, masks, *sizes, 1)
     return result
 
 
@@ -75,7 +75,7 @@ def carafe_downsample(features: Tensor, masks: Tensor, kernel_size: int, group_s
         ValueError: for a wrong shape, number or device.
     """
     _checks.tensor(features=features, masks=masks)
-    _checks.integer(kernel_size=kernel_size, group_size=group_size, stride=stride)
+    kernel_size, group_size, stride = _checks.integer(kernel_size=kernel_size, group_size=group_size, stride=stride)
     result: Tensor = _carafe(features, masks, kernel_size, group_size, 1, stride)
     return result
 

@@ -33,7 +33,7 @@ def connected_components(mask: Tensor, connectivity: int = 8) -> tuple[Tensor, T
         ValueError: for a wrong shape or connectivity, or masks of 2**31 pixels or more.
     """
     _checks.tensor(mask=mask)
-    _checks.an_int(connectivity=connectivity)
+    (connectivity,) = _checks.an_int(connectivity=connectivity)
     _check_connectivity(connectivity)
     labels, counts = _connected_components(mask, connectivity)
     return labels, counts
@@ -56,7 +56,7 @@ def fill_holes(mask_logits: Tensor, max_area: int) -> Tensor:
         ValueError: for a wrong shape or number.
     """
     _checks.tensor(mask_logits=mask_logits)
-    _checks.integer(max_area=max_area)
+    (max_area,) = _checks.integer(max_area=max_area)
     if not mask_logits.is_floating_point():
         raise TypeError(
             f"mask_logits must be of a floating dtype, got {_checks.dtype_name(mask_logits)}: pass the logits, "
@@ -83,7 +83,7 @@ def remove_small_components(mask: Tensor, min_area: int) -> Tensor:
         ValueError: for a wrong shape or number.
     """
     _checks.tensor(mask=mask)
-    _checks.integer(min_area=min_area)
+    (min_area,) = _checks.integer(min_area=min_area)
     if mask.is_floating_point():
         _checks.alike(mask=mask)
         return torch.where(_small("mask", mask > 0, min_area - 1), _REMOVED, mask)
@@ -99,8 +99,7 @@ def _small(name: str, foreground: Tensor, max_area: int) -> Tensor:
     masks = foreground[None] if foreground.dim() == 2 else foreground.flatten(0, -3)
     areas = connected_components(masks[:, None])[1].view(foreground.shape)
     # No area is larger than int32, and a larger number would wrap around where it meets one.
-    small: Tensor = areas <= torch.sym_min(max_area, 2**31 - 1)
-    return foreground & small
+    return foreground & (areas <= min(max_area, 2**31 - 1))
 
 
 def _check_integers(name: str, value: Tensor) -> None:

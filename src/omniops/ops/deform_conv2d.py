@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from omniops.backends.reference import deform_conv2d as reference
@@ -33,11 +34,14 @@ def deform_conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
+    padding: int | tuple[int, int] | str = 0,
     dilation: int | tuple[int, int] = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Convolve with taps moved by ``offset`` and weighted by ``mask``: ``torchvision.ops.deform_conv2d``.
+
+    mmcv's function of the same name has other arguments, in the order (input, offset, weight, stride, padding,
+    dilation, groups, deform_groups): give these by name, the numbers of groups not at all.
 
     Differentiable in every tensor, to any order; beyond the first order memory grows with the batch, to some hundreds
     of times the input for 3x3 taps. At infinite offsets the gradient of the offset is 0 (on CPUs torchvision's is NaN).
@@ -52,7 +56,9 @@ def deform_conv2d(
         weight: (C_out, C / G, kh, kw).
         bias: (C_out,) or None.
         stride: of the output positions, in pixels; a number or (vertical, horizontal).
-        padding: zeros around the map, in pixels; a number or (vertical, horizontal).
+        padding: zeros around the map, in pixels; a number or (vertical, horizontal). As in
+            ``torch.nn.functional.conv2d`` also "valid", which is 0, and "same", where the stride is 1: then the result
+            has the size of the input, and of an odd number of zeros the one more is below and on the right.
         dilation: the distance of the taps, in pixels; a number or (vertical, horizontal).
         mask: (N, D * kh * kw, H_out, W_out), the factor of each sample (DCNv2), or None (DCNv1).
 
@@ -70,29 +76,99 @@ def deform_conv2d(
     for name, value in (("bias", bias), ("mask", mask)):
         if value is not None:
             _checks.tensor(**{name: value})
-    result: Tensor = _deform_conv2d(
-        input,
-        offset,
-        weight,
-        bias,
-        mask,
-        _checks.pair("stride", stride),
-        _checks.pair("padding", padding),
-        _checks.pair("dilation", dilation),
-    )
+    strides, dilations = _checks.pair("stride", stride), _checks.pair("dilation", dilation)
+    if isinstance(padding, str):
+        input, paddings = _named_padding(input, weight, padding, strides, dilations)
+    else:
+        paddings = _checks.pair("padding", padding)
+    result: Tensor = _deform_conv2d(input, offset, weight, bias, mask, strides, paddings, dilations)
     return result
 
 
-def _result_size(
-    input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, int]:
-    """H_out and W_out; raises for numbers that allow none."""
+def modulated_deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    deform_groups: int = 1,
+) -> Tensor:
+    """``deform_conv2d`` with a mask, with the arguments of ``mmcv.ops.modulated_deform_conv2d`` in mmcv's order.
+
+    The numbers of groups are said, where ``deform_conv2d`` takes them from the shapes, which have to agree.
+
+    Args:
+        input: (N, C, H, W), as for ``deform_conv2d``.
+        offset: (N, deform_groups * kh * kw * 2, H_out, W_out).
+        mask: (N, deform_groups * kh * kw, H_out, W_out).
+        weight: (C_out, C / groups, kh, kw).
+        bias: (C_out,) or None.
+        stride: as for ``deform_conv2d``.
+        padding: as for ``deform_conv2d``.
+        dilation: as for ``deform_conv2d``.
+        groups: the number of weight groups.
+        deform_groups: the number of offset groups.
+
+    Returns:
+        (N, C_out, H_out, W_out), as ``deform_conv2d``.
+
+    Raises:
+        TypeError: for an argument of the wrong type or dtype.
+        ValueError: for a wrong shape, number or device.
+    """
+    _checks.tensor(input=input, offset=offset, mask=mask, weight=weight)
+    groups, deform_groups = _checks.integer(groups=groups, deform_groups=deform_groups)
+    _checks.four_dimensional(input=input, offset=offset, weight=weight)
+    if weight.shape[1] * groups != input.shape[1]:
+        raise ValueError(
+            f"weight must have shape (C_out, C / groups, kh, kw) with groups {groups} and the {input.shape[1]} "
+            f"channels of input, got {tuple(weight.shape)}"
+        )
+    taps = weight.shape[2] * weight.shape[3]
+    if offset.shape[1] != deform_groups * 2 * taps:
+        raise ValueError(
+            f"offset must have deform_groups * kh * kw * 2 = {deform_groups * 2 * taps} channels, got {offset.shape[1]}"
+        )
+    return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+
+
+def _named_padding(
+    input: Tensor, weight: Tensor, padding: str, stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, list[int]]:
+    """The padding "valid" or "same" as a number for each axis, and the input, with the zeros that only one side has."""
+    if padding not in ("valid", "same"):
+        raise ValueError(f"padding must be 'valid', 'same', an int or two, got {padding!r}")
+    if padding == "valid":
+        return input, [0, 0]
+    _checks.four_dimensional(input=input, weight=weight)
+    _check_numbers(stride, (0, 0), dilation)
+    if tuple(stride) != (1, 1):
+        raise ValueError(f"stride must be 1 with padding='same', got {tuple(stride)}")
+    height, width = (dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1))
+    if height % 2 or width % 2:
+        # A sample between the last pixel and such a zero is what it is between that pixel and the outside.
+        input = F.pad(input, (0, width % 2, 0, height % 2))
+    return input, [height // 2, width // 2]
+
+
+def _check_numbers(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
     for name, numbers, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if len(numbers) != 2:
             raise ValueError(f"{name} must be a number or two, got {len(numbers)}")
         for number in numbers:
             if number < least:
                 raise ValueError(f"{name} must be at least {least}, got {tuple(numbers)}")
+
+
+def _result_size(
+    input: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
+    """H_out and W_out; raises for numbers that allow none."""
+    _check_numbers(stride, padding, dilation)
     sizes = []
     for i, axis in enumerate(("height", "width")):
         span = dilation[i] * (kernel_size[i] - 1) + 1
