@@ -142,6 +142,13 @@ def test_modulated_deform_conv2d_with_offset_and_mask(rules, layout):
     differentiate(made(x, offset, mask), x, offset, mask, made.weight, made.bias)
 
 
+@layouts
+def test_one_upsample_at_several_levels(rules, layout):
+    made = nn.CARAFEPacks([nn.CARAFEPack(channels, 2) for channels in (512, 256)]).to("meta")
+    levels = [leaf(2, c, h, w, dtype=torch.float32, layout=layout) for c, h, w in ((512, 20, 20), (256, 40, 40))]
+    differentiate(sum(made(x).sum() for x in levels), *levels, *made.parameters())
+
+
 @pytest.mark.parametrize("neck", [nn.FPNCarafe, nn.PAFPNCarafe])
 @layouts
 def test_necks(rules, neck, layout):

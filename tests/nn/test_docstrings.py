@@ -8,13 +8,20 @@ import torch
 
 import omniops
 
-EXAMPLES = {"omniops.nn.carafe": 1, "omniops.nn.deform_conv2d": 4}
+EXAMPLES = {"omniops.nn.carafe": 2, "omniops.nn.deform_conv2d": 4, "omniops.nn.replace_upsampling": 1}
+
+GLOBALS = {
+    "omniops": omniops,
+    "torch": torch,
+    "nn": torch.nn,
+    "replace_upsampling": omniops.nn.replace_upsampling,
+}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples(name):
     finder = doctest.DocTestFinder(exclude_empty=True)
-    found = finder.find(importlib.import_module(name), globs={"omniops": omniops, "torch": torch})
+    found = finder.find(importlib.import_module(name), globs=GLOBALS)
     with_examples = [test for test in found if test.examples]
     assert len(with_examples) == EXAMPLES[name]
     runner = doctest.DocTestRunner()

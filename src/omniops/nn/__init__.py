@@ -1,6 +1,6 @@
 """Modules."""
 
-from omniops.nn.carafe import CARAFE, CARAFEDownsamplePack, CARAFENaive, CARAFEPack
+from omniops.nn.carafe import CARAFE, CARAFEDownsamplePack, CARAFENaive, CARAFEPack, CARAFEPacks
 from omniops.nn.deform_conv2d import (
     DeformConv2d,
     DeformConv2dPack,
@@ -15,6 +15,7 @@ __all__ = [
     "CARAFEDownsamplePack",
     "CARAFENaive",
     "CARAFEPack",
+    "CARAFEPacks",
     "DeformConv2d",
     "DeformConv2dPack",
     "FPNCarafe",

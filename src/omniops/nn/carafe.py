@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -148,6 +150,47 @@ class CARAFEPack(_Pack):
     def feature_reassemble(self, x: Tensor, mask: Tensor) -> Tensor:
         """(N, C, H, W), (N, G*k*k, H*s, W*s) -> (N, C, H*s, W*s)."""
         return carafe(x, mask, self.up_kernel, self.up_group, self.scale_factor)
+
+
+class CARAFEPacks(nn.ModuleDict):
+    """Several ``CARAFEPack`` in the place of one layer: each call takes that of as many channels as its input has.
+
+    What ``replace_upsampling`` puts in the place of an ``nn.Upsample`` that is called at several levels. The choice
+    depends on the input alone, so that calls may be in any order, again (activation checkpointing), and at once.
+
+        >>> upsample = omniops.nn.CARAFEPacks([omniops.CARAFEPack(64, 2), omniops.CARAFEPack(32, 2)])
+        >>> upsample(torch.randn(1, 64, 8, 8)).shape, upsample(torch.randn(1, 32, 16, 16)).shape
+        (torch.Size([1, 64, 16, 16]), torch.Size([1, 32, 32, 32]))
+        >>> list(upsample)
+        ['64', '32']
+
+    Args:
+        packs: of different numbers of channels, which are their names in the state dict.
+
+    Raises:
+        TypeError, ValueError: for no packs, or others.
+    """
+
+    def __init__(self, packs: Iterable[CARAFEPack]) -> None:
+        super().__init__()
+        for pack in packs:
+            if not isinstance(pack, CARAFEPack):
+                raise TypeError(f"packs must be several CARAFEPack, got {type(pack).__name__}")
+            if str(pack.channels) in self:
+                raise ValueError(f"packs must have different numbers of channels, got {pack.channels} twice")
+            self[str(pack.channels)] = pack
+        if not self:
+            raise ValueError("packs must be at least one, got none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H*s, W*s), with the factor s of the pack of C channels."""
+        _checks.tensor(x=x)
+        _checks.four_dimensional(x=x)
+        for channels, pack in self.items():
+            if x.shape[1] == int(channels):
+                result: Tensor = pack(x)
+                return result
+        raise ValueError(f"x must have {' or '.join(self)} channels, got shape {tuple(x.shape)}")
 
 
 class CARAFEDownsamplePack(_Pack):

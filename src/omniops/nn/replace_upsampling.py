@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
-from omniops.nn.carafe import CARAFEPack
+from omniops.nn.carafe import CARAFEPack, CARAFEPacks
 from omniops.ops import _checks
 
 
@@ -62,7 +63,10 @@ def replace_upsampling(
     """Replace upsampling layers by ``CARAFEPack``, in place; every output keeps its shape.
 
     - ``nn.Upsample`` of any mode becomes a ``CARAFEPack``. Its channels are those that it is called with on
-      ``example_inputs``, else those of the layers beside it in an ``nn.Sequential``.
+      ``example_inputs``, else those of the layers beside it in an ``nn.Sequential``. One that is called with several
+      numbers of channels, as at the levels of YOLOX's neck, becomes a ``CARAFEPack`` for each (``CARAFEPacks``); calls
+      with the same number of channels share one, as nothing that a layer is given tells them apart. One that the
+      model has in several places becomes a layer for each place.
     - ``nn.ConvTranspose2d`` with kernel = stride becomes a ``CARAFEPack``, behind a 1x1 convolution where its numbers
       of channels differ.
     - ``nn.Conv2d`` and ``nn.PixelShuffle`` in succession in an ``nn.Sequential`` become a convolution with as many
@@ -72,9 +76,13 @@ def replace_upsampling(
     they replace; all else is ``CARAFEPack``'s initialisation, so the model has to be trained again. New layers
     have the device, dtype and training mode of their surroundings. Make the optimizer after this, not before.
 
-    Layers with several names are left, as are those called with several numbers of channels, and calls of
-    ``F.interpolate``, which are no layers: the latter are seen on ``example_inputs`` alone. Hooks and
-    parametrizations of a replaced layer are gone with it.
+    Other layers with several names are left, as their parameters are shared, and so are calls of ``F.interpolate``,
+    which are no layers: these are seen on ``example_inputs`` alone. Hooks and parametrizations of a replaced layer are
+    gone with it.
+
+        >>> decoder = nn.Sequential(nn.Conv2d(64, 32, 3), nn.Upsample(scale_factor=2))
+        >>> print(replace_upsampling(decoder))
+        changed 1: Upsample(scale_factor=2.0, mode='nearest') -> CARAFEPack(channels=32, scale_factor=2)
 
     Args:
         model: the model, which is changed.
@@ -99,14 +107,52 @@ def replace_upsampling(
         if not isinstance(patterns, Iterable):
             raise TypeError(f"{argument} must be a name or several, got {type(patterns).__name__}")
     included, excluded = ([names] if isinstance(names, str) else list(names) for names in (include, exclude))
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    calls, interpolations = ({}, Counter[str]()) if example_inputs is None else _trace(model, example_inputs, names)
 
     def pack(channels: int, scale_factor: int) -> CARAFEPack:
         return CARAFEPack(channels, scale_factor, up_kernel, compressed_channels=min(compressed_channels, channels))
 
+    separated = _separate(model)
+    try:
+        report, replacements, interpolations = _plan(model, example_inputs, included, excluded, pack)
+    except BaseException:
+        for name, module in separated.items():
+            model.set_submodule(name, module)
+        raise
+    for name, new in {**separated, **replacements}.items():
+        model.set_submodule(name, new)
+    report.left.extend(
+        Left(name, f"{count} x F.interpolate", "no layer: write a CARAFEPack in its place, or use FPNCarafe")
+        for name, count in interpolations.items()
+    )
+    return report
+
+
+def _separate(model: nn.Module) -> dict[str, nn.Module]:
+    """Put a copy in each further place of an nn.Upsample, to see each one's calls; returns what was there, by name."""
+    places: dict[nn.Module, dict[tuple[nn.Module, str], str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Upsample) and name:
+            parent, _, child = name.rpartition(".")
+            # A parent with several names is one place.
+            places.setdefault(module, {}).setdefault((model.get_submodule(parent), child), name)
+    further = {name: module for module, names in places.items() for name in list(names.values())[1:]}
+    for name, module in further.items():
+        model.set_submodule(name, copy.deepcopy(module))
+    return further
+
+
+def _plan(
+    model: nn.Module,
+    example_inputs: Any,
+    included: list[str],
+    excluded: list[str],
+    pack: Callable[[int, int], CARAFEPack],
+) -> tuple[UpsamplingReport, dict[str, nn.Module], Counter[str]]:
+    """The report, the new layers by name, and which modules call F.interpolate how often."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    calls, interpolations = ({}, Counter[str]()) if example_inputs is None else _trace(model, example_inputs, names)
     report = UpsamplingReport([], [])
     replacements: dict[str, nn.Module] = {}
     for module, (name, *others) in names.items():
@@ -117,7 +163,7 @@ def replace_upsampling(
                 raise _LeftError("not included")
             if any(fnmatchcase(name, pattern) for pattern in excluded):
                 raise _LeftError("excluded")
-            if others:
+            if others and not isinstance(module, nn.Upsample):
                 raise _LeftError(f"shared, also at {', '.join(others)}")
             if not name:
                 raise _LeftError("it is the model itself: make a CARAFEPack instead")
@@ -131,21 +177,19 @@ def replace_upsampling(
         device, dtype = _where(model, next(iter(found)))
         for replaced, new in found.items():
             new.to(device=seen[0][1] if seen else device, dtype=dtype).train(module.training)
+            if isinstance(new, CARAFEPacks):
+                for channels, where, _ in seen:
+                    new[str(channels)].to(device=where)
             replacements[replaced] = new
+        counts = Counter(channels for channels, *_ in seen)
         report.changed.append(
             Changed(
                 name,
                 " + ".join(repr(model.get_submodule(replaced)) for replaced in found),
-                " + ".join(_described(new) for new in found.values()),
+                " + ".join(_described(new, name, counts) for new in found.values()),
             )
         )
-    for name, new in replacements.items():
-        model.set_submodule(name, new)
-    report.left.extend(
-        Left(name, f"{count} x F.interpolate", "no layer: write a CARAFEPack in its place, or use FPNCarafe")
-        for name, count in interpolations.items()
-    )
-    return report
+    return report, replacements, interpolations
 
 
 _UPSAMPLING = (nn.Upsample, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.PixelShuffle)
@@ -178,9 +222,8 @@ def _replacement(
         channels = seen or _channels_beside(model, name)
         if not channels:
             raise _LeftError("its channels are not known: give example_inputs with which it is called")
-        if len(channels) > 1:
-            raise _LeftError(f"it is called with several numbers of channels, {sorted(channels)}")
-        return {name: pack(channels.pop(), factor)}
+        packs = [pack(number, factor) for number in sorted(channels)]
+        return {name: packs[0] if len(packs) == 1 else CARAFEPacks(packs)}
     if isinstance(module, nn.ConvTranspose2d):
         _check_kind(module, nn.ConvTranspose2d)
         if module.kernel_size != module.stride:
@@ -282,11 +325,15 @@ def _where(model: nn.Module, name: str) -> tuple[torch.device | None, torch.dtyp
         name = name.rpartition(".")[0]
 
 
-def _described(module: nn.Module) -> str:
+def _described(module: nn.Module, name: str, calls: Counter[int]) -> str:
+    if isinstance(module, CARAFEPacks):
+        packs = cast("dict[str, CARAFEPack]", dict(module))
+        return " + ".join(f"{_described(pack, '', calls)} at {name}.{key}" for key, pack in packs.items())
     if isinstance(module, CARAFEPack):
-        return f"CARAFEPack(channels={module.channels}, scale_factor={module.scale_factor})"
+        shared = f" for {calls[module.channels]} calls" if calls[module.channels] > 1 else ""
+        return f"CARAFEPack(channels={module.channels}, scale_factor={module.scale_factor}){shared}"
     if isinstance(module, nn.Sequential):
-        return " + ".join(map(_described, module))
+        return " + ".join(_described(layer, name, calls) for layer in module)
     return repr(module)
 
 
