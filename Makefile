@@ -1,15 +1,22 @@
-# make demo, make test: each sets up .venv first, and does nothing twice.
+# make demo, make test: each sets up .venv first, and does nothing twice. test-oldest and test-middle have their own.
 PYTHON ?= python3
 # The torch that the development environment is tested with; any torch that pyproject.toml admits will do.
 TORCH ?= torch==2.15.0
+# A torch between the newest and the oldest, which is the lowest that pyproject.toml admits.
+MIDDLE ?= torch==2.11.0
 VENV := .venv
+# What pytest runs, or all.
+TESTS :=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 ASKED_FOR := $(PYTHON) $(TORCH)
 WAS_ASKED_FOR := $(shell cat $(INSTALLED) 2>/dev/null)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint bench clean anew
+# What a build leaves is of one environment, whose nanobind CMake remembers.
+export SKBUILD_BUILD_DIR := $(VENV)/build
+
+.PHONY: demo test test-oldest test-middle lint bench clean anew
 .DEFAULT_GOAL := test
 
 # Another TORCH installs again, another PYTHON starts .venv anew.
@@ -35,10 +42,21 @@ $(INSTALLED): $(BIN)/python $(SOURCES)
 	echo '$(ASKED_FOR)' >$(INSTALLED)
 
 demo: $(INSTALLED)
-	$(BIN)/omniops demo --out demo/demo.png
+	$(BIN)/omniops demo --out demo/demo.png --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# Each dependency in the lowest version that pyproject.toml names, by pip's constraints.
+test-oldest: export PIP_CONSTRAINT = build/lowest.txt
+test-oldest:
+	mkdir -p build
+	grep -oE '"[[:alnum:]-]+>=[[:digit:].]+' pyproject.toml | sed 's/"//; s/>=/==/' >build/lowest.txt
+	$(MAKE) test VENV=.venv-oldest TORCH=torch
+
+# What calls PyTorch: the rest was tested with its newest and its oldest.
+test-middle:
+	$(MAKE) test VENV=.venv-middle TORCH='$(MIDDLE)' TESTS='tests/backends tests/ops tests/nn tests/dropin tests/sam2'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -53,4 +71,4 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/guided_upsampling.py
 
 clean:
-	rm -rf $(VENV) build dist demo
+	rm -rf .venv .venv-* build dist demo

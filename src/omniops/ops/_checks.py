@@ -87,7 +87,7 @@ def pair(name: str, value: Any) -> list[int]:
 
 def _int(value: Any) -> int | None:
     """What ``operator.index`` gives, but None of what is no integer, and of bools and of arrays with dimensions."""
-    if isinstance(value, bool):
+    if isinstance(value, (bool, np.bool_)):  # NumPy 1 gives its bools an __index__
         return None
     if isinstance(value, (int, torch.SymInt)):
         return value  # type: ignore[return-value]
