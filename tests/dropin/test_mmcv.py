@@ -234,6 +234,17 @@ def test_bbox_overlaps(mode, aligned, offset):
     _close(ious.flatten(), expected, 1e-6)
 
 
+@pytest.mark.parametrize("mode", [0, 1])
+def test_bbox_overlaps_of_boxes_whose_corners_are_swapped_divide_by_the_offset_at_least(mode):
+    # The first is half a pixel wide with the offset's pixel, and lies in the second.
+    first, second = torch.tensor([[2.5, 0, 2, 0]]), torch.tensor([[0.0, 0, 3, 0]])
+    ious = torch.zeros(1, 1)
+    mmcv_ext.bbox_overlaps(first, second, ious, mode, False, 1)
+    assert ious == (0.5 / 4 if mode == 0 else 0.5 / 1)
+    mmcv_ext.bbox_overlaps(first, first, ious, mode, False, 1)
+    assert ious == 0.5
+
+
 # Regions of interest
 
 ROIS = torch.tensor(
@@ -607,6 +618,23 @@ def test_multi_scale_deformable_attention():
     mmcv_ext.ms_deform_attn_backward(*given_tensors, grad, *grads, im2col_step=64)
     for actual, one in zip(grads, wanted, strict=True):
         _close(actual, one)
+
+
+@pytest.mark.parametrize("place", [-1.0, -1.25, 4.0, 6.0])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_location_a_pixel_or_more_off_the_map_has_no_gradient(axis, place):
+    value, weights = torch.ones(1, 16, 1, 2), torch.ones(1, 1, 1, 1, 2)
+    locations = torch.full((1, 1, 1, 1, 2, 2), 0.3)
+    locations[..., 0, axis] = (place + 0.5) / 4
+    shapes, first = torch.tensor([[4, 4]]), torch.tensor([0])
+    grads = [torch.full_like(each, torch.nan) for each in (value, locations, weights)]
+    value[:, ::3] = 3
+    grad = torch.ones(1, 1, 2)
+    mmcv_ext.ms_deform_attn_backward(value, shapes, first, locations, weights, grad, *grads, im2col_step=64)
+    assert grads[1][..., 0, :].tolist() == [[[[[0, 0]]]]]
+    assert (grads[1][..., 1, :] != 0).all()
+    assert grads[2].flatten()[0] == 0
+    assert grads[2].flatten()[1] > 0
 
 
 def test_autocast_leaves_the_kernels_alone():

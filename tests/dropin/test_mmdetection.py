@@ -31,6 +31,9 @@ NEED_THEM = (
     "tests/dropin/test_mmcv_masked_conv.py::test_mmcvs_module",
     "tests/dropin/test_mmcv_masked_conv.py::test_mmcvs_module_refuses_by_name_what_it_would_leave_out",
     "tests/dropin/test_mmcv_masked_conv.py::test_mmcvs_module_is_its_own_again",
+    "tests/dropin/test_mmcv_psa_mask.py::test_mmcvs_module",
+    "tests/dropin/test_mmcv_rotated.py::test_mmcvs_functions_of_rotated_boxes",
+    "tests/dropin/test_mmcv_sync_bn.py::test_mmcvs_module",
     "tests/nn/test_fpn_carafe.py::test_fpn_equals_that_of_mmdet",
     "tests/nn/test_fpn_carafe.py::test_path_aggregation_equals_that_of_mmdet_with_nearest_interpolation",
 )

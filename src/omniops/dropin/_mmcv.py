@@ -214,6 +214,18 @@ def _complete_masked_conv(module: ModuleType) -> None:
     _replace(module.MaskedConv2d, "forward", forward_of_module)
 
 
+def _let_sync_bn_be_alone(module: ModuleType) -> None:
+    """Let SyncBatchNorm be made where there is no process group: it is the one process then."""
+    theirs = module.dist
+
+    def get_world_size(group: Any = None) -> int:
+        return theirs.get_world_size(group) if theirs.is_available() and theirs.is_initialized() else 1
+
+    distributed = ModuleType(theirs.__name__, theirs.__doc__)
+    vars(distributed).update(__getattr__=lambda name: getattr(theirs, name), get_world_size=get_world_size)
+    _replace(module, "dist", distributed)
+
+
 def _change_extension(module: ModuleType) -> None:
     if not isinstance(module, _StandIn):
         _complete(module)
@@ -241,5 +253,6 @@ _CHANGES: dict[str, Callable[[ModuleType], None]] = {
     EXTENSION: _change_extension,
     "mmcv.ops.carafe": _free_carafe_naive,
     "mmcv.ops.masked_conv": _complete_masked_conv,
+    "mmcv.ops.sync_bn": _let_sync_bn_be_alone,
 }
 """What is changed in which module, once it is imported."""

@@ -29,6 +29,7 @@ from omniops.dropin.mmcv_ext.info import get_compiler_version, get_compiling_cud
 from omniops.dropin.mmcv_ext.masked_conv import masked_col2im_forward, masked_im2col_forward
 from omniops.dropin.mmcv_ext.multi_scale_deform_attn import ms_deform_attn_backward, ms_deform_attn_forward
 from omniops.dropin.mmcv_ext.nms import nms, nms_match, softnms
+from omniops.dropin.mmcv_ext.psa_mask import psamask_backward, psamask_forward
 from omniops.dropin.mmcv_ext.roi import (
     deform_roi_pool_backward,
     deform_roi_pool_forward,
@@ -37,9 +38,18 @@ from omniops.dropin.mmcv_ext.roi import (
     roi_pool_backward,
     roi_pool_forward,
 )
+from omniops.dropin.mmcv_ext.rotated import box_iou_rotated, nms_rotated
+from omniops.dropin.mmcv_ext.sync_bn import (
+    sync_bn_backward_data,
+    sync_bn_backward_param,
+    sync_bn_forward_mean,
+    sync_bn_forward_output,
+    sync_bn_forward_var,
+)
 
 __all__ = [
     "bbox_overlaps",
+    "box_iou_rotated",
     "carafe_backward",
     "carafe_forward",
     "carafe_naive_backward",
@@ -59,6 +69,9 @@ __all__ = [
     "ms_deform_attn_forward",
     "nms",
     "nms_match",
+    "nms_rotated",
+    "psamask_backward",
+    "psamask_forward",
     "roi_align_backward",
     "roi_align_forward",
     "roi_pool_backward",
@@ -68,4 +81,9 @@ __all__ = [
     "softmax_focal_loss_backward",
     "softmax_focal_loss_forward",
     "softnms",
+    "sync_bn_backward_data",
+    "sync_bn_backward_param",
+    "sync_bn_forward_mean",
+    "sync_bn_forward_output",
+    "sync_bn_forward_var",
 ]

@@ -13,14 +13,17 @@ IOU = 0
 
 @kernel
 def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, aligned: bool, offset: int) -> None:
-    """Fill ``ious``: of each box of the first with each of the second, (M, N), or with its partner, (N,)."""
+    """Fill ``ious``: of each box of the first with each of the second, (M, N), or with its partner, (N,).
+
+    What it divides by is at least ``offset``, as in mmcv: a box whose corners are swapped may have less.
+    """
     first = bboxes1 if aligned else bboxes1[:, None]
     low, high = torch.maximum(first[..., :2], bboxes2[..., :2]), torch.minimum(first[..., 2:], bboxes2[..., 2:])
     shared = (high - low + offset).clamp(min=0).prod(-1)
     whole = _area(first, offset)
     if mode == IOU:
         whole = whole + _area(bboxes2, offset) - shared
-    ious.copy_(shared / whole)
+    ious.copy_(shared / whole.clamp(min=offset))
 
 
 def _area(boxes: Tensor, offset: int) -> Tensor:

@@ -40,13 +40,18 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ) -> None:
-    """Fill the three gradients."""
+    """Fill the three gradients. That of a location exactly a pixel outside of the map is 0, as in mmcv."""
     with torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in (value, sampling_locations, attention_weights)]
         result = _attend(inputs[0], value_spatial_shapes, *inputs[1:])
         computed = torch.autograd.grad(result, inputs, grad_output)
-    for grad, one in zip((grad_value, grad_sampling_loc, grad_attn_weight), computed, strict=True):
-        grad.copy_(one)
+    sides = value_spatial_shapes.flip(1)[:, None].to(sampling_locations.device)
+    places = sampling_locations.detach() * sides - 0.5
+    outside = ((places <= -1) | (places >= sides)).any(-1, keepdim=True)
+    by_value, by_locations, by_weights = computed
+    grad_value.copy_(by_value)
+    grad_sampling_loc.copy_(by_locations.masked_fill(outside, 0))
+    grad_attn_weight.copy_(by_weights)
 
 
 def _attend(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Non-maximum suppression: boxes are (x1, y1, x2, y2), and as wide as x2 - x1 + offset."""
+"""Non-maximum suppression: boxes are (x1, y1, x2, y2), and as wide as x2 - x1 + offset.
+
+Each raises ValueError for a box that is not a number; but for nms, on the CPU alone.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ NAIVE, LINEAR = 0, 1
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
     """The indices of the boxes that no better box overlaps by more than ``iou_threshold``, best first."""
     boxes = accumulated(boxes)
+    if boxes.device.type == "cpu":  # to look on another device would be to wait for it
+        _check("boxes", bool(boxes.isnan().any()))
     # A pixel more at the far corners makes widths, heights and overlaps a pixel larger, as the offset does.
     wider = boxes + boxes.new_tensor([0, 0, offset, offset])
     threshold = float(np.float32(iou_threshold))  # a float in mmcv, a double in torchvision
@@ -46,6 +51,7 @@ def softnms(
     and the last boxes move into them.
     """
     left = boxes.cpu().float().numpy()
+    _check("boxes", bool(np.isnan(left).any()))
     points = scores.cpu().float().numpy().copy()
     indices = np.arange(len(left))
     found: list[Array] = []
@@ -93,6 +99,7 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
     dets = dets.cpu().float()
     order = dets[:, 4].sort(descending=True, stable=True).indices.numpy()
     boxes = dets[:, :4].numpy()
+    _check("dets", bool(np.isnan(boxes).any()))
     groups: list[list[int]] = []
     while len(order):
         best, rest = order[0], order[1:]
@@ -100,6 +107,11 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
         groups.append([int(best), *rest[suppressed].tolist()])
         order = rest[~suppressed]
     return groups
+
+
+def _check(name: str, has_nan: bool) -> None:
+    if has_nan:
+        raise ValueError(f"{name} must be numbers, got NaN: look for it in what predicts the boxes")
 
 
 def _overlaps(box: Array, others: Array, offset: int) -> Array:
