@@ -66,8 +66,9 @@ def roi_align_forward(
     begin, extent = _aligned_regions(rois, spatial_scale, aligned)
     # mmcv's largest of no samples, of regions without area, or what a half has nearest to it.
     output.fill_(max(torch.finfo(torch.float32).min, torch.finfo(output.dtype).min))
-    argmax_y.fill_(-1)
-    argmax_x.fill_(-1)
+    # Off the map, so that no gradient comes from no samples. In mmcv that is -1, where a sample may be.
+    argmax_y.fill_(-2)
+    argmax_x.fill_(-2)
     channels_last = _channels_last(input)
     for rows, grid, counts in _steps(rois, input, extent, size, sampling_ratio):
         bins = _bins(begin[rows], extent[rows], size)
