@@ -369,6 +369,23 @@ def test_roi_pool():
     _close(by_input, wanted)
 
 
+def test_roi_pool_of_a_region_without_width_is_zero_and_has_no_gradient():
+    input, grad = torch.ones(2, 3, 8, 9).double(), torch.ones(2, 3, *SIZE).double()
+    rois = torch.tensor([[0, 4.0, 2, 3, 9], [1, 4, 9, 8, 2]], dtype=torch.float64)
+    output, by_input = _pooled("roi_pool", input, rois, grad)
+    assert not output.any()
+    assert not by_input.any()
+
+
+@pytest.mark.parametrize("name", ["roi_align", "roi_pool"])
+def test_the_largest_of_what_is_not_a_number_is_none(name):
+    input = _random(2, 3, 8, 9)
+    input[0, 1, 4, 3] = math.nan
+    output, _ = _pooled(name, input, torch.tensor([[0, 0, 0, 17.0, 15.0]]).double(), torch.ones(1, 3, *SIZE).double())
+    assert output[0, 1].isnan().any()
+    assert not output[0, [0, 2]].isnan().any()
+
+
 @pytest.mark.parametrize("ratio", [0, 2])
 @pytest.mark.parametrize("moved", [True, False])
 def test_deform_roi_pool(moved, ratio):
@@ -822,6 +839,11 @@ def test_without_mmcv_nobody_serves(monkeypatch):
     assert _mmcv.serving() == {}
 
 
+def test_the_documentation_counts_the_functions():
+    text = (Path(__file__).parents[2] / "docs/mmcv.md").read_text(encoding="utf-8")
+    assert f"Of its functions {len(mmcv_ext.__all__)} are" in text
+
+
 # The real mmcv-lite
 
 
@@ -898,6 +920,8 @@ def test_mmcvs_other_functions_work(mmcv):
     boxes = np.array([[0, 0, 4, 4], [0, 0, 4, 3.9], [8, 8, 9, 9]], dtype=np.float32)
     scores = np.array([0.5, 0.9, 0.7], dtype=np.float32)
     assert mmcv.nms(boxes, scores, 0.5)[1].tolist() == [1, 2]
+    assert mmcv.nms(boxes, scores, 0.5, max_num=1)[1].tolist() == [1]
+    assert mmcv.nms(boxes, scores, 0.99, score_threshold=0.6)[1].tolist() == [1, 2]
     assert mmcv.soft_nms(boxes, scores, 0.5, method="linear")[1].tolist() == [1, 2, 0]
     assert [group.tolist() for group in mmcv.nms_match(np.c_[boxes, scores], 0.5)] == [[1, 0], [2]]
     assert mmcv.bbox_overlaps(torch.tensor(boxes), torch.tensor(boxes)).diagonal().eq(1).all()

@@ -158,6 +158,21 @@ def test_larger_offsets_and_masks_are_read_as_flat_memory(sliced, batch, extra, 
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
 
 
+def test_an_offset_that_is_not_a_number_is_seen():
+    input, offset, mask, weight, _ = _problem(1)
+    offset[1, 0, 2, 3] = torch.nan
+    output, _ = _forward(input, offset, mask, weight)
+    assert output.isnan().any(1).nonzero().tolist() == [[1, 2, 3]]
+
+
+def test_an_offset_of_another_memory_layout_is_read_in_order():
+    input, _, mask, weight, _ = _problem(1)
+    offset = _random(3, 24, 5, 9)
+    expected, _ = _forward(input, offset, mask, weight)
+    found, _ = _forward(input, offset.contiguous(memory_format=torch.channels_last), mask, weight)
+    assert found.equal(expected)
+
+
 def test_of_an_empty_batch_nothing_is_read():
     input, offset, mask, weight, grad = _problem(1)
     results = _both_ways(input[:0], offset.repeat(1, 1, 2, 1)[:0], mask[:0], weight, grad[:0])
