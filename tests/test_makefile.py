@@ -6,7 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+tomllib = pytest.importorskip("tomllib", reason="Python reads TOML from 3.11 on")
 MAKEFILE = Path(__file__).parents[1] / "Makefile"
 
 pytestmark = [
@@ -17,9 +19,13 @@ pytestmark = [
 PYTHON = """#!/bin/sh
 echo "$(basename "$0") $*" >>"$LOG"
 if [ "$2" = venv ]; then
-    rm -rf .venv
-    mkdir -p .venv/bin
-    cp "$0" .venv/bin/python
+    for folder; do :; done
+    rm -rf "$folder"
+    mkdir -p "$folder/bin"
+    cp "$0" "$folder/bin/python"
+fi
+if [ "$3" = install ] && [ -n "$PIP_CONSTRAINT" ]; then
+    cp "$PIP_CONSTRAINT" "$LOG.constraints"
 fi
 """
 
@@ -33,23 +39,31 @@ def make(tmp_path):
         (tmp_path / name).write_text(PYTHON)
         (tmp_path / name).chmod(0o755)
 
-    def run(*arguments):
+    def run(*arguments, target="test"):
         """What Python was called for, a word each."""
         log = tmp_path / "log"
         log.write_text("")
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-        for name in ("PYTHON", "TORCH"):  # with which make itself may be running these tests
+        for name in (
+            "PYTHON",
+            "TORCH",
+            "MIDDLE",
+            "PIP_CONSTRAINT",
+            "SKBUILD_BUILD_DIR",
+        ):  # with which make itself may be running these tests
             environment.pop(name, None)
         environment |= {"LOG": str(log), "PATH": f"{tmp_path}{os.pathsep}{environment['PATH']}"}
-        subprocess.run(["make", *arguments, "test"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+        subprocess.run(["make", *arguments, target], cwd=tmp_path, env=environment, check=True, capture_output=True)
         steps = []
         for line in log.read_text().splitlines():
             if " venv " in line:
-                steps.append(f"venv by {line.split()[0]}")
+                venv = line.split()[-1]
+                steps.append(f"venv by {line.split()[0]}" if venv == ".venv" else venv)
             elif "torch" in line:
                 steps.append(next(word for word in line.split() if word.startswith("torch")))
             elif "pytest" in line:
-                steps.append("pytest")
+                _, tests = line.split("--no-loadscope-reorder")
+                steps.append(f"pytest{tests}".rstrip())
         return steps
 
     return run
@@ -80,3 +94,56 @@ def test_a_changed_source_is_installed(make, tmp_path):
     later = (tmp_path / ".venv" / "installed").stat().st_mtime + 10
     os.utime(tmp_path / "pyproject.toml", (later, later))
     assert make() == [torch, "pytest"]
+
+
+def test_the_oldest_and_the_middle_have_environments_of_their_own(make, tmp_path):
+    assert make() == ["venv by python3", "torch==2.15.0", "pytest"]
+    assert make(target="test-oldest") == [".venv-oldest", "torch", "pytest"]
+    venv, torch, tests = make(target="test-middle")
+    assert (venv, torch) == (".venv-middle", "torch==2.11.0")
+    name, *folders = tests.split()
+    assert name == "pytest"
+    assert folders
+    assert all((MAKEFILE.parent / folder).is_dir() for folder in folders)
+    assert make() == make(target="test-oldest") == ["pytest"]
+    assert make(target="test-middle") == [tests]
+    assert make("MIDDLE=torch==2.9.0", target="test-middle") == ["torch==2.9.0", tests]
+    assert make("TORCH=torch==2.9.0", "VENV=elsewhere", target="test-oldest") == ["pytest"]
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    assert list(tmp_path.glob(".venv*")) == []
+
+
+def test_the_oldest_are_the_lowest_versions_that_are_named(make, tmp_path):
+    shutil.copy(MAKEFILE.with_name("pyproject.toml"), tmp_path)
+    make(target="test-oldest")
+    pinned = (tmp_path / "log.constraints").read_text().split()
+    (tmp_path / "log.constraints").unlink()
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]
+    named = [each for group in project["optional-dependencies"].values() for each in group]
+    asked_for = [Requirement(each) for each in project["dependencies"] + named]
+    asked_for = [each for each in asked_for if each.name != "omniops"]
+    assert len(asked_for) > 20
+    lowest = {each.name: part.version for each in asked_for for part in each.specifier if part.operator == ">="}
+    assert set(pinned) == {f"{name}=={version}" for name, version in lowest.items()}
+    # None is without a lowest version, none has two, and no other run is held to them.
+    assert set(lowest) == {each.name for each in asked_for}
+    assert len(set(pinned)) == len({each.split("==")[0] for each in pinned})
+    make("PYTHON=another")
+    make("MIDDLE=torch==2.9.0", target="test-middle")
+    assert not (tmp_path / "log.constraints").exists()
+
+
+def test_each_environment_builds_in_a_folder_of_its_own(make, tmp_path):
+    (tmp_path / "python3").write_text(PYTHON + 'echo "$SKBUILD_BUILD_DIR" >>"$LOG.builds"\n')
+    for target in ("test", "test-oldest", "test-middle"):
+        make(target=target)
+    assert set((tmp_path / "log.builds").read_text().split()) == {
+        ".venv/build",
+        ".venv-oldest/build",
+        ".venv-middle/build",
+    }
+
+
+def test_what_lands_was_tested_with_the_oldest_and_the_middle():
+    steps = (MAKEFILE.parent / ".ci" / "run").read_text().splitlines()
+    assert steps[-4:] == ["make lint", "make test", "make test-oldest", "make test-middle"]
