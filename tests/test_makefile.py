@@ -3,12 +3,12 @@
 import os
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-tomllib = pytest.importorskip("tomllib", reason="Python reads TOML from 3.11 on")
 MAKEFILE = Path(__file__).parents[1] / "Makefile"
 
 pytestmark = [
@@ -44,13 +44,8 @@ def make(tmp_path):
         log = tmp_path / "log"
         log.write_text("")
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-        for name in (
-            "PYTHON",
-            "TORCH",
-            "MIDDLE",
-            "PIP_CONSTRAINT",
-            "SKBUILD_BUILD_DIR",
-        ):  # with which make itself may be running these tests
+        # With these make itself may be running these tests.
+        for name in ("PYTHON", "TORCH", "MIDDLE", "PIP_CONSTRAINT", "SKBUILD_BUILD_DIR"):
             environment.pop(name, None)
         environment |= {"LOG": str(log), "PATH": f"{tmp_path}{os.pathsep}{environment['PATH']}"}
         subprocess.run(["make", *arguments, target], cwd=tmp_path, env=environment, check=True, capture_output=True)
