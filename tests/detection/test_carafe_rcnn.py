@@ -183,6 +183,90 @@ def test_wrong_labels_are_named(image, labels, error, message):
         model([image], [_target(image) | {"labels": torch.tensor(labels)}])
 
 
+def _boxes(*rows):
+    return {"boxes": torch.tensor(rows)}
+
+
+WRONG_TARGETS = {
+    "no width": (
+        _boxes([20.0, 10, 60, 40], [5, 30, 5, 60]),
+        r"\['boxes'\] must be finite.*got \[5.0, 30.0, 5.0, 60.0\]",
+    ),
+    "no height": (_boxes([20.0, 10, 60, 10], [5, 30, 50, 60]), r"x1 < x2 and y1 < y2, got \[20.0, 10.0, 60.0, 10.0\]"),
+    "inside out": (_boxes([60.0, 10, 20, 40], [5, 30, 50, 60]), "x1 < x2 and y1 < y2, got .* as box 0"),
+    "NaN": (_boxes([20.0, 10, torch.nan, 40], [5, 30, 50, 60]), r"must be finite.*got \[20.0, 10.0, nan, 40.0\]"),
+    "infinity": (_boxes([20.0, 10, 60, 40], [5, 30, torch.inf, 60]), r"must be finite.*inf, 60.0\] as box 1"),
+    "three numbers": ({"boxes": torch.ones(2, 3)}, r"\['boxes'\] must be \(N, 4\), got \(2, 3\)"),
+    "one box": ({"boxes": torch.tensor([1.0, 2, 3, 4])}, r"\['boxes'\] must be \(N, 4\), got \(4,\)"),
+    "a label too few": ({"labels": torch.tensor([1])}, r"\['labels'\] must be \(2,\), one for each.*got \(1,\)"),
+    "labels of two axes": ({"labels": torch.tensor([[1], [3]])}, r"\['labels'\] must be \(2,\).*got \(2, 1\)"),
+    "0": ({"labels": torch.tensor([0, 3])}, r"\['labels'\] must be from 1 to 3, got \[0, 3\]"),
+    "a class too many": ({"labels": torch.tensor([1, 4])}, r"\['labels'\] must be from 1 to 3, got \[1, 4\]"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TARGETS)
+def test_wrong_targets_are_named(model, image, case):
+    change, message = WRONG_TARGETS[case]
+    right = _target(image)
+    with pytest.raises(ValueError, match=r"targets\[1\].*" + message):
+        model.train()([image, image], [right, right | change])
+
+
+def test_a_box_whose_width_is_rounded_away(model, image):
+    left = 102 + torch.arange(2000) * 2.0**-17
+    right = left.nextafter(torch.tensor(torch.inf))
+    lost = (left * 0.63 == right * 0.63).nonzero()[0, 0]  # 0.63: by which the image is resized
+    boxes = torch.tensor([[20, 10, 60, 40], [left[lost], 30, right[lost], 60]])
+    with pytest.raises(ValueError, match=r"targets\[0\]\['boxes'\] must be .* x1 < x2 and y1 < y2, got .* as box 1"):
+        model.train()([image], [_target(image) | {"boxes": boxes}])
+
+
+MASKS = {
+    "a mask too few": (lambda masks: masks[:1], r"\['masks'\] must be \(2, 70, 100\).*got \(1, 70, 100\)"),
+    "another size": (lambda masks: masks[:, 1:], r"\['masks'\] must be \(2, 70, 100\).*got \(2, 69, 100\)"),
+    "0 and 255": (lambda masks: masks * 255, r"\['masks'\] must be of 0 and 1, or of bool"),
+    "probabilities": (lambda masks: masks * 0.7, r"\['masks'\] must be of 0 and 1, or of bool"),
+    "NaN": (lambda masks: masks / 0, r"\['masks'\] must be of 0 and 1, or of bool"),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_wrong_masks_are_named(image, case):
+    change, message = MASKS[case]
+    model = detection.mask_rcnn_resnet50_fpn_carafe(num_classes=4, **SMALL).train()
+    right = _target(image)
+    with pytest.raises(ValueError, match=r"targets\[1\]" + message):
+        model([image, image], [right, right | {"masks": change(right["masks"])}])
+
+
+def test_targets_that_are_none(model, kind, image):
+    right = _target(image)
+    names = "boxes, labels, masks" if kind == "mask" else "boxes, labels"
+    model.train()
+    with pytest.raises(ValueError, match=f"targets must be given in training: for each image a dict of {names}"):
+        model([image])
+    with pytest.raises(ValueError, match="targets must be one for each of 2 images, got 1"):
+        model([image, image], [right])
+    with pytest.raises(ValueError, match=rf"targets\[0\] must have {names}, got boxes"):
+        model([image], [{"boxes": right["boxes"]}])
+    with pytest.raises(TypeError, match=r"targets\[0\] must be a dict, got Tensor"):
+        model([image], [right["boxes"]])
+    with pytest.raises(TypeError, match=r"targets\[0\]\['boxes'\] must be a tensor, got list"):
+        model([image], [right | {"boxes": right["boxes"].tolist()}])
+    with pytest.raises(TypeError, match=r"images\[0\] must be a tensor \(3, H, W\) in \[0, 1\], got ndarray"):
+        model([image.numpy()], [right])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_wrong_images_are_named(model, image, training):
+    model.train(training)
+    targets = [_target(image)] * 2 if training else None
+    for wrong, message in ((image * 255, "got 0 to 25.*: divide it by 255"), (image / 0, "got NaN in")):
+        with pytest.raises(ValueError, match=r"images\[1\] must be in \[0, 1\], " + message):
+            model([image, wrong], targets)
+
+
 def test_bfloat16(model, kind, image):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         (mixed,) = model.eval()([image])

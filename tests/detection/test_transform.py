@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("omniops.detection", exc_type=ImportError, reason="needs torchvision")
 
+from omniops.detection.inputs import require_values
 from omniops.detection.transform import Transform, paste_masks, resize_bilinear
 
 
@@ -106,8 +107,69 @@ def test_targets_of_some_images_are_refused():
 
 def test_masks_of_another_size_are_named():
     target = {"boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]), "masks": torch.ones(1, 5, 8), "labels": torch.tensor([1])}
-    with pytest.raises(ValueError, match=r"must be \(1, 8, 8\).*got \(1, 5, 8\)"):
+    with pytest.raises(ValueError, match=r"targets\[0\]\['masks'\] must be \(1, 8, 8\).*got \(1, 5, 8\)"):
         _transform()([torch.rand(3, 8, 8)], [target])
+
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+VALUES = {
+    "0 to 255": (lambda image: image * 255, r"\[0, 1\], got 0 to 25\d\.?\d*: divide it by 255"),
+    "normalised": (lambda image: (image - MEAN) / STD, r"\[0, 1\], got -[12].* to [12].*: it is normalised here"),
+    "-1 to 1": (lambda image: image * 2 - 1, r"\[0, 1\], got -1 to .*: it is normalised here"),
+    "a NaN": (lambda image: image.index_fill(2, torch.tensor(3), torch.nan), r"\[0, 1\], got NaN in 60 of 1800 values"),
+    "infinite": (lambda image: image / image, r"\[0, 1\], got NaN in 1 of 1800 values"),
+    "infinity": (lambda image: image.index_fill(2, torch.tensor(3), torch.inf), r"\[0, 1\], got 0 to inf"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", VALUES)
+@pytest.mark.parametrize("training", [False, True])
+def test_wrong_values_are_named(picture, case, dtype, training):
+    change, message = VALUES[case]
+    right = torch.rand(3, 8, 9)
+    image = torch.from_numpy(picture(20, 30)).permute(2, 0, 1) / 255
+    image[0, 0, 0] = 0
+    image[1, 1, 1] = 1
+    if case == "infinite":
+        image = image.clamp(min=1e-3)
+        image[0, 0, 0] = 0
+    with pytest.raises(ValueError, match=r"images\[1\] must be in " + message):
+        _transform().train(training)([right, change(image).to(dtype)])
+
+
+def test_values_little_beyond_are_clipped(picture):
+    """As of sharp interpolation."""
+    image = torch.from_numpy(picture(20, 30)).permute(2, 0, 1) / 255
+    beyond = image * 1.4 - 0.2
+    found, expected = (_transform().eval()([each])[0].tensors for each in (beyond, beyond.clamp(0, 1)))
+    assert torch.equal(found, expected)
+
+
+def test_values_are_looked_at_once(monkeypatch):
+    """A device is waited for a single time, however many images there are."""
+    waits = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.append(1) or tolist(self))
+    for name in ("item", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("waited for"))
+    targets = [{"boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]), "masks": torch.ones(1, 8, 8)}] * 3
+    _transform().eval()([torch.rand(3, 8, 8)] * 3, targets)
+    assert waits == [1]
+
+
+def test_values_are_not_looked_at_while_compiling():
+    class Checked(torch.nn.Module):
+        def forward(self, image):
+            require_values([image], None, None)
+            return image + 1
+
+    image = torch.rand(3, 4, 4)
+    for traced in (
+        torch.compile(Checked(), fullgraph=True, backend="eager"),
+        torch.export.export(Checked(), (image,)).module(),
+    ):
+        assert torch.equal(traced(image), image + 1)
 
 
 def test_masks_are_pasted_at_the_pixels_centres():

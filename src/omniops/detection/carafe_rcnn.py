@@ -19,6 +19,7 @@ from torchvision.models.detection.rpn import RPNHead
 
 from omniops.detection.checkpoints import load_checkpoint
 from omniops.detection.heads import AnchorGenerator, CARAFEMaskPredictor, RegionProposalNetwork, RoIAlign, RoIHeads
+from omniops.detection.inputs import Target, require_images, require_targets
 from omniops.detection.transform import Transform
 from omniops.nn import FPNCarafe
 
@@ -161,6 +162,22 @@ class CARAFERCNN(GeneralizedRCNN):  # type: ignore[misc]
         # 64: the coarsest stride, so that every level's size is exact.
         transform = Transform(min_size, max_size, image_mean, image_std, 64, mask_threshold)
         super().__init__(backbone, rpn, heads, transform)
+
+    def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> Any:
+        """Detections, or in training a dict of losses, as ``faster_rcnn_resnet50_fpn_carafe`` has it.
+
+        Raises:
+            TypeError: for images that are no tensors of floating point, and for targets that are no dicts of tensors.
+            ValueError: for images of another shape, or with values that are NaN or farther than 0.25 beyond [0, 1], as
+                normalised ones or those in [0, 255]; in training for missing targets, boxes that are not (N, 4), finite
+                and of a width and a height, labels that are not N or not the model's, masks of another shape or of
+                other values than 0 and 1.
+        """
+        if self.training:
+            require_images(images)
+            names = ("boxes", "labels", "masks") if self.roi_heads.has_mask() else ("boxes", "labels")
+            require_targets(images, targets, names)
+        return super().forward(images, targets)
 
 
 def _build(

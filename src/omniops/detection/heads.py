@@ -20,7 +20,8 @@ from torchvision.models.detection.rpn import RegionProposalNetwork as Torchvisio
 from torchvision.ops import clip_boxes_to_image, nms, roi_align
 
 from omniops import device as devices
-from omniops.detection.transform import ResizedSize, Target
+from omniops.detection.inputs import Target
+from omniops.detection.transform import ResizedSize
 from omniops.nn import CARAFEPack
 
 STRIDES = (4, 8, 16, 32, 64)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
-Target = dict[str, Tensor]
+from omniops.detection.inputs import Target, require_images, require_targets, require_values
 
 
 class ResizedSize(tuple[int, int]):
@@ -63,22 +63,21 @@ class Transform(GeneralizedRCNNTransform):  # type: ignore[misc]
     def forward(
         self, images: list[Tensor], targets: list[Target] | None = None
     ) -> tuple[ImageList, list[Target] | None]:
-        """Images (3, H, W) in [0, 1] of any sizes, and their targets -> a batch, and targets in its pixels."""
-        if len(images) == 0:
-            raise ValueError("images must hold at least one image")
-        for number, image in enumerate(images):
-            if image.dim() != 3 or image.shape[0] != 3 or image.numel() == 0:
-                raise ValueError(f"images[{number}] must be (3, H, W) and not empty, got {tuple(image.shape)}")
-            if not image.is_floating_point():
-                raise TypeError(f"images[{number}] must be floating point in [0, 1], got {image.dtype}")
-        if targets is not None and len(targets) != len(images):
-            raise ValueError(f"targets must be one for each of {len(images)} images, got {len(targets)}")
+        """Images (3, H, W) in [0, 1] of any sizes, and their targets -> a batch, and targets in its pixels.
+
+        Raises:
+            TypeError, ValueError: for images and targets that the detector cannot use, as ``omniops.detection.inputs``
+                has it.
+        """
+        require_images(images)
+        if targets is not None:
+            require_targets(images, targets, ("boxes",))
         originals = [_size(image) for image in images]
-        if targets is None:
-            images = [self.resize(image)[0] for image in images]
-        else:
-            pairs = [self.resize(image, target) for image, target in zip(images, targets, strict=True)]
-            images, targets = [image for image, _ in pairs], [target for _, target in pairs]
+        given: Sequence[Target | None] = [None] * len(images) if targets is None else targets
+        pairs = [self.resize(image, target) for image, target in zip(images, given, strict=True)]
+        moved = None if targets is None else [target for _, target in pairs]
+        require_values(images, targets, moved)
+        images, targets = [image for image, _ in pairs], moved
         sizes = [ResizedSize(_size(image), original) for image, original in zip(images, originals, strict=True)]
         batch = self.batch_images([self.normalize(image) for image in images], self.size_divisible)
         return ImageList(batch, sizes), targets
@@ -97,13 +96,10 @@ class Transform(GeneralizedRCNNTransform):  # type: ignore[misc]
         shorter = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
         scale = min(self.max_size / max(height, width), shorter / min(height, width))
         size = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-        target = dict(target or {})
+        target = {} if target is None else dict(target)
         if "boxes" in target:
             target["boxes"] = resize_boxes(target["boxes"].float(), (height, width), size)
         if "masks" in target:
-            if target["masks"].shape[1:] != (height, width):
-                expected, got = (len(target["boxes"]), height, width), tuple(target["masks"].shape)
-                raise ValueError(f"the masks of a target must be {expected}, as its boxes and image, got {got}")
             masks = target["masks"]
             # Interpolation takes no empty batch on every device.
             target["masks"] = (

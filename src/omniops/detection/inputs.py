@@ -1,0 +1,149 @@
+"""Images and targets that a detector cannot use, refused by name before it computes.
+
+Values are looked at on the device, and of the whole batch at once, so that it is waited for a single time; not while
+PyTorch traces, when there are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Target = dict[str, Tensor]
+
+_NAMES = ("boxes", "labels", "masks")
+_BEYOND = 0.25
+"""How far values may lie beyond [0, 1], as after sharp interpolation or with noise; they count as 0 or 1."""
+
+
+def require_images(images: Sequence[Tensor]) -> None:
+    """Raise for images that are not (3, H, W) of floating point.
+
+    Raises:
+        TypeError: for something else than tensors of floating point.
+        ValueError: for other shapes, or no image.
+    """
+    if len(images) == 0:
+        raise ValueError("images must hold at least one image")
+    for number, image in enumerate(images):
+        if not isinstance(image, Tensor):
+            raise TypeError(f"images[{number}] must be a tensor (3, H, W) in [0, 1], got {type(image).__name__}")
+        if image.dim() != 3 or image.shape[0] != 3 or image.numel() == 0:
+            raise ValueError(f"images[{number}] must be (3, H, W) and not empty, got {tuple(image.shape)}")
+        if not image.is_floating_point():
+            raise TypeError(f"images[{number}] must be floating point in [0, 1], got {image.dtype}")
+
+
+def require_targets(images: Sequence[Tensor], targets: Sequence[Target] | None, names: Sequence[str]) -> None:
+    """Raise for targets that are not one for each image, with tensors of those names that are of one length.
+
+    Raises:
+        TypeError: for something else than dicts of tensors.
+        ValueError: for another number, missing names, or other shapes.
+    """
+    if targets is None:
+        raise ValueError("targets must be given in training: for each image a dict of " + ", ".join(names))
+    if len(targets) != len(images):
+        raise ValueError(f"targets must be one for each of {len(images)} images, got {len(targets)}")
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        if not isinstance(target, dict):
+            raise TypeError(f"targets[{number}] must be a dict, got {type(target).__name__}")
+        for name in names:
+            if name not in target:
+                raise ValueError(f"targets[{number}] must have {', '.join(names)}, got {', '.join(map(str, target))}")
+        _require_shapes(number, image, {name: target[name] for name in _NAMES if name in target})
+
+
+def _require_shapes(number: int, image: Tensor, target: Target) -> None:
+    for name, value in target.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"targets[{number}][{name!r}] must be a tensor, got {type(value).__name__}")
+    boxes = target["boxes"]
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"targets[{number}]['boxes'] must be (N, 4), got {tuple(boxes.shape)}")
+    if "labels" in target and target["labels"].shape != boxes.shape[:1]:
+        raise ValueError(
+            f"targets[{number}]['labels'] must be ({len(boxes)},), one for each of its boxes, got "
+            f"{tuple(target['labels'].shape)}"
+        )
+    if "masks" in target:
+        expected = (len(boxes), image.shape[-2], image.shape[-1])
+        if target["masks"].shape != expected:
+            raise ValueError(
+                f"targets[{number}]['masks'] must be {expected}, as its boxes and image, got "
+                f"{tuple(target['masks'].shape)}"
+            )
+
+
+def require_values(
+    images: Sequence[Tensor], targets: Sequence[Target] | None, resized: Sequence[Target] | None
+) -> None:
+    """Raise for images beyond [0, 1], and for boxes and masks that are none.
+
+    Args:
+        images: as they came.
+        targets: as they came.
+        resized: their boxes in the pixels of the resized images, where some may have lost their size.
+
+    Raises:
+        ValueError: for one with NaN among its values, in [0, 255] or normalised; for boxes that are not finite or have
+            no width or height; and for masks of other values than 0 and 1.
+    """
+    if torch.compiler.is_compiling() or images[0].device.type == "meta":
+        return
+    right = [
+        *(_is_in_range(image) for image in images),
+        *(_are_boxes(target["boxes"]) for target in resized or ()),
+        *(_are_masks(target.get("masks")) for target in targets or ()),
+    ]
+    flags = torch.stack([each.to(images[0].device) for each in right]).tolist()
+    if all(flags):
+        return
+    first = flags.index(False)
+    number = first % len(images)
+    if first < len(images):
+        raise ValueError(_about_image(number, images[number].detach().float().cpu()))
+    assert targets is not None
+    assert resized is not None
+    if first < 2 * len(images):
+        raise ValueError(_about_boxes(number, targets[number]["boxes"].cpu(), resized[number]["boxes"].cpu()))
+    raise ValueError(f"targets[{number}]['masks'] must be of 0 and 1, or of bool, got other values")
+
+
+def _is_in_range(image: Tensor) -> Tensor:
+    # NaN is as far from everything as can be.
+    return ((image.detach() - 0.5).abs() <= 0.5 + _BEYOND).all()
+
+
+def _are_boxes(boxes: Tensor) -> Tensor:
+    if len(boxes) == 0:  # which not every operator takes on MPS
+        return torch.tensor(True)
+    boxes = boxes.detach()
+    return (boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)).all()
+
+
+def _are_masks(masks: Tensor | None) -> Tensor:
+    if masks is None or masks.dtype == torch.bool or masks.numel() == 0:
+        return torch.tensor(True)
+    return ((masks == 0) | (masks == 1)).all()
+
+
+def _about_image(number: int, image: Tensor) -> str:
+    low, high = image.min().item(), image.max().item()
+    if not image.isfinite().all():
+        nans = int(image.isnan().sum())
+        what = f"NaN in {nans} of {image.numel()} values" if nans else f"{low:g} to {high:g}"
+        return f"images[{number}] must be in [0, 1], got {what}"
+    hint = "divide it by 255" if high > 8 else "it is normalised here, so pass it as it was before"
+    return f"images[{number}] must be in [0, 1], got {low:g} to {high:g}: {hint}"
+
+
+def _about_boxes(number: int, boxes: Tensor, resized: Tensor) -> str:
+    wrong = ~(resized.isfinite().all(dim=1) & (resized[:, 2:] > resized[:, :2]).all(dim=1))
+    first = int(wrong.nonzero()[0, 0])
+    return (
+        f"targets[{number}]['boxes'] must be finite x1, y1, x2, y2 with x1 < x2 and y1 < y2, got "
+        f"{boxes[first].tolist()} as box {first}"
+    )
