@@ -3,10 +3,10 @@
 import os
 import shutil
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 from packaging.requirements import Requirement
 
 MAKEFILE = Path(__file__).parents[1] / "Makefile"
