@@ -1,8 +1,11 @@
 """detectron2 after omniops.enable, where its compiled module is missing: what it imports it for."""
 
+import functools
 import importlib
+import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,7 +101,7 @@ def test_its_report_of_the_environment_names_us(files):
 
 
 @pytest.mark.parametrize(
-    "name", ["box_iou_rotated", "roi_align_rotated_forward", "COCOevalAccumulate", "InstanceAnnotation"]
+    "name", ["roi_align_forward", "roi_align_rotated_forward", "COCOevalAccumulate", "InstanceAnnotation"]
 )
 def test_what_is_lacking_is_said_at_the_call(files, name):
     files()
@@ -106,6 +109,96 @@ def test_what_is_lacking_is_said_at_the_call(files, name):
     function = getattr(importlib.import_module("detectron2._C"), name)
     with pytest.raises(NotImplementedError, match=f"no {name} for detectron2: it takes the compiled detectron2._C"):
         function(torch.zeros(1, 5), torch.zeros(1, 5))
+
+
+def turned(x, y, width, height, degrees):
+    """The corners as detectron2 documents them: an angle turns the width away from the y axis, which points down."""
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1)):
+        a, b = a * width / 2, b * height / 2
+        yield x + c * a + s * b, y + c * b - s * a
+
+
+BOXES = [[0, 0, 8, 2, 30], [3, -1, 6, 2, 45], [3, 1, 6, 2, 45], [-2, 1, 3, 3, 0], [0, 0, 2, 8, -60], [9, 9, 1, 1, 10]]
+SCORES = [0.5, 0.9, 0.8, 0.3, 0.6, 0.1]
+
+
+@functools.cache
+def overlaps_of_boxes():
+    """Each with each, by counting the points of a fine grid inside of them."""
+    grid = (np.arange(-500, 500) + 0.5) / 50
+    points = np.stack(np.meshgrid(grid, grid), -1)
+    inside = np.ones((len(BOXES), *points.shape[:2]), bool)
+    for i, box in enumerate(BOXES):
+        corners = np.array(list(turned(*box)))
+        for corner, edge in zip(corners, np.roll(corners, -1, 0) - corners, strict=True):
+            inside[i] &= edge[0] * (points[..., 1] - corner[1]) >= edge[1] * (points[..., 0] - corner[0])
+    return np.array([[(one & other).sum() / (one | other).sum() for other in inside] for one in inside])
+
+
+def by_module():
+    module = importlib.import_module("detectron2._C")
+    return module.box_iou_rotated, module.nms_rotated
+
+
+def by_dispatcher():
+    importlib.import_module("detectron2._C")
+    return torch.ops.detectron2.box_iou_rotated, torch.ops.detectron2.nms_rotated
+
+
+@pytest.mark.parametrize("functions", [by_module, by_dispatcher])
+def test_rotated_boxes(files, functions):
+    files()
+    omniops.enable("detectron2")
+    box_iou_rotated, nms_rotated = functions()
+    boxes, scores = torch.tensor(BOXES, dtype=torch.float32), torch.tensor(SCORES)
+    overlaps = box_iou_rotated(boxes[:2], boxes)
+    assert overlaps.dtype == torch.float32
+    expected = overlaps_of_boxes()
+    assert np.abs(overlaps.numpy() - expected[:2]).max() < 5e-3
+    assert abs(expected[0, 1] - expected[0, 2]) > 0.1  # else the angle could go the other way round
+    for threshold in (0.1, 0.3, 0.5):
+        left, kept = sorted(range(6), key=lambda i: -SCORES[i]), []
+        while left:
+            kept.append(left.pop(0))
+            left = [i for i in left if expected[kept[-1], i] <= threshold]
+        assert nms_rotated(boxes, scores, threshold).tolist() == kept
+
+
+def test_no_rotated_boxes(files):
+    files()
+    omniops.enable("detectron2")
+    box_iou_rotated, nms_rotated = by_dispatcher()
+    none, one = torch.zeros(0, 5), torch.ones(1, 5)
+    assert box_iou_rotated(none, one).shape == (0, 1)
+    assert box_iou_rotated(one, none).shape == (1, 0)
+    assert nms_rotated(none, none[:, 0], 0.5).tolist() == []
+
+
+def test_wrong_rotated_boxes_are_named(files):
+    files()
+    omniops.enable("detectron2")
+    box_iou_rotated, nms_rotated = by_dispatcher()
+    boxes = torch.ones(2, 5)
+    with pytest.raises(ValueError, match=r"boxes2 must have shape \(N, 5\), .* got \(2, 4\)"):
+        box_iou_rotated(boxes, boxes[:, :4])
+    with pytest.raises(ValueError, match=r"scores must have shape \(N,\) = \(2,\), got \(1,\)"):
+        nms_rotated(boxes, boxes[:1, 0], 0.5)
+
+
+def test_operators_of_the_dispatcher_come_and_go(files):
+    files()
+    for _ in range(2):
+        omniops.enable("detectron2")
+        importlib.import_module("detectron2._C")
+        with pytest.raises(
+            NotImplementedError, match="no roi_align_rotated_forward for detectron2: it takes the compiled"
+        ):
+            torch.ops.detectron2.roi_align_rotated_forward(torch.ones(1, 1, 2, 2), torch.ones(1, 6), 1.0, 2, 2, 0)
+        assert torch.ops.detectron2.nms_rotated(torch.ones(1, 5), torch.ones(1), 0.5).tolist() == [0]
+        omniops.disable()
+        with pytest.raises(AttributeError, match="nms_rotated"):
+            torch.ops.detectron2.nms_rotated(torch.ones(1, 5), torch.ones(1), 0.5)
 
 
 def test_nothing_stays(files):

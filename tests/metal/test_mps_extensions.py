@@ -14,7 +14,7 @@ from mps_device import mps_device
 from torch import Tensor
 from torch.autograd import Function
 
-from omniops.dropin import _deform_conv, _multi_scale_deform_attn, _sam2
+from omniops.dropin import _deform_conv, _detectron2, _multi_scale_deform_attn, _sam2
 
 generator = torch.Generator().manual_seed(0)
 
@@ -30,6 +30,7 @@ NUMBERS = (1, 1, 1, 1, 1)
 DEFORM_CONV = random(2, 4, 7, 6), random(2, 18, 7, 6), random(6, 4, 3, 3)
 MODULATED = random(2, 4, 7, 6), random(2, 18, 7, 6), random(2, 9, 7, 6), random(6, 4, 3, 3), random(6)
 GRAD = random(2, 6, 7, 6)
+BOXES = torch.cat([random(9, 2), 1 + random(9, 2).abs(), 90 * random(9, 1)], 1)
 
 
 class DeformConvFunction(Function):
@@ -94,6 +95,8 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (*MODULATED[:4], None, *NUMBERS, GRAD),
     ),
     "get_connected_componnets": (_sam2.get_connected_componnets, ((random(2, 1, 13, 17) > 0).to(torch.uint8),)),
+    "box_iou_rotated": (_detectron2.box_iou_rotated, (BOXES, BOXES[:5])),
+    "nms_rotated": (_detectron2.nms_rotated, (BOXES, random(9), 0.3)),
 }
 
 

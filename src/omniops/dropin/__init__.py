@@ -43,8 +43,9 @@ def enable(*libraries: str, devices: Sequence[str] | None = None) -> None:
     extension. ``sam2``, ``sam2_train`` (MedSAM-2) and ``efficient_track_anything``: the connected components with which
     they fill holes, without their compiled extension. ``MultiScaleDeformableAttention``, the module that Deformable
     DETR, DINO, Mask2Former and others compile, and ``groundingdino`` and ``detrex``, which have the same functions.
-    ``detectron2``: its deformable convolutions, and all of it that needs no compiled function. ``deform_conv_ext``: the
-    module that BasicSR and its copies compile.
+    ``detectron2``: its deformable convolutions and rotated boxes, and all of it that needs no compiled function.
+    ``deform_conv_ext``: the module that BasicSR and its copies compile, whose deformable convolutions run on every
+    device then.
 
     It may be called before or after the library is imported, and again, when the last call's ``devices`` count.
 

@@ -31,9 +31,10 @@ class Extension(MetaPathFinder):
         name: the module's full name. One that begins with a dot is a module of whatever package, or of none, as of
             sources that projects copy.
         functions: ours by their names in the module, with its functions' arguments.
+        changes: what has to be done to this and other modules once they are imported, by their names, which may begin
+            with a dot too. A change registers what undoes it, by ``undo`` or ``replace``.
+        of_stand_in: what the stand-in has beyond these, and of a compiled module is left alone.
         lacking: what else the compiled module has, which the stand-in refuses when it is called.
-        changes: what has to be done to other modules once they are imported, by their names, which may begin with a
-            dot too. A change registers what undoes it, as ``replace`` does.
         homes: the full names under which the compiled module is looked for, to say who serves; ``name`` by default.
     """
 
@@ -43,6 +44,7 @@ class Extension(MetaPathFinder):
         functions: Mapping[str, Callable[..., Any]],
         changes: Mapping[str, Change] = _NOTHING,
         *,
+        of_stand_in: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
         lacking: Sequence[str] = (),
         homes: Sequence[str] = (),
     ) -> None:
@@ -53,6 +55,7 @@ class Extension(MetaPathFinder):
         self.library = package or self.name
         self.functions: Mapping[str, Callable[..., Any]] = {
             **{name: self._refusal(name) for name in lacking},
+            **of_stand_in,
             **functions,
         }
         self._ours = functions
@@ -124,6 +127,10 @@ class Extension(MetaPathFinder):
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+    def undo(self, step: Callable[[], None]) -> None:
+        """Have something done when this is disabled."""
+        self._undo.append(step)
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute until this is disabled."""
@@ -221,6 +228,8 @@ class _ExtensionLoader(Loader):
         if not isinstance(module, StandIn):
             module.__spec__ = self._theirs
             self._extension._complete(module)
+        if change := self._extension._change(module.__name__):
+            change(self._extension, module)
 
 
 def _matches(fullname: str, name: str) -> bool:
