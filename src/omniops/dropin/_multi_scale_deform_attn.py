@@ -37,6 +37,7 @@ def ms_deform_attn_forward(
     Raises:
         ValueError: for a wrong shape.
     """
+    spatial_shapes = spatial_shapes.cpu()  # read several times, waited for once
     _check(value, spatial_shapes, sampling_loc, attn_weight)
     values, locations, weights = _of_one_dtype(value, sampling_loc, attn_weight)
     result = mmcv_ext.ms_deform_attn_forward(values, spatial_shapes, level_start_index, locations, weights, im2col_step)
@@ -57,6 +58,7 @@ def ms_deform_attn_backward(
     Raises:
         ValueError: for a wrong shape.
     """
+    spatial_shapes = spatial_shapes.cpu()  # read several times, waited for once
     _check(value, spatial_shapes, sampling_loc, attn_weight)
     n, _, heads, depth = value.shape
     expected = (n, sampling_loc.shape[1], heads * depth)
