@@ -3,6 +3,7 @@ results, where the ways around what MPS gets wrong compute."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,29 @@ def eight_objects(predictor: SAM2VideoPredictor, clip: Path) -> None:
 @dtypes
 def test_videos(rules, dtype, tmp_path):
     eight_objects(SAM2VideoPredictor(model(rules, dtype=dtype)), write_clip(tmp_path / "clip", 5))
+
+
+@dtypes
+def test_videos_with_every_option(rules, dtype, tmp_path):
+    """And of a state that was copied."""
+    predictor = SAM2VideoPredictor(
+        model(rules, dtype=dtype),
+        non_overlap_masks=True,
+        clear_non_cond_mem_around_input=True,
+        add_all_frames_to_correct_as_cond=True,
+        binarize_mask_from_pts_for_mem_enc=False,
+        max_cond_frames_in_attn=2,
+    )
+    state = predictor.init_state(write_clip(tmp_path / "clip", 5))
+    for frame in (0, 1, 3):
+        for obj_id in range(2):
+            predictor.add_new_points_or_box(state, frame, obj_id, points=[[10 + obj_id, 10]], labels=[1])
+    list(predictor.propagate_in_video(state, max_frame_num_to_track=2))
+    twin = copy.deepcopy(state)
+    assert [frame for frame, *_ in predictor.propagate_in_video(twin)] == [0, 1, 2, 3, 4]
+    list(predictor.propagate_in_video(state, start_frame_idx=4, reverse=True))
+    scores = torch.empty(3, 1, 90, 140, device=rules)
+    assert predictor._apply_non_overlapping_constraints(scores).shape == scores.shape
 
 
 def everything(device: torch.device, clip: Path) -> None:

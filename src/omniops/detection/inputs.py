@@ -93,15 +93,15 @@ def require_values(
     """
     if torch.compiler.is_compiling() or images[0].device.type == "meta":
         return
-    right = [
-        *(_is_in_range(image) for image in images),
-        *(_are_boxes(target["boxes"]) for target in resized or ()),
-        *(_are_masks(target.get("masks")) for target in targets or ()),
+    wrong = [
+        *(_is_beyond(image) for image in images),
+        *(_are_no_boxes(target["boxes"]) for target in resized or ()),
+        *(_are_no_masks(target.get("masks")) for target in targets or ()),
     ]
-    flags = torch.stack([each.to(images[0].device) for each in right]).tolist()
-    if all(flags):
+    flags = torch.stack([each.to(images[0].device) for each in wrong]).int().tolist()
+    if not any(flags):
         return
-    first = flags.index(False)
+    first = flags.index(1)
     number = first % len(images)
     if first < len(images):
         raise ValueError(_about_image(number, images[number].detach().float().cpu()))
@@ -112,22 +112,25 @@ def require_values(
     raise ValueError(f"targets[{number}]['masks'] must be of 0 and 1, or of bool, got other values")
 
 
-def _is_in_range(image: Tensor) -> Tensor:
-    # NaN is as far from everything as can be.
-    return ((image.detach() - 0.5).abs() <= 0.5 + _BEYOND).all()
+def _is_beyond(image: Tensor) -> Tensor:
+    # Not "more than", which NaN is not either.
+    return ((image.detach() - 0.5).abs() <= 0.5 + _BEYOND).all().logical_not()
 
 
-def _are_boxes(boxes: Tensor) -> Tensor:
+def _are_no_boxes(boxes: Tensor) -> Tensor:
     if len(boxes) == 0:  # which not every operator takes on MPS
-        return torch.tensor(True)
-    boxes = boxes.detach()
-    return (boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)).all()
+        return torch.tensor(False)
+    return _sound(boxes.detach()).all().logical_not()
 
 
-def _are_masks(masks: Tensor | None) -> Tensor:
+def _sound(boxes: Tensor) -> Tensor:
+    return boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+
+
+def _are_no_masks(masks: Tensor | None) -> Tensor:
     if masks is None or masks.dtype == torch.bool or masks.numel() == 0:
-        return torch.tensor(True)
-    return ((masks == 0) | (masks == 1)).all()
+        return torch.tensor(False)
+    return ((masks == 0) | (masks == 1)).all().logical_not()
 
 
 def _about_image(number: int, image: Tensor) -> str:
@@ -141,8 +144,7 @@ def _about_image(number: int, image: Tensor) -> str:
 
 
 def _about_boxes(number: int, boxes: Tensor, resized: Tensor) -> str:
-    wrong = ~(resized.isfinite().all(dim=1) & (resized[:, 2:] > resized[:, :2]).all(dim=1))
-    first = int(wrong.nonzero()[0, 0])
+    first = int(_sound(resized).logical_not().nonzero()[0, 0])
     return (
         f"targets[{number}]['boxes'] must be finite x1, y1, x2, y2 with x1 < x2 and y1 < y2, got "
         f"{boxes[first].tolist()} as box {first}"
