@@ -1,8 +1,9 @@
-"""Videos, written frame by frame."""
+"""Videos, written frame by frame, that keep the times, the shape of pixels and the colours of what was read."""
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -15,28 +16,54 @@ if TYPE_CHECKING:
     from omniops.sam2.frames import Frames
 
 _FOLDERS_RATE = Fraction(24)
+_SLOWEST = Fraction(1, 1001)
+_FINEST = Fraction(1, 90000)
+"""The clock of times that come without one of their own: whole at 24, 25, 30 and 60 frames a second."""
+_FINEST_OF_MPEG_4 = Fraction(1, 60000)
+_MOST_OF_MPEG_4, _MOST_OF_MP4 = 65535, 10**7
+"""Ticks a second that they can count."""
+
+_MATRICES = {
+    1: "bt709",
+    2: "smpte170m",  # unspecified: FFmpeg, which read it, takes it for that
+    4: "fcc",
+    5: "smpte170m",
+    6: "smpte170m",
+    7: "smpte240m",
+    9: "bt2020",
+    10: "bt2020",
+}
+"""What FFmpeg's scale filter calls those of ITU-T H.273, table 4."""
+_BT709, _UNSPECIFIED, _SRGB = 1, 2, 13
+_LIMITED, _FULL = 1, 2
 
 
 class VideoWriter:
-    """Frames of one size as a video: H.264, or MPEG-4 where FFmpeg came without x264.
+    """Frames of one size as an MP4 file: H.264, or MPEG-4 where FFmpeg came without x264.
 
-    The file is there once the first frame has come. Sides become even, as these codecs want them: the last row or
-    column is repeated.
+    The file is there once the first frame has come, and whatever ends the process, the frames written until then can be
+    read from it, but for the last. Sides become even, as these codecs want them: the last row or column is repeated.
 
     Args:
-        path: the file to write.
-        like: the video that the frames come from, whose rate it gets.
+        path: the file to write, replaced where it is there. To a pipe goes what can be written without going back.
+        like: the video that the frames come from, whose rate, clock, shape of pixels and colours it gets. Pictures are
+            taken for sRGB.
         fps: frames a second, instead of those of ``like``; 24 where neither says.
 
     Raises:
         OSError: by any method, with the path in its text, where the file cannot be written.
+        ImportError: by ``write``, without PyAV.
     """
 
     def __init__(self, path: str | os.PathLike[str], like: Frames | None = None, fps: float | None = None) -> None:
-        self._path = Path(path)
+        self._path = Path(os.fsdecode(path))
         fps = fps or (like.fps if like is not None else None)
-        self._rate = _FOLDERS_RATE if fps is None else Fraction(fps).limit_denominator(1001)
-        self._container: Any = None
+        self._rate = max(_SLOWEST, Fraction(fps or _FOLDERS_RATE).limit_denominator(1001))
+        self._like = like
+        self._file: _Output | None = None
+        self._first: float | None = None
+        self._count = 0
+        self._last = -1  # tick
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -47,44 +74,162 @@ class VideoWriter:
         self.close()
 
     def write(self, frame: NDArray[np.uint8], time: float | None = None) -> None:
-        """Append (H, W, 3), RGB; ``time`` in seconds is when it is shown, which None leaves to the rate."""
+        """Append (H, W, 3), RGB; ``time`` in seconds is when it is shown, which None leaves to the rate.
+
+        Only differences of times count: the first frame is shown at once.
+        """
         import av
 
         height, width = frame.shape[:2]
         even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         try:
-            if self._container is None:
-                self._open(*even.shape[:2])
-            self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
-        except av.FFmpegError as error:
+            if self._file is None:
+                self._open(even.shape[0], even.shape[1], time)
+            picture = av.VideoFrame.from_ndarray(even, format="rgb24")
+            picture.pts, picture.time_base = self._ticks(time), self._clock
+            self._encode(self._converted(picture))
+        except (av.FFmpegError, OSError) as error:
             raise self._failed(error) from None
+        self._count += 1
 
     def close(self) -> None:
-        """Write what the encoder still holds, and the end."""
+        """Write what the encoder still holds, and the end; after an error, only let go of the file."""
         import av
 
-        if self._container is None:
+        if self._file is None or self._file.closed:
             return
-        container, self._container = self._container, None
         try:
-            container.mux(self._stream.encode(None))
-            container.close()
-        except av.FFmpegError as error:
+            if not self._file.failed:
+                self._encode(None)
+                self._container.close()
+        except (av.FFmpegError, OSError) as error:
             raise self._failed(error) from None
+        finally:
+            self.abort()
 
-    def _failed(self, error: Any) -> OSError:
-        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error.strerror
-        return OSError(f"cannot write {self._path}: {why}")
+    def abort(self) -> None:
+        """Let go of the file as it is, without the end: what was written can be read."""
+        if self._file is None:
+            return
+        self._file.failed = True
+        with suppress(Exception):  # the container tries to write its end, which is refused
+            self._container.close()
+        self._file.close()
 
-    def _open(self, height: int, width: int) -> None:
+    def _failed(self, error: OSError) -> OSError:
+        self.abort()
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        failed = OSError(f"cannot write {self._path}: {why}")
+        failed.errno = error.errno
+        return failed
+
+    def _open(self, height: int, width: int, time: float | None) -> None:
         import av
 
-        self._container = av.open(f"file:{self._path}", "w")
+        self._file = _Output(self._path)
+        # Fragments until the end, which makes a plain file of them: that is what all players read.
+        flags = "hybrid_fragmented" if self._file.seekable() else "empty_moov+default_base_moof"
+        options = {"movflags": f"{flags}+frag_every_frame", "flush_packets": "1"}
+        self._container: Any = av.open(self._file, "w", format="mp4", options=options)
         has_x264 = "libx264" in av.codecs_available
-        self._stream = self._container.add_stream("libx264" if has_x264 else "mpeg4", rate=self._rate)
-        self._stream.height, self._stream.width = height, width
-        self._stream.pix_fmt = "yuv420p"
-        if has_x264:
-            self._stream.options = {"preset": "veryfast"}
+        stream = self._stream = self._container.add_stream("libx264" if has_x264 else "mpeg4", rate=self._rate)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        if has_x264:  # no frame waits in the encoder for those after it
+            stream.options = {"preset": "veryfast", "tune": "zerolatency"}
         else:  # whose default is far too little
-            self._stream.bit_rate = int(height * width * self._rate / 4)
+            stream.bit_rate = int(height * width * self._rate / 4)
+        context = stream.codec_context
+        context.gop_size = min(60, max(12, round(self._rate)))
+        context.time_base = self._clock = self._clock_of(time, has_x264)
+        if self._like is not None and self._like.sample_aspect_ratio != 1:
+            context.sample_aspect_ratio = self._like.sample_aspect_ratio
+        colour = None if self._like is None else self._like.colour
+        if colour is None:
+            primaries, transfer, matrix, full = _BT709, _SRGB, _BT709, False
+        else:
+            primaries, transfer, matrix, full = colour
+        self._matrix = matrix if matrix in _MATRICES else _BT709
+        self._range = _FULL if full and has_x264 else _LIMITED
+        context.color_primaries, context.color_trc = primaries, transfer
+        context.colorspace, context.color_range = self._matrix, self._range
+        self._graph = self._conversion(height, width)
+
+    def _clock_of(self, time: float | None, has_x264: bool) -> Fraction:
+        """Seconds a tick."""
+        own = None if self._like is None else self._like.time_base
+        clock = 1 / self._rate if time is None else own or _FINEST
+        if clock.denominator <= (_MOST_OF_MP4 if has_x264 else _MOST_OF_MPEG_4):
+            return clock
+        return _FINEST if has_x264 else _FINEST_OF_MPEG_4
+
+    def _ticks(self, time: float | None) -> int:
+        """When the next frame is shown; always later than the one before."""
+        if time is None:
+            ticks = round(self._count / self._rate / self._clock)
+        else:
+            self._first = time if self._first is None else self._first
+            ticks = round((time - self._first) / self._clock)
+        self._last = max(ticks, self._last + 1)
+        return self._last
+
+    def _conversion(self, height: int, width: int) -> Any:
+        """The graph of filters from RGB to what is encoded."""
+        import av
+
+        graph = av.filter.Graph()
+        colours = (
+            f"out_color_matrix={_MATRICES[self._matrix]}:out_range={'full' if self._range == _FULL else 'limited'}"
+        )
+        graph.link_nodes(
+            graph.add_buffer(width=width, height=height, format="rgb24", time_base=self._clock),
+            graph.add("scale", f"{colours}:flags=bicubic+accurate_rnd"),
+            graph.add("format", "yuv420p"),
+            graph.add("buffersink"),
+        ).configure()
+        return graph
+
+    def _converted(self, picture: Any) -> Any:
+        self._graph.push(picture)
+        converted = self._graph.pull()
+        converted.colorspace, converted.color_range = self._matrix, self._range
+        return converted
+
+    def _encode(self, frame: Any) -> None:
+        for packet in self._stream.encode(frame):
+            if not packet.duration:  # of the last frame nothing else says how long it is shown
+                packet.duration = max(1, round(1 / self._rate / packet.time_base))
+            self._container.mux(packet)
+
+
+class _Output:
+    """The file that FFmpeg writes to. It is opened here, so that any name will do and errors are the system's own."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+        self.failed = False
+        self.closed = False
+
+    def write(self, data: bytes) -> int:
+        if self.failed:
+            raise OSError("it was given up")
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            self.failed = True
+            raise
+        return len(data)
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self.closed = True
+        self._file.close()

@@ -1,0 +1,373 @@
+"""A video file: its frames counted, and each decoded when it is asked for.
+
+Frames are counted, not believed: by the packets of the whole file, which are read but not decoded, where a codec puts
+one frame into each and they carry distinct times; else by decoding the video once. The times give the order of frames,
+so B-frames and variable frame rates need nothing more. A frame is reached from the keyframe before it, and the frames
+decoded on the way are kept, as many as the 256 MiB hold: going backwards decodes a group of N frames about 1 + N / 2K
+times, where K of them are kept, not N times. Where packets carry no times of their own (few do so: AVI with B-frames,
+bare streams) or times that start again (files put one behind the other) the way is from the beginning.
+
+A frame whose data are damaged, in a video that goes on after it, is replaced by its neighbour, with a warning. Several
+threads decode a video until damage shows; from then on one does, because FFmpeg's threads lose whole frames beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import threading
+import warnings
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omniops.sam2.picture_sequences import MEMORY, FrameError
+
+if TYPE_CHECKING:
+    from av import Packet, VideoFrame
+
+_EACH = 16 * 2**10
+"""Bytes that a frame takes beside its pixels, at most: FFmpeg's and PyAV's records of it, and what pads its rows."""
+_ONE_FRAME_A_PACKET = ("av1", "ffv1", "h264", "hevc", "mjpeg", "png", "prores", "vp9")
+_SAY_HOW_LONG = frozenset(("asf", "flv", "live_flv", "matroska", "mxf", "webm"))
+"""Formats whose header has the duration of the whole, which FFmpeg measures in others."""
+_SIZES = 4
+_BT601, _BT709 = 5, 1
+_RGB_RANGE = 2
+
+
+class Colour(NamedTuple):
+    """How YUV stands for colours, by the numbers of ITU-T H.273; 2 where a video does not say."""
+
+    primaries: int
+    transfer: int
+    matrix: int
+    full_range: bool
+
+
+class VideoFile:
+    """The frames of a video file, as ``Frames`` gives them on."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import av
+            from av.video.reformatter import VideoReformatter
+        except ImportError as error:
+            raise ImportError(f"reading {path} needs PyAV ({error}): pip install 'omniops[sam2]'") from error
+        self._path = path
+        self._error = av.FFmpegError
+        self._lock = threading.Lock()
+        self._frames: OrderedDict[int, VideoFrame] = OrderedDict()
+        self._memory = 0  # that the frames take
+        self._new_scaler = VideoReformatter
+        self._scalers: dict[tuple[int, int], Any] = {}
+        self._threads = True
+        self._container: Any = None
+        self._file: Any = None
+        self._cut: tuple[object, ...] | None = None  # the packet in which the file ends
+        self._open()
+        self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 0) or None
+        self.time_base: Fraction = self._stream.time_base
+        self._times: list[int] | None = None  # of the frames in order, where they have such
+        self._keys = [(0, 0)]  # keyframes: index, and where to seek to
+        shown = self._index_packets()
+        if self._times is None:
+            shown = self._index_frames()
+        if not self._count:
+            raise ValueError(f"{path} has no frames")
+        self.times = self._in_seconds(shown)
+        self._open()
+        try:
+            first = self._decoded(0)
+        except FrameError:
+            raise ValueError(f"{path} has no frame that can be decoded") from None
+        self._describe(first)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def frame(self, index: int) -> NDArray[np.uint8]:
+        """(H, W, 3), RGB, as it is shown."""
+        return self._rgb(index, *self._size)
+
+    def resized(self, index: int, side: int) -> NDArray[np.uint8]:
+        """(side, side, 3), for the network."""
+        return self._rgb(index, side, side)
+
+    def _describe(self, first: VideoFrame) -> None:
+        self._size = first.width, first.height
+        self._transposed, self._flips = _turned(first)
+        self.width, self.height = self._size[::-1] if self._transposed else self._size
+        ratio = Fraction(self._stream.sample_aspect_ratio or 1)
+        self.sample_aspect_ratio = 1 / ratio if self._transposed else ratio
+        context = self._stream.codec_context
+        full = first.color_range == _RGB_RANGE or first.format.name.startswith("yuvj")
+        numbers = (int(context.color_primaries), int(context.color_trc), int(first.colorspace))
+        self.colour = None if first.format.is_rgb else Colour(*numbers, full)
+
+    def _rgb(self, index: int, width: int, height: int) -> NDArray[np.uint8]:
+        with self._lock:  # the decoder and its frames have one user at a time
+            frame = self._decoded(index)
+            # Each size has one scaler: a frame that is asked itself keeps one of its own, bigger than a small frame.
+            if (width, height) not in self._scalers and len(self._scalers) == _SIZES:
+                self._scalers.clear()
+            scaler = self._scalers.setdefault((width, height), self._new_scaler())
+            # PyAV before 17 minds the matrix only where another one is asked for, and what RGB has for one is nothing.
+            rgb: NDArray[Any] = scaler.reformat(
+                frame,
+                width,
+                height,
+                "rgb24",
+                src_colorspace=int(frame.colorspace),
+                dst_colorspace=_BT601 if frame.colorspace == _BT709 else _BT709,
+                interpolation="BICUBIC",
+                src_color_range=int(frame.color_range),
+                dst_color_range=_RGB_RANGE,
+            ).to_ndarray()
+        if self._transposed:
+            rgb = rgb.swapaxes(0, 1)
+        return np.ascontiguousarray(rgb[self._flips])
+
+    def _open(self) -> None:
+        import av
+
+        self._close()
+        try:
+            # Opened here, its name is never taken for a protocol, a pattern of names or a format.
+            self._file = open(self._path, "rb")  # noqa: SIM115
+            self._container = av.open(self._file, buffer_size=2**18)
+            self._stream = self._container.streams.video[0]
+        except (OSError, ValueError, IndexError) as error:
+            self._close()
+            raise ValueError(f"{self._path} is not a video that FFmpeg can read: {_why(error)}") from None
+        self._stream.thread_type = "AUTO" if self._threads else "NONE"
+        self._decoder = self._decode()
+        self._next = 0  # the frame that comes next, unless it is missing
+        self._begin = 0  # the keyframe that the decoder began at: those before it come incomplete
+        self._damaged = 0  # packets that could not be decoded
+
+    def _close(self) -> None:
+        for each in (self._container, self._file):
+            if each is not None:
+                each.close()
+        self._container = self._file = None
+
+    def _index_packets(self) -> list[int | None]:
+        """Count the frames, and find the keyframes, without decoding. Returns when they are shown, in ticks."""
+        packets = []
+        broken = False
+        reached = 0.0
+        says_how_long = not _SAY_HOW_LONG.isdisjoint(self._container.format.name.split(","))
+        try:
+            for packet in self._container.demux(*(() if says_how_long else (self._stream,))):
+                if not packet.size:  # the last, which only says that there are no more
+                    continue
+                began = packet.dts if packet.pts is None else packet.pts
+                if began is not None:
+                    reached = max(reached, float((began + (packet.duration or 0)) * packet.time_base))
+                if packet.stream.index == self._stream.index:
+                    broken = packet.is_corrupt
+                    packets.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+                    self._cut = _identity(packet) if broken else None
+        except self._error:
+            broken = True
+        if packets and broken:
+            packets.pop()
+        self._warn_where_it_breaks_off(len(packets), broken, reached if says_how_long else math.inf)
+        times = [pts for pts, _, _, discarded in packets if not discarded]
+        self._count = len(times)
+        codec = self._stream.codec_context
+        known = [pts for pts in times if pts is not None]
+        order = sorted({*known})
+        # AVI has no times of its own: FFmpeg makes some up in the order of decoding.
+        made_up = codec.has_b_frames and known == order
+        if codec.codec.canonical_name in _ONE_FRAME_A_PACKET and len(order) == len(times) and not made_up:
+            self._times = order
+            for pts, dts, is_key, _ in packets:
+                if is_key and pts is not None:
+                    self._keys.append((bisect_left(self._times, pts), pts if dts is None else dts))
+            self._keys.sort()
+        return [*order]
+
+    def _warn_where_it_breaks_off(self, packets: int, broken: bool, reached: float) -> None:
+        declared = self._stream.frames
+        missing = (self._container.duration or 0) / 1e6 - reached
+        more = ""
+        if declared > packets:
+            more = f" of {declared}"
+        if broken or more:
+            warnings.warn(f"{self._path} breaks off after {packets}{more} frames", stacklevel=6)
+        elif missing > max(0.1, 2 / (self.fps or 25)):
+            seconds = f"{reached:.2f} of {reached + missing:.2f} s"
+            warnings.warn(f"{self._path} breaks off after {packets} frames, {seconds}", stacklevel=6)
+
+    def _index_frames(self) -> list[int | None]:
+        """Count the frames, and find the keyframes, by decoding all. Returns when they are shown, in ticks."""
+        times: list[int | None] = []
+        keys = [(0, 0)]
+        self._open()
+        with suppress(self._error):
+            for frame in self._decoder:
+                if frame.key_frame and frame.pts is not None:
+                    keys.append((len(times), frame.pts if frame.dts is None else min(frame.pts, frame.dts)))
+                times.append(frame.pts)
+        if len(times) < self._count and self._threads:
+            self._threads = False
+            return self._index_frames()
+        if self._damaged:
+            warnings.warn(
+                f"{self._path} is damaged: {len(times)} frames can be decoded, {self._damaged} cannot", stacklevel=5
+            )
+        self._count = len(times)
+        known = [time for time in times if time is not None]
+        if len(known) == len(times) and known == sorted({*known}):
+            self._times, self._keys = known, keys
+        return times
+
+    def _in_seconds(self, shown: Sequence[int | None]) -> list[float]:
+        """When each frame is shown after the first. Where that is not known or goes back it follows the one before."""
+        usual = 1 / (self.fps or 25)
+        seconds: list[float] = []
+        before: int | None = None
+        now = 0.0
+        start = (0.0, 0)  # what a clock showed, and its ticks then
+        for ticks in shown:
+            if ticks is None:
+                now = now + usual if seconds else 0.0
+            elif before is None or ticks <= before:
+                now = now + usual if seconds else 0.0
+                start = (now, ticks)
+            else:
+                now = start[0] + float((ticks - start[1]) * self.time_base)
+            before = ticks
+            seconds.append(now)
+        return seconds
+
+    def _decode(self) -> Iterator[VideoFrame]:
+        """The frames from here to the end, those of damaged packets left out.
+
+        Raises:
+            FFmpegError: for a damaged packet where threads decode.
+        """
+        for packet in self._packets():
+            try:
+                frames = self._stream.decode(packet)
+            except self._error:
+                if self._threads:
+                    raise
+                self._damaged += 1
+                continue
+            yield from frames
+
+    def _packets(self) -> Iterator[Packet | None]:
+        """Those from here to the end, the last of which has the decoder give what it still holds."""
+        try:
+            for packet in self._container.demux(self._stream):
+                # The one that is cut off would cost those before it in the decoder too. Others that FFmpeg has doubts
+                # about, as where files were put one behind the other, may well be whole.
+                if not packet.is_corrupt or _identity(packet) != self._cut:
+                    yield packet
+        except self._error:  # the file breaks off
+            yield None
+
+    def _decoded(self, index: int) -> VideoFrame:
+        if index not in self._frames:
+            try:
+                self._find(index)
+            except (self._error, FrameError):
+                if not self._threads:
+                    raise
+                self._threads = False
+                self._open()
+                self._find(index)
+        return self._frames[index]
+
+    def _find(self, index: int) -> None:
+        key, offset = self._keys[bisect_right(self._keys, index, key=operator.itemgetter(0)) - 1]
+        if not key <= self._next <= index:
+            self._seek(key, offset)
+        if not self._reach(index):
+            self._open()
+            self._reach(index)
+
+    def _seek(self, key: int, offset: int) -> None:
+        if key == 0:
+            self._open()
+        else:
+            self._container.seek(offset, stream=self._stream)
+            self._decoder = self._decode()
+            self._next = self._begin = key
+
+    def _reach(self, index: int) -> bool:
+        """Decode to that frame; False where it is not to be had from the keyframe that was sought."""
+        before = self._frames.get(self._next - 1) if self._next > self._begin else None
+        for frame in self._decoder:
+            at = self._next if self._times is None else self._at(frame.pts)
+            if at is None or at < self._begin:
+                continue
+            if at > index and before is None and self._begin > 0:
+                return False
+            self._next = at + 1
+            self._hold(at, frame)
+            if at > index:
+                warnings.warn(f"frame {index} of {self._path} is damaged: its neighbour stands in for it", stacklevel=2)
+                self._hold(index, before or frame)
+            if at >= index:
+                return True
+            before = frame
+        if self._begin > 0:
+            return False
+        raise FrameError(f"frame {index} of {self._path} cannot be decoded: it breaks off there")
+
+    def _at(self, time: int | None) -> int | None:
+        assert self._times is not None
+        at = len(self._times) if time is None else bisect_left(self._times, time)
+        return at if at < len(self._times) and self._times[at] == time else None
+
+    def _hold(self, index: int, frame: VideoFrame) -> None:
+        if index in self._frames:
+            self._memory -= _taken(self._frames.pop(index))
+        self._frames[index] = frame
+        self._memory += _taken(frame)
+        while self._memory > MEMORY and len(self._frames) > 2:
+            self._memory -= _taken(self._frames.popitem(last=False)[1])
+
+
+def _taken(frame: VideoFrame) -> int:
+    """Bytes of memory."""
+    return _EACH + sum(int(plane.buffer_size) for plane in frame.planes)
+
+
+def _identity(packet: Packet) -> tuple[object, ...]:
+    return packet.pos, packet.dts, packet.pts, packet.size
+
+
+def _turned(frame: VideoFrame) -> tuple[bool, tuple[slice, slice]]:
+    """How a frame is to be shown: whether its axes change places, and then which of them are to be reversed.
+
+    A display matrix takes the pixel (x, y) to (a x + c y, b x + d y), in its memory a, b, 0, c, d, 0 and three more
+    numbers. Of turns that are none of the eight of a square, the nearest is taken; a matrix that makes every picture a
+    line or a point, as zeros do, stands for nothing.
+    """
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    a, b, c, d = 1, 0, 0, 1
+    if side_data is not None:
+        numbers = np.frombuffer(bytes(side_data), np.int32).astype(np.int64)
+        if numbers[0] * numbers[4] != numbers[1] * numbers[3]:
+            a, b, c, d = numbers[[0, 1, 3, 4]].tolist()
+    transposed = abs(b) > abs(a)
+    x, y = (c, b) if transposed else (a, d)
+    return transposed, (slice(None, None, -1 if y < 0 else None), slice(None, None, -1 if x < 0 else None))
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, IndexError):
+        return "it has no pictures"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
