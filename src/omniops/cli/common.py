@@ -162,6 +162,8 @@ def require_writable(path: Path | None) -> None:
         raise CommandError(f"cannot write {path}: it is a folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise CommandError(f"cannot write {path}: a folder in its way is a file") from None
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror}") from None
     if not os.access(path if path.exists() else path.parent, os.W_OK):
