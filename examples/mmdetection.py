@@ -96,6 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", help="a checkpoint of that config, file or URL; random weights without")
     parser.add_argument("--device", default=default_device(), help="as PyTorch names it (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="the picture to draw what was found into")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file that is there already")
     parser.add_argument("--score", type=float, default=0.3, help="what is found scores more (default: %(default)s)")
     parser.add_argument(
         "--scale",
@@ -106,7 +107,12 @@ def parse() -> argparse.Namespace:
         help="the photograph is resized to fit in (default: 1333 800)",
     )
     parser.add_argument("--train-step", action="store_true", help="take a training step on the photograph, too")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.out and arguments.out.exists() and not arguments.overwrite:
+        parser.error(f"{arguments.out} is there already: --overwrite replaces what is there")
+    if arguments.out and arguments.out.exists() and arguments.out.samefile(arguments.image):
+        parser.error(f"{arguments.out} would be overwritten: it is what is read, so --out must be another")
+    return arguments
 
 
 def default_device() -> str:

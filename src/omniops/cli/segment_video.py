@@ -96,7 +96,8 @@ def follow(work: Work) -> None:
     check(work.written, work.source, video.width, video.height, len(video))
     prompts = grouped(work.written)
     predictor = SAM2VideoPredictor(work.load())
-    say(f"following {len({number for _, number in prompts})} objects through {len(video)} frames")
+    count = len({number for _, number in prompts})
+    say(f"following {count} {'object' if count == 1 else 'objects'} through {len(video)} frames")
     followed = _Followed(work, video, prompts)
     stopped: BaseException | None = None
     started = perf_counter()
