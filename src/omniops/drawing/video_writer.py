@@ -53,6 +53,7 @@ class VideoWriter:
     Raises:
         OSError: by any method, with the path in its text, where the file cannot be written.
         ImportError: by ``write``, without PyAV.
+        ValueError: by ``write``, for a frame of another size than the first.
     """
 
     def __init__(self, path: str | os.PathLike[str], like: Frames | None = None, fps: float | None = None) -> None:
@@ -64,6 +65,7 @@ class VideoWriter:
         self._first: float | None = None
         self._count = 0
         self._last = -1  # tick
+        self._shape: tuple[int, ...] | None = None
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -80,6 +82,9 @@ class VideoWriter:
         """
         import av
 
+        if frame.shape != (self._shape or frame.shape):
+            raise ValueError(f"frames must be of one size, got {frame.shape} after {self._shape}")
+        self._shape = frame.shape
         height, width = frame.shape[:2]
         even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         try:
@@ -195,10 +200,12 @@ class VideoWriter:
         return converted
 
     def _encode(self, frame: Any) -> None:
+        assert self._file is not None
         for packet in self._stream.encode(frame):
             if not packet.duration:  # of the last frame nothing else says how long it is shown
                 packet.duration = max(1, round(1 / self._rate / packet.time_base))
             self._container.mux(packet)
+            self._file.keep()
 
 
 class _Output:
@@ -206,6 +213,7 @@ class _Output:
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+        self._whole = 0
         self.failed = False
         self.closed = False
 
@@ -218,8 +226,16 @@ class _Output:
                 left = left[self._file.write(left) :]
         except OSError:
             self.failed = True
+            if self.seekable():  # a fragment whose head is cut off would make all of the file unreadable
+                with suppress(OSError):
+                    self._file.truncate(self._whole)
             raise
         return len(data)
+
+    def keep(self) -> None:
+        """Call what was written until now a file that can be read."""
+        if self.seekable():
+            self._whole = self._file.tell()
 
     def seekable(self) -> bool:
         return self._file.seekable()
