@@ -213,7 +213,7 @@ def test_a_disk_that_is_full_at_any_byte_leaves_what_was_written(tmp_path, monke
     for room in (*range(0, size, 301), *range(size - 1000, size, 97)):
 
         def opened(*args, room=room, **more):
-            return _SmallDisk(open(*args, **more), room)  # noqa: SIM115
+            return _SmallDisk(open(*args, **more), room)
 
         monkeypatch.setattr(video_writer, "open", opened, raising=False)
         writer, written = VideoWriter(path), []

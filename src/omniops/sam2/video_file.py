@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from omniops.sam2.picture_files import KINDS
 from omniops.sam2.picture_sequences import MEMORY, FrameError
 
 if TYPE_CHECKING:
@@ -140,8 +141,7 @@ class VideoFile:
 
         self._close()
         try:
-            # Opened here, its name is never taken for a protocol, a pattern of names or a format.
-            self._file = open(self._path, "rb")  # noqa: SIM115
+            self._file = _Input(self._path)
             self._container = av.open(self._file, buffer_size=2**18)
             self._stream = self._container.streams.video[0]
         except (OSError, ValueError, IndexError) as error:
@@ -340,6 +340,19 @@ class VideoFile:
             self._memory -= _taken(self._frames.popitem(last=False)[1])
 
 
+class _Input:
+    """The file that FFmpeg reads from. It is opened here, so that its name is never taken for a protocol.
+
+    Nor for a pattern of pictures' names, or for a picture: such names are not told.
+    """
+
+    def __init__(self, path: Path) -> None:
+        file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self.read, self.seek, self.tell, self.close = file.read, file.seek, file.tell, file.close
+        is_safe = path.suffix.lower() not in KINDS and not set("%*") & set(path.name)
+        self.name = str(path) if is_safe else "video"
+
+
 def _taken(frame: VideoFrame) -> int:
     """Bytes of memory."""
     return _EACH + sum(int(plane.buffer_size) for plane in frame.planes)
@@ -370,4 +383,4 @@ def _turned(frame: VideoFrame) -> tuple[bool, tuple[slice, slice]]:
 def _why(error: BaseException) -> str:
     if isinstance(error, IndexError):
         return "it has no pictures"
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return getattr(error, "strerror", None) or str(error)
