@@ -7,7 +7,7 @@ from importlib import import_module
 
 import pytest
 
-from omniops.cli import app
+from omniops.cli import app, common
 from omniops.cli.common import digits
 
 COMMANDS = ("doctor", "selftest", "bench", "demo", "detect", "detect-eval", "segment")
@@ -159,6 +159,16 @@ def test_an_interrupt_ends_without_a_traceback(omniops, monkeypatch):
     result = omniops("selftest")
     assert result.status == 130
     assert "Traceback" not in result.err
+
+
+def test_where_no_bar_is_seen_it_is_said_how_far_it_is(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(common, "perf_counter", lambda: clock[0])
+    with common.progress() as bar:
+        heartbeat = common.Heartbeat(bar)
+        for clock[0] in (1.0, 11.0, 12.0, 20.0, 22.0):
+            heartbeat.beat(f"at {clock[0]:g}")
+    assert capsys.readouterr().err == "omniops: at 11\nomniops: at 22\n"
 
 
 def _python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -27,6 +27,7 @@ from omniops.cli.cases._types import DIRECTIONS, FLOOR, FORWARD, OURS, Contender
 from omniops.cli.common import (
     CommandError,
     DeviceOption,
+    Heartbeat,
     choose_device,
     digits,
     dtype_name,
@@ -180,11 +181,14 @@ def _measure(
 ) -> Iterator[Result]:
     total = sum(len(case.traffic(shape)) for case, shape, _, _ in _settings(cases, device, quick))
     task = bar.add_task("", total=total)
+    heartbeat = Heartbeat(bar)
     for case, shape, dtype, dtype_label in _settings(cases, device, quick):
         setting = (case.NAME, shape, dtype_label)
         contenders: list[Contender] = list(case.contenders(shape, dtype, device))
         for direction, elements in case.traffic(shape).items():
-            bar.update(task, description=f"{case.NAME} {shape} {dtype_label} {direction}")
+            what = f"{case.NAME} {shape} {dtype_label} {direction}"
+            bar.update(task, description=what)
+            heartbeat.beat(what)
             calls: dict[tuple[str, str], timing.Call] = {}
             slow: set[str] = set()
             for each in contenders:

@@ -19,6 +19,7 @@ from omniops import device as devices
 from omniops.cli.common import (
     CommandError,
     DeviceOption,
+    Heartbeat,
     choose_device,
     output,
     progress,
@@ -132,7 +133,9 @@ def _train(
     whole = centred(picture)
     with progress() as bar:
         task = bar.add_task("", total=steps)
-        for _ in range(steps):
+        heartbeat = Heartbeat(bar)
+        for step in range(steps):
+            heartbeat.beat(f"{step} of {steps} steps")
             crops = torch.stack([_crop(whole, held_out, generator) for _ in range(BATCH)]).to(device)
             for each in contestants:
                 devices.synchronize(device)

@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from omniops import device as devices
-from omniops.cli.common import CommandError, DeviceOption, choose_device, output, progress
+from omniops.cli.common import CommandError, DeviceOption, Heartbeat, choose_device, output, progress
 from omniops.cli.detect_parts import (
     Model,
     ModelOption,
@@ -93,6 +93,7 @@ def detect_eval(
     bad: dict[Path, str] = {}
     with progress() as bar:
         task = bar.add_task("", total=len(entries[rank::processes]), visible=rank == 0)
+        heartbeat = Heartbeat(bar)
         for entry, path in zip(entries[rank::processes], paths[rank::processes], strict=True):
             try:
                 picture = read_picture(path, (entry["width"], entry["height"]))
@@ -101,6 +102,8 @@ def detect_eval(
             except CommandError as error:
                 bad[path] = str(error)
             bar.advance(task)
+            if rank == 0:
+                heartbeat.beat(f"{len(results) + len(bad)} of {len(entries[rank::processes])} images")
     if distributed:
         gathered: list[Any] | None = [None] * processes if rank == 0 else None
         dist.gather_object((results, bad), gathered)

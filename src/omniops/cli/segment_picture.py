@@ -13,7 +13,7 @@ from PIL import Image
 from rich.progress import TimeRemainingColumn
 
 from omniops import device as devices
-from omniops.cli.common import CommandError, digits, print_lines, progress
+from omniops.cli.common import CommandError, Heartbeat, digits, print_lines, progress
 from omniops.cli.ending import reason, say
 from omniops.cli.outputs import write_json, writing
 from omniops.cli.pictures import read_picture
@@ -124,7 +124,13 @@ def _everything(
     started = perf_counter()
     with progress(TimeRemainingColumn()) as bar:
         task = bar.add_task("points", total=grid**2)
-        found = generator.generate(pixels, progress=lambda done, total: bar.update(task, completed=done, total=total))
+        heartbeat = Heartbeat(bar)
+
+        def done(points: int, total: int) -> None:
+            bar.update(task, completed=points, total=total)
+            heartbeat.beat(f"{points} of {total} points")
+
+        found = generator.generate(pixels, progress=done)
     seconds = perf_counter() - started
     records = [{"id": i, **each} for i, each in enumerate(found, start=1)]
     lines = [f"{len(found)} masks of {grid**2} points in {digits(seconds)} s on {where(model)}"]
