@@ -42,7 +42,7 @@ _TURNS = {
     8: "ROTATE_90",
 }
 """What makes a picture upright, by its orientation in EXIF."""
-_ORIENTATION = 0x0112
+_WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112
 
 
 def endings() -> str:
@@ -115,9 +115,14 @@ def register_heif() -> bool:
 
 
 def orientation(picture: Image) -> int:
-    """Of EXIF, 1 to 8, without reading the pixels; 1 is upright, and where nothing is said."""
+    """Of EXIF, 1 to 8, without reading the pixels; 1 is upright, and where nothing is said.
+
+    Pillow turns TIFF itself when it reads the pixels, so that of TIFF is 1.
+    """
     from PIL import Image
 
+    if picture.format == "TIFF":
+        return 1
     if picture.format == "PNG" and "exif" not in picture.info:
         if _has_exif_behind(picture):
             picture.load()
@@ -130,6 +135,10 @@ def orientation(picture: Image) -> int:
 
 def size_of(picture: Image) -> tuple[int, int]:
     """Width and height of the picture upright."""
+    if picture.format == "TIFF":  # of which Pillow has told one size or the other, by its version
+        tags = picture.tag_v2  # type: ignore[attr-defined]
+        width, height = int(tags[_WIDTH]), int(tags[_HEIGHT])
+        return (height, width) if tags.get(_ORIENTATION, 1) in range(5, 9) else (width, height)
     width, height = picture.size
     return (height, width) if orientation(picture) >= 5 else (width, height)
 

@@ -114,11 +114,13 @@ class Animation:
     def _durations(self, count: int) -> list[float]:
         """Milliseconds of each frame that can be decoded."""
         durations: list[float] = []
+        first: tuple[int, int] | None = None
         try:
             for i in range(count):
                 self._picture.seek(i + self._skipped)
                 self._picture.load()
-                _require_size(self._size(), f"page {i}", (self.width, self.height), f"page 0 of {self._path}")
+                first = first or self._picture.size
+                _require_size(self._picture.size, f"page {i}", first, f"page 0 of {self._path}")
                 durations.append(self._picture.info.get("duration") or _USUAL_DURATION)
         except Exception as error:  # Pillow's decoders raise what they like on damaged files
             if isinstance(error, _SizeError):
@@ -127,10 +129,6 @@ class Animation:
                 raise ValueError(f"{self._path} has no frame that can be decoded: {error}") from None
             warnings.warn(f"{self._path} breaks off after {len(durations)} of {count} frames", stacklevel=5)
         return durations
-
-    def _size(self) -> tuple[int, int]:
-        width, height = self._picture.size
-        return (height, width) if self._turn >= 5 else (width, height)
 
     def _decoded(self, index: int) -> Image:
         with self._lock:  # a file has one place where it is read
