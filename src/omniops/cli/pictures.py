@@ -10,20 +10,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from omniops.cli.common import CommandError
+from omniops.cli.ending import say
+from omniops.sam2.picture_files import KINDS, UNREADABLE, animated, endings, needed, opened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_ENDINGS = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
-    """The files named, and those of the folders named that end as pictures do; each once."""
+    """The files named, and those of the folders named that end as pictures do; each once.
+
+    Pictures of a folder that are of a kind that is not read are named on stderr.
+    """
     found: dict[Path, Path] = {}
+    unread: list[Path] = []
     for place in places:
         try:
             if place.is_dir():
-                inside = [each for each in place.iterdir() if each.suffix.lower() in _ENDINGS and not each.is_dir()]
+                files = [each for each in place.iterdir() if not each.name.startswith("._") and not each.is_dir()]
+                inside = [each for each in files if each.suffix.lower() in KINDS]
+                unread += sorted(each for each in files if each.suffix.lower() in UNREADABLE)
             else:
                 place.stat()
                 inside = [place]
@@ -32,7 +38,10 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
         for each in sorted(inside):
             found.setdefault(each.resolve(), each)
     if not found:
-        raise CommandError(f"no pictures in {', '.join(map(str, places))}: no file ends with {', '.join(_ENDINGS)}")
+        of_others = f", and {unread[0]} is of a kind that is not read" if unread else ""
+        raise CommandError(f"no pictures in {', '.join(map(str, places))}: no file ends with {endings()}{of_others}")
+    for each in unread:
+        say(f"{each} is left out: a picture of a kind that is not read")
     return list(found.values())
 
 
@@ -41,10 +50,16 @@ def read_picture(path: Path, size: tuple[int, int] | None = None) -> Image:
 
     With a size, (width, height), it is turned or left as it is stored, whichever has that size.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 
     try:
-        with Image.open(path) as stored:
+        try:
+            picture = opened(path)
+        except ValueError:
+            raise CommandError(f"not a picture that Pillow can read: {path}{needed(path)}") from None
+        with picture as stored:
+            if animated(stored):
+                raise CommandError(f"{path} is an animation or has several pages, not one picture")
             turned = ImageOps.exif_transpose(stored)
             if size is not None and turned.size != size:
                 if stored.size != size:
@@ -55,8 +70,6 @@ def read_picture(path: Path, size: tuple[int, int] | None = None) -> Image:
             return _to_rgb(turned)
     except FileNotFoundError:
         raise CommandError(f"no such file: {path}") from None
-    except UnidentifiedImageError:
-        raise CommandError(f"not a picture that Pillow can read: {path}") from None
     except CommandError:
         raise
     except Exception as error:  # Pillow's decoders raise what they like on damaged files

@@ -107,6 +107,7 @@ class VideoWriter:
             if not self._file.failed:
                 self._encode(None)
                 self._container.close()
+                self._file.finish()
         except (av.FFmpegError, OSError) as error:
             raise self._failed(error) from None
         finally:
@@ -209,17 +210,57 @@ class VideoWriter:
 
 
 class _Output:
-    """The file that FFmpeg writes to. It is opened here, so that any name will do and errors are the system's own."""
+    """The file that FFmpeg writes to. It is opened here, so that any name will do and errors are the system's own.
+
+    What FFmpeg changes of what it wrote before is changed at the end: until then the file can be read, without it not.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+        self._at = 0
         self._whole = 0
+        self._changes: list[tuple[int, bytes]] = []
         self.failed = False
         self.closed = False
 
     def write(self, data: bytes) -> int:
         if self.failed:
             raise OSError("it was given up")
+        if self._at < self._whole:
+            self._changes.append((self._at, bytes(data)))
+        else:
+            self._append(data)
+        self._at += len(data)
+        return len(data)
+
+    def keep(self) -> None:
+        """Call what was written until now a file that can be read."""
+        if self.seekable():
+            self._whole = self._at
+
+    def finish(self) -> None:
+        """Make the changes."""
+        for place, data in self._changes:
+            self._file.seek(place)
+            self._file.write(data)
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_CUR:
+            offset, whence = self._at + offset, os.SEEK_SET
+        self._at = self._file.seek(offset, whence)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        self.closed = True
+        self._file.close()
+
+    def _append(self, data: bytes) -> None:
         left = memoryview(data)
         try:
             while left:
@@ -230,22 +271,3 @@ class _Output:
                 with suppress(OSError):
                     self._file.truncate(self._whole)
             raise
-        return len(data)
-
-    def keep(self) -> None:
-        """Call what was written until now a file that can be read."""
-        if self.seekable():
-            self._whole = self._file.tell()
-
-    def seekable(self) -> bool:
-        return self._file.seekable()
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        self.closed = True
-        self._file.close()

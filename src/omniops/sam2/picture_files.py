@@ -94,7 +94,7 @@ def opened(path: Path) -> Image:
     try:
         return Image.open(path)
     except UnidentifiedImageError:
-        raise ValueError(f"{path} cannot be read as a picture{_needed(path)}") from None
+        raise ValueError(f"{path} cannot be read as a picture{needed(path)}") from None
     except OSError as error:
         if error.errno:
             raise
@@ -176,7 +176,7 @@ def _brand(start: bytes) -> str | None:
     return (brands | {b"mif1": "HEIF", b"msf1": "HEIF", b"hevc": "HEIF", b"hevx": "HEIF"}).get(start[8:12])
 
 
-def _needed(path: Path) -> str:
+def needed(path: Path) -> str:
     """What is missing to read a picture that Pillow does not know."""
     with path.open("rb") as file:
         start = file.read(12)

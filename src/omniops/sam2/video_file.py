@@ -352,6 +352,10 @@ class _Input:
         is_safe = path.suffix.lower() not in KINDS and not set("%*") & set(path.name)
         self.name = str(path) if is_safe else "video"
 
+    def __del__(self) -> None:
+        if hasattr(self, "close"):
+            self.close()
+
 
 def _taken(frame: VideoFrame) -> int:
     """Bytes of memory."""
