@@ -83,7 +83,7 @@ def read(path: Path, key: str = "state_dict") -> dict[str, Tensor]:
             f"reading {path} needs safetensors, which is not installed: pip install safetensors"
         ) from None
     except Exception as error:  # of many types, whatever the bytes of a file that is none happen to mean
-        raise ValueError(f"{path} is no checkpoint, or a damaged one: {error!r}") from None
+        raise ValueError(f"{path} is no checkpoint, or a damaged one") from error
     while isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
         content = content[key]
     if isinstance(content, Mapping):

@@ -398,6 +398,14 @@ def test_annotations_that_are_not_coco_s(fails, dataset, truth, write, change, w
     assert str(path) in line
 
 
+def test_annotations_that_are_not_text(fails, dataset, tmp_path):
+    path = tmp_path / "picture.json"
+    path.write_bytes(b"\x89PNG\r\n\xff\xd8")
+    line = fails(*_arguments(dataset, "--random-weights", annotations=path), status=2)
+    assert f"{path} is not JSON" in line
+    assert "codec" not in line
+
+
 def test_places_that_are_missing_or_wrong(fails, dataset, tmp_path, weights):
     missing = tmp_path / "none.json"
     assert str(missing) in fails(*_arguments(dataset, "--random-weights", annotations=missing), status=2)

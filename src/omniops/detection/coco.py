@@ -63,7 +63,9 @@ def read_annotations(path: str | PathLike[str]) -> dict[str, Any]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (UnicodeDecodeError, RecursionError):
+        raise ValueError(f"{path} is not JSON") from None
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if complaint := _complaint(content):
         raise ValueError(f"{path} is not a COCO annotation file of instances: {complaint}")

@@ -255,7 +255,7 @@ def _folder(folder: Path, image_size: int | None) -> Sam2VideoModel:
             dtype=torch.float32,
         )
     except Exception as error:  # of many types, whatever the file holds
-        raise ValueError(f"{folder / _TENSORS} is no checkpoint, or a damaged one: {error!r}") from None
+        raise ValueError(f"{folder / _TENSORS} is no checkpoint, or a damaged one") from error
     wrong = {what: sorted(map(str, report[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
     if any(wrong.values()):
         listed = "; ".join(f"{len(names)} {what} ({weights.shown(names)})" for what, names in wrong.items() if names)
