@@ -184,7 +184,7 @@ def test_broken_files_of_every_format_do_not_lose_the_others(omniops, scripted, 
     folder = tmp_path / "in"
     for name in ("0.png", "z.png"):
         _picture(folder / name)
-    names = [f"broken{ending}" for ending in pictures._ENDINGS]
+    names = [f"broken{ending}" for ending in pictures.KINDS]
     for name in names:
         path = folder / name
         try:
