@@ -167,14 +167,15 @@ class CARAFERCNN(GeneralizedRCNN):  # type: ignore[misc]
         """Detections, or in training a dict of losses, as ``faster_rcnn_resnet50_fpn_carafe`` has it.
 
         Raises:
-            TypeError: for images that are no tensors of floating point, and for targets that are no dicts of tensors.
+            TypeError: for images that are no list of tensors of floating point, and for targets that are no list of
+                dicts of tensors.
             ValueError: for images of another shape, or with values that are NaN or farther than 0.25 beyond [0, 1], as
                 normalised ones or those in [0, 255]; in training for missing targets, boxes that are not (N, 4), finite
                 and of a width and a height, labels that are not N or not the model's, masks of another shape or of
                 other values than 0 and 1.
         """
+        require_images(images)  # here too: torchvision asks for their shapes before the transform does
         if self.training:
-            require_images(images)
             names = ("boxes", "labels", "masks") if self.roi_heads.has_mask() else ("boxes", "labels")
             require_targets(images, targets, names)
         return super().forward(images, targets)

@@ -6,7 +6,8 @@ PyTorch traces, when there are none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,9 +23,13 @@ def require_images(images: Sequence[Tensor]) -> None:
     """Raise for images that are not (3, H, W) of floating point.
 
     Raises:
-        TypeError: for something else than tensors of floating point.
+        TypeError: for something else than a list, or a batch, of tensors of floating point.
         ValueError: for other shapes, or no image.
     """
+    if not isinstance(images, (list, tuple, Tensor)):
+        raise TypeError(f"images must be a list of tensors (3, H, W) in [0, 1], got {type(images).__name__}")
+    if isinstance(images, Tensor) and images.dim() != 4:
+        raise ValueError(f"images must be a list of tensors (3, H, W), got a tensor {tuple(images.shape)}")
     if len(images) == 0:
         raise ValueError("images must hold at least one image")
     for number, image in enumerate(images):
@@ -40,11 +45,13 @@ def require_targets(images: Sequence[Tensor], targets: Sequence[Target] | None, 
     """Raise for targets that are not one for each image, with tensors of those names that are of one length.
 
     Raises:
-        TypeError: for something else than dicts of tensors.
+        TypeError: for something else than a list of dicts of tensors, and for boxes that are not of real numbers.
         ValueError: for another number, missing names, or other shapes.
     """
     if targets is None:
         raise ValueError("targets must be given in training: for each image a dict of " + ", ".join(names))
+    if not isinstance(targets, (list, tuple)):
+        raise TypeError(f"targets must be a list of dicts, one for each image, got {type(targets).__name__}")
     if len(targets) != len(images):
         raise ValueError(f"targets must be one for each of {len(images)} images, got {len(targets)}")
     for number, (image, target) in enumerate(zip(images, targets, strict=True)):
@@ -61,6 +68,8 @@ def _require_shapes(number: int, image: Tensor, target: Target) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"targets[{number}][{name!r}] must be a tensor, got {type(value).__name__}")
     boxes = target["boxes"]
+    if boxes.dtype == torch.bool or boxes.is_complex():
+        raise TypeError(f"targets[{number}]['boxes'] must be of real numbers, got {boxes.dtype}")
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"targets[{number}]['boxes'] must be (N, 4), got {tuple(boxes.shape)}")
     if "labels" in target and target["labels"].shape != boxes.shape[:1]:
@@ -93,23 +102,19 @@ def require_values(
     """
     if torch.compiler.is_compiling() or images[0].device.type == "meta":
         return
-    wrong = [
-        *(_is_beyond(image) for image in images),
-        *(_are_no_boxes(target["boxes"]) for target in resized or ()),
-        *(_are_no_masks(target.get("masks")) for target in targets or ()),
+    checks: list[tuple[Tensor, Callable[[], str]]] = [
+        (_is_beyond(image), partial(_about_image, number, image)) for number, image in enumerate(images)
     ]
-    flags = torch.stack([each.to(images[0].device) for each in wrong]).int().tolist()
-    if not any(flags):
-        return
-    first = flags.index(1)
-    number = first % len(images)
-    if first < len(images):
-        raise ValueError(_about_image(number, images[number].detach().float().cpu()))
-    assert targets is not None
-    assert resized is not None
-    if first < 2 * len(images):
-        raise ValueError(_about_boxes(number, targets[number]["boxes"].cpu(), resized[number]["boxes"].cpu()))
-    raise ValueError(f"targets[{number}]['masks'] must be of 0 and 1, or of bool, got other values")
+    for number, (target, moved) in enumerate(zip(targets or (), resized or (), strict=True)):
+        if len(moved["boxes"]):  # empty ones are sound, and not every operator takes them on MPS
+            complain = partial(_about_boxes, number, target["boxes"], moved["boxes"])
+            checks.append((_are_sound(moved["boxes"].detach()).all().logical_not(), complain))
+        masks = target.get("masks")
+        if masks is not None and masks.dtype != torch.bool and masks.numel():
+            checks.append((((masks == 0) | (masks == 1)).all().logical_not(), partial(_about_masks, number)))
+    flags = torch.stack([flag.to(images[0].device) for flag, _ in checks]).int().tolist()
+    if any(flags):
+        raise ValueError(checks[flags.index(1)][1]())
 
 
 def _is_beyond(image: Tensor) -> Tensor:
@@ -117,35 +122,28 @@ def _is_beyond(image: Tensor) -> Tensor:
     return ((image.detach() - 0.5).abs() <= 0.5 + _BEYOND).all().logical_not()
 
 
-def _are_no_boxes(boxes: Tensor) -> Tensor:
-    if len(boxes) == 0:  # which not every operator takes on MPS
-        return torch.tensor(False)
-    return _sound(boxes.detach()).all().logical_not()
-
-
-def _sound(boxes: Tensor) -> Tensor:
+def _are_sound(boxes: Tensor) -> Tensor:
     return boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
 
 
-def _are_no_masks(masks: Tensor | None) -> Tensor:
-    if masks is None or masks.dtype == torch.bool or masks.numel() == 0:
-        return torch.tensor(False)
-    return ((masks == 0) | (masks == 1)).all().logical_not()
-
-
 def _about_image(number: int, image: Tensor) -> str:
+    image = image.detach().float().cpu()
     low, high = image.min().item(), image.max().item()
     if not image.isfinite().all():
         nans = int(image.isnan().sum())
         what = f"NaN in {nans} of {image.numel()} values" if nans else f"{low:g} to {high:g}"
         return f"images[{number}] must be in [0, 1], got {what}"
-    hint = "divide it by 255" if high > 8 else "it is normalised here, so pass it as it was before"
+    hint = "divide it by 255" if high > 8 and low > -8 else "it is normalised here, so pass it as it was before"
     return f"images[{number}] must be in [0, 1], got {low:g} to {high:g}: {hint}"
 
 
 def _about_boxes(number: int, boxes: Tensor, resized: Tensor) -> str:
-    first = int(_sound(resized).logical_not().nonzero()[0, 0])
+    first = int(_are_sound(resized.cpu()).logical_not().nonzero()[0, 0])
     return (
         f"targets[{number}]['boxes'] must be finite x1, y1, x2, y2 with x1 < x2 and y1 < y2, got "
         f"{boxes[first].tolist()} as box {first}"
     )
+
+
+def _about_masks(number: int) -> str:
+    return f"targets[{number}]['masks'] must be of 0 and 1, or of bool, got other values"
