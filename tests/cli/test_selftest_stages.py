@@ -149,7 +149,7 @@ def test_what_is_written_in_place_is_compared_with_what_it_was_before():
 
 @pytest.mark.parametrize(
     ("operator", "expected"),
-    [("addcmul_", "addcmul_"), ("exp.out", "exp"), ("relu_", "relu"), ("masked_fill_", "__setitem__")],
+    [("addcmul_", "addcmul_"), ("exp.out", "exp"), ("relu_", "relu"), ("fill_", "__setitem__")],
 )
 def test_a_wrong_write_in_place_is_found(operator, expected):
     found = _found(_writes_in_place, Planted(operator, lambda result: result.add_(0.1)))

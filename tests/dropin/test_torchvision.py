@@ -59,9 +59,12 @@ def kernels():
 
 
 def ours(key):
-    """For both operators, whether what the dispatcher calls for that key is of our file."""
-    tables = [dict(line.split(": ", 1) for line in table.splitlines()[1:]) for table in kernels()]
-    return tuple(_torchvision.__file__ in table.get(key, "") for table in tables)
+    """For both operators, whether what the dispatcher calls for that key was registered where enable() registers."""
+    tables = [dict(line.split(": ", 1) for line in table.splitlines()) for table in kernels()]
+    # By the place and not by our file: the oldest PyTorch names a line of no file.
+    places = [{name: entry.split(" [")[0] for name, entry in table.items()} for table in tables]
+    own = "Undefined"  # where what fills gaps serves
+    return tuple(_torchvision.enabled() and table.get(key) == table[own] for table in places)
 
 
 def lacks(key):

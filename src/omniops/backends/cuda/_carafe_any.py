@@ -152,7 +152,8 @@ def _features_tap(
     masks += (u * K + v) * m_sc + (i * m_sh + source * m_sw)
     sums = ()
     for r in tl.static_range(R):
-        weight = tl.load(masks + r * K * m_sc, mask=inside & (u + r >= 0) & (u + r < K), other=0.0)
+        tap = y * 0 + u + r  # lanes, as the interpreter's `&` needs them
+        weight = tl.load(masks + r * K * m_sc, mask=inside & (tap >= 0) & (tap < K), other=0.0)
         sums = sums + (tl.fma(value, weight.to(value.dtype), acc[r]),)
     return sums
 
