@@ -149,7 +149,8 @@ def test_by_default_what_torchvision_has_stays_and_the_rest_is_filled():
 
 def test_a_device_that_has_the_forward_alone_gets_the_backward():
     forward = torch.library.Library("torchvision", "IMPL")
-    forward.impl("deform_conv2d", lambda *args: args[0], "MPS")  # as torchvision's wheels for macOS have it
+    # As torchvision's wheels for macOS have it: not known to be Python's, which the oldest PyTorch lets nobody replace.
+    forward.m.impl("deform_conv2d", "MPS", lambda *args: args[0])
     try:
         omniops.enable("torchvision")
         assert ours("MPS") == (False, True)
