@@ -61,6 +61,13 @@ def test_the_repository_may_name_other_macs_than_the_hosted_ones(job):
     assert job["runs-on"] == "${{ matrix.os }}"
 
 
+def test_linux_runs_what_ci_runs():
+    job = _workflow("linux.yml")["jobs"]["test"]
+    assert job["steps"][-1]["run"] == "make ${{ matrix.run }}"
+    targets = {target for each in job["strategy"]["matrix"]["include"] for target in each["run"].split()}
+    assert targets == set(re.findall(r"^make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.M))
+
+
 @pytest.mark.parametrize("name", ["macos.yml", "linux.yml"])
 def test_every_python_of_a_matrix_can_have_transformers(name):
     pytest.importorskip("transformers")
