@@ -1,10 +1,11 @@
 """Vision operators that PyTorch leaves on CUDA, on every device: see README.md."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# The command imports what it calls: its help and Ctrl-C need not wait for PyTorch.
+# In the command's process they are imported when they are asked for: its help and Ctrl-C need not wait for PyTorch.
 if TYPE_CHECKING or Path("".join(getattr(sys, "argv", [])[:1])).stem != "omniops":
     from omniops import nn
     from omniops.dropin import disable, enable
@@ -22,6 +23,13 @@ if TYPE_CHECKING or Path("".join(getattr(sys, "argv", [])[:1])).stem != "omniops
     from omniops.ops.connected_components import connected_components, fill_holes, remove_small_components
     from omniops.ops.deform_conv2d import deform_conv2d, modulated_deform_conv2d
 
+_MODULES = (  # in this order: functions have the names of files of modules
+    "omniops.ops.carafe",
+    "omniops.ops.connected_components",
+    "omniops.ops.deform_conv2d",
+    "omniops.dropin",
+    "omniops.nn",
+)
 __all__ = [
     "CARAFE",
     "CARAFEDownsamplePack",
@@ -43,3 +51,16 @@ __all__ = [
     "nn",
     "remove_small_components",
 ]
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """A public name that was not imported above."""
+        if name == "nn":
+            return import_module("omniops.nn")
+        if name in __all__:
+            for module in map(import_module, _MODULES):
+                if name in vars(module):
+                    return vars(module)[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,7 @@ from importlib import import_module
 
 import pytest
 
+import omniops as omniops_package
 from omniops.cli import app, common
 from omniops.cli.common import digits
 
@@ -41,23 +42,41 @@ def test_a_missing_extra_is_named_with_its_command(package):
     )
 
 
-_ALONE = """
-import importlib.util, sys, types
-package = types.ModuleType("omniops")  # without what its __init__ imports for programs
-package.__path__ = [importlib.util.find_spec("omniops").submodule_search_locations[0]]
-sys.modules["omniops"] = package
+_AS_INSTALLED = """
+import sys
+sys.argv[0] = "/usr/bin/omniops"  # as in the script that pip makes
+"""
+_HELP = """
 from omniops.cli import main
 try: main(sys.argv[1:])
 except SystemExit: pass
 print({"matplotlib", "PIL", "triton", "torch", "numpy", "transformers", "av"} & set(sys.modules), file=sys.stderr)
 """
+_PUBLIC_NAMES = """
+import omniops
+assert "torch" not in sys.modules
+for name in sys.argv[1:]:
+    value = getattr(omniops, name)
+    print(name, type(value).__name__, getattr(value, "__module__", ""), value.__name__)
+"""
 
 
 @pytest.mark.parametrize("command", [(), ("segment",), ("detect",)])
 def test_help_imports_nothing_heavy(command):
-    result = _python(_ALONE, *command, "--help")
+    result = _python(_AS_INSTALLED + _HELP, *command, "--help")
     assert "Usage: omniops" in result.stdout
     assert result.stderr in (("set()\n",) if not command else ("set()\n", "{'numpy'}\n"))
+
+
+def test_the_command_s_process_has_all_public_names():
+    result = _python(_AS_INSTALLED + _PUBLIC_NAMES, *omniops_package.__all__)
+    values = {name: getattr(omniops_package, name) for name in omniops_package.__all__}
+    assert result.stdout.splitlines() == [
+        f"{name} {type(value).__name__} {getattr(value, '__module__', '')} {value.__name__}"
+        for name, value in values.items()
+    ]
+    result = _python(_AS_INSTALLED + "from omniops import fly")
+    assert "ImportError: cannot import name 'fly' from 'omniops'" in result.stderr
 
 
 def test_the_first_lines_of_help_are_those_of_the_commands():

@@ -16,7 +16,8 @@ from PIL import Image
 
 from omniops.cli import app, ending, main, outputs
 
-_COMMAND = (sys.executable, "-c", "import sys; from omniops.cli import main; main(sys.argv[1:])")
+_COMMAND = (sys.executable, "-c", "import sys; sys.argv[0] = 'omniops'; from omniops.cli import main; main()")
+"""As the script that pip makes."""
 
 
 @pytest.fixture
