@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import omniops
 from omniops.backends import cpu
 from omniops.backends.reference import connected_components as reference
+from omniops.ops import _checks
 
 DEVICES = [
     "cpu",
@@ -175,6 +176,19 @@ def test_specks_are_removed(device, shape, dtype):
         result = omniops.remove_small_components(mask.to(device), min_area)
         assert result.dtype == dtype
         assert torch.equal(result.cpu(), torch.where(small, torch.tensor(removed, dtype=dtype), mask))
+
+
+@ON_DEVICES
+def test_specks_of_every_dtype_are_removed_without_a_graph_break(device):
+    mask = noise(2, 3, 8, 9).to(device)
+    expected = omniops.remove_small_components(mask, 4)
+    assert 0 < expected.sum() < mask.sum()
+    for dtype in _checks.INTEGERS:
+        torch._dynamo.reset()
+        compiled = torch.compile(omniops.remove_small_components, fullgraph=True)
+        result = compiled(mask.to(dtype), 4)
+        assert result.dtype == dtype
+        assert torch.equal(result, expected.to(dtype))
 
 
 FUNCTIONS = pytest.mark.parametrize("function", [omniops.fill_holes, omniops.remove_small_components])

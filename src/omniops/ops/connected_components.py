@@ -88,6 +88,8 @@ def remove_small_components(mask: Tensor, min_area: int) -> Tensor:
         _checks.alike(mask=mask)
         return torch.where(_small("mask", mask > 0, min_area - 1), _REMOVED, mask)
     _check_integers("mask", mask)
+    if mask.dtype == torch.bool:  # torch.compile cannot view it as another dtype in torch 2.7 to 2.11
+        return mask & ~_small("mask", mask, min_area - 1)
     integers = as_signed(mask)
     return torch.where(_small("mask", integers != 0, min_area - 1), 0, integers).view(mask.dtype)
 
