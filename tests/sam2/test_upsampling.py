@@ -6,6 +6,7 @@ import itertools
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,6 +192,14 @@ def test_gradient_reaches_the_logits():
 def test_nothing_to_upsample():
     assert guided(torch.zeros(0, 2, 4, 4), torch.rand(1, 3, 9, 9), (9, 9)).shape == (0, 2, 9, 9)
     assert guided(torch.zeros(2, 0, 4, 4), torch.rand(2, 3, 9, 9), (9, 9)).shape == (2, 0, 9, 9)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.array, torch.tensor])
+def test_sizes_may_be_numpys_integers(kind):
+    """Also those of 8 bits, in which the numbers that follow from them have no place."""
+    logits, guide = torch.randn(1, 2, 4, 5), torch.rand(1, 3, 16, 20)
+    found = guided(logits, guide, (kind(17), kind(200)), kernel_size=kind(3))
+    assert torch.equal(found, guided(logits, guide, (17, 200), kernel_size=3))
 
 
 LOGITS, GUIDE = torch.zeros(2, 1, 4, 4), torch.zeros(1, 3, 8, 8)

@@ -65,7 +65,7 @@ def guided(
         TypeError: for an argument of the wrong type or dtype.
         ValueError: for a wrong shape, number or device.
     """
-    _check(logits, guide, size, kernel_size, sigma_space, sigma_colour)
+    size, kernel_size = _check(logits, guide, size, kernel_size, sigma_space, sigma_colour)
     if not logits.numel():
         return logits.new_zeros((*logits.shape[:2], *size))
     with without_autocast(logits):
@@ -163,7 +163,8 @@ def _distances(low: int, high: int, s: int, k: int, sigma: float) -> Tensor:
 
 def _check(
     logits: Tensor, guide: Tensor, size: tuple[int, int], kernel_size: int, sigma_space: float, sigma_colour: float
-) -> None:
+) -> tuple[tuple[int, int], int]:
+    """The size and the kernel size as ints; raises for arguments that are wrong."""
     _checks.tensor(logits=logits, guide=guide)
     _checks.four_dimensional(logits=logits, guide=guide)
     _checks.alike(logits=logits)
@@ -179,9 +180,10 @@ def _check(
         raise ValueError(f"guide must be (B or 1, C, H, W) with B = {len(logits)} of logits, got {tuple(guide.shape)}")
     if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 2:
         raise TypeError(f"size must be (height, width), got {size!r}")
-    _checks.integer(height=size[0], width=size[1], kernel_size=kernel_size)
+    height, width, kernel_size = _checks.integer(height=size[0], width=size[1], kernel_size=kernel_size)
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd, got {kernel_size}")
     for name, value in (("sigma_space", sigma_space), ("sigma_colour", sigma_colour)):
         if not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
+    return (height, width), kernel_size
