@@ -119,6 +119,12 @@ def test_what_the_checks_return():
     assert _checks.integer(a=np.int64(3), b=4) == [3, 4]
     assert _checks.an_int(a=np.int8(-1)) == [-1]
     assert _checks.pair("a", (np.int64(1), torch.tensor(2))) == [1, 2]
+    for two in (np.array([1, 2]), torch.tensor([1, 2])):  # as torch.nn.Conv2d takes them
+        assert _checks.pair("a", two) == [1, 2]
+        assert {type(number) for number in _checks.pair("a", two)} == {int}
+    for wrong in (np.array([1.0, 2.0]), np.array([True, False]), torch.tensor([1, 2, 3]), np.array([[1, 2]])):
+        with pytest.raises(TypeError, match=r"^a must be an int or two, got "):
+            _checks.pair("a", wrong)
     assert _checks.whole(a=2.0, b=np.float32(3), c=np.int64(4)) == [2, 3, 4]
     assert _checks.boolean(a=np.True_, b=False) == [True, False]
     with pytest.raises(ValueError, match=r"^a must be below 2\*\*63, got 9223372036854775808$"):

@@ -16,8 +16,9 @@ class DeformConv2d(nn.Module):
     """Deformable convolution with offsets given by the caller (torchvision's ``DeformConv2d``).
 
     Parameters and their initialisation are torchvision's: ``weight``, (C_out, C / groups, kh, kw), and ``bias``,
-    (C_out,), as those of ``torch.nn.Conv2d``. mmcv's class of the same name has no bias, and is told the number of
-    offset groups, which here is seen in the offset: ``DeformConv2d(..., bias=False)`` loads its state dict strictly.
+    (C_out,), as those of ``torch.nn.Conv2d``. mmcv's class of the same name has no bias, and is given the number of
+    offset groups, which here follows from the shape of the offset: ``DeformConv2d(..., bias=False)`` loads its state
+    dict strictly.
 
         >>> conv = omniops.DeformConv2d(64, 128, kernel_size=3, padding="same")
         >>> conv(torch.randn(1, 64, 32, 32), torch.zeros(1, 2 * 9, 32, 32)).shape
@@ -81,8 +82,8 @@ class DeformConv2d(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, without those that are as usual."""
         usual = {"padding": (0, 0), "dilation": (1, 1), "groups": 1}
-        told = {name: getattr(self, name) for name in ("kernel_size", "stride", *usual)}
-        words = [f"{name}={value}" for name, value in told.items() if usual.get(name) != value]
+        arguments = {name: getattr(self, name) for name in ("kernel_size", "stride", *usual)}
+        words = [f"{name}={value}" for name, value in arguments.items() if usual.get(name) != value]
         return ", ".join(
             [str(self.in_channels), str(self.out_channels), *words, *(["bias=False"] if self.bias is None else [])]
         )
@@ -102,7 +103,7 @@ class _Pack(DeformConv2d):
 
     _version = 2  # mmcv's
 
-    _numbers_of_a_tap: int
+    _channels_per_tap: int
     """How many channels ``conv_offset`` has for each offset group and tap."""
     _state_dict_may_lack_conv_offset = False
 
@@ -132,7 +133,7 @@ class _Pack(DeformConv2d):
             raise ValueError(f"{name} must divide in_channels, {self.in_channels}, got {self.offset_groups}")
         self.conv_offset: nn.Conv2d | None = nn.Conv2d(
             self.in_channels,
-            self.offset_groups * self._numbers_of_a_tap * math.prod(self.kernel_size),
+            self.offset_groups * self._channels_per_tap * math.prod(self.kernel_size),
             self.kernel_size,
             self.stride,
             self.padding,
@@ -140,7 +141,7 @@ class _Pack(DeformConv2d):
         )
         if self._state_dict_may_lack_conv_offset:
             # Of this one alone: what a subclass puts in its place is loaded as strictly as any module.
-            self.conv_offset.register_load_state_dict_pre_hook(_stay_where_none_is_given)
+            self.conv_offset.register_load_state_dict_pre_hook(_keep_conv_offset_where_missing)
         self.init_offset()
 
     @property
@@ -154,7 +155,7 @@ class _Pack(DeformConv2d):
             for parameter in self.conv_offset.parameters():
                 nn.init.zeros_(parameter)
 
-    def _predicted(self, x: Tensor) -> Tensor:
+    def _predict(self, x: Tensor) -> Tensor:
         _checks.tensor(x=x)
         _checks.four_dimensional(x=x)
         if self.conv_offset is None:
@@ -220,7 +221,7 @@ class DeformConv2dPack(_Pack):
         TypeError, ValueError: for an argument that no convolution can have.
     """
 
-    _numbers_of_a_tap = 2
+    _channels_per_tap = 2
 
     def __init__(
         self,
@@ -253,7 +254,7 @@ class DeformConv2dPack(_Pack):
     # torchvision's module, which this is in all else, is called with offsets.
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(N, C, H, W) -> (N, C_out, H_out, W_out)."""
-        return super().forward(x, self._predicted(x))
+        return super().forward(x, self._predict(x))
 
 
 class ModulatedDeformConv2d(_Pack):
@@ -298,7 +299,7 @@ class ModulatedDeformConv2d(_Pack):
         TypeError, ValueError: for an argument that no convolution can have.
     """
 
-    _numbers_of_a_tap = 3
+    _channels_per_tap = 3
     _state_dict_may_lack_conv_offset = True
 
     def __init__(
@@ -342,7 +343,7 @@ class ModulatedDeformConv2d(_Pack):
             mask: (N, D * kh * kw, H_out, W_out).
         """
         if offset is None and mask is None:
-            predicted = self._predicted(x)
+            predicted = self._predict(x)
             offsets = predicted.shape[1] // 3 * 2
             offset, mask = predicted[:, :offsets], predicted[:, offsets:].sigmoid()
         elif offset is None or mask is None:
@@ -372,7 +373,7 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
         return super().forward(x)
 
 
-def _stay_where_none_is_given(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _keep_conv_offset_where_missing(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     if not any(key.startswith(prefix) for key in state_dict):
         state_dict.update(module.state_dict(prefix=prefix, keep_vars=True))
 

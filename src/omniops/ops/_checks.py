@@ -71,8 +71,11 @@ def boolean(**arguments: Any) -> list[bool]:
 
 
 def pair(name: str, value: Any) -> list[int]:
-    """An int or two as two; TypeError for anything else."""
-    given = value if isinstance(value, (list, tuple)) else (value, value)
+    """An int or two as two, also in an array of one dimension; TypeError for anything else."""
+    if isinstance(value, (Tensor, np.ndarray)) and tuple(value.shape) == (2,):
+        given = value.tolist()
+    else:
+        given = value if isinstance(value, (list, tuple)) else (value, value)
     numbers = []
     for part in given:
         if (number := _int(part)) is None:

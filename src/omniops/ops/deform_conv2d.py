@@ -99,7 +99,7 @@ def modulated_deform_conv2d(
 ) -> Tensor:
     """``deform_conv2d`` with a mask, with the arguments of ``mmcv.ops.modulated_deform_conv2d`` in mmcv's order.
 
-    The numbers of groups are said, where ``deform_conv2d`` takes them from the shapes, which have to agree.
+    The numbers of groups are given, and must agree with the shapes, from which ``deform_conv2d`` infers them.
 
     Args:
         input: (N, C, H, W), as for ``deform_conv2d``.
