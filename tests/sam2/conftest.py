@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 
 from omniops.sam2.architectures import LETTERS, new
 from omniops.sam2.checkpoints import from_meta
+
+
+class Uninitialised(TorchFunctionMode):
+    """Leaves weights as memory holds them: to draw random ones takes most of the time in which a model is built."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def uninitialised() -> AbstractContextManager[object]:
+    """Within it models are built quickly, whose weights nobody looks at or sets later."""
+    return Uninitialised()
 
 
 @functools.lru_cache(maxsize=2)  # the large ones are large
@@ -38,7 +55,8 @@ def _twins(size: str, version: str, image_size: int, seed: int) -> tuple[Any, An
             torch.nn.init.normal_(parameter, std=0.02)
     # Without autocast, and with no pointer beside them, it leaves its memories in bfloat16 and fails.
     official.memory_attention.register_forward_pre_hook(_memory_in_float32, with_kwargs=True)
-    ours = new(size, version, image_size=image_size)
+    with Uninitialised():
+        ours = new(size, version, image_size=image_size)
     ours.load_state_dict(from_meta(official.state_dict()))
     return official, ours
 

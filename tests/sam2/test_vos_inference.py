@@ -135,8 +135,7 @@ def assert_alike(found, expected):
             assert (mask != right).mean() <= 1e-3
 
 
-@pytest.mark.parametrize("apply_postprocessing", [False, True])
-@pytest.mark.parametrize("overlapping", [False, True])
+@pytest.mark.parametrize(("apply_postprocessing", "overlapping"), [(False, False), (False, True), (True, False)])
 def test_the_script_runs_with_its_imports_changed(builders, checkpoint, clip, apply_postprocessing, overlapping):
     results = []
     for build in builders:
