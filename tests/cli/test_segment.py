@@ -408,6 +408,42 @@ def test_a_file_is_what_is_in_it(omniops, tracker, scripted, tmp_path):
     assert _run(omniops, tmp_path / "p.mp4", "--point", "1,2", "--out", tmp_path / "p-out.png").status == 0
 
 
+def test_an_animation_is_a_video_and_heif_a_picture(omniops, tracker, scripted, tmp_path):
+    heif = pytest.importorskip("pillow_heif", reason="the extra heif")
+    first, *rest = [Image.fromarray(_pixels(seed=i)) for i in range(3)]
+    first.save(tmp_path / "a.gif", save_all=True, append_images=rest)
+    assert _run(omniops, tmp_path / "a.gif", "--point", "1,2", "--out", tmp_path / "a-out.mp4").status == 0
+    assert [each["frame"] for each in _json(tmp_path / "a-out.json")] == [0, 1, 2]
+    heif.from_pillow(first).save(tmp_path / "p.heic")
+    assert _run(omniops, tmp_path / "p.heic", "--point", "1,2", "--out", tmp_path / "p-out.png").status == 0
+
+
+def test_what_is_warned_of_at_opening_is_said_as_it_is(omniops, tracker, tmp_path):
+    with av.open(str(_video(tmp_path / "v.mp4"))) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    data = bytearray((tmp_path / "v.mp4").read_bytes())
+    place, size = packets[4]
+    data[place : place + size] = bytes(size)
+    (tmp_path / "v.mp4").write_bytes(data)
+    result = _run(omniops, tmp_path / "v.mp4", "--point", "1,2", "--out", tmp_path / "out.mp4")
+    assert result.status == 1
+    damaged, last = result.err.strip().splitlines()
+    assert damaged.endswith("v.mp4 is damaged: 5 frames can be decoded, 1 cannot")
+    assert last.endswith("v.mp4 is not whole: the masks of 5 of 5 frames were kept")
+
+
+def test_frames_with_damaged_exif_are_whole(omniops, tracker, tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    Image.fromarray(_pixels()).save(tmp_path / "frame.jpg", exif=exif)
+    data = bytearray((tmp_path / "frame.jpg").read_bytes())
+    data[data.index(b"Exif") + 15] = 40  # entries
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "1.jpg").write_bytes(data)
+    result = _run(omniops, tmp_path / "frames", "--point", "1,2", "--out", tmp_path / "out.mp4")
+    assert (result.status, "Corrupt EXIF" in result.err) == (0, True)
+
+
 @pytest.mark.parametrize("first", [0, 3])
 @pytest.mark.parametrize(
     ("happening", "status", "said"),
@@ -449,7 +485,7 @@ def test_a_frame_that_cannot_be_decoded_ends_the_masks(omniops, loaded, tmp_path
     assert result.status == 1
     reason, last = result.err.strip().splitlines()
     assert "3.png" in reason
-    assert last.endswith("frames breaks off: the masks of 3 of 5 frames were kept")
+    assert last.endswith("frames is not whole: the masks of 3 of 5 frames were kept")
     assert [each["frame"] for each in _json(tmp_path / "out.json")] == [0, 1, 2]
     assert len(_frames(tmp_path / "out.mp4")) == 3
 
@@ -462,7 +498,7 @@ def test_a_video_that_breaks_off_keeps_its_masks(omniops, loaded, tmp_path):
     assert result.status == 1
     (reason, last) = result.err.strip().splitlines()
     assert "breaks off after" in reason
-    assert f"{path} breaks off: the masks of" in last
+    assert f"{path} is not whole: the masks of" in last
     frames = [each["frame"] for each in _json(tmp_path / "out.json")]
     assert frames == list(range(len(frames)))
     assert 0 < len(frames) < 8

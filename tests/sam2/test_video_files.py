@@ -20,7 +20,7 @@ pytest.importorskip("av", reason="videos need PyAV")
 
 import av
 
-from omniops.sam2.frames import Colour, Frames
+from omniops.sam2.frames import Colour, Frames, IncompleteVideoWarning
 
 HEIGHT, WIDTH, COUNT = 48, 64, 20
 B_FRAMES = {"x264-params": "bframes=3:b-adapt=0:keyint=6:scenecut=0"}
@@ -261,3 +261,92 @@ def test_many_small_frames_take_the_memory_that_is_counted(tmp_path, size):
     kept, grown, counted = map(int, run.stdout.split())
     assert kept == 1500
     assert grown <= counted + 16 * 2**20  # what the allocator and the decoder have besides
+
+
+def write_at(path: Path, codec: str, ticks: list[int]) -> Path:
+    """A frame at each of these 25ths of a second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=B_FRAMES if codec == "libx264" else {})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for t, tick in enumerate(ticks):
+            frame = av.VideoFrame.from_ndarray(picture(t), "rgb24")
+            frame.pts, frame.time_base = tick, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def test_frames_that_an_edit_list_leaves_out_are_no_cut(tmp_path):
+    path = write_at(tmp_path / "video.mp4", "libx264", list(range(-8, 12)))
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == COUNT
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frames = Frames(path)
+    assert len(frames) == pyav_decodes(path) == 12
+    assert [shown(frame) for frame in frames] == list(range(8, 20))
+
+
+def test_repetitions_in_avi_are_no_cut(tmp_path):
+    ticks = [0, 1, 2, 7, 8, 20, 21, 22]
+    path = write_at(tmp_path / "video.avi", "mpeg4", ticks)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 23
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frames = Frames(path)
+    assert frames.times == pytest.approx([tick / 25 for tick in ticks])
+    assert [shown(frame) for frame in frames] == list(range(8))
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "video.avi"])
+def test_a_file_that_is_cut_off_between_two_frames(tmp_path, name):
+    path = tmp_path / name
+    with av.open(str(path), "w", options={"movflags": "faststart"} if name == "video.mp4" else {}) as container:
+        stream = container.add_stream("libx264", rate=25, options=B_FRAMES if name == "video.mp4" else NO_B_FRAMES)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for t in range(COUNT):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(t), "rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        places = [packet.pos for packet in container.demux(video=0) if packet.size]
+    whole = path.read_bytes()
+    for count in (COUNT - 1, 10):
+        path.write_bytes(whole[: places[count]])
+        with pytest.warns(IncompleteVideoWarning, match=rf"{name} breaks off after {count} of 20 frames"):
+            assert len(Frames(path)) == count
+
+
+def test_covers_are_no_videos(tmp_path):
+    def add(container, codec, layout):
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, layout
+        return stream
+
+    def encode(container, stream, count):
+        for t in range(count):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(t), "rgb24")))
+        container.mux(stream.encode())
+
+    for name in ("cover.mp4", "first.mkv", "alone.mp4"):
+        with av.open(str(tmp_path / name), "w") as container:
+            cover = add(container, "mjpeg", "yuvj420p")
+            if name.endswith(".mp4"):
+                cover.disposition = av.stream.Disposition.attached_pic
+            second = add(container, "libx264", "yuv420p") if name != "alone.mp4" else None
+            sound = container.add_stream("pcm_s16le" if name == "first.mkv" else "aac", rate=8000)
+            sound.layout = "mono"
+            encode(container, cover, 1)
+            if second is not None:
+                encode(container, second, 9)
+    for name in ("cover.mp4", "first.mkv"):
+        assert [shown(frame) for frame in Frames(tmp_path / name)] == list(range(9))
+    with pytest.raises(ValueError, match=r"alone.mp4 is not a video .*: it has a cover and no video"):
+        Frames(tmp_path / "alone.mp4")
+
+
+def test_a_codec_that_is_not_known(tmp_path):
+    path = write(tmp_path / "video.mp4")
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"Zqzz"))
+    with pytest.raises(ValueError, match=r"video.mp4 is not a video .*: it is in a codec that this FFmpeg does not"):
+        Frames(path)

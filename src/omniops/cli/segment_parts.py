@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from omniops.cli.common import CommandError, dtype_name
 from omniops.cli.ending import reason
 from omniops.cli.pictures import colour_of
+from omniops.sam2 import picture_files
 
 if TYPE_CHECKING:
     import torch
@@ -172,14 +173,17 @@ def grouped(written: Iterable[Written]) -> dict[tuple[int, int], Prompts]:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether Pillow takes the file for a picture, whatever it is called."""
+    """Whether Pillow takes the file for one picture, whatever it is called; an animation is a video."""
     from PIL import Image, UnidentifiedImageError
 
+    picture_files.register_heif()
     try:
         with Image.open(path) as picture:
-            return bool(picture.format != "MPEG")  # which it knows, and cannot read
+            # Pillow knows MPEG, and cannot read it.
+            return bool(picture.format != "MPEG" and not picture_files.animated(picture))
     except UnidentifiedImageError:
-        return False
+        # HEIF without pillow-heif: what reads pictures says what is missing.
+        return bool(picture_files.needed(path))
     except Exception:  # Pillow's decoders raise what they like on damaged files
         return True
 

@@ -32,7 +32,7 @@ from omniops.cli.segment_parts import (
     where,
 )
 from omniops.drawing import VideoWriter
-from omniops.sam2.frames import Frames
+from omniops.sam2.frames import Frames, IncompleteVideoWarning
 from omniops.sam2.video_predictor import SAM2VideoPredictor
 
 if TYPE_CHECKING:
@@ -117,14 +117,14 @@ def follow(work: Work) -> None:
         files = f"Wrote {work.out} and {work.out.with_suffix('.json')}"
         random = ["The weights are random: these masks mean nothing."] if work.random_weights else []
         print_lines(f"{speed}, on {where(predictor.model)}", *random, files)
-    for each in dict.fromkeys(at_opening + on_the_way):
+    for each in dict.fromkeys(map(str, at_opening + on_the_way)):
         print(each, file=sys.stderr)
     kept = f"the masks of {frames} of {len(video)} frames were kept"
     if stopped is not None or unwritten:
         why = dict.fromkeys(stopped_by(each) for each in (stopped, *unwritten) if each is not None)
         raise CommandError(f"{'; '.join(why)}: {kept}", exit_status(stopped or unwritten[0]))
-    if at_opening or frames < len(video):
-        raise CommandError(f"{work.source} breaks off: {kept}", status=1)
+    if frames < len(video) or any(isinstance(each, IncompleteVideoWarning) for each in at_opening):
+        raise CommandError(f"{work.source} is not whole: {kept}", status=1)
 
 
 def _opened(source: Path) -> Frames:
@@ -136,15 +136,16 @@ def _opened(source: Path) -> Frames:
 
 
 @contextmanager
-def _complaints() -> Iterator[list[str]]:
+def _complaints() -> Iterator[list[Warning]]:
     """What is warned of meanwhile: where a video breaks off or is damaged. It is there at the end."""
-    said: list[str] = []
+    said: list[Warning] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
             yield said
         finally:
-            said += [str(each.message) for each in caught if each.category is UserWarning]
+            shown = (UserWarning, IncompleteVideoWarning)
+            said += [each.message for each in caught if isinstance(each.message, Warning) and each.category in shown]
 
 
 def _counting(bar: Progress, total: int) -> Callable[[], None]:

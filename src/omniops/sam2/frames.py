@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omniops.sam2 import picture_files
-from omniops.sam2.picture_sequences import Animation, Folder, FrameError
+from omniops.sam2.picture_sequences import Animation, Folder, FrameError, IncompleteVideoWarning
 from omniops.sam2.video_file import Colour, VideoFile
 
-__all__ = ["Colour", "FrameError", "Frames"]
+__all__ = ["Colour", "FrameError", "Frames", "IncompleteVideoWarning"]
 
 
 class Frames:
@@ -45,8 +45,8 @@ class Frames:
             cannot be read or differ in size or kind.
 
     Warns:
-        UserWarning: where a video breaks off or does not have all that it says it has, and where frames are damaged;
-            those that can be decoded count.
+        IncompleteVideoWarning: where a video breaks off or does not have all that it says it has, and where frames are
+            damaged; those that can be decoded count.
     """
 
     fps: float | None

@@ -29,6 +29,10 @@ class FrameError(ValueError):
     """A frame that cannot be decoded, of a video or a folder that could be opened."""
 
 
+class IncompleteVideoWarning(UserWarning):
+    """Of a video that breaks off, or that has frames which cannot be decoded."""
+
+
 class Folder:
     """The pictures of a folder, as ``Frames`` gives them on."""
 
@@ -127,7 +131,9 @@ class Animation:
                 raise
             if not durations:
                 raise ValueError(f"{self._path} has no frame that can be decoded: {error}") from None
-            warnings.warn(f"{self._path} breaks off after {len(durations)} of {count} frames", stacklevel=5)
+            warnings.warn(
+                f"{self._path} breaks off after {len(durations)} of {count} frames", IncompleteVideoWarning, 5
+            )
         return durations
 
     def _decoded(self, index: int) -> Image:

@@ -5,7 +5,8 @@ one frame into each and they carry distinct times; else by decoding the video on
 so B-frames and variable frame rates need nothing more. A frame is reached from the keyframe before it, and the frames
 decoded on the way are kept, as many as the 256 MiB hold: going backwards decodes a group of N frames about 1 + N / 2K
 times, where K of them are kept, not N times. Where packets carry no times of their own (few do so: AVI with B-frames,
-bare streams) or times that start again (files put one behind the other) the way is from the beginning.
+bare streams) or times that start again (files put one behind the other, as MPEG-TS may be) the way is from the
+beginning of the file: frames in order cost no more, one far behind those that are kept costs all before it.
 
 A frame whose data are damaged, in a video that goes on after it, is replaced by its neighbour, with a warning. Several
 threads decode a video until damage shows; from then on one does, because FFmpeg's threads lose whole frames beside it.
@@ -29,16 +30,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omniops.sam2.picture_files import KINDS
-from omniops.sam2.picture_sequences import MEMORY, FrameError
+from omniops.sam2.picture_sequences import MEMORY, FrameError, IncompleteVideoWarning
 
 if TYPE_CHECKING:
-    from av import Packet, VideoFrame
+    from av import Packet, VideoFrame, VideoStream
+    from av.container import InputContainer
 
 _EACH = 16 * 2**10
 """Bytes that a frame takes beside its pixels, at most: FFmpeg's and PyAV's records of it, and what pads its rows."""
 _ONE_FRAME_A_PACKET = ("av1", "ffv1", "h264", "hevc", "mjpeg", "png", "prores", "vp9")
 _SAY_HOW_LONG = frozenset(("asf", "flv", "live_flv", "matroska", "mxf", "webm"))
 """Formats whose header has the duration of the whole, which FFmpeg measures in others."""
+_ROUNDED = 0.002
+"""Seconds by which the durations that a file declares may be greater than those of its packets."""
 _SIZES = 4
 _BT601, _BT709 = 5, 1
 _RGB_RANGE = 2
@@ -51,6 +55,20 @@ class Colour(NamedTuple):
     transfer: int
     matrix: int
     full_range: bool
+
+
+class _Packet(NamedTuple):
+    """What is kept of one, its times in ticks."""
+
+    pts: int | None
+    dts: int | None
+    duration: int
+    is_keyframe: bool
+    is_discard: bool
+
+    @classmethod
+    def of(cls, packet: Packet) -> _Packet:
+        return cls(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
 
 
 class VideoFile:
@@ -143,8 +161,8 @@ class VideoFile:
         try:
             self._file = _Input(self._path)
             self._container = av.open(self._file, buffer_size=2**18)
-            self._stream = self._container.streams.video[0]
-        except (OSError, ValueError, IndexError) as error:
+            self._stream = _moving_pictures(self._container)
+        except (OSError, ValueError) as error:
             self._close()
             raise ValueError(f"{self._path} is not a video that FFmpeg can read: {_why(error)}") from None
         self._stream.thread_type = "AUTO" if self._threads else "NONE"
@@ -174,14 +192,14 @@ class VideoFile:
                     reached = max(reached, float((began + (packet.duration or 0)) * packet.time_base))
                 if packet.stream.index == self._stream.index:
                     broken = packet.is_corrupt
-                    packets.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+                    packets.append(_Packet.of(packet))
                     self._cut = _identity(packet) if broken else None
         except self._error:
             broken = True
-        if packets and broken:
+        if self._cut is not None:
             packets.pop()
-        self._warn_where_it_breaks_off(len(packets), broken, reached if says_how_long else math.inf)
-        times = [pts for pts, _, _, discarded in packets if not discarded]
+        self._warn_where_it_breaks_off(packets, broken, reached if says_how_long else math.inf)
+        times = [packet.pts for packet in packets if not packet.is_discard]
         self._count = len(times)
         codec = self._stream.codec_context
         known = [pts for pts in times if pts is not None]
@@ -190,23 +208,37 @@ class VideoFile:
         made_up = codec.has_b_frames and known == order
         if codec.codec.canonical_name in _ONE_FRAME_A_PACKET and len(order) == len(times) and not made_up:
             self._times = order
-            for pts, dts, is_key, _ in packets:
-                if is_key and pts is not None:
-                    self._keys.append((bisect_left(self._times, pts), pts if dts is None else dts))
+            for packet in packets:
+                if packet.is_keyframe and packet.pts is not None:
+                    self._keys.append(
+                        (bisect_left(order, packet.pts), packet.pts if packet.dts is None else packet.dts)
+                    )
             self._keys.sort()
         return [*order]
 
-    def _warn_where_it_breaks_off(self, packets: int, broken: bool, reached: float) -> None:
-        declared = self._stream.frames
+    def _warn_where_it_breaks_off(self, packets: Sequence[_Packet], broken: bool, reached: float) -> None:
         missing = (self._container.duration or 0) / 1e6 - reached
-        more = ""
-        if declared > packets:
-            more = f" of {declared}"
+        more = f" of {self._stream.frames}" if self._lacks_some(packets) else ""
         if broken or more:
-            warnings.warn(f"{self._path} breaks off after {packets}{more} frames", stacklevel=6)
+            warnings.warn(f"{self._path} breaks off after {len(packets)}{more} frames", IncompleteVideoWarning, 6)
         elif missing > max(0.1, 2 / (self.fps or 25)):
             seconds = f"{reached:.2f} of {reached + missing:.2f} s"
-            warnings.warn(f"{self._path} breaks off after {packets} frames, {seconds}", stacklevel=6)
+            warnings.warn(f"{self._path} breaks off after {len(packets)} frames, {seconds}", IncompleteVideoWarning, 6)
+
+    def _lacks_some(self, packets: Sequence[_Packet]) -> bool:
+        """Whether packets are missing of those that the file declares.
+
+        Not so where the others cover the time of all: edit lists leave some out, and AVI counts repetitions too.
+        """
+        if self._stream.frames <= len(packets):
+            return False
+        spans = [(at.dts, at.dts + at.duration) for at in packets if at.dts is not None and not at.is_discard]
+        # AVI declares ticks, not frames, and FFmpeg takes what it finds of a file that is cut off for its duration.
+        length = self._stream.frames if self._container.format.name == "avi" else self._stream.duration
+        if not spans or not length:
+            return True
+        covered = max(end for _, end in spans) - min(begin for begin, _ in spans)
+        return float((length - covered) * self.time_base) > _ROUNDED
 
     def _index_frames(self) -> list[int | None]:
         """Count the frames, and find the keyframes, by decoding all. Returns when they are shown, in ticks."""
@@ -222,9 +254,8 @@ class VideoFile:
             self._threads = False
             return self._index_frames()
         if self._damaged:
-            warnings.warn(
-                f"{self._path} is damaged: {len(times)} frames can be decoded, {self._damaged} cannot", stacklevel=5
-            )
+            of_them = f"{len(times)} frames can be decoded, {self._damaged} cannot"
+            warnings.warn(f"{self._path} is damaged: {of_them}", IncompleteVideoWarning, 5)
         self._count = len(times)
         known = [time for time in times if time is not None]
         if len(known) == len(times) and known == sorted({*known}):
@@ -317,7 +348,8 @@ class VideoFile:
             self._next = at + 1
             self._hold(at, frame)
             if at > index:
-                warnings.warn(f"frame {index} of {self._path} is damaged: its neighbour stands in for it", stacklevel=2)
+                damaged = f"frame {index} of {self._path} is damaged: its neighbour stands in for it"
+                warnings.warn(damaged, IncompleteVideoWarning, 2)
                 self._hold(index, before or frame)
             if at >= index:
                 return True
@@ -384,7 +416,19 @@ def _turned(frame: VideoFrame) -> tuple[bool, tuple[slice, slice]]:
     return transposed, (slice(None, None, -1 if y < 0 else None), slice(None, None, -1 if x < 0 else None))
 
 
+def _moving_pictures(container: InputContainer) -> VideoStream:
+    """The video of a file that FFmpeg takes for the main one; pictures of covers are none."""
+    from av.stream import Disposition
+
+    videos = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
+    if not videos:
+        raise ValueError("it has no pictures" if not container.streams.video else "it has a cover and no video")
+    best = container.streams.best("video")
+    video = best if best in videos else videos[0]
+    if video.codec_context is None:
+        raise ValueError("it is in a codec that this FFmpeg does not know")
+    return video
+
+
 def _why(error: BaseException) -> str:
-    if isinstance(error, IndexError):
-        return "it has no pictures"
     return getattr(error, "strerror", None) or str(error)
