@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 pytest.importorskip("omniops.detection", exc_type=ImportError, reason="needs torchvision")
@@ -252,6 +253,11 @@ def test_targets_that_are_none(model, kind, image):
         model([image], [{"boxes": right["boxes"]}])
     with pytest.raises(TypeError, match=r"targets\[0\] must be a dict, got Tensor"):
         model([image], [right["boxes"]])
+    with pytest.raises(TypeError, match="targets must be a list of dicts, one for each image, got dict"):
+        model([image], right)
+    for boxes in (right["boxes"] > 0, right["boxes"] + 1j):
+        with pytest.raises(TypeError, match=rf"targets\[0\]\['boxes'\] must be of real numbers, got {boxes.dtype}"):
+            model([image], [right | {"boxes": boxes}])
     with pytest.raises(TypeError, match=r"targets\[0\]\['boxes'\] must be a tensor, got list"):
         model([image], [right | {"boxes": right["boxes"].tolist()}])
     with pytest.raises(TypeError, match=r"images\[0\] must be a tensor \(3, H, W\) in \[0, 1\], got ndarray"):
@@ -265,6 +271,49 @@ def test_wrong_images_are_named(model, image, training):
     for wrong, message in ((image * 255, "got 0 to 25.*: divide it by 255"), (image / 0, "got NaN in")):
         with pytest.raises(ValueError, match=r"images\[1\] must be in \[0, 1\], " + message):
             model([image, wrong], targets)
+
+
+NO_IMAGES = {
+    "PIL's": (lambda image: [Image.new("RGB", (9, 9))], TypeError, r"images\[0\] must be a tensor .*, got Image"),
+    "an array": (lambda image: [image.numpy()], TypeError, r"images\[0\] must be a tensor .*, got ndarray"),
+    "bytes": (
+        lambda image: [image.byte()],
+        TypeError,
+        r"images\[0\] must be floating point in \[0, 1\], got torch.uint8",
+    ),
+    "bool": (lambda image: [image > 0.5], TypeError, r"images\[0\] must be floating point in \[0, 1\], got torch.bool"),
+    "one axis": (
+        lambda image: [image[0, 0]],
+        ValueError,
+        r"images\[0\] must be \(3, H, W\) and not empty, got \(100,\)",
+    ),
+    "no axis": (lambda image: [image[0, 0, 0]], ValueError, r"images\[0\] must be \(3, H, W\) and not empty, got \(\)"),
+    "grey": (
+        lambda image: [image[:1]],
+        ValueError,
+        r"images\[0\] must be \(3, H, W\) and not empty, got \(1, 70, 100\)",
+    ),
+    "no pixels": (lambda image: [image[:, :0]], ValueError, r"images\[0\] must be \(3, H, W\) and not empty"),
+    "one image": (lambda image: image, ValueError, r"images must be a list of tensors .* got a tensor \(3, 70, 100\)"),
+    "none": (lambda image: [], ValueError, "images must hold at least one image"),
+    "None": (lambda image: None, TypeError, "images must be a list of tensors .* got NoneType"),
+    "a generator": (lambda image: iter([image]), TypeError, "images must be a list of tensors .* got list_iterator"),
+    "a dict": (lambda image: {"image": image}, TypeError, "images must be a list of tensors .* got dict"),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("case", NO_IMAGES)
+def test_images_that_are_none(model, image, case, training):
+    wrong, error, message = NO_IMAGES[case]
+    with pytest.raises(error, match=message):
+        model.train(training)(wrong(image), [_target(image)] if training else None)
+
+
+def test_a_batch_is_a_list(model, image):
+    found, expected = (model.eval()(images) for images in (torch.stack([image, image]), [image, image]))
+    assert len(found) == 2
+    assert torch.equal(found[1]["boxes"], expected[1]["boxes"])
 
 
 def test_bfloat16(model, kind, image):

@@ -116,6 +116,7 @@ VALUES = {
     "0 to 255": (lambda image: image * 255, r"\[0, 1\], got 0 to 25\d\.?\d*: divide it by 255"),
     "normalised": (lambda image: (image - MEAN) / STD, r"\[0, 1\], got -[12].* to [12].*: it is normalised here"),
     "-1 to 1": (lambda image: image * 2 - 1, r"\[0, 1\], got -1 to .*: it is normalised here"),
+    "-128 to 127": (lambda image: image * 255 - 128, r"\[0, 1\], got -128 to 12\d\.?\d*: it is normalised here"),
     "a NaN": (lambda image: image.index_fill(2, torch.tensor(3), torch.nan), r"\[0, 1\], got NaN in 60 of 1800 values"),
     "infinite": (lambda image: image / image, r"\[0, 1\], got NaN in 1 of 1800 values"),
     "infinity": (lambda image: image.index_fill(2, torch.tensor(3), torch.inf), r"\[0, 1\], got 0 to inf"),

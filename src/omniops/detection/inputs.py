@@ -19,7 +19,7 @@ _BEYOND = 0.25
 """How far values may lie beyond [0, 1], as after sharp interpolation or with noise; they count as 0 or 1."""
 
 
-def require_images(images: Sequence[Tensor]) -> None:
+def require_images(images: Sequence[Tensor] | Tensor) -> None:
     """Raise for images that are not (3, H, W) of floating point.
 
     Raises:
