@@ -74,12 +74,21 @@ IN_BASICSR = FUNCTIONS.format(
 IN_DETECTRON2 = FUNCTIONS.format(
     imports="from detectron2 import _C", module="_C", deform="_DeformConv", modulated="_ModulatedDeformConv"
 )
+IN_EDVR = (
+    IN_BASICSR.replace("deform_conv_ext.deform_conv_forward", "deform_conv_cuda.deform_conv_forward_cuda")
+    .replace("deform_conv_ext.modulated_deform_conv_forward", "deform_conv_cuda.modulated_deform_conv_cuda_forward")
+    .replace("import deform_conv_ext", "import deform_conv_cuda")
+)
 # Of each project: the library's name, the module with the functions, its text.
 PROJECTS = {
     "BasicSR": ("deform_conv_ext", "basicsr.ops.dcn.deform_conv", IN_BASICSR),
     "a copy of BasicSR": ("deform_conv_ext", "models.modules.ops.dcn.deform_conv", IN_BASICSR),
+    "a copy in no folder dcn": ("deform_conv_ext", "archs.deform_conv", IN_BASICSR),
+    "a copy in no package": ("deform_conv_ext", "deform_conv", IN_BASICSR.replace("from . import", "import")),
+    "EDVR": ("deform_conv_cuda", "models.archs.dcn.deform_conv", IN_EDVR),
     "detectron2": ("detectron2", "detectron2.layers.deform_conv", IN_DETECTRON2),
 }
+MODULES = ("deform_conv_ext", "deform_conv_cuda", "_C")
 PAIRS = {"stride": (2, 1), "padding": (2, 1), "dilation": (1, 2)}
 NUMBERS = {"stride": 2, "padding": 1, "dilation": 2}
 
@@ -89,7 +98,7 @@ def layers(request, project):
     """The module with the two functions, enabled; one that goes on without the compiled module was imported before."""
     library, name, text = PROJECTS[request.param]
     project({f"{name.replace('.', '/')}.py": text})
-    if library == "deform_conv_ext":
+    if library != "detectron2":
         importlib.import_module(name)
     omniops.enable(library)
     return importlib.import_module(name)
@@ -192,10 +201,11 @@ def test_wrong_arguments_are_named(layers):
 
 
 def test_on_cuda_the_projects_own_functions_call_the_module(layers, monkeypatch):
-    module = next(vars(layers)[name] for name in ("deform_conv_ext", "_C") if name in vars(layers))
+    module = next(vars(layers)[name] for name in MODULES if name in vars(layers))
     called = []
     for name in ("deform_conv_forward", "modulated_deform_conv_forward"):
-        monkeypatch.setitem(vars(module), name, lambda *arguments, name=name: called.append((name, arguments[-1])))
+        for each in (name, f"{name}_cuda", name.replace("_forward", "_cuda_forward")):
+            monkeypatch.setitem(vars(module), each, lambda *arguments, name=name: called.append((name, arguments[-1])))
     with FakeTensorMode(), torch.no_grad():
         input, offset, mask, weight, bias = (torch.empty(each.shape, device="cuda") for each in problem(NUMBERS))
         assert layers.deform_conv(input, offset, weight, 2, 1, 2, 2, 4, 1).shape == (2, 6, 4, 3)
@@ -208,8 +218,8 @@ def test_disabled_the_functions_are_what_they_were(layers):
     omniops.disable()
     with pytest.raises(NotImplementedError):
         layers.deform_conv(input, offset, weight, *NUMBERS.values(), 2, 4)
-    assert "deform_conv_ext" not in vars(layers)
-    assert not [name for name in sys.modules if name.endswith((".deform_conv_ext", "detectron2._C"))]
+    assert layers.__name__.startswith("detectron2.") or not {*MODULES} & {*vars(layers)}
+    assert not [name for name in sys.modules if name.rpartition(".")[2] in MODULES[:2] or name == "detectron2._C"]
 
 
 def test_a_module_of_no_package(project):
@@ -233,3 +243,21 @@ def test_who_serves_looks_into_basicsr_without_its_import(project):
     (folder / "basicsr" / "ops" / "dcn" / "deform_conv_ext.py").touch()
     importlib.invalidate_caches()
     assert library.serving()["cuda"] == "deform_conv_ext"
+
+
+def test_another_module_of_that_name_is_left_alone(project):
+    """As torchvision.ops.deform_conv, or one with such a function that calls no compiled module."""
+    project({"archs/deform_conv.py": IN_BASICSR.replace("deform_conv_ext.", "compiled.")})
+    omniops.enable()
+    module = importlib.import_module("archs.deform_conv")
+    with pytest.raises(NotImplementedError):
+        module.deform_conv(torch.zeros(1, 1, 4, 4), torch.zeros(1, 18, 4, 4), torch.zeros(1, 1, 3, 3), 1, 1)
+
+
+def test_all_enabled_detectron2s_functions_run_too(project):
+    """Two extensions look at detectron2.layers.deform_conv."""
+    project({"detectron2/layers/deform_conv.py": IN_DETECTRON2})
+    omniops.enable()
+    module = importlib.import_module("detectron2.layers.deform_conv")
+    found = module.deform_conv(torch.ones(1, 1, 4, 4), torch.zeros(1, 18, 2, 2), torch.ones(1, 1, 3, 3))
+    assert found.tolist() == [[[[9, 9], [9, 9]]]]

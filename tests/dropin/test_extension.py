@@ -2,9 +2,11 @@
 
 import importlib
 import sys
+import zipimport
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_file_location
 from types import SimpleNamespace
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -215,13 +217,13 @@ def test_a_compiled_module_that_another_finder_knows_is_found(lone, tmp_path, mo
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_enabled_by_its_name_without_an_import(project, name):
     extension = dropin.LIBRARIES[name]
-    if extension.name != name and name != "deform_conv_ext":
+    if extension.package:
         project({f"{name}/module.py": "raise RuntimeError('imported')"})
         (project({}) / name / "__init__.py").write_text("raise RuntimeError('imported')")
     assert extension.installed()
     omniops.enable(name)
     assert extension.enabled()
-    assert not [each for each in sys.modules if each.partition(".")[0] == name]
+    assert not extension.package or not [each for each in sys.modules if each.partition(".")[0] == name]
     omniops.disable(name)
     assert not extension.enabled()
 
@@ -238,3 +240,53 @@ def test_without_its_package_none_is_served(monkeypatch, name):
 def test_a_folder_of_that_name_is_not_the_package(monkeypatch, name):
     monkeypatch.setattr(dropin._extension, "_found", lambda fullname, path: ModuleSpec(fullname, None))
     assert not dropin.LIBRARIES[name].installed()
+
+
+def test_a_module_that_its_user_forbids_stays_so(engine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "engine._C", None)
+    monkeypatch.setitem(sys.modules, "engine.user", None)
+    engine.enable(None)
+    assert sys.modules["engine._C"] is None
+
+
+def test_two_may_change_one_module_and_it_keeps_its_loader(project, engine):
+    """Loaded from an archive, whose modules share one loader."""
+    folder = project({"engine.py": "", "other.py": ""})
+    with ZipFile(folder / "archive.zip", "w") as archive:
+        archive.writestr("engine/__init__.py", "")
+        archive.writestr("engine/user.py", USER)
+        archive.writestr("engine/after.py", "")
+    for name in ("engine.py", "other.py"):
+        (folder / name).unlink()
+    changed = []
+    second = Extension("other", {}, {"engine.user": lambda extension, module: changed.append(module.__name__)})
+    sys.path.insert(0, str(folder / "archive.zip"))
+    try:
+        engine.enable(None)
+        second.enable(None)
+        assert user().double(tensor()) == ("ours", "cpu")
+        assert changed == ["engine.user"]
+        assert importlib.import_module("engine.after").__loader__ is not None
+        assert changed == ["engine.user"]
+        assert type(user().__loader__) is type(user().__spec__.loader) is zipimport.zipimporter
+    finally:
+        second.disable()
+        sys.path.remove(str(folder / "archive.zip"))
+
+
+def test_compiled_for_all_devices_it_says_itself_what_it_lacks(project):
+    said = "double_impl: implementation for device meta:0 not found."
+    theirs = (
+        f"def double(x):\n    if x.is_meta:\n        raise RuntimeError('{said}')\n    return 'theirs', x.device.type"
+    )
+    project({"engine/_C.py": theirs})
+    extension = Extension("engine._C", {"double": double}, compiled_for=None, lacking=None)
+    try:
+        extension.enable(None)
+        module = importlib.import_module("engine._C")
+        calls = [module.double(tensor(device)) for device in ("meta", "cpu", "meta")]
+        assert calls == [("ours", "meta"), ("theirs", "cpu"), ("ours", "meta")]
+        extension.enable(("cpu",))
+        assert module.double(tensor()) == ("ours", "cpu")
+    finally:
+        extension.disable()

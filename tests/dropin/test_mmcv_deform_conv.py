@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import omniops
-from omniops.dropin import _mmcv, mmcv_ext
+from omniops.dropin import mmcv_ext
+from omniops.dropin._mmcv import mmcv as _mmcv
 
 EMPTY = torch.empty(0)
 # Names and order of mmcv's arguments: vertical before horizontal in DCNv2.

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omniops.dropin import _mmcv, mmcv_ext
+from omniops.dropin import mmcv_ext
+from omniops.dropin._mmcv import mmcv as _mmcv
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from omniops.dropin import _mmcv, mmcv_ext
+from omniops.dropin import mmcv_ext
+from omniops.dropin._mmcv import mmcv as _mmcv
 
 COLLECT, DISTRIBUTE = 0, 1
 # The map's height and width, and the mask's: smaller and larger than the map, even and odd.

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from omniops.dropin import _mmcv, mmcv_ext
+from omniops.dropin import mmcv_ext
+from omniops.dropin._mmcv import mmcv as _mmcv
 from omniops.dropin.mmcv_ext import rotated
 
 IOU, IOF = 0, 1

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from omniops.dropin import _mmcv, mmcv_ext
+from omniops.dropin import mmcv_ext
+from omniops.dropin._mmcv import mmcv as _mmcv
 
 EPS, MOMENTUM = 1e-3, 0.3
 

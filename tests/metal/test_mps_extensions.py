@@ -14,7 +14,7 @@ from mps_device import mps_device
 from torch import Tensor
 from torch.autograd import Function
 
-from omniops.dropin import _deform_conv, _detectron2, _multi_scale_deform_attn, _sam2
+from omniops.dropin import _dcn_v2, _deform_conv, _detectron2, _multi_scale_deform_attn, _sam2
 
 generator = torch.Generator().manual_seed(0)
 
@@ -29,6 +29,7 @@ ATTENTION = random(2, 42, 2, 4), SHAPES, STARTS, PLACES, random(2, 7, 2, 2, 3)
 NUMBERS = (1, 1, 1, 1, 1)
 DEFORM_CONV = random(2, 4, 7, 6), random(2, 18, 7, 6), random(6, 4, 3, 3)
 MODULATED = random(2, 4, 7, 6), random(2, 18, 7, 6), random(2, 9, 7, 6), random(6, 4, 3, 3), random(6)
+DCN_V2 = MODULATED[0], *MODULATED[3:], *MODULATED[1:3], 3, 3, 1, 1, 1, 1, 1, 1, 1
 GRAD = random(2, 6, 7, 6)
 BOXES = torch.cat([random(9, 2), 1 + random(9, 2).abs(), 90 * random(9, 1)], 1)
 
@@ -49,14 +50,14 @@ class ModulatedDeformConvFunction(DeformConvFunction):
     """And this."""
 
 
-LAYERS = SimpleNamespace(deform_conv=DeformConvFunction, modulated=ModulatedDeformConvFunction)
+LAYERS = SimpleNamespace(DeformConvFunction=DeformConvFunction, ModulatedDeformConvFunction=ModulatedDeformConvFunction)
 
 
 @pytest.fixture(autouse=True)
 def _freed():
     extension = _deform_conv.deform_conv_ext
     extension.enable(None)
-    _deform_conv.free(extension, LAYERS, "deform_conv", "modulated")  # type: ignore[arg-type]
+    _deform_conv.free(extension, LAYERS, *vars(LAYERS))  # type: ignore[arg-type]
     yield
     extension.disable()
 
@@ -94,6 +95,8 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         both_ways(ModulatedDeformConvFunction, 5),
         (*MODULATED[:4], None, *NUMBERS, GRAD),
     ),
+    "dcn_v2_forward": (_dcn_v2.dcn_v2_forward, DCN_V2),
+    "dcn_v2_backward": (_dcn_v2.dcn_v2_backward, (*DCN_V2[:5], GRAD, *DCN_V2[5:])),
     "get_connected_componnets": (_sam2.get_connected_componnets, ((random(2, 1, 13, 17) > 0).to(torch.uint8),)),
     "box_iou_rotated": (_detectron2.box_iou_rotated, (BOXES, BOXES[:5])),
     "nms_rotated": (_detectron2.nms_rotated, (BOXES, random(9), 0.3)),

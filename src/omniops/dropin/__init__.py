@@ -13,10 +13,11 @@ from types import ModuleType
 
 import torch
 
-from omniops.dropin import _deform_conv, _detectron2, _mmcv, _multi_scale_deform_attn, _sam2, _torchvision
+from omniops.dropin import _dcn_v2, _deform_conv, _detectron2, _mmcv, _multi_scale_deform_attn, _sam2, _torchvision
 from omniops.dropin._extension import Extension
 
 EXTENSIONS = (
+    _mmcv.mmcv,
     _sam2.sam2,
     _sam2.sam2_train,
     _sam2.efficient_track_anything,
@@ -25,10 +26,11 @@ EXTENSIONS = (
     _multi_scale_deform_attn.detrex,
     _detectron2.detectron2,
     _deform_conv.deform_conv_ext,
+    _deform_conv.deform_conv_cuda,
+    _dcn_v2.DCNv2,
 )
 LIBRARIES: dict[str, ModuleType | Extension] = {
     "torchvision": _torchvision,
-    "mmcv": _mmcv,
     **{extension.library: extension for extension in EXTENSIONS},
 }
 """What can be enabled. torchvision is first, as the others use it."""
@@ -44,14 +46,16 @@ def enable(*libraries: str, devices: Sequence[str] | None = None) -> None:
     they fill holes, without their compiled extension. ``MultiScaleDeformableAttention``, the module that Deformable
     DETR, DINO, Mask2Former and others compile, and ``groundingdino`` and ``detrex``, which have the same functions.
     ``detectron2``: its deformable convolutions and rotated boxes, and all of it that needs no compiled function.
-    ``deform_conv_ext``: the module that BasicSR and its copies compile, whose deformable convolutions run on every
+    ``deform_conv_ext``, the module that BasicSR and its copies compile, ``deform_conv_cuda``, its older name in EDVR,
+    and ``DCNv2``, the module ``_ext`` of CenterNet, CenterTrack and FairMOT: their deformable convolutions run on every
     device then.
 
     It may be called before or after the library is imported, and again, when the last call's ``devices`` count.
 
     Args:
-        libraries: names of the above; without names, those that are installed. ``MultiScaleDeformableAttention`` and
-            ``deform_conv_ext`` belong to no package and count as installed: they are served if something imports them.
+        libraries: names of the above; without names, those that are installed. ``MultiScaleDeformableAttention``,
+            ``deform_conv_ext``, ``deform_conv_cuda`` and ``DCNv2`` belong to no package and count as installed: they
+            are served if something imports them.
         devices: types of devices, "cpu", "cuda", "mps" or another of PyTorch's, where our kernels replace the
             library's own, which are kept everywhere else. None, or a device not named: ours serve what the library
             lacks there.

@@ -7,6 +7,7 @@ the compiled module on each. So its two autograd functions are changed too.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,14 +21,12 @@ from omniops.dropin._extension import Extension
 from omniops.dropin.mmcv_ext import deform_conv as mmcv_ext
 
 
-def free(extension: Extension, module: ModuleType, deform_conv: str, modulated_deform_conv: str) -> None:
-    """Let the two autograd functions of a module, named here, run on every device; on CUDA they stay what they are."""
-    for name, forward, backward in (
-        (deform_conv, _forward, _backward),
-        (modulated_deform_conv, _modulated_forward, _modulated_backward),
-    ):
-        function = vars(module).get(name)
-        if function is not None:
+def free(extension: Extension, module: ModuleType, *names: str) -> None:
+    """Let these autograd functions of a module run on every device; on CUDA they stay what they are."""
+    for name in names:
+        if function := vars(module).get(name):
+            modulated = "Modulated" in name
+            forward, backward = (_modulated_forward, _modulated_backward) if modulated else (_forward, _backward)
             extension.replace(function, "forward", staticmethod(_by_device(function.forward, forward)))
             extension.replace(function, "backward", staticmethod(_by_device(function.backward, backward)))
 
@@ -56,7 +55,7 @@ def _forward(
     sizes = (size for pair in (weight.shape[2:], *pairs) for size in pair)
     ctx.numbers = dict(zip(("kH", "kW", "dH", "dW", "padH", "padW", "dilationH", "dilationW"), sizes, strict=True))
     ctx.numbers |= {"group": groups, "deformable_group": deformable_groups, "im2col_step": im2col_step}
-    output = input.new_empty(_result_shape(input, weight, *pairs))
+    output = input.new_empty(result_shape(input, weight, *pairs))
     mmcv_ext.deform_conv_forward(input, weight, offset, output, *_buffers(input), **ctx.numbers)
     return output
 
@@ -95,7 +94,7 @@ def _modulated_forward(
     pairs = _pair(stride), _pair(padding), _pair(dilation)
     sizes = (size for pair in (weight.shape[2:], *pairs) for size in pair)
     ctx.numbers = (*sizes, groups, deformable_groups, bias is not None)
-    output = input.new_empty(_result_shape(input, weight, *pairs))
+    output = input.new_empty(result_shape(input, weight, *pairs))
     ones, columns = _buffers(input)
     given = ones if bias is None else bias
     mmcv_ext.modulated_deform_conv_forward(input, weight, given, ones, offset, mask, output, columns, *ctx.numbers)
@@ -115,7 +114,7 @@ def _modulated_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, .
     return by_input, by_offset, by_mask, by_weight, None if bias is None else by_bias, *(None,) * 5
 
 
-def _result_shape(
+def result_shape(
     input: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[int, ...]:
     """(N, C_out, H_out, W_out); without pixels for numbers that allow none, which the kernel refuses by name."""
@@ -134,26 +133,46 @@ def _buffers(like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _change_functions(extension: Extension, module: ModuleType) -> None:
-    """Free the functions beside the module, and give it to who went on without it."""
-    package = module.__name__.rpartition(".")[0]
-    if not hasattr(module, "deform_conv_ext"):
-        extension.replace(module, "deform_conv_ext", importlib.import_module(f"{package}.deform_conv_ext"))
-    free(extension, module, "DeformConvFunction", "ModulatedDeformConvFunction")
+    """Free the functions that call the compiled module, and give it to a module that went on without it."""
+    names = [name for name in ("DeformConvFunction", "ModulatedDeformConvFunction") if _calls(module, name, extension)]
+    if not names:  # another module that is called deform_conv
+        return
+    if not hasattr(module, extension.name):
+        beside = f"{module.__name__.rpartition('.')[0]}.{extension.name}".removeprefix(".")
+        extension.replace(module, extension.name, importlib.import_module(beside))
+    free(extension, module, *names)
 
+
+def _calls(module: ModuleType, function: str, extension: Extension) -> bool:
+    """Whether a module has such an autograd function, and it calls the compiled module."""
+    forward = getattr(vars(module).get(function), "forward", None)
+    return inspect.isfunction(forward) and extension.name in inspect.unwrap(forward).__code__.co_names
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "deform_conv_forward": mmcv_ext.deform_conv_forward,
+    "deform_conv_backward_input": mmcv_ext.deform_conv_backward_input,
+    "deform_conv_backward_parameters": mmcv_ext.deform_conv_backward_parameters,
+    "modulated_deform_conv_forward": mmcv_ext.modulated_deform_conv_forward,
+    "modulated_deform_conv_backward": mmcv_ext.modulated_deform_conv_backward,
+}
 
 deform_conv_ext = Extension(
     ".deform_conv_ext",
-    {
-        name: getattr(mmcv_ext, name)
-        for name in (
-            "deform_conv_forward",
-            "deform_conv_backward_input",
-            "deform_conv_backward_parameters",
-            "modulated_deform_conv_forward",
-            "modulated_deform_conv_backward",
-        )
-    },
-    {".dcn.deform_conv": _change_functions},
+    _FUNCTIONS,
+    {".deform_conv": _change_functions},
     homes=("deform_conv_ext", "basicsr.ops.dcn.deform_conv_ext", "basicsr.models.ops.dcn.deform_conv_ext"),
 )
-"""``basicsr.ops.dcn.deform_conv_ext``, and that of the copies in other packages, which lie in a folder dcn."""
+"""``basicsr.ops.dcn.deform_conv_ext``, and that of the copies in other packages."""
+deform_conv_cuda = Extension(
+    ".deform_conv_cuda",
+    {
+        "deform_conv_forward_cuda": mmcv_ext.deform_conv_forward,
+        "deform_conv_backward_input_cuda": mmcv_ext.deform_conv_backward_input,
+        "deform_conv_backward_parameters_cuda": mmcv_ext.deform_conv_backward_parameters,
+        "modulated_deform_conv_cuda_forward": mmcv_ext.modulated_deform_conv_forward,
+        "modulated_deform_conv_cuda_backward": mmcv_ext.modulated_deform_conv_backward,
+    },
+    {".deform_conv": _change_functions},
+)
+"""The same with older names, as in EDVR and in what was made from MMDetection 1.0."""

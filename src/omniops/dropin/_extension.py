@@ -16,16 +16,17 @@ from torch import Tensor
 
 Change = Callable[["Extension", ModuleType], None]
 
-# What a compiled module says on CUDA if it was built without.
-_BUILT_WITHOUT_CUDA = re.compile(r"not compiled with GPU support", re.IGNORECASE)
+# What a compiled module says on CUDA if it was built without, and mmcv's of any device that it has no kernel for.
+_LACKING = re.compile(r"not compiled with GPU support|implementation for device \S+ not found", re.IGNORECASE)
 _NOTHING: Mapping[str, Change] = MappingProxyType({})
 
 
 class Extension(MetaPathFinder):
-    """What ``omniops.enable`` and ``omniops.disable`` do for one compiled module, whose kernels are for CUDA alone.
+    """What ``omniops.enable`` and ``omniops.disable`` do for one compiled module.
 
     Where the module is not found, or was built for another PyTorch, the import finds a stand-in with our functions.
-    Where it is found, its functions go on to serve CUDA, and ours serve the rest. Nothing is imported to enable it.
+    Where it is found, its functions go on to serve the devices that it was compiled for, and ours serve the rest.
+    Nothing is imported to enable it.
 
     Args:
         name: the module's full name. One that begins with a dot is a module of whatever package, or of none, as of
@@ -34,8 +35,13 @@ class Extension(MetaPathFinder):
         changes: what has to be done to this and other modules once they are imported, by their names, which may begin
             with a dot too. A change registers what undoes it, by ``undo`` or ``replace``.
         of_stand_in: what the stand-in has beyond these, and of a compiled module is left alone.
-        lacking: what else the compiled module has, which the stand-in refuses when it is called.
+        lacking: what else the compiled module has, which the stand-in refuses when it is called; None for whatever else
+            is asked for.
         homes: the full names under which the compiled module is looked for, to say who serves; ``name`` by default.
+        compiled_for: the types of devices that the compiled module serves; None where it has to say so itself, function
+            by function.
+        library: its name for ``omniops.enable``; that of the package, or of a module of none, by default.
+        remedy: where a function that is lacking comes from; the compiled module by default.
     """
 
     def __init__(
@@ -45,22 +51,29 @@ class Extension(MetaPathFinder):
         changes: Mapping[str, Change] = _NOTHING,
         *,
         of_stand_in: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
-        lacking: Sequence[str] = (),
+        lacking: Sequence[str] | None = (),
         homes: Sequence[str] = (),
+        compiled_for: Sequence[str] | None = ("cuda",),
+        library: str = "",
+        remedy: str = "",
     ) -> None:
         self.name = name.removeprefix(".")
         package = self.name.rpartition(".")[0]
         self.package = package
         """The package around the module; empty for a module of none, or of any."""
-        self.library = package or self.name
+        self.library = library or package or self.name
+        self._remedy = remedy or f"the compiled {self.name}"
         self.functions: Mapping[str, Callable[..., Any]] = {
-            **{name: self._refusal(name) for name in lacking},
+            **{name: self.refusal(name) for name in lacking or ()},
             **of_stand_in,
             **functions,
         }
-        self._ours = functions
+        self.has_every_name = lacking is None
+        """Whether the stand-in has all other names too, and refuses them when they are called."""
+        self._ours, self._compiled_for = functions, compiled_for
         self._pattern, self._changes, self._homes = name, changes, homes or (name,)
-        self._devices: frozenset[str] = frozenset()
+        self.devices: frozenset[str] = frozenset()
+        """The types of devices where ours serve beside a compiled module too."""
         self._undo: list[Callable[[], None]] = []
 
     def installed(self) -> bool:
@@ -77,15 +90,18 @@ class Extension(MetaPathFinder):
     def enable(self, devices: tuple[str, ...] | None) -> None:
         """Serve the module, whether it or what imports it has been imported or not.
 
-        On CUDA a compiled module goes on to serve, unless "cuda" is among ``devices``.
+        A compiled module goes on to serve where it did, but for ``devices``.
         """
-        self._devices = frozenset(devices or ())
+        self.devices = frozenset(devices or ())
         if self.enabled():
             return
         sys.meta_path.insert(0, self)
-        for name in [name for name in sys.modules if _matches(name, self._pattern)]:
-            self._complete(sys.modules[name])
-        for name, module in list(sys.modules.items()):
+        # A module that its user forbids is there as None.
+        imported = [(name, module) for name, module in sys.modules.items() if isinstance(module, ModuleType)]
+        for name, module in imported:
+            if _matches(name, self._pattern):
+                self._complete(module)
+        for name, module in imported:
             if change := self._change(name):
                 change(self, module)
 
@@ -100,32 +116,30 @@ class Extension(MetaPathFinder):
                 vars(sys.modules[parent]).pop(attribute, None)
         while self._undo:
             self._undo.pop()()
-        self._devices = frozenset()
+        self.devices = frozenset()
 
     def serving(self) -> dict[str, str]:
         """For each type of device who serves the functions there, or would if this were enabled."""
-        compiled = "cuda" not in self._devices and any(_is_file(_located(home)) for home in self._homes)
         servers = dict.fromkeys(("cpu", "cuda", "mps", "any other"), "omniops")
-        return {**servers, "cuda": self.library} if compiled else servers
+        compiled_for = set(self._compiled_for or ()) - self.devices if self.is_compiled() else ()
+        return {**servers, **dict.fromkeys(compiled_for, self.library)}
+
+    def is_compiled(self) -> bool:
+        """Whether there is a compiled module, which is not imported for that."""
+        return any(_is_file(_located(home)) for home in self._homes)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The module, and those that have to be changed; nothing of all others."""
         if _matches(fullname, self._pattern):
-            theirs = _found(fullname, path)
+            theirs = _found(fullname, path, self)
             theirs = theirs if _is_file(theirs) else None
             return ModuleSpec(fullname, _ExtensionLoader(self, theirs), origin=theirs.origin if theirs else __file__)
         change = self._change(fullname)
-        spec = _found(fullname, path) if change else None
+        spec = _found(fullname, path, self) if change else None
         if change and spec and spec.loader:
-            load = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                load(module)
-                change(self, module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader = _ChangingLoader(self, change, spec.loader)
         return spec
 
     def undo(self, step: Callable[[], None]) -> None:
@@ -147,10 +161,12 @@ class Extension(MetaPathFinder):
     def _is_stand_in(self, module: object) -> bool:
         return isinstance(module, StandIn) and module._extension is self
 
-    def _refusal(self, name: str) -> Callable[..., Any]:
+    def refusal(self, name: str) -> Callable[..., Any]:
+        """A function that says what would serve it."""
+
         def refuse(*args: Any, **kwargs: Any) -> Any:
             raise NotImplementedError(
-                f"omniops has no {name} for {self.library}: it takes the compiled {self.name}, beside which "
+                f"omniops has no {name} for {self.library}: it takes {self._remedy}, beside which "
                 f"omniops.enable({self.library!r}) works as well"
             )
 
@@ -162,22 +178,22 @@ class Extension(MetaPathFinder):
                 self.replace(compiled, name, self._either(vars(compiled)[name], ours))
 
     def _either(self, theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled function on CUDA, unless it was built without or ours is asked for; ours elsewhere."""
-        built_with_cuda = True
+        """The compiled function where it serves; ours on other devices, on those asked for, and on those it lacks."""
+        lacking: set[str] = set()
 
         @functools.wraps(theirs)
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal built_with_cuda
-            tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if tensor is None:
+            device = next((value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if device is None:
                 return theirs(*args, **kwargs)
-            if tensor.device.type == "cuda" and built_with_cuda and "cuda" not in self._devices:
+            compiled = self._compiled_for is None or device in self._compiled_for
+            if compiled and device not in lacking and device not in self.devices:
                 try:
                     return theirs(*args, **kwargs)
                 except RuntimeError as error:
-                    if not _BUILT_WITHOUT_CUDA.search(str(error)):
+                    if not _LACKING.search(str(error)):
                         raise
-                built_with_cuda = False
+                lacking.add(device)
             return ours(*args, **kwargs)
 
         return call
@@ -197,11 +213,11 @@ class StandIn(ModuleType):
             raise AttributeError(says)
         if not self._extension.enabled():
             raise AttributeError(f"{says}: omniops was told to serve it no longer; omniops.enable({library!r})")
-        if name not in functions:
-            raise AttributeError(
-                f"{says}: it is omniops' stand-in for the compiled module and has {', '.join(functions)}"
-            )
-        return functions[name]
+        if name in functions:
+            return functions[name]
+        if self._extension.has_every_name:
+            return self._extension.refusal(name)
+        raise AttributeError(f"{says}: it is omniops' stand-in for the compiled module and has {', '.join(functions)}")
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self._extension.functions]
@@ -232,6 +248,29 @@ class _ExtensionLoader(Loader):
             change(self._extension, module)
 
 
+class _ChangingLoader(Loader):
+    """Another finder's loader, after which a module is changed; the module keeps nothing of this one."""
+
+    def __init__(self, extension: Extension, change: Change, theirs: Loader) -> None:
+        self._extension, self._change, self._theirs = extension, change, theirs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._theirs, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """What the other loader makes."""
+        return self._theirs.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute the module, and change it unless that was disabled meanwhile."""
+        module.__loader__ = self._theirs
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._theirs
+        self._theirs.exec_module(module)
+        if self._extension.enabled():
+            self._change(self._extension, module)
+
+
 def _matches(fullname: str, name: str) -> bool:
     return f".{fullname}".endswith(name) if name.startswith(".") else fullname == name
 
@@ -241,12 +280,14 @@ def _is_file(spec: ModuleSpec | None) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def _found(fullname: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    """What all others find."""
-    for finder in sys.meta_path:
-        if not isinstance(finder, Extension) and (spec := finder.find_spec(fullname, path, None)):
-            return spec
-    return None
+def _found(fullname: str, path: Sequence[str] | None, after: Extension | None = None) -> ModuleSpec | None:
+    """What the finders after an extension find, of which others change modules too; or all that are no extensions."""
+    finders = list(sys.meta_path)
+    if after in finders:
+        finders = finders[finders.index(after) + 1 :]
+    else:
+        finders = [finder for finder in finders if not isinstance(finder, Extension)]
+    return next(filter(None, (finder.find_spec(fullname, path, None) for finder in finders)), None)
 
 
 def _located(fullname: str) -> ModuleSpec | None:
