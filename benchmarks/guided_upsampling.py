@@ -36,7 +36,7 @@ from rich.table import Table
 from torch import Tensor
 
 from omniops import device as devices
-from omniops.cli import ending
+from omniops.cli import errors
 from omniops.cli.common import (
     DeviceOption,
     choose_device,
@@ -344,5 +344,5 @@ def _draw(
 
 
 if __name__ == "__main__":
-    with ending.terminable():
-        sys.exit(ending.status_of(lambda: typer.run(main)))
+    with errors.signals_as_errors():
+        sys.exit(errors.run(lambda: typer.run(main)))

@@ -1,12 +1,14 @@
 """Vision operators that PyTorch leaves on CUDA, on every device: see README.md."""
 
+import os
 import sys
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING
+
+TYPE_CHECKING = False
+_PROGRAM = os.path.basename("".join(getattr(sys, "argv", [])[:1]))
 
 # In the command's process they are imported when they are asked for: its help and Ctrl-C need not wait for PyTorch.
-if TYPE_CHECKING or Path("".join(getattr(sys, "argv", [])[:1])).stem != "omniops":
+if TYPE_CHECKING or _PROGRAM not in ("omniops", "omniops.exe"):
     from omniops import nn
     from omniops.dropin import disable, enable
     from omniops.nn import (

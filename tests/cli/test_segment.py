@@ -20,7 +20,7 @@ pytest.importorskip("av", reason="needs PyAV")
 import av
 
 from omniops import sam2
-from omniops.cli import ending, outputs, segment, segment_parts, segment_video
+from omniops.cli import errors, outputs, segment, segment_parts, segment_video
 from omniops.cli.pictures import colour_of
 from omniops.drawing import VideoWriter
 from omniops.sam2 import mask_generator, rle, video_predictor
@@ -451,7 +451,7 @@ def test_frames_with_damaged_exif_are_whole(omniops, tracker, tmp_path):
         (KeyboardInterrupt(), 130, "interrupted"),
         (RuntimeError("out of memory\nlong story"), 1, "out of memory"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
-        (ending.Terminated(signal.SIGTERM), 143, "terminated"),
+        (errors.Terminated(signal.SIGTERM), 143, "terminated"),
     ],
 )
 def test_what_was_found_is_kept_when_it_stops(omniops, tracker, tmp_path, first, happening, status, said):
@@ -517,7 +517,7 @@ def test_a_disk_that_is_full_keeps_the_masks_that_are_known(omniops, tracker, tm
 
 def test_records_that_cannot_become_one_file_stay_as_lines(omniops, tracker, tmp_path, monkeypatch):
     def full(path, value, overwrite, indent=None):
-        raise ending.CommandError(f"cannot write {path}: No space left on device", status=1)
+        raise errors.CommandError(f"cannot write {path}: No space left on device", status=1)
 
     monkeypatch.setattr(outputs, "write_json", full)
     result = _run(omniops, _video(tmp_path / "v.mp4"), "--point", "1,2@3", "--out", tmp_path / "out.mp4")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from omniops.cli import ending
+from omniops.cli import errors
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -14,19 +17,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Status 0: done, 1: failed, 2: used wrongly, 130: interrupted, 143: terminated, 141: nobody reads the output.
     """
 
-    def run() -> None:
+    def call() -> None:
         try:
             from omniops.cli.app import run_app
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             if package not in ("typer", "rich"):
                 raise
-            raise ending.CommandError(
+            raise errors.CommandError(
                 f"the command needs {package}, which is not installed: pip install 'omniops[cli]'", status=1
             ) from None
         run_app(arguments)
 
-    with ending.terminable():
-        ending.write_any_name()
-        status = ending.status_of(run)
+    with errors.signals_as_errors():
+        errors.escape_unencodable()
+        status = errors.run(call)
     sys.exit(status)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import rich  # noqa: F401  # which every command needs, and Typer's help would d
 import typer
 from typer.core import TyperGroup
 
-from omniops.cli import ending
+from omniops.cli import errors
 
 _BENCH_SAM2 = "bench sam2"
 
@@ -67,6 +68,14 @@ COMMANDS = {
 }
 
 
+@contextmanager
+def _reported() -> Iterator[None]:
+    try:
+        yield
+    except (errors.CommandError, KeyboardInterrupt, OSError) as error:
+        raise SystemExit(errors.report(error)) from None
+
+
 class _Commands(TyperGroup):
     """Commands that are imported when they are called, one of them of two words."""
 
@@ -77,12 +86,15 @@ class _Commands(TyperGroup):
         name, command, rest = super().resolve_command(ctx, args)
         return name, command if name is None else _imported(name), rest
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Parse; end here what Typer would end in its own ways."""
+        with _reported():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command; end here what Typer would end in its own ways."""
-        try:
+        with _reported():
             return super().invoke(ctx)
-        except (ending.CommandError, KeyboardInterrupt, OSError) as error:
-            raise SystemExit(ending.told(error)) from None
 
 
 def _app() -> typer.Typer:
@@ -99,6 +111,7 @@ def _app() -> typer.Typer:
 def _imported(name: str) -> Any:
     command = COMMANDS[name]
     function = getattr(import_module(f"omniops.cli.{command.module}"), command.function)
+    errors.raise_received()
     alone = _app()
     alone.command(name)(function)
     return typer.main.get_group(alone).commands[name]

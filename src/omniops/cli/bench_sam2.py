@@ -36,7 +36,7 @@ from omniops.cli.common import (
     require_pictures,
     require_sam2,
 )
-from omniops.cli.ending import reason, say
+from omniops.cli.errors import reason, say
 from omniops.cli.outputs import OverwriteOption, require_new, require_picture, write_json, writing
 from omniops.cli.pictures import read_picture
 from omniops.cli.segment_parts import (

@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
-from omniops.cli.ending import CommandError as CommandError
-from omniops.cli.ending import say
+from omniops.cli.errors import CommandError as CommandError
+from omniops.cli.errors import raise_received, say
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,7 @@ def choose_device(name: str | None) -> torch.device:
         raise CommandError(str(error)) from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    raise_received()
     return device
 
 
@@ -69,7 +70,7 @@ def digits(number: float) -> str:
 
 
 class _Output(Console):
-    """Which leaves it to ``ending`` what a closed pipe means."""
+    """Which leaves it to ``errors`` what a closed pipe means."""
 
     def on_broken_pipe(self) -> None:
         raise
@@ -119,7 +120,8 @@ class Heartbeat:
         self._last = perf_counter()
 
     def beat(self, text: str) -> None:
-        """Say how far it is, if it is time."""
+        """Say how far it is, if it is time; raise where a signal asked for the end."""
+        raise_received()
         now = perf_counter()
         if not self._silent and now - self._last > _SECONDS_BETWEEN_NOTES:
             self._last = now
@@ -144,6 +146,7 @@ def load_sam2() -> None:
         import omniops.sam2.architectures  # noqa: F401
     except ImportError as error:  # of another version, which lacks something
         raise CommandError(f"SAM 2 cannot be used: {error}: pip install --upgrade 'omniops[sam2]'", status=1) from None
+    raise_received()
 
 
 def require_pictures() -> None:

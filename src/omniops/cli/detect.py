@@ -24,7 +24,7 @@ from omniops.cli.detect_parts import (
     require_detection,
     require_weights,
 )
-from omniops.cli.ending import exit_status, say, stopped_by
+from omniops.cli.errors import cause, exit_status, raise_received, say
 from omniops.cli.outputs import OverwriteOption, Records, lines_of, require_new, writing
 from omniops.cli.pictures import colour_of, find_pictures, read_picture
 
@@ -84,10 +84,11 @@ def detect(
         with progress() as bar:
             task = bar.add_task("", total=len(paths))
             for path, image_id, target in zip(paths, _ids(paths), targets, strict=True):
+                raise_received()
                 bar.update(task, description=escape(path.name))
-                said = work.done(path, image_id, target)
-                if said:
-                    print_lines(said, above=bar)
+                summary = work.process(path, image_id, target)
+                if summary:
+                    print_lines(summary, above=bar)
                 bar.advance(task)
     except (KeyboardInterrupt, OSError, CommandError) as error:  # what was found so far is kept
         stopped = error
@@ -98,7 +99,7 @@ def detect(
     print_lines(f"Wrote {len(work.found)} detections in {work.pictures} pictures to {results}")
     if stopped is not None:
         print(*work.bad.values(), sep="\n", end="\n" if work.bad else "", file=sys.stderr)
-        raise CommandError(f"{stopped_by(stopped)}: {done}", exit_status(stopped))
+        raise CommandError(f"{cause(stopped)}: {done}", exit_status(stopped))
     fail_for(work.bad, len(paths))
 
 
@@ -114,8 +115,8 @@ class _Work:
         self.bad: dict[Path, str] = {}
         self.pictures = 0
 
-    def done(self, path: Path, image_id: int, target: Path) -> str:
-        """Find what is on a picture and write both: what is to be said of it, or nothing where it is bad."""
+    def process(self, path: Path, image_id: int, target: Path) -> str:
+        """Find what is on a picture and write both; returns the line to print, or nothing where it is bad."""
         from omniops.detection import COCO_CATEGORIES, coco
 
         try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from omniops.cli.common import CommandError
-from omniops.cli.ending import reason, say
+from omniops.cli.errors import raise_received, reason, say
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +97,7 @@ def load_detector(
     except ImportError as error:
         raise CommandError(str(error), status=1) from None
     detector.eval().to(device)
+    raise_received()
     return detector
 
 

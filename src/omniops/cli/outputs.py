@@ -13,7 +13,7 @@ from typing import Annotated, Any, BinaryIO
 import typer
 
 from omniops.cli.common import require_writable
-from omniops.cli.ending import CommandError, reason
+from omniops.cli.errors import CommandError, reason
 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from omniops.cli.common import CommandError
-from omniops.cli.ending import say
+from omniops.cli.errors import say
 from omniops.sam2.picture_files import KINDS, UNREADABLE, animated, endings, needed, opened
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from omniops.cli.common import CommandError, DeviceOption, choose_device, load_sam2, require_sam2
-from omniops.cli.ending import say
+from omniops.cli.errors import say
 from omniops.cli.outputs import OverwriteOption, lines_of, require_ending, require_new
 from omniops.cli.segment_parts import (
     ImageSizeOption,

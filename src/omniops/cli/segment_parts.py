@@ -14,7 +14,7 @@ import typer
 from numpy.typing import NDArray
 
 from omniops.cli.common import CommandError, dtype_name
-from omniops.cli.ending import reason
+from omniops.cli.errors import reason
 from omniops.cli.pictures import colour_of
 from omniops.sam2 import picture_files
 

@@ -14,7 +14,7 @@ from rich.progress import TimeRemainingColumn
 
 from omniops import device as devices
 from omniops.cli.common import CommandError, Heartbeat, digits, print_lines, progress
-from omniops.cli.ending import reason, say
+from omniops.cli.errors import reason, say
 from omniops.cli.outputs import write_json, writing
 from omniops.cli.pictures import read_picture
 from omniops.cli.segment_parts import (

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress, TimeRemainingColumn
 
 from omniops.cli.common import CommandError, Heartbeat, digits, print_lines, progress
-from omniops.cli.ending import exit_status, say, stopped_by
+from omniops.cli.errors import cause, exit_status, say
 from omniops.cli.outputs import Records
 from omniops.cli.segment_parts import (
     NOT_FINITE,
@@ -121,7 +121,7 @@ def follow(work: Work) -> None:
         print(each, file=sys.stderr)
     kept = f"the masks of {frames} of {len(video)} frames were kept"
     if stopped is not None or unwritten:
-        why = dict.fromkeys(stopped_by(each) for each in (stopped, *unwritten) if each is not None)
+        why = dict.fromkeys(cause(each) for each in (stopped, *unwritten) if each is not None)
         raise CommandError(f"{'; '.join(why)}: {kept}", exit_status(stopped or unwritten[0]))
     if frames < len(video) or any(isinstance(each, IncompleteVideoWarning) for each in at_opening):
         raise CommandError(f"{work.source} is not whole: {kept}", status=1)

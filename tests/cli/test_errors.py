@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from importlib import import_module
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from omniops.cli import app, ending, main, outputs
+from omniops.cli import app, common, errors, main, outputs
 
 _COMMAND = (sys.executable, "-c", "import sys; sys.argv[0] = 'omniops'; from omniops.cli import main; main()")
 """As the script that pip makes."""
@@ -37,11 +39,11 @@ def raises(monkeypatch, omniops):
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (ending.CommandError("no such thing"), 2, "no such thing"),
-        (ending.CommandError("it broke", status=1), 1, "it broke"),
+        (errors.CommandError("no such thing"), 2, "no such thing"),
+        (errors.CommandError("it broke", status=1), 1, "it broke"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (ending.Terminated(signal.SIGTERM), 143, "terminated"),
-        (ending.Terminated(signal.SIGHUP), 129, "terminated"),
+        (errors.Terminated(signal.SIGTERM), 143, "terminated"),
+        (errors.Terminated(signal.SIGHUP), 129, "terminated"),
         (PermissionError(13, "Permission denied", "/a/b"), 1, "/a/b: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "cannot write the output: No space left on device"),
         (OSError(1094995529, "Invalid data found", "a.mp4"), 1, "a.mp4: Invalid data found"),
@@ -85,10 +87,34 @@ def test_an_interrupt_while_the_commands_are_imported(capsys, monkeypatch):
     assert capsys.readouterr().err == "omniops: error: interrupted\n"
 
 
-def test_signals_are_as_before_afterwards(raises):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
-    raises(ending.CommandError(""))
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_an_import_drops_ends_the_command_all_the_same(omniops, monkeypatch, number, status):
+    def imported(name):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(number)
+        return import_module(name)
+
+    monkeypatch.setattr(app, "import_module", imported)
+    result = omniops("demo", "--help")
+    assert (result.status, result.out) == (status, "")
+
+
+def test_a_signal_that_was_dropped_ends_what_goes_on(omniops, monkeypatch):
+    def imported(name):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with common.progress() as bar, pytest.raises(KeyboardInterrupt):
+            common.Heartbeat(bar).beat("still at it")
+        raise errors.CommandError("seen")
+
+    monkeypatch.setattr(app, "import_module", imported)
+    assert omniops("demo").err == "omniops: error: seen\n"
+
+
+def test_signals_are_handled_as_before_afterwards(raises):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    raises(errors.CommandError(""))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux's")
@@ -100,7 +126,7 @@ def test_output_to_a_full_disk_is_one_line():
 
 
 def test_a_name_that_is_no_text_can_be_said(omniops, tmp_path, capsys):
-    ending.write_any_name()
+    errors.escape_unencodable()
     print("\udcff")
     assert capsys.readouterr().out == "\\udcff\n"
 
@@ -172,9 +198,9 @@ def test_records_of_a_full_disk_are_whole_lines(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (12, before[1]))  # the disk takes 4 bytes more, then fails
     try:
-        with pytest.raises(ending.CommandError, match=r"cannot write .*out\.jsonl: File too large"):
+        with pytest.raises(errors.CommandError, match=r"cannot write .*out\.jsonl: File too large"):
             records.add([{"b": 2}, {"c": 3}])
-        with pytest.raises(ending.CommandError, match=r"out\.jsonl has what was found, a line of JSON each"):
+        with pytest.raises(errors.CommandError, match=r"out\.jsonl has what was found, a line of JSON each"):
             records.finish([{"a": 1}, {"b": 2}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -191,10 +217,10 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
             part.write_text("[2")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(ending.CommandError, match=r"cannot write .*a\.json: No space left on device"):
+    with pytest.raises(errors.CommandError, match=r"cannot write .*a\.json: No space left on device"):
         fail()
     assert path.read_text() == "[1]\n"
-    with pytest.raises(ending.CommandError, match="meanwhile it is there"):
+    with pytest.raises(errors.CommandError, match="meanwhile it is there"):
         outputs.write_json(path, [3], overwrite=False)
     assert path.read_text() == "[1]\n"
     assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
@@ -207,7 +233,7 @@ def test_a_file_without_hard_links_is_not_replaced_either(tmp_path, monkeypatch)
     monkeypatch.setattr(outputs.os, "link", unsupported)
     path = tmp_path / "a.json"
     outputs.write_json(path, [1], overwrite=False)
-    with pytest.raises(ending.CommandError, match="meanwhile it is there"):
+    with pytest.raises(errors.CommandError, match="meanwhile it is there"):
         outputs.write_json(path, [2], overwrite=False)
     assert path.read_text() == "[1]\n"
 

@@ -1,6 +1,6 @@
-"""How the command ends: an error is one line, a signal keeps what was found, and nobody need read the output.
+"""Errors, signals and the exit status: an error is one line, and a signal is an error, so that results are kept.
 
-Only the standard library is imported here, because all else may be interrupted while it is imported.
+Little is imported here, because Python itself answers Ctrl-C, by a traceback, until it is.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ import errno
 import os
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
 
 INTERRUPTED = 130
 _UNREAD = 128 + 13
 """What a shell reports of a process that SIGPIPE ended, which Python ignores."""
+_received: list[KeyboardInterrupt] = []
+"""What signals raised."""
 
 
 class CommandError(Exception):
@@ -42,14 +46,14 @@ def exit_status(stopped: BaseException) -> int:
     return 1
 
 
-def stopped_by(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """What ended the work: a signal, or the reason that an error gives."""
     if isinstance(error, KeyboardInterrupt):
         return "terminated" if isinstance(error, Terminated) else "interrupted"
     return reason(error)
 
 
-def status_of(call: Callable[[], object]) -> int:
+def run(call: Callable[[], object]) -> int:
     """Call what may exit or raise, write its output to the end, say on stderr what went wrong: the exit status."""
     try:
         try:
@@ -61,23 +65,23 @@ def status_of(call: Callable[[], object]) -> int:
             sys.stdout.flush()
         return status
     except BaseException as error:
-        return told(error)
+        return report(error)
 
 
-def told(error: BaseException) -> int:
+def report(error: BaseException) -> int:
     """Say on stderr what ended the command, in one line where it is no fault of this package: the exit status."""
     if isinstance(error, BrokenPipeError):  # as of ``| head -1``
-        _forget_output()
+        _discard_output()
         return _UNREAD
     if isinstance(error, KeyboardInterrupt):
-        say(f"error: {stopped_by(error)}")
+        say(f"error: {cause(error)}")
         return exit_status(error)
     if isinstance(error, CommandError):
         say(f"error: {error}")
         return error.status
     if isinstance(error, OSError):
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG):
-            _forget_output()
+            _discard_output()
             say(f"error: cannot write the output: {reason(error)}")
         else:
             place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
@@ -88,6 +92,8 @@ def told(error: BaseException) -> int:
         return 1
     name = type(error).__name__
     say(f"error: a fault of omniops, please report it with what follows: {name}: {reason(error)}")
+    import traceback
+
     with suppress(OSError, ValueError):
         traceback.print_exception(error)
     return 1
@@ -108,14 +114,18 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Meanwhile SIGTERM and SIGHUP raise ``Terminated``, in the main thread, unless somebody else minds them."""
+def signals_as_errors() -> Iterator[None]:
+    """Meanwhile SIGINT raises KeyboardInterrupt, and SIGTERM and SIGHUP ``Terminated``, in the main thread.
+
+    A signal that is ignored, or that somebody else handles, is left alone.
+    """
+    _received.clear()
     before = {}
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+        if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             with suppress(ValueError):  # in another thread
-                before[number] = signal.signal(number, _terminate)
+                before[number] = signal.signal(number, _raise)
     try:
         yield
     finally:
@@ -123,15 +133,22 @@ def terminable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def write_any_name() -> None:
-    """Have stdout take names that its encoding has no letters for, as stderr does."""
+def raise_received() -> None:
+    """Raise what a signal raised before, where that was lost: compiled modules may drop it while they are imported."""
+    if _received:
+        raise _received[-1]
+
+
+def escape_unencodable() -> None:
+    """Have stdout take names that its encoding cannot express, as stderr does."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated(number)
+def _raise(number: int, frame: FrameType | None) -> None:
+    _received.append(KeyboardInterrupt() if number == signal.SIGINT else Terminated(number))
+    raise _received[-1]
 
 
 def _status(ended: SystemExit) -> int:
@@ -141,7 +158,7 @@ def _status(ended: SystemExit) -> int:
     return int(ended.code or 0)
 
 
-def _forget_output() -> None:
+def _discard_output() -> None:
     """So that what is still buffered is not written, and complained of, when Python ends."""
     with suppress(OSError, ValueError, AttributeError):
         sink = os.open(os.devnull, os.O_WRONLY)
