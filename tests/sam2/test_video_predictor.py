@@ -462,6 +462,12 @@ def test_a_copied_state_goes_its_own_way(models, clip, long_clip, monkeypatch, d
     assert twin.frames is state.frames
     assert twin.images is not state.images
     assert dict(twin["obj_id_to_idx"]) == {1: 0, "new": 1}
+    shelves = [
+        {out.logits._file for out in each._tracks[1].others.values() if isinstance(out.logits, memory.Shelved)}
+        for each in (state, twin)
+    ]
+    assert list(map(len, shelves)) == [deep, deep]
+    assert shelves[0].isdisjoint(shelves[1])  # whoever reads one, in another thread, moves its position
     expected = list(predictor.propagate_in_video(state))
     assert not twin._tracks["new"].conditioning
     predictor.add_new_points_or_box(state, 5, 1, points=[[20, 20]], labels=[0])
