@@ -245,6 +245,48 @@ print(len(source._frames), resident() - before, source._memory)
 """
 
 
+BACK_AND_FORTH = """
+import sys
+from pathlib import Path
+from omniops.sam2 import video_file
+from omniops.sam2.frames import Frames
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+video_file.MEMORY = int(sys.argv[2])
+frames = Frames(sys.argv[1])
+frames[0]
+before = resident()
+for _ in range(3):
+    for i in range(len(frames)):
+        frames[i]
+source = frames._source
+print(len(source._frames), resident() - before, source._memory + source._older_memory)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux")
+def test_large_frames_take_the_memory_that_is_allowed_from_the_beginning_again(tmp_path):
+    path = tmp_path / "video.mp4"
+    width, height = 1280, 720
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(120):
+            frame = av.VideoFrame(width, height, "yuv420p")
+            for plane in frame.planes:
+                plane.update(bytes([i]) * plane.buffer_size)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    allowed = 80 * 2**20
+    command = [sys.executable, "-c", BACK_AND_FORTH, path, str(allowed)]
+    kept, grown, counted = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert 40 < kept < 60
+    assert counted <= allowed
+    assert grown <= allowed + 24 * 2**20  # what the decoder holds besides
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux")
 @pytest.mark.parametrize("size", [(32, 32), (160, 128)], ids=str)
 def test_many_small_frames_take_the_memory_that_is_counted(tmp_path, size):

@@ -84,7 +84,9 @@ class VideoFile:
         self._error = av.FFmpegError
         self._lock = threading.Lock()
         self._frames: OrderedDict[int, VideoFrame] = OrderedDict()
-        self._memory = 0  # that the frames take
+        self._memory = 0  # that the frames of this decoder take
+        self._older: set[int] = set()  # frames of decoders before this one
+        self._older_memory = 0
         self._new_scaler = VideoReformatter
         self._scalers: dict[tuple[int, int], Any] = {}
         self._threads = True
@@ -108,6 +110,10 @@ class VideoFile:
         except FrameError:
             raise ValueError(f"{path} has no frame that can be decoded") from None
         self._describe(first)
+        # A frame whose side data were looked at refers to itself: it, and its decoder's memory, would stay for long.
+        self._frames.clear()
+        self._memory = 0
+        self._open()
 
     def __len__(self) -> int:
         return self._count
@@ -165,6 +171,9 @@ class VideoFile:
         except (OSError, ValueError) as error:
             self._close()
             raise ValueError(f"{self._path} is not a video that FFmpeg can read: {_why(error)}") from None
+        self._older.update(self._frames)
+        self._older_memory += self._memory
+        self._memory = 0
         self._stream.thread_type = "AUTO" if self._threads else "NONE"
         self._decoder = self._decode()
         self._next = 0  # the frame that comes next, unless it is missing
@@ -364,10 +373,19 @@ class VideoFile:
         return at if at < len(self._times) and self._times[at] == time else None
 
     def _hold(self, index: int, frame: VideoFrame) -> None:
-        if index in self._frames:
-            self._memory -= _taken(self._frames.pop(index))
+        if index in self._frames and index not in self._older:
+            self._memory -= _taken(self._frames[index])
+        self._older.discard(index)
         self._frames[index] = frame
+        self._frames.move_to_end(index)
         self._memory += _taken(frame)
+        # FFmpeg frees the frames of a decoder that is closed together, once none of them is held any more.
+        if self._memory + self._older_memory > MEMORY:
+            for older in self._older:
+                del self._frames[older]
+            self._older.clear()
+        if not self._older:
+            self._older_memory = 0
         while self._memory > MEMORY and len(self._frames) > 2:
             self._memory -= _taken(self._frames.popitem(last=False)[1])
 
