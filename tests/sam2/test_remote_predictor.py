@@ -454,6 +454,7 @@ def test_a_video_is_tracked_and_its_state_copied_there(tmp_path):
     with remote(tmp_path, predictor="video", device="cpu", dtype="float32", image_size=64) as predictor:
         state = predictor.init_state(str(clip))
         predictor.add_new_mask(state, 0, 1, np.eye(20))
+        assert copy.copy(state) is state
         twin = copy.deepcopy(state)
         predictor.add_new_mask(state, 0, 2, np.eye(30))
         assert (state["obj_ids"], twin["obj_ids"]) == ([1, 2], [1])

@@ -332,6 +332,9 @@ class State(Mapping[str, Any]):
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
+    def __copy__(self) -> State:
+        return self  # a second one would not know when the first has the state there dropped
+
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         child, _, number = self._remote._ask([self._child], "copy", self._number)
         return State(self._remote, child, number)
