@@ -207,6 +207,13 @@ def test_pictures_are_not_decoded_to_learn_their_size(tmp_path, monkeypatch):
         assert len(Frames(tmp_path)) == 3
 
 
+def test_a_link_to_nothing_is_not_left_out(tmp_path):
+    corners().save(tmp_path / "1.png")
+    (tmp_path / "2.png").symlink_to(tmp_path / "nothing.png")
+    with pytest.raises(ValueError, match=r"2\.png cannot be read: No such file or directory"):
+        Frames(tmp_path)
+
+
 def test_a_frame_that_vanished(tmp_path):
     corners().save(tmp_path / "1.png")
     frames = Frames(tmp_path)

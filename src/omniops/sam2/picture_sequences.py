@@ -161,7 +161,8 @@ def _of_one_kind(folder: Path) -> list[Path]:
     for path in folder.iterdir():
         ending = path.suffix.lower()
         kind = ending if ending in picture_files.UNREADABLE else picture_files.KINDS.get(ending)
-        if kind and not path.name.startswith(".") and path.is_file():
+        is_lost = path.is_symlink() and not path.exists()  # which says so when it is read
+        if kind and not path.name.startswith(".") and (path.is_file() or is_lost):
             kinds.setdefault(kind, []).append(path)
     if not kinds:
         raise ValueError(f"{folder} has no pictures: no file ends with {picture_files.endings()}")
