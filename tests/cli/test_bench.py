@@ -54,6 +54,32 @@ EASY_AND_HARD = tuple(
 )
 
 
+@pytest.mark.parametrize(("finished", "kept"), [(0, False), (2, True)])
+def test_an_interrupt_keeps_what_was_measured(omniops, monkeypatch, tmp_path, finished, kept):
+    measure = bench._measure
+
+    def interrupted(*arguments):
+        floors = 0
+        for result in measure(*arguments):
+            if floors == finished:
+                raise KeyboardInterrupt
+            yield result
+            floors += result.contender == FLOOR
+
+    monkeypatch.setattr(bench, "_measure", interrupted)
+    path = tmp_path / "c.json"
+    result = omniops("bench", "carafe", *QUICK, "--json", str(path))
+    assert result.status == 130
+    assert path.exists() == kept
+    if kept:
+        assert result.err == "omniops: error: interrupted: what was measured until then was kept\n"
+        report = json.loads(path.read_text())
+        assert report["interrupted"]
+        assert len({(each["dtype"], each["direction"]) for each in report["results"]}) == finished
+    else:
+        assert result.err == "omniops: error: interrupted\n"
+
+
 def test_goals_are_judged_only_where_they_are_asked_for(omniops, monkeypatch, tmp_path):
     monkeypatch.setattr(case, "GOALS", EASY_AND_HARD)
     path = tmp_path / "c.json"

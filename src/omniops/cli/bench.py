@@ -36,6 +36,7 @@ from omniops.cli.common import (
     require_pictures,
 )
 from omniops.cli.doctor import installed, machine, serving, versions
+from omniops.cli.errors import cause, exit_status
 from omniops.cli.outputs import OverwriteOption, require_new, require_picture, write_json, writing
 from omniops.cli.timing import CALL, GRAPH
 
@@ -104,7 +105,8 @@ def bench(
     """Time every operator beside what you would call instead, and beside the time that moving its bytes takes.
 
     Contenders take turns, so that whatever disturbs the machine disturbs them all alike. Times are medians, with the
-    quartiles in brackets; what takes over a second is timed once.
+    quartiles in brackets; what takes over a second is timed once. Ctrl-C or SIGTERM keeps what was
+    measured until then.
 
     omniops bench sam2 times SAM 2 on one device beside another; omniops bench sam2 --help shows its own options.
 
@@ -126,7 +128,7 @@ def bench(
     torch.manual_seed(0)
     with progress() as bar:
         bandwidth = _bandwidth(chosen, quick)
-        results = list(_measure(selected, chosen, seconds, quick, bandwidth, bar))
+        results, stopped = _until_stopped(_measure(selected, chosen, seconds, quick, bandwidth, bar))
     settings = {_setting(result) for result in results}
     results += [other for other in others if _setting(other) in settings]
     origin = origin if any(other in results for other in others) else ""
@@ -145,6 +147,7 @@ def bench(
         "method": {mode: text for mode, text in timing.METHOD.items() if any(mode == each.mode for each in results)},
         "copy_bytes_per_second": bandwidth,
         "origin_of_what_was_not_measured": origin,
+        "interrupted": stopped is not None,
         "results": [asdict(result) for result in results],
         "goals": [asdict(verdict) for verdict in verdicts],
     }
@@ -155,6 +158,8 @@ def bench(
 
         with writing(plot, overwrite) as part:
             draw(results, f"{devices.title(chosen)}, torch {torch.__version__}, {report['date'][:10]}", origin, part)
+    if stopped is not None:
+        raise CommandError(f"{cause(stopped)}: what was measured until then was kept", exit_status(stopped))
 
 
 def circumstances(device: str, peers: Iterable[str]) -> dict[str, Any]:
@@ -174,6 +179,20 @@ def quartiles(times: list[float]) -> tuple[float, float] | tuple[None, None]:
         return None, None
     lower, _, upper = statistics.quantiles(times, n=4, method="inclusive")
     return lower, upper
+
+
+def _until_stopped(measured: Iterable[Result]) -> tuple[list[Result], KeyboardInterrupt | None]:
+    """The results of the settings that were finished, and what ended the others; raises it where there are none."""
+    results: list[Result] = []
+    try:
+        for result in measured:
+            results.append(result)  # noqa: PERF402  # all until an error
+    except KeyboardInterrupt as stopped:
+        finished = {_setting(result) for result in results if result.contender == FLOOR}  # the last of a setting
+        if not finished:
+            raise
+        return [result for result in results if _setting(result) in finished], stopped
+    return results, None
 
 
 def _measure(
