@@ -105,3 +105,11 @@ def test_a_compiled_one_is_served_on_the_cpu(project):
     omniops.disable()
     with pytest.raises(RuntimeError, match="Not implemented on the CPU"):
         module.dcn_v2_conv(*tensors, *FLAT)
+
+
+def test_others_may_call_a_module_ext_too():
+    omniops.enable()
+    with pytest.raises(ModuleNotFoundError, match="_ext"):
+        importlib.import_module("_ext")
+    omniops.enable("DCNv2")
+    assert importlib.import_module("_ext").dcn_v2_forward

@@ -34,6 +34,7 @@ LIBRARIES: dict[str, ModuleType | Extension] = {
     **{extension.library: extension for extension in EXTENSIONS},
 }
 """What can be enabled. torchvision is first, as the others use it."""
+_BY_NAME_ALONE = "DCNv2"  # its module is called _ext, as those of others may be
 
 _LOCK = RLock()
 
@@ -53,9 +54,9 @@ def enable(*libraries: str, devices: Sequence[str] | None = None) -> None:
     It may be called before or after the library is imported, and again, when the last call's ``devices`` count.
 
     Args:
-        libraries: names of the above; without names, those that are installed. ``MultiScaleDeformableAttention``,
-            ``deform_conv_ext``, ``deform_conv_cuda`` and ``DCNv2`` belong to no package and count as installed: they
-            are served if something imports them.
+        libraries: names of the above; without names, those that are installed, but for ``DCNv2``.
+            ``MultiScaleDeformableAttention``, ``deform_conv_ext``, ``deform_conv_cuda`` and ``DCNv2`` belong to no
+            package and count as installed: they are served if something imports them.
         devices: types of devices, "cpu", "cuda", "mps" or another of PyTorch's, where our kernels replace the
             library's own, which are kept everywhere else. None, or a device not named: ours serve what the library
             lacks there.
@@ -77,7 +78,7 @@ def enable(*libraries: str, devices: Sequence[str] | None = None) -> None:
             )
     with _LOCK:
         for name, library in LIBRARIES.items():
-            if name in libraries or (not libraries and library.installed()):
+            if name in libraries or (not libraries and name != _BY_NAME_ALONE and library.installed()):
                 library.enable(types)
 
 
