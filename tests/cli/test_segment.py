@@ -597,7 +597,10 @@ def test_wrong_use_of_a_picture(fails, never_loaded, tmp_path, monkeypatch, argu
         (("--point", "48,2"), "--point 48,2: it is outside: VIDEO has 48 x 32 pixels"),
         (("--point", "1,2,0@1", "--point", "1,2@3"), "object 1 is only told where it is not"),
         (("--everything",), "--everything is for pictures"),
-        (("--point", "1,2", "--out", "masks.png"), "cannot write masks.png: what is made of VIDEO ends with .mp4"),
+        (
+            ("--point", "1,2", "--out", "masks.png"),
+            "cannot write masks.png: what is made of VIDEO, which is no picture that Pillow can read, ends with .mp4",
+        ),
     ],
 )
 def test_wrong_use_of_a_video(fails, never_loaded, tmp_path, monkeypatch, arguments, reason):

@@ -32,9 +32,9 @@ def require_new(paths: Iterable[Path | None], overwrite: bool, sources: Sequence
     for path in wanted:
         if os.path.realpath(path) in read or any(_is_same(path, source) for source in sources):
             raise CommandError(f"{path} would be overwritten: it is what is read, so --out must be another")
-    there = [path for path in wanted if os.path.lexists(path) and not _is_stream(path) and not os.path.isdir(path)]
-    if there and not overwrite:
-        raise CommandError(f"{_listed(there)} already: --overwrite replaces what is there")
+    existing = [path for path in wanted if os.path.lexists(path) and not _is_stream(path) and not os.path.isdir(path)]
+    if existing and not overwrite:
+        raise CommandError(f"{_listed(existing)} already: --overwrite replaces what is there")
     for path in wanted:
         require_writable(path)
         if not _is_stream(path) and not os.access(path.parent, os.W_OK):
@@ -66,14 +66,14 @@ def writing(path: Path, overwrite: bool) -> Iterator[Path]:
     Raises CommandError, status 1, for whatever keeps it from being written.
     """
     if _is_stream(path):
-        with _named(path):
+        with _errors_name(path):
             yield path
         return
     target = Path(os.path.realpath(path)) if overwrite else path
     ending = path.suffix if len(path.suffix) < 10 else ""
     part = target.with_name(f".omniops-{os.getpid()}-{secrets.token_hex(4)}{ending}")
     try:
-        with _named(path):
+        with _errors_name(path):
             yield part
             _rename(part, target, overwrite)
     finally:
@@ -109,7 +109,7 @@ class Records:
         text = "".join(f"{json.dumps(each)}\n" for each in records).encode()
         if _is_stream(self.path):
             return
-        with _named(self.lines):
+        with _errors_name(self.lines):
             if self._file is None:
                 self._file = self.lines.open("wb" if self._overwrite else "xb", buffering=0)
             try:
@@ -155,7 +155,7 @@ def _rename(part: Path, target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _errors_name(path: Path) -> Iterator[None]:
     """Errors of writing, as errors of the file that is meant."""
     try:
         yield
@@ -165,10 +165,10 @@ def _named(path: Path) -> Iterator[None]:
         raise CommandError(f"cannot write {path}: {reason(error)}", status=1) from None
 
 
-def _listed(there: Sequence[Path]) -> str:
-    names = ", ".join(map(str, there[:_NAMED]))
-    more = f" and {len(there) - _NAMED} more" if len(there) > _NAMED else ""
-    return f"{names}{more} {'is' if len(there) == 1 else 'are'} there"
+def _listed(paths: Sequence[Path]) -> str:
+    names = ", ".join(map(str, paths[:_NAMED]))
+    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+    return f"{names}{more} {'is' if len(paths) == 1 else 'are'} there"
 
 
 def _is_stream(path: Path) -> bool:

@@ -125,7 +125,8 @@ def segment(
     if everything and is_video:
         raise CommandError(f"--everything is for pictures, and {source} is none that Pillow can read")
     out = out or Path("omniops-video.mp4" if is_video else "omniops-mask.png")
-    require_ending("--out", out, ".mp4" if is_video else ".png", f"what is made of {source}")
+    kind = "" if source.is_dir() or not is_video else ", which is no picture that Pillow can read,"
+    require_ending("--out", out, ".mp4" if is_video else ".png", f"what is made of {source}{kind}")
     results, overlay = out.with_suffix(".json"), out.with_name(f"{out.stem}-overlay.jpg")
     require_new([out, results, lines_of(results) if is_video else overlay], overwrite, [source])
     if random_weights and everything:

@@ -52,7 +52,7 @@ class _Followed:
         self._records = Records(work.out.with_suffix(".json"), work.overwrite)
         self._found: dict[int, list[Record]] = {}
 
-    def found(self, frame: int, numbers: Iterable[int], logits: Tensor) -> list[Record]:
+    def record(self, frame: int, numbers: Iterable[int], logits: Tensor) -> list[Record]:
         """A record of each object on a frame, written down."""
         if not logits.isfinite().all():
             raise CommandError(NOT_FINITE, status=1)
@@ -91,8 +91,8 @@ class _Followed:
 
 def follow(work: Work) -> None:
     """Segment a video, and write it with its masks as they come."""
-    with _complaints() as at_opening:
-        video = _opened(work.source)
+    with _collect_warnings() as at_opening:
+        video = _open_frames(work.source)
     check(work.written, work.source, video.width, video.height, len(video))
     prompts = grouped(work.written)
     predictor = SAM2VideoPredictor(work.load())
@@ -101,11 +101,11 @@ def follow(work: Work) -> None:
     followed = _Followed(work, video, prompts)
     stopped: BaseException | None = None
     started = perf_counter()
-    with _complaints() as on_the_way:
+    with _collect_warnings() as on_the_way:
         try:
             with progress(TimeRemainingColumn()) as bar:
-                seen = _counting(bar, len(video))
-                for frame, pixels, records in _through(predictor, work.source, prompts, followed, seen):
+                count_frame = _frame_counter(bar, len(video))
+                for frame, pixels, records in _propagate(predictor, work.source, prompts, followed, count_frame):
                     followed.show(frame, pixels, records)
         except _STOPPING as error:
             stopped = error
@@ -127,7 +127,7 @@ def follow(work: Work) -> None:
         raise CommandError(f"{work.source} is not whole: {kept}", status=1)
 
 
-def _opened(source: Path) -> Frames:
+def _open_frames(source: Path) -> Frames:
     try:
         return Frames(source)
     except ValueError as error:
@@ -136,7 +136,7 @@ def _opened(source: Path) -> Frames:
 
 
 @contextmanager
-def _complaints() -> Iterator[list[Warning]]:
+def _collect_warnings() -> Iterator[list[Warning]]:
     """What is warned of meanwhile: where a video breaks off or is damaged. It is there at the end."""
     said: list[Warning] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -148,29 +148,29 @@ def _complaints() -> Iterator[list[Warning]]:
             said += [each.message for each in caught if isinstance(each.message, Warning) and each.category in shown]
 
 
-def _counting(bar: Progress, total: int) -> Callable[[], None]:
+def _frame_counter(bar: Progress, total: int) -> Callable[[], None]:
     """To be called at each of so many frames."""
     task = bar.add_task("", total=total)
     heartbeat = Heartbeat(bar)
     started = perf_counter()
 
-    def seen() -> None:
+    def count_frame() -> None:
         done = int(bar.tasks[0].completed) + 1
         speed = f"{done / (perf_counter() - started):.2f} frames/s"
         bar.update(task, completed=done, description=speed)
         heartbeat.beat(f"{done} of {total} frames, {speed}")
 
-    return seen
+    return count_frame
 
 
-def _through(
+def _propagate(
     predictor: SAM2VideoPredictor,
     source: Path,
     prompts: Mapping[tuple[int, int], Prompts],
     followed: _Followed,
-    seen: Callable[[], None],
+    count_frame: Callable[[], None],
 ) -> Iterator[tuple[int, NDArray[np.uint8], list[Record]]]:
-    """Each frame of a video in order, and a record of each object on it; ``seen`` is called as they are found."""
+    """Each frame of a video in order, and a record of each object on it; ``count_frame`` is called at each."""
     state = predictor.init_state(source)
     for (frame, number), each in prompts.items():
         predictor.add_new_points_or_box(state, frame, number, each.points or None, each.labels or None, box=each.box)
@@ -179,8 +179,8 @@ def _through(
     stopped: BaseException | None = None
     try:
         for frame, numbers, logits in predictor.propagate_in_video(state, first, reverse=True):
-            before[frame] = followed.found(frame, numbers, logits)
-            seen()
+            before[frame] = followed.record(frame, numbers, logits)
+            count_frame()
     except _STOPPING as error:
         stopped = error
     for frame, records in sorted(before.items()):
@@ -189,6 +189,6 @@ def _through(
         raise stopped
     for frame, numbers, logits in predictor.propagate_in_video(state, first):
         if frame not in before:
-            records = followed.found(frame, numbers, logits)
-            seen()
+            records = followed.record(frame, numbers, logits)
+            count_frame()
             yield frame, state.frames[frame], records
