@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from omniops.cli.common import CommandError
-from omniops.cli.errors import say
+from omniops.cli.errors import reason, say
 from omniops.sam2.picture_files import KINDS, UNREADABLE, animated, endings, needed, opened
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def read_picture(path: Path, size: tuple[int, int] | None = None) -> Image:
     except CommandError:
         raise
     except Exception as error:  # Pillow's decoders raise what they like on damaged files
-        raise CommandError(f"cannot read {path}: {error}") from None
+        raise CommandError(f"cannot read {path}: {reason(error)}") from None
 
 
 def _to_rgb(picture: Image) -> Image:
