@@ -16,6 +16,7 @@ from omniops.backends.columns import geometry_of
 from omniops.cli import bench, bench_plot, selftest, timing
 from omniops.cli.cases import deform_conv2d as case
 from omniops.cli.cases._types import BOTH, FORWARD, OURS
+from omniops.cli.common import progress
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 QUICK = ("--quick", "--seconds", "0", "--device", "cpu")
@@ -139,8 +140,7 @@ def test_what_a_graph_would_not_hold_is_timed_by_calls_alone(monkeypatch):
     monkeypatch.setattr(timing, "milliseconds", lambda calls, *_: {key: [1.0, 2.0] for key in calls})
     made = [case.Contender(OURS, lambda: 1), case.Contender("torchvision", lambda: 2, capturable=False)]
     monkeypatch.setattr(case, "contenders", lambda shape, dtype, device: made)
-    bar = SimpleNamespace(add_task=lambda *_, **__: 0, update=lambda *_, **__: None, advance=lambda *_: None)
-    rows = list(bench._measure([case], CUDA, 0.0, True, 1e9, bar))
+    rows = list(bench._measure([case], CUDA, 0.0, True, 1e9, progress()))
     modes = {(row.contender, row.mode) for row in rows if row.measured}
     assert modes == {(OURS, "call"), (OURS, "graph"), ("torchvision", "call")}
     assert set(captured) == {made[0].forward}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import json
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -130,14 +130,11 @@ def test_before_anything_runs_the_file_names_nothing_that_will_not(omniops, monk
 @pytest.mark.parametrize("is_wrong", [False, True])
 def test_a_file_that_can_no_longer_be_written_costs_nothing_else(omniops, monkeypatch, tmp_path, is_wrong):
     path = tmp_path / "selftest.json"
-    write = Path.write_text
 
-    def full(self, *args, **options):
-        if self == path:
-            raise OSError(28, "No space left on device")
-        return write(self, *args, **options)
+    def full(file):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     checks = [*case.checks()][:1]
     wrong = [dataclasses.replace(checks[0], operator=_refuse)] if is_wrong else checks
     monkeypatch.setattr(case, "checks", lambda: iter(wrong))
@@ -151,15 +148,15 @@ def test_a_file_that_can_no_longer_be_written_costs_nothing_else(omniops, monkey
 
 def test_a_file_that_can_be_written_again_is_whole(omniops, monkeypatch, tmp_path):
     path = tmp_path / "selftest.json"
-    write, times = Path.write_text, []
+    synchronise, times = os.fsync, []
 
-    def once(self, *args, **options):
-        if self == path and not times:
-            times.append(self)
+    def full_once(file):
+        if not times:
+            times.append(file)
             raise OSError(28, "No space left on device")
-        return write(self, *args, **options)
+        synchronise(file)
 
-    monkeypatch.setattr(Path, "write_text", once)
+    monkeypatch.setattr(os, "fsync", full_once)
     check = next(case.checks())
     monkeypatch.setattr(case, "checks", lambda: iter([check]))
     assert omniops("selftest", "--device", "cpu", "--only", "carafe", "--json", str(path)).status == 0
