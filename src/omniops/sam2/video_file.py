@@ -74,6 +74,8 @@ class _Packet(NamedTuple):
 class VideoFile:
     """The frames of a video file, as ``Frames`` gives them on."""
 
+    _stream: Any = None
+
     def __init__(self, path: Path) -> None:
         try:
             import av
@@ -180,7 +182,17 @@ class VideoFile:
         self._begin = 0  # the keyframe that the decoder began at: those before it come incomplete
         self._damaged = 0  # packets that could not be decoded
 
+    def __del__(self) -> None:
+        if hasattr(self, "_container"):
+            self._close()
+
     def _close(self) -> None:
+        codec = getattr(self._stream, "codec_context", None)
+        if codec is not None:
+            # Waits for FFmpeg's threads without Python's lock. They take it to drop packets, and PyAV holds it while it
+            # waits for them to end.
+            codec.flush_buffers()
+        self._stream = None
         for each in (self._container, self._file):
             if each is not None:
                 each.close()
