@@ -138,8 +138,3 @@ def test_each_environment_builds_in_a_folder_of_its_own(make, tmp_path):
         ".venv-oldest/build",
         ".venv-middle/build",
     }
-
-
-def test_what_lands_was_tested_with_the_oldest_and_the_middle():
-    steps = (MAKEFILE.parent / ".ci" / "run").read_text().splitlines()
-    assert steps[-4:] == ["make lint", "make test", "make test-oldest", "make test-middle"]
