@@ -6,6 +6,18 @@ import sys
 import pytest
 
 import omniops
+from omniops.dropin import _mmcv
+
+
+@pytest.fixture
+def mmcv():
+    """``mmcv.ops`` of mmcv-lite, whose compiled module is ours."""
+    pytest.importorskip("mmcv", reason="mmcv-lite is not installed")
+    was = _mmcv.enabled()
+    _mmcv.enable(None)
+    yield importlib.import_module("mmcv.ops")
+    if not was:
+        _mmcv.disable()
 
 
 @pytest.fixture

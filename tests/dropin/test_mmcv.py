@@ -848,16 +848,6 @@ def test_the_documentation_counts_the_functions():
 # The real mmcv-lite
 
 
-@pytest.fixture
-def mmcv():
-    pytest.importorskip("mmcv", reason="mmcv-lite is not installed")
-    was = _mmcv.enabled()
-    _mmcv.enable(None)
-    yield importlib.import_module("mmcv.ops")
-    if not was:
-        _mmcv.disable()
-
-
 def test_mmcv_finds_all_that_it_asks_for(mmcv):
     extension = importlib.import_module("mmcv._ext")
     asked = set()

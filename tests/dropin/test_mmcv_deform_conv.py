@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import omniops
 from omniops.dropin import mmcv_ext
-from omniops.dropin._mmcv import mmcv as _mmcv
 
 EMPTY = torch.empty(0)
 # Names and order of mmcv's arguments: vertical before horizontal in DCNv2.
@@ -211,16 +210,6 @@ def test_plain_convolution_takes_no_other_shape():
 
 
 # The real mmcv-lite and MMDetection
-
-
-@pytest.fixture
-def mmcv():
-    pytest.importorskip("mmcv", reason="mmcv-lite is not installed")
-    was = _mmcv.enabled()
-    _mmcv.enable(None)
-    yield importlib.import_module("mmcv.ops")
-    if not was:
-        _mmcv.disable()
 
 
 def test_mmcvs_module_reads_a_larger_offset(mmcv):

@@ -1,7 +1,5 @@
 """mmcv's MaskedConv2d: a convolution of the positions that a mask has, and its errors."""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,16 +57,6 @@ def test_groups_are_refused():
 
 
 # The real mmcv-lite
-
-
-@pytest.fixture
-def mmcv():
-    pytest.importorskip("mmcv", reason="mmcv-lite is not installed")
-    was = _mmcv.enabled()
-    _mmcv.enable(None)
-    yield importlib.import_module("mmcv.ops")
-    if not was:
-        _mmcv.disable()
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -1,6 +1,5 @@
 """mmcv's rotated boxes against polygons that are clipped in exact arithmetic."""
 
-import importlib
 import itertools
 import math
 from fractions import Fraction
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omniops.dropin import mmcv_ext
-from omniops.dropin._mmcv import mmcv as _mmcv
 from omniops.dropin.mmcv_ext import rotated
 
 IOU, IOF = 0, 1
@@ -222,16 +220,6 @@ def test_nms_refuses_boxes_that_are_not_numbers():
 
 
 # The real mmcv-lite
-
-
-@pytest.fixture
-def mmcv():
-    pytest.importorskip("mmcv", reason="mmcv-lite is not installed")
-    was = _mmcv.enabled()
-    _mmcv.enable(None)
-    yield importlib.import_module("mmcv.ops")
-    if not was:
-        _mmcv.disable()
 
 
 def test_mmcvs_functions_of_rotated_boxes(mmcv):

@@ -1,13 +1,10 @@
 """mmcv's SyncBatchNorm on one process against PyTorch's batch normalisation."""
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from omniops.dropin import mmcv_ext
-from omniops.dropin._mmcv import mmcv as _mmcv
 
 EPS, MOMENTUM = 1e-3, 0.3
 
@@ -86,16 +83,6 @@ def test_the_running_variance_counts_every_process():
 
 
 # The real mmcv-lite
-
-
-@pytest.fixture
-def mmcv():
-    pytest.importorskip("mmcv", reason="mmcv-lite is not installed")
-    was = _mmcv.enabled()
-    _mmcv.enable(None)
-    yield importlib.import_module("mmcv.ops")
-    if not was:
-        _mmcv.disable()
 
 
 def _compare(layer: nn.Module) -> None:
