@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import omniops
-from omniops.dropin import _mmcv
+from omniops.dropin._mmcv import mmcv as _mmcv
 
 
 @pytest.fixture
