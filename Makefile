@@ -5,8 +5,9 @@ TORCH ?= torch==2.15.0
 # A torch between the newest and the oldest, which is the lowest that pyproject.toml admits.
 MIDDLE ?= torch==2.11.0
 VENV := .venv
-# What pytest runs, or all.
-TESTS :=
+# What pytest runs, or all; those that take long by themselves.
+TESTS := tests
+MARKED := not slow
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 ASKED_FOR := $(PYTHON) $(TORCH)
@@ -16,7 +17,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 # What a build leaves is of one environment, whose nanobind CMake remembers.
 export SKBUILD_BUILD_DIR := $(VENV)/build
 
-.PHONY: demo test test-oldest test-middle lint bench clean anew
+.PHONY: demo test test-all test-oldest test-middle lint bench clean anew
 .DEFAULT_GOAL := test
 
 # Another TORCH installs again, another PYTHON starts .venv anew.
@@ -45,7 +46,10 @@ demo: $(INSTALLED)
 	$(BIN)/omniops demo --out demo/demo.png --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/browser -m '$(MARKED)' $(TESTS)
+
+test-all:
+	$(MAKE) test MARKED=slow
 
 # Each dependency in the lowest version that pyproject.toml names, by pip's constraints.
 test-oldest: export PIP_CONSTRAINT = build/lowest.txt

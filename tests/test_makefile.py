@@ -1,6 +1,7 @@
 """make sets .venv up once, and again where something else is asked for. A script stands for Python."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -57,8 +58,8 @@ def make(tmp_path):
             elif "torch" in line:
                 steps.append(next(word for word in line.split() if word.startswith("torch")))
             elif "pytest" in line:
-                _, tests = line.split("--no-loadscope-reorder")
-                steps.append(f"pytest{tests}".rstrip())
+                marked, folders = re.fullmatch(r".* --ignore tests/browser -m ((?:not )?slow) (.*)", line).groups()
+                steps.append("pytest" if (marked, folders) == ("not slow", "tests") else f"pytest {marked}: {folders}")
         return steps
 
     return run
@@ -68,6 +69,16 @@ def test_the_second_time_nothing_is_installed(make):
     first = make()
     assert (first[0], first[-1], len(first)) == ("venv by python3", "pytest", 3)
     assert make() == ["pytest"]
+
+
+def test_what_takes_long_runs_by_itself(make):
+    make()
+    assert make(target="test-all") == ["pytest slow: tests"]
+
+
+def test_what_lands_was_tested_with_the_oldest_and_the_middle():
+    steps = (MAKEFILE.parent / ".ci" / "run").read_text().splitlines()
+    assert steps[-5:] == [f"make {each}" for each in ("lint", "test", "test-all", "test-oldest", "test-middle")]
 
 
 def test_another_torch_is_installed(make):
@@ -96,9 +107,9 @@ def test_the_oldest_and_the_middle_have_environments_of_their_own(make, tmp_path
     assert make(target="test-oldest") == [".venv-oldest", "torch", "pytest"]
     venv, torch, tests = make(target="test-middle")
     assert (venv, torch) == (".venv-middle", "torch==2.11.0")
-    name, *folders = tests.split()
-    assert name == "pytest"
-    assert folders
+    what, folders = tests.split(": ")
+    folders = folders.split()
+    assert (what, "tests" in folders) == ("pytest not slow", False)
     assert all((MAKEFILE.parent / folder).is_dir() for folder in folders)
     assert make() == make(target="test-oldest") == ["pytest"]
     assert make(target="test-middle") == [tests]

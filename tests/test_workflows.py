@@ -65,9 +65,7 @@ def test_linux_runs_what_ci_runs():
     job = _workflow("linux.yml")["jobs"]["test"]
     assert job["steps"][-1]["run"] == "make ${{ matrix.run }}"
     targets = {target for each in job["strategy"]["matrix"]["include"] for target in each["run"].split()}
-    assert targets - {"test-oldest", "test-middle"} == set(
-        re.findall(r"^make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.M)
-    )
+    assert targets == set(re.findall(r"^make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.M))
 
 
 @pytest.mark.parametrize("name", ["macos.yml", "linux.yml"])

@@ -99,6 +99,7 @@ def test_large_adversarial_masks(backend, device, connectivity):
         assert_right(backend, device, adversarial(side, side)[name][None, None], connectivity)
 
 
+@pytest.mark.slow
 @BACKENDS
 def test_4096(backend, device):
     if interpreted(backend, device):

@@ -294,6 +294,7 @@ def test_names_of_pictures_in_folders_of_the_folder(omniops, dataset, scripted, 
     assert (result.status, result.err.strip()) == (0, "")
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(omniops, dataset, weights, truth, write, tmp_path):
     """The truth is made of what the random weights find, so that the figures are neither 0 nor 1."""
     truth["annotations"] = _found_by(weights, dataset, truth)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from matplotlib import cbook
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/mmdetection.py"
 ENVIRONMENT = ROOT / "build/environments/mmdetection"

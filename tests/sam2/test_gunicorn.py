@@ -104,6 +104,7 @@ def serve(tmp_path):
         each.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "ended_by"), [((), signal.SIGTERM), (("--preload",), signal.SIGKILL)])
 def test_workers_fall_back_to_the_cpu_and_have_the_gpu_through_a_remote_predictor(serve, options, ended_by):
     server = serve(*options)
