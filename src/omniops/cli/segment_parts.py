@@ -192,15 +192,10 @@ def load_model(
     model: str, random_weights: bool, device: torch.device, precision: Precision, image_size: int | None
 ) -> Sam2VideoModel:
     """The model on the device; its random weights are from a fixed seed."""
-    import torch
-
     from omniops import sam2
 
     try:
-        if not random_weights:
-            return sam2.load(model, device, precision.value, image_size=image_size)
-        torch.manual_seed(0)
-        return sam2.build_sam2(configuration(model), device=device, dtype=precision.value, image_size=image_size)
+        return sam2.load(model, device, precision.value, image_size=image_size, random_weights=random_weights)
     except FileNotFoundError as error:
         raise CommandError(str(error)) from None
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: no memory

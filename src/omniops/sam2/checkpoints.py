@@ -23,7 +23,7 @@ from omniops.sam2.architectures import IMAGE_SIZE, SIZES, cast, lightened, new, 
 _CONFIG, _TENSORS = "config.json", "model.safetensors"
 
 _Predictor = TypeVar("_Predictor")
-_LOAD_OPTIONS = ("device", "dtype", "image_size", "compile_encoder")
+_LOAD_OPTIONS = ("device", "dtype", "image_size", "compile_encoder", "random_weights")
 
 # Meta's names, as patterns, and transformers'. The first that fits counts.
 _NAMES = {
@@ -74,6 +74,7 @@ def load(
     *,
     image_size: int | None = None,
     compile_encoder: bool = False,
+    random_weights: bool = False,
 ) -> Sam2VideoModel:
     """A model with its weights, for every predictor of ``omniops.sam2``.
 
@@ -88,6 +89,9 @@ def load(
             1024. Less is faster and coarser.
         compile_encoder: have ``torch.compile`` make the image encoder faster, at its first picture, and in videos on
             CUDA at the first batch of frames too: that takes minutes. On MPS torch 2.14 is needed.
+        random_weights: nothing is fetched or read: ``model`` is a size alone, ``tiny``, ``small``, ``base-plus`` or
+            ``large``, and its weights are drawn from a fixed seed, the same at every call. It finds an object wherever
+            it is asked for one, and its masks mean nothing.
 
     Returns:
         transformers' ``Sam2VideoModel`` in evaluation mode.
@@ -103,7 +107,9 @@ def load(
     if compile_encoder:
         require_compiler(place)
     source = fspath(model)
-    if re.match(r"\w+://", source):
+    if random_weights:
+        built = _random(source, image_size)
+    elif re.match(r"\w+://", source):
         built = _meta(weights.fetch(source), image_size)
     elif Path(source).is_dir():
         built = _folder(Path(source), image_size)
@@ -214,6 +220,18 @@ def from_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if matrix is not None:
         converted["shared_image_embedding.positional_embedding"] = matrix
     return converted
+
+
+def _random(size: str, image_size: int | None) -> Sam2VideoModel:
+    if size not in SIZES:
+        raise ValueError(f"random weights are of a size: model must be one of {', '.join(SIZES)}, got {size!r}")
+    with torch.random.fork_rng(devices=()):  # the caller's own random numbers stay what they would have been
+        torch.manual_seed(0)
+        made = new(size, image_size=IMAGE_SIZE if image_size is None else image_size)
+    with torch.no_grad():  # else the model says of every object on every frame that it is not there
+        made.mask_decoder.pred_obj_score_head.proj_out.bias += 1
+    made.has_random_weights = True
+    return made
 
 
 def _meta(path: Path, image_size: int | None) -> Sam2VideoModel:

@@ -85,6 +85,11 @@ class Frames:
         """A frame for the network: (side, side, 3), as the official package resizes it."""
         return self._source.resized(self._index(index), side)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of decoded frames that are in memory now."""
+        return self._source.nbytes
+
     def _index(self, index: int) -> int:
         count = len(self)
         at = operator.index(index)

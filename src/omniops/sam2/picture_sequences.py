@@ -60,6 +60,11 @@ class Folder:
     def __len__(self) -> int:
         return len(self._paths)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of decoded frames in memory: none is kept."""
+        return 0
+
     def frame(self, index: int) -> NDArray[np.uint8]:
         """(H, W, 3), RGB, as it is shown."""
         return np.array(self._picture(index))
@@ -106,6 +111,11 @@ class Animation:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of decoded frames in memory, which Pillow pads to 4 bytes a pixel."""
+        return len(self._kept) * 4 * self.width * self.height
 
     def frame(self, index: int) -> NDArray[np.uint8]:
         """(H, W, 3), RGB, as it is shown."""

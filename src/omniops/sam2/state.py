@@ -6,7 +6,8 @@ import copy
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -60,6 +61,11 @@ class Track:
             if frame in outputs:
                 return outputs[frame]
         return None
+
+    def copy(self) -> Track:
+        """Another with the same outputs."""
+        copied = {each.name: copy.copy(getattr(self, each.name)) for each in fields(self)}
+        return Track(**copied)
 
 
 class Images(Sequence[Tensor]):
@@ -164,6 +170,44 @@ class InferenceState(Mapping[str, Any]):
             i: {t: {"reverse": reverse} for t, reverse in track.reverse.items()}
             for i, track in enumerate(self._tracks.values())
         }
+
+    def release_features(self, keep: int = 0) -> None:
+        """Forget what the encoder made of the frames, but for those used last; they are encoded again when asked for.
+
+        Args:
+            keep: how many frames' features stay, some 20 MB each at a size of 1024.
+        """
+        while len(self._features) > keep:
+            self._features.popitem(last=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of what the model made so far: features, masks and memories; not of the video's frames."""
+        tensors = [t for each in self._features.values() for t in (each.embedding, *each.fine)]
+        for track in self._tracks.values():
+            tensors += [tensor for pair in track.points.values() for tensor in pair]
+            for outputs in (track.conditioning, track.others, track.new_conditioning, track.new_others):
+                for output in outputs.values():
+                    tensors += [output.logits] if isinstance(output.logits, Tensor) else []
+                    tensors += [output.pointer, output.object_logits]
+                    tensors += [] if output.map is None else [output.map]
+        # Views share the memory of what was computed as one batch.
+        storages = {storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
+        return sum(storages.values())
+
+    @contextmanager
+    def unchanged_on_error(self, obj_id: Hashable) -> Iterator[None]:
+        """Within it an exception leaves the object as it was before, or unknown."""
+        before = self._tracks.get(obj_id)
+        copied = None if before is None else before.copy()
+        try:
+            yield
+        except BaseException:
+            if copied is None:
+                self._tracks.pop(obj_id, None)
+            else:
+                self._tracks[obj_id] = copied
+            raise
 
     def __getitem__(self, key: str) -> Any:
         if key not in tuple(self):

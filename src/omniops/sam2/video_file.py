@@ -120,6 +120,11 @@ class VideoFile:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of decoded frames in memory."""
+        return self._memory + self._older_memory
+
     def frame(self, index: int) -> NDArray[np.uint8]:
         """(H, W, 3), RGB, as it is shown."""
         return self._rgb(index, *self._size)

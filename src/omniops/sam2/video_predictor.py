@@ -49,7 +49,9 @@ from omniops.sam2 import memory, network
 from omniops.sam2.arguments import an_int, points_and_box, tensor
 from omniops.sam2.checkpoints import Pretrained, require_model
 from omniops.sam2.frames import FrameError, Frames
+from omniops.sam2.pictures import planes
 from omniops.sam2.state import InferenceState, Output, Track, a_frame, a_state, a_track
+from omniops.sam2.upsampling import guided
 
 _RECENT = 16
 """Of how many frames that were tracked last the state keeps everything; at least those that a frame looks back at."""
@@ -92,10 +94,13 @@ class SAM2VideoPredictor(Pretrained):
             ``build_sam2_video_predictor`` has it.
         max_cond_frames_in_attn: at most so many frames with first prompts condition a frame, those nearest to it: the
             last before, the next after, then the others; -1 for all.
+        upsampling: how masks come to the size of the video: ``bilinear`` as in the official predictor, or ``guided``
+            by the frame's colours, with edges that follow its own (``omniops.sam2.upsampling``). What is remembered of
+            a frame is the same.
 
     Raises:
         TypeError: where ``model`` or an argument is something else.
-        ValueError: for an area below 0, or less than 2 frames that are not -1.
+        ValueError: for an area below 0, less than 2 frames that are not -1, or another way of upsampling.
     """
 
     def __init__(
@@ -108,6 +113,7 @@ class SAM2VideoPredictor(Pretrained):
         add_all_frames_to_correct_as_cond: bool = False,
         binarize_mask_from_pts_for_mem_enc: bool = True,
         max_cond_frames_in_attn: int = -1,
+        upsampling: str = "bilinear",
     ) -> None:
         require_model(model, "model")
         self.model = model
@@ -121,6 +127,9 @@ class SAM2VideoPredictor(Pretrained):
         self.max_cond_frames_in_attn = an_int("max_cond_frames_in_attn", max_cond_frames_in_attn)
         if self.max_cond_frames_in_attn != -1 and self.max_cond_frames_in_attn < 2:
             raise ValueError(f"max_cond_frames_in_attn must be -1 or at least 2, got {max_cond_frames_in_attn}")
+        if upsampling not in ("bilinear", "guided"):
+            raise ValueError(f"upsampling must be bilinear or guided, got {upsampling!r}")
+        self.upsampling = upsampling
 
     @property
     def device(self) -> torch.device:
@@ -132,9 +141,14 @@ class SAM2VideoPredictor(Pretrained):
         """The side of the square that frames are resized to."""
         return int(self.model.image_size)
 
+    @property
+    def frames_at_once(self) -> int:
+        """How many frames the encoder is given as one batch."""
+        return min(_ENCODED_AT_ONCE.get(self.device.type, 1), _FEATURES)
+
     def init_state(
         self,
-        video_path: str | PathLike[str],
+        video_path: str | PathLike[str] | Frames,
         offload_video_to_cpu: bool = False,
         offload_state_to_cpu: bool = False,
         async_loading_frames: bool = False,
@@ -142,7 +156,8 @@ class SAM2VideoPredictor(Pretrained):
         """Open a video.
 
         Args:
-            video_path: a video file of any kind that FFmpeg reads, or a folder of pictures, as ``Frames`` takes them.
+            video_path: a video file of any kind that FFmpeg reads, or a folder of pictures, as ``Frames`` takes them,
+                or ``Frames`` themselves, which several states may share.
             offload_video_to_cpu: no matter: frames are on the CPU until the encoder is given one.
             offload_state_to_cpu: keep masks and memories on the CPU; slower on a GPU, for many objects.
             async_loading_frames: no matter: frames are loaded when they are needed.
@@ -150,7 +165,7 @@ class SAM2VideoPredictor(Pretrained):
         Raises:
             FileNotFoundError, ImportError, TypeError, ValueError: as ``Frames``.
         """
-        frames = Frames(video_path)
+        frames = video_path if isinstance(video_path, Frames) else Frames(video_path)
         return InferenceState(frames, self.image_size, self.device, offload_video_to_cpu, offload_state_to_cpu)
 
     @devices.exclusively
@@ -188,10 +203,7 @@ class SAM2VideoPredictor(Pretrained):
         """
         state = a_state(inference_state)
         frame = a_frame(state, "frame_idx", frame_idx)
-        width, height = (state.video_width, state.video_height) if normalize_coords else (1, 1)
-        where, which = points_and_box(points, labels, box, clear_old_points)
-        where = (where / where.new_tensor([width, height]) * self.image_size).to(self.device)
-        which = which.to(self.device)
+        where, which = self._prompt(state, points, labels, box, clear_old_points, normalize_coords)
         track = a_track(state, obj_id)
         if not clear_old_points and frame in track.points:
             before = track.points[frame]
@@ -208,11 +220,12 @@ class SAM2VideoPredictor(Pretrained):
             else:
                 embedding = self._conditioned(state, [track], frame, features, reverse=track.reverse[frame])
             seen = memory.segment(self.model, features, embedding, where, which, mask)
-        track.points[frame] = where, which
-        track.prompted.add(frame)
-        track.new(conditioning)[frame] = self._outputs(state, seen, prompted=True)[0]
-        state._tracks[obj_id] = track
-        return frame, state.obj_ids, self._masks_on(state, frame, conditioning)
+        with state.unchanged_on_error(obj_id):
+            track.points[frame] = where, which
+            track.prompted.add(frame)
+            track.new(conditioning)[frame] = self._outputs(state, seen, prompted=True)[0]
+            state._tracks[obj_id] = track
+            return frame, state.obj_ids, self._masks_on(state, frame, conditioning)
 
     def add_new_points(self, *args: Any, **kwargs: Any) -> MasksOnFrame:
         """``add_new_points_or_box`` by its older name."""
@@ -251,11 +264,45 @@ class SAM2VideoPredictor(Pretrained):
         conditioning = _is_first(track, frame) or self.add_all_frames_to_correct_as_cond
         with network.precision(self.model):
             seen = memory.given(self.model, self._features(state, frame), binary)
-        track.points.pop(frame, None)
-        track.prompted.add(frame)
-        track.new(conditioning)[frame] = self._outputs(state, seen, prompted=True)[0]
-        state._tracks[obj_id] = track
-        return frame, state.obj_ids, self._masks_on(state, frame, conditioning)
+        with state.unchanged_on_error(obj_id):
+            track.points.pop(frame, None)
+            track.prompted.add(frame)
+            track.new(conditioning)[frame] = self._outputs(state, seen, prompted=True)[0]
+            state._tracks[obj_id] = track
+            return frame, state.obj_ids, self._masks_on(state, frame, conditioning)
+
+    @devices.exclusively
+    @torch.inference_mode()
+    def preview(
+        self,
+        inference_state: InferenceState,
+        frame_idx: int,
+        points: ArrayLike | Tensor | None = None,
+        labels: ArrayLike | Tensor | None = None,
+        normalize_coords: bool = True,
+        box: ArrayLike | Tensor | None = None,
+    ) -> Tensor:
+        """The mask that a prompt would give a new object, as where a pointer is over it; the state stays as it is.
+
+        The encoder's features of the frame are kept, so that only the first preview on a frame waits for them.
+
+        Args:
+            inference_state, frame_idx, points, labels, normalize_coords, box: as in ``add_new_points_or_box``.
+
+        Returns:
+            Mask logits, (1, 1, H, W), float32, above 0 inside.
+
+        Raises:
+            TypeError, ValueError: as ``add_new_points_or_box``.
+        """
+        state = a_state(inference_state)
+        frame = a_frame(state, "frame_idx", frame_idx)
+        where, which = self._prompt(state, points, labels, box, True, normalize_coords)
+        with network.precision(self.model):
+            features = self._features(state, frame)
+            embedding = network.without_memory(self.model, features.embedding)
+            seen = memory.segment(self.model, features, embedding, where, which)
+        return self._resized(state, frame, self._outputs(state, seen, prompted=True))
 
     @torch.inference_mode()
     def propagate_in_video(
@@ -335,6 +382,18 @@ class SAM2VideoPredictor(Pretrained):
 
     @devices.exclusively
     @torch.inference_mode()
+    def masks_on_frame(self, inference_state: InferenceState, frame_idx: int) -> MasksOnFrame:
+        """What is known of all objects on a frame, as ``add_new_points_or_box`` returns it; nothing is tracked.
+
+        Raises:
+            ValueError: for a frame that there is none.
+        """
+        state = a_state(inference_state)
+        frame = a_frame(state, "frame_idx", frame_idx)
+        return frame, state.obj_ids, self._masks_on(state, frame, _is_new(state, frame))
+
+    @devices.exclusively
+    @torch.inference_mode()
     def remove_object(
         self, inference_state: InferenceState, obj_id: Hashable, strict: bool = False, need_output: bool = True
     ) -> tuple[list[Any], list[tuple[int, Tensor]]]:
@@ -380,15 +439,30 @@ class SAM2VideoPredictor(Pretrained):
             if frame in track.conditioning and self.clear_non_cond_mem_around_input:
                 self._forget_around(track, frame)
             track.reverse[frame] = reverse
-        return self._resized(state, [track.conditioning.get(frame) or track.others[frame] for track in tracks.values()])
+        outputs = [track.conditioning.get(frame) or track.others[frame] for track in tracks.values()]
+        return self._resized(state, frame, outputs)
+
+    def _prompt(
+        self,
+        state: InferenceState,
+        points: ArrayLike | Tensor | None,
+        labels: ArrayLike | Tensor | None,
+        box: ArrayLike | Tensor | None,
+        clear_old_points: bool,
+        normalize_coords: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Points, (1, P, 2), in pixels of the resized frame, and their labels, (1, P), on the device."""
+        width, height = (state.video_width, state.video_height) if normalize_coords else (1, 1)
+        where, which = points_and_box(points, labels, box, clear_old_points)
+        where = where / where.new_tensor([width, height]) * self.image_size
+        return where.to(self.device), which.to(self.device)
 
     def _features(self, state: InferenceState, frame: int, coming: Sequence[int] = ()) -> network.Features:
         """Those of a frame; where they have to be made, also those of frames that come next, as one batch."""
         if frame not in state._features:
             pixels = {frame: state.images[frame]}
-            more = min(_ENCODED_AT_ONCE.get(self.device.type, 1), _FEATURES) - 1
             with suppress(FrameError):  # it is raised where that frame's turn comes
-                for t in coming[:more]:
+                for t in coming[: self.frames_at_once - 1]:
                     if t not in state._features:
                         pixels[t] = state.images[t]
             with network.precision(self.model):
@@ -410,14 +484,17 @@ class SAM2VideoPredictor(Pretrained):
         logits = logits.to(self.device, torch.float32)
         return fill_holes(logits, self.fill_hole_area) if filled and self.fill_hole_area > 0 else logits
 
-    def _resized(self, state: InferenceState, outputs: Sequence[Output | None]) -> Tensor:
-        """The masks at the size of the video, (N, 1, H, W)."""
+    def _resized(self, state: InferenceState, frame: int, outputs: Sequence[Output | None]) -> Tensor:
+        """The masks of a frame at the size of the video, (N, 1, H, W)."""
         size = (state.video_height, state.video_width)
         masks = torch.full((len(outputs), 1, *size), memory.NO_OBJECT, device=self.device)
         known = [i for i, output in enumerate(outputs) if output is not None]
         if known:
             low = torch.cat([self._mask(output) for output in outputs if output is not None])
-            larger = F.interpolate(low, size, mode="bilinear", align_corners=False)
+            if self.upsampling == "guided":
+                larger = guided(low, planes(state.frames[frame], self.device), size)
+            else:
+                larger = F.interpolate(low, size, mode="bilinear", align_corners=False)
             for i, mask in zip(known, larger, strict=True):  # a list as index would have CUDA waited for
                 masks[i] = mask
         return self._apply_non_overlapping_constraints(masks) if self.non_overlap_masks else masks
@@ -434,7 +511,7 @@ class SAM2VideoPredictor(Pretrained):
         return torch.where(best == index, pred_masks, pred_masks.clamp(max=-10))
 
     def _masks_on(self, state: InferenceState, frame: int, conditioning: bool) -> Tensor:
-        return self._resized(state, [track.latest(frame, conditioning) for track in state._tracks.values()])
+        return self._resized(state, frame, [track.latest(frame, conditioning) for track in state._tracks.values()])
 
     def _track(
         self, state: InferenceState, tracks: Iterable[Track], frame: int, features: network.Features, reverse: bool
