@@ -25,7 +25,8 @@ class Settings:
         data: the folder of gallery, posters and uploads; nothing outside it and ``gallery`` is opened.
         gallery: the folder of the videos that are offered; ``gallery`` in ``data`` if None.
         default_video: the API's path (``gallery/NAME.mp4``) of the video that is shown first.
-        api_url: the address that browsers reach the server by, which precedes the path in every URL that it gives.
+        api_url: the address that browsers reach the server by, which precedes the path in every URL that it gives; if
+            empty, the one that the request came to.
         model: a checkpoint or a size, as ``omniops.sam2.load`` takes it.
         device: one device or several, separated by commas; a predictor runs on each.
         token: what clients that are not on this machine have to know; None where none is asked for.
@@ -41,7 +42,7 @@ class Settings:
     data: Path = Path("/data")
     gallery: Path = field(default=None)  # type: ignore[assignment]  # set below from data
     default_video: str = ""
-    api_url: str = "http://localhost:7263"
+    api_url: str = ""
 
     model: str = "tiny"
     device: str = "auto"

@@ -1,0 +1,36 @@
+"""The client's connection under gunicorn: how long it may stall, and whether it is still there."""
+
+from __future__ import annotations
+
+import select
+import socket
+from typing import Any
+
+
+def _socket(environ: dict[str, Any]) -> socket.socket | None:
+    """The client's socket, where the server gives it away: gunicorn does."""
+    found = environ.get("gunicorn.socket")
+    return found if isinstance(found, socket.socket) else None
+
+
+def limit_stalls(environ: dict[str, Any], seconds: float) -> None:
+    """Have the connection broken off when the client neither reads nor writes for so long.
+
+    Gunicorn takes the time-out back before it waits for the connection's next request.
+    """
+    found = _socket(environ)
+    if found is not None:
+        found.settimeout(seconds)
+
+
+def is_gone(environ: dict[str, Any]) -> bool:
+    """Whether the client closed the connection; False where that cannot be known."""
+    found = _socket(environ)
+    if found is None:
+        return False
+    try:
+        readable, _, _ = select.select([found], [], [], 0)
+        # Of TLS only the end of the TCP connection could be told from data by reading, which would take the data.
+        return bool(readable) and not hasattr(found, "cipher") and found.recv(1, socket.MSG_PEEK) == b""
+    except (OSError, ValueError):  # closed on this side, too
+        return True
