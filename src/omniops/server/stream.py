@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from omniops.server.errors import UNKNOWN_ERROR, ServerError
@@ -60,9 +61,17 @@ class Parts:
 
     So what goes wrong before it is raised here, where an answer with a status is still possible. Closing it, which WSGI
     servers do when the client went away, ends the propagation.
+
+    Args:
+        frames: (frame, masks), as ``part`` takes them.
+        on_close: called once, when it is closed or garbage; not where making it raises.
     """
 
-    def __init__(self, frames: Iterator[tuple[int, list[tuple[int, dict[str, Any]]]]]) -> None:
+    def __init__(
+        self,
+        frames: Iterator[tuple[int, list[tuple[int, dict[str, Any]]]]],
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
         self._frames = frames
         self._first: list[bytes] = []
         self._is_over = False
@@ -71,8 +80,10 @@ class Parts:
                 self._first.append(part(frame_index, masks))
                 break
         except BaseException:
-            self.close()
+            self._close_frames()
             raise
+        # A response that is never iterated over may never be closed either.
+        self._close = weakref.finalize(self, on_close)
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -98,6 +109,12 @@ class Parts:
     def close(self) -> None:
         """End the propagation, if it has not ended; may be called again."""
         self._is_over = True
+        try:
+            self._close_frames()
+        finally:
+            self._close()
+
+    def _close_frames(self) -> None:
         close = getattr(self._frames, "close", None)
         if close is not None:
             close()
