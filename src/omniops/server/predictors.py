@@ -21,6 +21,7 @@ from omniops.server.turns import Turns
 _INFERENCE = "omniops.server.inference:Inference"
 _MEMORY_AGE = 1.0  # seconds that figures of memory are not asked for again
 _CLOSING = 5.0  # seconds that close() waits for what the predictor is doing
+_STOPPING = "The server is stopping."
 _SEE_LOG = "Whoever runs this server finds more in its log."
 
 _log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Predictor:
         """How often it was started after its process had died."""
         self.description: dict[str, Any] | None = None
         """What ``Inference.describe()`` said at the last start."""
-        self.memory: dict[str, Any] = {"allocated": None, "total": None, "sessions": {}}
+        self.memory = _no_memory()
         """What ``Inference.memory()`` said last."""
         self.failure: ServerError | None = None
         """Why the last start failed; None if it did not."""
@@ -93,7 +94,7 @@ class Predictor:
         attempts = self._attempts
         with self.turns.click() if kind == "click" else self.turns.frame():
             if self._is_closed:
-                raise Busy("The server is stopping.")
+                raise Busy(_STOPPING)
             if start is None:
                 self._ensure(attempts)
             elif self._inference is None or start != self.starts:
@@ -157,6 +158,8 @@ class Predictor:
             raise StartError(self.failure.message)  # that of an attempt that the caller waited for, too
         try:
             self._start()
+        except ServerError:
+            raise
         except Exception as error:
             _log.error("The predictor on %s cannot start", self.device, exc_info=error)
             self.failure = StartError(f"{_start_failure(error)} {_SEE_LOG}")
@@ -167,11 +170,14 @@ class Predictor:
     def _start(self) -> None:
         inference = self._make()
         try:
-            self.description = inference.describe()
+            description = inference.describe()
+            if self._is_closed:
+                raise Busy(_STOPPING)
         except BaseException:
             _shut_down(inference)
             raise
         self._inference = inference
+        self.description = description
         self.failure = None
         self.starts += 1
         self.restarts += self._has_died
@@ -186,7 +192,7 @@ class Predictor:
 
     def _shut_down(self) -> None:
         inference, self._inference = self._inference, None
-        self.memory = {"allocated": None, "total": None, "sessions": {}}
+        self.memory = _no_memory()
         if inference is not None:
             _shut_down(inference)
 
@@ -196,7 +202,7 @@ class Predictor:
         self._inference = None
         self._has_died = False
         self.restarts = 0
-        self.memory = {"allocated": None, "total": None, "sessions": {}}
+        self.memory = _no_memory()
 
 
 def make_predictors(settings: Settings) -> list[Predictor]:
@@ -204,19 +210,28 @@ def make_predictors(settings: Settings) -> list[Predictor]:
     return [Predictor(functools.partial(make_inference, settings, device), device) for device in settings.devices]
 
 
+def has_processes() -> bool:
+    """Whether predictors run in processes of their own. Windows has no ``remote``: there they run in this one."""
+    return os.name == "posix"
+
+
 def make_inference(settings: Settings, device: str) -> Any:
-    """The ``Inference`` on a device: in a process of its own, but on Windows, which has no ``remote``, in this one."""
+    """The ``Inference`` on a device, in a process of its own where the system has them; see ``has_processes``."""
     # Random weights are asked for by size, whose official name has an underscore.
     model = settings.model.replace("_", "-") if settings.random_weights else settings.model
     options: dict[str, Any] = {"random_weights": settings.random_weights}
     if settings.image_size is not None:
         options["image_size"] = settings.image_size
-    if os.name == "posix":
+    if has_processes():
         return _Process(remote(model, predictor=_INFERENCE, device=device, **options))
     from omniops.sam2 import load
     from omniops.server.inference import Inference
 
     return Inference(load(model, device, **options))
+
+
+def _no_memory() -> dict[str, Any]:
+    return {"allocated": None, "total": None, "sessions": {}}
 
 
 class _Process:

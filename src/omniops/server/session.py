@@ -72,6 +72,7 @@ class Session:
         self._found: dict[int, dict[int, str]] = {}
         self._found_bytes = 0
         self._stream: _Stream | None = None
+        self._calls = 0
         self._begun: _Stream | None = None  # what the predictor propagates; read and written within its turns alone
 
     @property
@@ -84,6 +85,11 @@ class Session:
         """Whether it is being propagated."""
         stream = self._stream
         return stream is not None and not stream.is_over
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being computed for it, or waits for its turn; not between two parts of a propagation."""
+        return self._calls > 0
 
     @property
     def nbytes(self) -> int:
@@ -298,12 +304,11 @@ class Session:
     @contextmanager
     def _turn(self, kind: Literal["click", "frame"]) -> Iterator[Any]:
         self._check()
+        self._count(1)
         try:
             with self.predictor.turn(kind, self.predictor_start) as inference:
                 self._check()  # it may have ended while this waited
-                self.last_used = self._owner.clock()
                 yield inference
-                self.last_used = self._owner.clock()
         except DiedError:
             self._check()  # says so by name
             raise
@@ -313,6 +318,13 @@ class Session:
             self._owner.lose(self)
             self._check()
             raise
+        finally:
+            self.last_used = self._owner.clock()
+            self._count(-1)
+
+    def _count(self, calls: int) -> None:
+        with self._lock:
+            self._calls += calls
 
     def _check(self) -> None:
         if self.ended is not None:

@@ -46,7 +46,6 @@ class Sessions:
         self, settings: Settings, predictors: Sequence[Predictor], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.predictors = list(predictors)
-        self.metrics = Metrics(clock)
         self.clock = clock
         self._settings = settings
         for predictor in self.predictors:
@@ -55,6 +54,7 @@ class Sessions:
         _all.add(self)
 
     def _reset(self) -> None:
+        self.metrics = Metrics(self.clock)
         # Of what follows. A turn of a predictor may be held when it is taken, but is never taken while it is held.
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
@@ -294,7 +294,7 @@ class Sessions:
         now = self.clock()
         if session.leaves_at is not None and now >= session.leaves_at:
             return _LEFT_BEHIND
-        if now - session.last_used > self._settings.session_timeout:
+        if not session.is_busy and now - session.last_used > self._settings.session_timeout:
             return f"expired after {_span(self._settings.session_timeout)} without use"
         return None
 
@@ -302,7 +302,8 @@ class Sessions:
         """The session that makes room: one whose page was left, or the one that was idle longest, if long enough."""
         others = [session for session in self._sessions.values() if session is not newest]
         left = [session for session in others if session.leaves_at is not None]
-        oldest = min(left or others, key=lambda session: session.last_used, default=None)
+        idle = left or [session for session in others if not session.is_busy]
+        oldest = min(idle, key=lambda session: session.last_used, default=None)
         if oldest is not None and (left or self.clock() - oldest.last_used > _IDLE):
             return oldest
         return None
