@@ -2,18 +2,279 @@
 
 from __future__ import annotations
 
-from flask import Flask, Response
+import json
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from typing import Any
 
+from flask import Flask, Request, Response, current_app, request, send_file
+from werkzeug.exceptions import HTTPException
+
+from omniops.server import connection, graphql, stream
+from omniops.server.errors import UNKNOWN_ERROR, Busy, NotFound, ServerError
+from omniops.server.metrics import CONTENT_TYPE as METRICS_TYPE
+from omniops.server.predictors import Predictor, make_predictors
+from omniops.server.schema import Context, make_schema
+from omniops.server.security import COOKIE, Guard, page_headers
+from omniops.server.sessions import Sessions
 from omniops.server.settings import Settings
+from omniops.server.videos import Video, Videos
+
+_MAX_JSON_BYTES = 8_000_000  # a mask, and every click on an object
+_MAX_FIELD_BYTES = 200_000  # of a form, besides its file
+_MAX_FORM_PARTS = 8
+_STREAM_PATIENCE = 2.0  # seconds that a propagation waits for the end of one that was cancelled
+
+_WORDS = {
+    400: "The request cannot be read",
+    404: "There is nothing at this address",
+    405: "This address does not take this method",
+    408: "The request did not come in time",
+    411: "The request has to tell its length",
+    413: "The request is larger than the server takes",
+    414: "The address is too long",
+    415: "The request has to be JSON, with Content-Type: application/json",
+    416: "The file has no such range",
+}
+_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".json": "application/json",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+}
+
+_logger = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings) -> Flask:
-    """The application that ``settings`` describe."""
+class Server:
+    """What the routes share."""
+
+    def __init__(self, settings: Settings, predictors: Sequence[Predictor]) -> None:
+        self.settings = settings
+        self.guard = Guard(settings)
+        self.schema = make_schema(settings.debug)
+        self.videos = Videos(settings)
+        self.sessions = Sessions(settings, predictors)
+        self.streams = threading.BoundedSemaphore(settings.max_streams)
+        self.page_headers = page_headers(settings)
+
+    def receive(self, file: Any, **options: Any) -> Video:
+        """Store what this request uploads; waits for it to be checked and converted."""
+        raise NotImplementedError
+
+
+class _UploadRequest(Request):
+    """A request whose files go to the disk as they come, whatever their size."""
+
+    max_form_parts = _MAX_FORM_PARTS
+    max_form_memory_size = _MAX_FIELD_BYTES
+
+    def _get_file_stream(self, *args: Any, **kwargs: Any) -> Any:
+        from omniops.server import uploads
+
+        return uploads.temporary_file(_server().settings)
+
+
+def create_app(settings: Settings, predictors: Sequence[Predictor] | None = None) -> Flask:
+    """The application that ``settings`` describe.
+
+    Args:
+        predictors: one for each device; by default processes of their own, none of which starts before it is used.
+    """
     app = Flask("omniops.server", static_folder=None, template_folder=None)
-    app.extensions["omniops"] = settings
-
-    @app.get("/healthy")
-    def healthy() -> Response:
-        return Response("OK")
-
+    app.request_class = _UploadRequest
+    app.extensions["omniops"] = Server(settings, make_predictors(settings) if predictors is None else predictors)
+    app.before_request(_check)
+    app.after_request(_add_headers)
+    app.register_error_handler(ServerError, _refusal)
+    app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(Exception, _unknown_error)
+    _add_routes(app)
     return app
+
+
+def _add_routes(app: Flask) -> None:
+    routes: list[tuple[str, tuple[str, ...], Callable[..., Response]]] = [
+        ("/healthy", ("GET",), _healthy),
+        ("/graphql", ("GET", "POST"), _graphql),
+        ("/propagate_in_video", ("POST",), _propagate),
+        ("/<any(gallery, posters, uploads):folder>/<path:name>", ("GET",), _media),
+        ("/", ("GET",), _page),
+        ("/page/<path:name>", ("GET",), _page),
+        ("/favicon.ico", ("GET",), _favicon),
+        ("/metrics", ("GET",), _metrics),
+        ("/login", ("POST",), _login),
+        ("/sessions/<session_id>/leave", ("POST",), _leave),
+        ("/downloads/<session_id>", ("GET",), _download),
+        ("/progress/<key>", ("GET",), _progress),
+    ]
+    for rule, methods, view in routes:
+        app.add_url_rule(rule, view.__name__.strip("_"), view, methods=methods, provide_automatic_options=False)
+
+
+def _server() -> Server:
+    server: Server = current_app.extensions["omniops"]
+    return server
+
+
+def _check() -> Response | None:
+    """What comes before every route."""
+    server = _server()
+    if request.environ.get("wsgi.multiprocess"):
+        # Sessions live in this process alone: with several, a request would come to one that does not know it.
+        raise Busy("The server runs in several processes and cannot: start gunicorn with --workers 1")
+    if not request.environ.get("wsgi.multithread"):
+        raise Busy("The server runs in one thread and cannot: start gunicorn with --worker-class gthread --threads 8")
+    connection.limit_stalls(request.environ, server.settings.send_timeout)
+    server.guard.check(request)
+    if request.method == "OPTIONS":
+        return Response(content_type="text/html; charset=utf-8")
+    is_form = request.mimetype == "multipart/form-data"
+    request.max_content_length = _MAX_JSON_BYTES + (server.settings.max_upload_bytes if is_form else 0)
+    return None
+
+
+def _add_headers(response: Response) -> Response:
+    server = _server()
+    server.guard.add_cors(request, response)
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "no-referrer"
+    # The official front end, of another origin, shows videos and posters; nobody else's page may have anything.
+    is_media = request.endpoint == "media"
+    response.headers["Cross-Origin-Resource-Policy"] = "cross-origin" if is_media else "same-origin"
+    if request.endpoint == "page":
+        response.headers.update(server.page_headers)
+    elif "Content-Security-Policy" not in response.headers:
+        # An uploaded or sent file that a browser is made to open as a page does nothing there.
+        response.headers["Content-Security-Policy"] = "default-src 'none'; frame-ancestors 'none'; sandbox"
+    return response
+
+
+def _error(message: str, status: int) -> Response:
+    """An error in the form of the route that was asked."""
+    if request.path == "/graphql":
+        body: dict[str, Any] = {"data": None, "errors": [{"message": message}]}
+    else:
+        body = {"error": {"message": message}}
+    response = Response(json.dumps(body), status, content_type="application/json")
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if status == 503:
+        response.headers["Retry-After"] = "10"
+    return response
+
+
+def _refusal(error: ServerError) -> Response:
+    return _error(error.message, error.status)
+
+
+def _http_error(error: HTTPException) -> Response:
+    status = error.code or 500
+    response = _error(_WORDS.get(status, UNKNOWN_ERROR if status >= 500 else _WORDS[400]), status)
+    for name, value in error.get_headers():
+        if name in ("Allow", "Content-Range"):
+            response.headers[name] = value
+    return response
+
+
+def _unknown_error(error: Exception) -> Response:
+    _logger.error("A request failed: %s %s", request.method, request.path, exc_info=error)
+    return _error(UNKNOWN_ERROR, 500)
+
+
+def _healthy() -> Response:
+    return Response("OK", content_type="text/html; charset=utf-8")
+
+
+def _graphql() -> Response:
+    server = _server()
+    base_url = server.settings.api_url or request.host_url.rstrip("/")
+    context = Context(server.settings, server.sessions, server.videos, base_url, server.receive)
+    return graphql.serve(server.schema, request, context, server.settings.debug)
+
+
+def _propagate() -> Response:
+    body = request.get_json()  # 415 for another type, 400 for what is no JSON
+    session_id = body.get("session_id") if isinstance(body, dict) else None
+    if not isinstance(session_id, str):
+        raise ServerError("The request has to name its session_id, a string")
+    start = body.get("start_frame_index", 0)
+    if not isinstance(start, int) or isinstance(start, bool):
+        raise ServerError("start_frame_index has to be a whole number")
+    server = _server()
+    session = server.sessions.get(session_id)
+    if session.tracking:
+        session.cancel()  # what it does until now makes room for what it is asked for
+    slot = server.streams
+    if not slot.acquire(timeout=_STREAM_PATIENCE):
+        raise Busy(f"{server.settings.max_streams} videos are tracked right now, which is all that the server does")
+    try:
+        parts = stream.Parts(session.propagate(start), on_close=slot.release)
+    except BaseException:
+        slot.release()
+        raise
+    return Response(parts, content_type=stream.CONTENT_TYPE, direct_passthrough=True)
+
+
+def _media(folder: str, name: str) -> Response:
+    videos, path = _server().videos, f"{folder}/{name}"
+    place = videos.poster(path) if folder == "posters" else videos.find(path)
+    try:
+        return send_file(place, conditional=True, download_name=name.rpartition("/")[2])
+    except OSError:
+        raise NotFound("There is no such file") from None
+
+
+def _page(name: str = "index.html") -> Response:
+    folder = files("omniops.server") / "page"
+    known = {each.name: each for each in folder.iterdir() if each.is_file()}
+    suffix = name[name.rfind(".") :]
+    if name not in known or suffix not in _TYPES:
+        raise NotFound(_WORDS[404])
+    response = Response(known[name].read_bytes(), content_type=f"{_TYPES[suffix]}; charset=utf-8")
+    response.cache_control.no_cache = True  # asked for anew after an update, by its ETag
+    response.add_etag()
+    response.make_conditional(request)
+    return response
+
+
+def _favicon() -> Response:
+    return _page("favicon.svg")
+
+
+def _metrics() -> Response:
+    return Response(_server().sessions.metrics_text(), content_type=METRICS_TYPE)
+
+
+def _login() -> Response:
+    body = request.get_json()
+    token = body.get("token") if isinstance(body, dict) else None
+    guard = _server().guard
+    if not isinstance(token, str) or not guard.knows(token):
+        raise ServerError("This is not the server's token", 401)
+    response = Response("{}", content_type="application/json")
+    is_secure = request.is_secure or _server().settings.api_url.startswith("https:")
+    response.set_cookie(COOKIE, guard.cookie_value(), httponly=True, samesite="Strict", secure=is_secure)
+    return response
+
+
+def _leave(session_id: str) -> Response:
+    _server().sessions.leave(session_id)
+    return Response(status=204)
+
+
+def _progress(key: str) -> Response:
+    progress = _server().videos.jobs.progress(key)
+    if progress is None:
+        raise NotFound("Nothing of this name is being done")
+    response = Response(json.dumps(progress.as_json()), content_type="application/json")
+    response.cache_control.no_store = True
+    return response
+
+
+def _download(session_id: str) -> Response:
+    raise NotImplementedError
