@@ -11,7 +11,7 @@ import omniops as omniops_package
 from omniops.cli import app, common
 from omniops.cli.common import digits
 
-COMMANDS = ("doctor", "selftest", "bench", "demo", "detect", "detect-eval", "segment")
+COMMANDS = ("doctor", "selftest", "bench", "demo", "detect", "detect-eval", "segment", "serve")
 
 
 def test_help_names_every_command(omniops):
@@ -61,7 +61,7 @@ for name in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize("command", [(), ("segment",), ("detect",)])
+@pytest.mark.parametrize("command", [(), ("segment",), ("detect",), ("serve",)])
 def test_help_imports_nothing_heavy(command):
     result = _python(_AS_INSTALLED + _HELP, *command, "--help")
     assert "Usage: omniops" in result.stdout

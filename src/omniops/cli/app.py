@@ -58,6 +58,11 @@ COMMANDS = {
     "segment": Command(
         "segment", "segment", "Cut objects out of a picture, or follow them through a video, with SAM 2."
     ),
+    "serve": Command(
+        "serve",
+        "serve",
+        "Serve SAM 2 in the browser: the API of its demo, a page, and sessions for several people at once.",
+    ),
     # omniops bench --help names it
     _BENCH_SAM2: Command(
         "bench_sam2",

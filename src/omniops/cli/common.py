@@ -28,6 +28,11 @@ EXTRAS = {
     "pictures": {"pillow": "PIL", "matplotlib": "matplotlib"},
     "detect": {"torchvision": "torchvision", "faster-coco-eval": "faster_coco_eval"},
     "sam2": {"transformers": "transformers", "av": "av"},
+    "server": {
+        "flask": "flask",
+        "strawberry-graphql": "strawberry",
+        **({"gunicorn": "gunicorn"} if os.name == "posix" else {"waitress": "waitress"}),
+    },
 }
 
 # Outside a terminal rich would wrap tables at 80 columns, whatever reads them.
