@@ -17,7 +17,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 # What a build leaves is of one environment, whose nanobind CMake remembers.
 export SKBUILD_BUILD_DIR := $(VENV)/build
 
-.PHONY: demo test test-all test-oldest test-middle lint bench clean anew
+.PHONY: demo test test-all test-browser test-oldest test-middle lint bench clean anew
 .DEFAULT_GOAL := test
 
 # Another TORCH installs again, another PYTHON starts .venv anew.
@@ -65,6 +65,15 @@ test-middle:
 	mkdir -p build
 	echo 'numpy<2.4' >build/middle.txt
 	$(MAKE) test VENV=.venv-middle TORCH='$(MIDDLE)' TESTS='tests/backends tests/ops tests/nn tests/dropin tests/sam2'
+
+# The page in Debian's chromium, which is installed where it is missing and root asks. Nothing is skipped here.
+test-browser: export OMNIOPS_TEST_BROWSER = required
+test-browser: $(INSTALLED)
+	@command -v chromium >/dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; \
+	} || { echo 'the tests of the page need chromium, which is not installed: apt-get install chromium, as root' >&2; exit 1; }
+	$(BIN)/python -m pytest tests/browser
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
