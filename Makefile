@@ -66,13 +66,13 @@ test-middle:
 	echo 'numpy<2.4' >build/middle.txt
 	$(MAKE) test VENV=.venv-middle TORCH='$(MIDDLE)' TESTS='tests/backends tests/ops tests/nn tests/dropin tests/sam2'
 
-# The page in Debian's chromium, which is installed where it is missing and root asks. Nothing is skipped here.
-test-browser: export OMNIOPS_TEST_BROWSER = required
+# The page in chromium, which is installed where it is missing and root asks. What make test skips without is an error.
 test-browser: $(INSTALLED)
-	@command -v chromium >/dev/null || { \
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
 		test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
 		apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; \
 	} || { echo 'the tests of the page need chromium, which is not installed: apt-get install chromium, as root' >&2; exit 1; }
+	$(BIN)/python -c 'import playwright'
 	$(BIN)/python -m pytest tests/browser
 
 lint: $(INSTALLED)
