@@ -81,15 +81,19 @@ class Settings:
         object.__setattr__(self, "data", Path(self.data))
         object.__setattr__(self, "gallery", Path(self.gallery) if self.gallery is not None else self.data / "gallery")
         object.__setattr__(self, "api_url", self.api_url.rstrip("/"))
-        for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.video_encode_seek_time < 0:
-            raise ValueError(f"video_encode_seek_time must not be negative, got {self.video_encode_seek_time}")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 if name in _MAY_BE_ZERO else value > 0):
+                wanted = "not be negative" if name in _MAY_BE_ZERO else "be positive"
+                raise ValueError(f"{name} must {wanted}, got {value}")
         if not self.devices:
             raise ValueError(f"device must name at least one device, got {self.device!r}")
         if self.token is not None and not self.token:
             raise ValueError("token must not be empty")
+        for name, addresses in (("api_url", (self.api_url,) if self.api_url else ()), ("origins", self.origins)):
+            for address in addresses:
+                if not address.startswith(("http://", "https://")):
+                    raise ValueError(f"{name} must begin with http:// or https://, got {address!r}")
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -194,8 +198,5 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     _OFFICIAL.get(item.name, f"OMNIOPS_{item.name.upper()}"): (item.name, _READERS[str(item.type)])
     for item in fields(Settings)
 }
-_POSITIVE = tuple(
-    item.name
-    for item in fields(Settings)
-    if item.type in ("int", "float") and item.name not in ("video_encode_seek_time", "video_encode_crf")
-)
+_NUMBERS = tuple(item.name for item in fields(Settings) if item.type in ("int", "int | None", "float"))
+_MAY_BE_ZERO = ("video_encode_seek_time", "video_encode_crf")
