@@ -1,0 +1,156 @@
+"""A server of each kind that the tests of the page need, and a real browser."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from omniops.drawing import VideoWriter
+
+TESTS = Path(__file__).parents[1]
+SCREENSHOTS = TESTS.parent / "build" / "screenshots"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WIDE = {"width": 1280, "height": 800}
+NARROW = {"width": 360, "height": 740}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skipped only where there is no browser to test in."""
+    missing = []
+    if CHROMIUM is None:
+        missing.append("the program chromium")
+    try:
+        import playwright  # noqa: F401
+    except ImportError:
+        missing.append("the package playwright")
+    if missing:
+        skip = pytest.mark.skip(reason=f"the page is tested in a real browser, and {' and '.join(missing)} is not installed")
+        for item in items:
+            if Path(item.fspath).is_relative_to(Path(__file__).parent):
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """balloons.mp4, of scene.py."""
+    from browser import scene
+
+    path = tmp_path_factory.mktemp("clips") / "balloons.mp4"
+    with VideoWriter(path, fps=scene.FPS) as writer:
+        for frame in range(scene.FRAMES):
+            writer.write(scene.picture(frame))
+    return path
+
+
+@pytest.fixture(scope="session")
+def short_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """short.mp4, 12 small frames, each with its number's place lit: quick to track."""
+    from browser import scene
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("clips") / "short.mp4"
+    with VideoWriter(path, fps=12) as writer:
+        import numpy as np
+
+        for frame in range(12):
+            small = Image.fromarray(scene.picture(4 * frame)).resize((192, 108))
+            writer.write(np.asarray(small))
+    return path
+
+
+class Server:
+    """A running server, which can be ended."""
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+        assert process.stdout is not None
+        self.process = process
+        self.folder = folder
+        self.url = f"http://127.0.0.1:{int(process.stdout.readline())}/"
+
+    def metrics(self) -> dict[str, float]:
+        """What /metrics says, by name."""
+        with urlopen(f"{self.url}metrics") as answer:
+            lines = [line for line in answer.read().decode().splitlines() if line and not line.startswith("#")]
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
+@contextmanager
+def running(folder: Path, *options: str) -> Iterator[Server]:
+    """A server on a folder of data, of its own process."""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "browser.server", str(folder), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        yield Server(process, folder)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory, clip, short_clip):
+    """Starts a server: ``start_server(*options)``; the gallery has balloons.mp4 and short.mp4."""
+    with ExitStack() as stack:
+
+        def start(*options: str) -> Server:
+            folder = tmp_path_factory.mktemp("data")
+            (folder / "gallery").mkdir()
+            shutil.copy(clip, folder / "gallery")
+            shutil.copy(short_clip, folder / "gallery")
+            return stack.enter_context(running(folder, *options))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def server(start_server) -> Server:
+    """With tiny random weights."""
+    return start_server()
+
+
+@pytest.fixture(scope="session")
+def stand_in(start_server) -> Server:
+    """With an Inference that knows where the balloons are."""
+    return start_server("--stand-in", "--delay", "0.01")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=camera)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a page: ``open_page(url, viewport=..., color_scheme=...)``; what it logs as an error fails the test."""
+    contexts = []
+    errors = []
+
+    def open_(url: str, **options):
+        context = browser.new_context(viewport=WIDE, reduced_motion="reduce", **options) if "viewport" not in options else (
+            browser.new_context(reduced_motion="reduce", **options)
+        )
+        context.set_default_timeout(15000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(url)
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert errors == []
