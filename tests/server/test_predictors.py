@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from server.fake_inference import FakeInference
+from server.waiting import wait_until
 
 from omniops.sam2.remote_predictor import RemoteError, remote
 from omniops.server import predictors
@@ -21,13 +22,6 @@ from omniops.server.settings import Settings
 
 FAKE = "server.fake_inference:FakeInference"
 TESTS = str(Path(__file__).parents[1])
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.001)
 
 
 class Maker:

@@ -2,15 +2,9 @@ import threading
 import time
 
 import pytest
+from server.waiting import wait_until
 
 from omniops.server.turns import Turns
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.001)
 
 
 class Line:

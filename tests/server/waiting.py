@@ -1,0 +1,79 @@
+"""What tests with threads share: nothing sleeps for a while in the hope that something has come about."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+SECONDS = 20.0  # after which a test fails rather than hangs
+
+
+def wait_until(condition):
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.001)
+
+
+class Thread(threading.Thread):
+    """Runs a function at once; ``result()`` waits for what it returns or raises."""
+
+    def __init__(self, function, *args):
+        super().__init__(daemon=True)
+        self._work = function, args
+        self._value = self._error = None
+        self.start()
+
+    def run(self):
+        function, args = self._work
+        try:
+            self._value = function(*args)
+        except BaseException as error:
+            self._error = error
+
+    def result(self):
+        self.join(SECONDS)
+        assert not self.is_alive(), "it hangs"
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class Gate:
+    """Holds a call of a FakeInference up: set as its ``before``, it stops the method's next call until it is opened."""
+
+    def __init__(self, inference, method):
+        self._method = method
+        self._entered = threading.Event()
+        self._go = threading.Event()
+        self._inference = inference
+        inference.before = self
+
+    def __call__(self, name, *args):
+        if name == self._method and not self._go.is_set():
+            self._entered.set()
+            assert self._go.wait(SECONDS)
+
+    def wait(self):
+        """Until the call is in progress."""
+        assert self._entered.wait(SECONDS)
+
+    def open(self):
+        self._go.set()
+        self._inference.before = lambda name, *args: None
+
+
+@contextmanager
+def held(inference, method):
+    """A Gate, which is open at the end."""
+    gate = Gate(inference, method)
+    try:
+        yield gate
+    finally:
+        gate.open()
+
+
+def settle(sessions):
+    """Until what was put off to the background is done."""
+    done = threading.Event()
+    sessions.later(done.set)
+    assert done.wait(SECONDS)
