@@ -1,0 +1,593 @@
+"""Propagations, and everything that may happen to one at a bad moment: each moment is made by a gate, not awaited."""
+
+import gc
+import os
+import random
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+from server.test_sessions import CLIP, POINT, World
+from server.waiting import Gate, Thread, held, settle, wait_until
+
+from omniops.sam2 import RemoteError
+from omniops.server.errors import Busy, NotFound, ServerError
+from omniops.server.predictors import DiedError
+
+DIED = "Cannot find session ID; it ended when the process of its model died"
+
+
+@pytest.fixture
+def make_world():
+    worlds = []
+
+    def make(*args, **settings):
+        worlds.append(World(*args, **settings))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.sessions.shutdown()
+        assert all(inference.overlaps == [] for made in world.made for inference in made)
+
+
+@pytest.fixture
+def world(make_world):
+    return make_world()
+
+
+@pytest.fixture
+def session(world):
+    """One with an object."""
+    session = world.start()
+    session.add_points(0, 1, POINT, [1])
+    return session
+
+
+def frames(stream):
+    return [frame for frame, _ in stream]
+
+
+def begun(world, session):
+    """Whether the predictor has a propagation of the session."""
+    return world.inference.sessions[session.id].parts is not None
+
+
+# The whole of it.
+
+
+def test_frames_come_to_the_end_and_then_back_to_the_beginning(world, session):
+    stream = session.propagate(7)
+    assert stream.total == 11
+    assert session.tracking
+    assert frames(stream) == [7, 8, 9, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert not session.tracking
+    assert not begun(world, session)
+    assert list(stream) == []
+    assert frames(session.propagate()) == list(range(10))
+
+
+def test_without_an_object_there_is_nothing_to_track(world):
+    session = world.start()
+    with pytest.raises(ServerError, match="There is nothing to track") as raised:
+        session.propagate(0)
+    assert raised.value.status == 400
+    assert not session.tracking
+
+
+def test_each_part_is_computed_when_it_is_asked_for(world, session):
+    stream = session.propagate(0)
+    assert world.inference.called("next") == []
+    next(stream)
+    next(stream)
+    assert len(world.inference.called("next")) == 2
+
+
+@pytest.mark.parametrize("error", [ValueError("Frame 2 cannot be decoded."), RuntimeError("odd"), MemoryError()])
+def test_a_part_that_fails_ends_the_stream_with_its_error(world, session, error):
+    kind = {ValueError: ServerError, RuntimeError: RuntimeError, MemoryError: Busy}[type(error)]
+    stream = session.propagate(0)
+    next(stream)
+    world.inference.errors["next"] = error
+    with pytest.raises(kind) as raised:
+        next(stream)
+    assert type(raised.value) is kind
+    assert list(stream) == []
+    settle(world.sessions)
+    assert not session.tracking
+    assert not begun(world, session)
+    assert frames(session.propagate(0)) == list(range(10))
+
+
+# A reader that stalls or vanishes.
+
+
+def test_who_stops_reading_holds_no_turn(world, session):
+    other = world.start()
+    stream = session.propagate(0)
+    next(stream)
+    turns = world.predictors[0].turns
+    with turns.click(timeout=0), pytest.raises(TimeoutError), turns.click(timeout=0):
+        pass
+    other.add_points(0, 1, POINT, [1])
+    assert frames(other.propagate(0)) == list(range(10))
+    assert session.tracking
+    assert len(frames(stream)) == 9
+
+
+def test_a_stream_that_is_closed_frees_its_place(world, session):
+    stream = session.propagate(0)
+    next(stream)
+    stream.close()
+    assert not begun(world, session)
+    assert not session.tracking
+    assert list(stream) == []
+    stream.close()
+    assert len(world.inference.called("stop")) == 1
+
+
+@pytest.mark.parametrize("parts", [0, 1])
+def test_a_stream_that_is_dropped_frees_its_place(world, session, parts):
+    stream = session.propagate(0)
+    for _ in range(parts):
+        next(stream)
+    with world.predictors[0].turns.frame():  # garbage is collected by any thread, also one that has a turn
+        del stream
+        gc.collect()
+        assert not session.tracking
+    settle(world.sessions)
+    assert not begun(world, session)
+
+
+def test_a_generator_over_it_that_is_dropped_frees_its_place(world, session):
+    def body():
+        for frame, _ in session.propagate(0):
+            yield frame
+
+    generator = body()
+    assert next(generator) == 0
+    generator.close()
+    del generator
+    gc.collect()
+    settle(world.sessions)
+    assert not begun(world, session)
+    assert not session.tracking
+
+
+def test_a_stalled_stream_does_not_keep_its_session(world, session):
+    stream = session.propagate(0)
+    next(stream)
+    world.now += 2000
+    world.sessions.sweep()
+    assert len(world.sessions) == 0
+    with pytest.raises(NotFound, match="expired after 30 minutes without use"):
+        next(stream)
+    assert list(stream) == []
+
+
+def test_a_stream_that_goes_on_keeps_its_session(world, session):
+    stream = session.propagate(0)
+    for _ in range(10):
+        world.now += 1700
+        next(stream)
+        world.sessions.sweep()
+    assert world.sessions.get(session.id) is session
+
+
+# Somebody else meanwhile.
+
+
+def test_a_click_waits_for_the_frame_in_progress_alone(world):
+    tracked = [world.start() for _ in range(3)]
+    clicked = world.start()
+    for session in tracked:
+        session.add_points(0, 1, POINT, [1])
+    streams = [session.propagate(0) for session in tracked]
+    turns = world.predictors[0].turns
+    before = len(world.inference.calls)
+    with held(world.inference, "next") as gate:
+        readers = [Thread(frames, streams[0])]
+        gate.wait()
+        readers += [Thread(frames, stream) for stream in streams[1:]]
+        wait_until(lambda: turns.waiting == 2)
+        click = Thread(clicked.add_points, 0, 1, POINT, [1])
+        wait_until(lambda: turns.waiting == 3)
+        gate.open()
+        click.result()
+        for reader in readers:
+            assert reader.result() == list(range(10))
+    calls = [name for name, *_ in world.inference.calls[before:] if name != "memory"]
+    assert calls[:2] == ["next", "add"]
+
+
+def test_cancel_does_not_wait_for_the_part_that_is_computed(world, session):
+    stream = session.propagate(0)
+    assert next(stream)[0] == 0
+    with held(world.inference, "next") as gate:
+        reader = Thread(frames, stream)
+        gate.wait()
+        session.cancel()
+        assert not session.tracking
+        gate.open()
+        assert reader.result() == []  # without the part
+    settle(world.sessions)
+    assert set(session.found) == {0}
+    assert not begun(world, session)
+
+
+def test_cancel_of_a_stream_that_nobody_reads_frees_its_place(world, session):
+    stream = session.propagate(0)
+    next(stream)
+    session.cancel()
+    settle(world.sessions)
+    assert not begun(world, session)
+    assert list(stream) == []
+
+
+def test_cancel_where_nothing_runs_is_nothing(world, session):
+    session.cancel()
+    assert frames(session.propagate(0)) == list(range(10))
+    session.cancel()
+
+
+def test_cancel_of_what_has_not_begun(world, session):
+    with world.predictors[0].turns.frame():
+        beginning = Thread(session.propagate, 0)
+        wait_until(lambda: world.predictors[0].turns.waiting == 1)
+        session.cancel()
+    stream = beginning.result()
+    assert (stream.total, list(stream)) == (0, [])
+    assert world.inference.called("begin") == []
+
+
+def failing(session):
+    with pytest.raises(ServerError):
+        session.add_points(99, 2, POINT, [1])
+
+
+CHANGES = {
+    "add": lambda session: session.add_points(3, 2, POINT, [1]),
+    "box": lambda session: session.add_box(3, 2, [0, 0, 1, 1]),
+    "mask": lambda session: session.add_mask(3, 2, {"size": [24, 32], "counts": "o0"}),
+    "clear_frame": lambda session: session.clear_frame(0, 1),
+    "clear_video": lambda session: session.clear_video(),
+    "remove": lambda session: session.remove(1),
+    "failing": failing,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_ends_the_propagation_first(world, session, change):
+    stream = session.propagate(0)
+    next(stream)
+    before = len(world.inference.calls)
+    with held(world.inference, "next") as gate:
+        reader = Thread(frames, stream)
+        gate.wait()
+        changing = Thread(change, session)
+        wait_until(lambda: not session.tracking)
+        gate.open()
+        assert reader.result() == []
+        changing.result()
+    calls = [name for name, *_ in world.inference.calls[before:] if name != "memory"]
+    assert calls[:2] == ["next", "stop"]
+    assert len(calls) == 3
+    assert 1 not in session.found
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_between_two_parts_ends_the_stream_there(world, session, change):
+    stream = session.propagate(0)
+    next(stream)
+    change(session)
+    assert list(stream) == []
+    assert not begun(world, session)
+
+
+def test_what_changes_nothing_lets_the_propagation_go_on(world, session):
+    stream = session.propagate(0)
+    next(stream)
+    session.preview(0, POINT, [1])
+    session.everything(0)
+    session.snapshot()
+    session.rename(1, "dog")
+    assert frames(stream) == list(range(1, 10))
+
+
+def test_the_second_propagation_ends_the_first(world, session):
+    first = session.propagate(0)
+    next(first)
+    before = len(world.inference.calls)
+    with held(world.inference, "next") as gate:
+        reader = Thread(frames, first)
+        gate.wait()
+        beginning = Thread(session.propagate, 5)
+        wait_until(lambda: world.predictors[0].turns.waiting == 1)
+        gate.open()
+        assert reader.result() == []
+        second = beginning.result()
+    calls = [name for name, *_ in world.inference.calls[before:] if name != "memory"]
+    assert calls == ["next", "stop", "begin"]
+    first.close()
+    del first
+    gc.collect()
+    settle(world.sessions)
+    assert session.tracking
+    assert frames(second) == [5, 6, 7, 8, 9, 5, 4, 3, 2, 1, 0]
+
+
+def test_closing_a_session_ends_its_propagation_quietly(world, session):
+    stream = session.propagate(0)
+    next(stream)
+    with held(world.inference, "next") as gate:
+        reader = Thread(frames, stream)
+        gate.wait()
+        closing = Thread(world.sessions.close, session.id)
+        wait_until(lambda: len(world.sessions) == 0)
+        gate.open()
+        assert reader.result() == []
+        assert closing.result() is True
+    assert world.inference.sessions == {}
+    assert list(stream) == []
+
+
+def test_a_click_that_waits_while_its_session_is_closed_is_told(world, session):
+    with world.predictors[0].turns.frame():
+        click = Thread(session.add_points, 0, 1, POINT, [1])
+        wait_until(lambda: world.predictors[0].turns.waiting == 1)
+        closing = Thread(world.sessions.close, session.id)
+        wait_until(lambda: world.predictors[0].turns.waiting == 2)
+    with pytest.raises(NotFound, match="it was closed"):
+        click.result()
+    closing.result()
+    assert len(world.inference.called("add")) == 1
+
+
+# A predictor that dies.
+
+
+def test_a_death_in_a_click_ends_the_sessions_of_that_predictor_by_name(make_world):
+    world = make_world(2)
+    first, second, third, fourth = (world.start() for _ in range(4))
+    assert first.predictor is third.predictor is not second.predictor
+    second.add_points(0, 1, POINT, [1])
+    stream = second.propagate(0)
+    world.inference.dead = True
+    for session in (first, third):
+        with pytest.raises(NotFound) as raised:
+            session.add_points(0, 1, POINT, [1])
+        assert raised.value.message == DIED
+        with pytest.raises(NotFound, match="the process of its model died"):
+            world.sessions.get(session.id)
+        assert not world.sessions.close(session.id)
+    assert frames(stream) == list(range(10))
+    assert world.sessions.get(fourth.id) is fourth
+    assert len(world.made[0]) == 1
+    anew = world.start()
+    assert anew.predictor is world.predictors[0]
+    assert len(world.made[0]) == 2
+    anew.add_points(0, 1, POINT, [1])
+    assert "omniops_predictor_restarts_total 1\n" in world.sessions.metrics_text()
+
+
+def test_a_death_in_the_middle_of_a_stream_is_told_to_its_reader(world, session):
+    other = world.start()
+    stream = session.propagate(0)
+    next(stream)
+
+    def die(name, *args):
+        if name == "next":
+            world.inference.dead = True
+            raise RemoteError("killed. It last wrote: /secret")
+
+    gate = Gate(world.inference, "next")
+    world.inference.before = lambda *args: (gate(*args), die(*args))
+    reader = Thread(frames, stream)
+    gate.wait()
+    click = Thread(other.add_points, 0, 1, POINT, [1])
+    wait_until(lambda: world.predictors[0].turns.waiting == 1)
+    gate._go.set()
+    for thread in (reader, click):
+        with pytest.raises(NotFound) as raised:
+            thread.result()
+        assert raised.value.message == DIED
+    assert list(stream) == []
+    stream.close()
+    assert len(world.sessions) == 0
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        *CHANGES.values(),
+        lambda session: session.preview(0, POINT, [1]),
+        lambda session: session.everything(0),
+        lambda session: session.propagate(0),
+        lambda session: session.snapshot(),
+    ],
+)
+def test_every_use_tells_of_a_death_by_name(world, session, use):
+    if use is CHANGES["failing"]:
+        use = CHANGES["add"]
+    world.inference.dead = True
+    for _ in range(2):
+        with pytest.raises(NotFound) as raised:
+            use(session)
+        assert raised.value.message == DIED
+
+
+def test_a_death_is_seen_while_nobody_uses_the_session(world, session):
+    world.inference.dead = True
+    world.now += 100
+    world.predictors[0]._memory_time -= 10
+    world.sessions.sweep()
+    with pytest.raises(NotFound, match="the process of its model died"):
+        world.sessions.get(session.id)
+
+
+def test_a_start_after_a_death_that_nobody_noticed_succeeds(world, session):
+    stream = session.propagate(0)
+    world.inference.dead = True
+    anew = world.start()
+    anew.add_points(0, 1, POINT, [1])
+    with pytest.raises(NotFound, match="the process of its model died"):
+        next(stream)
+    assert len(world.sessions) == 1
+
+
+def test_a_file_that_kills_the_process_is_not_tried_twice(world, session):
+    world.inference.errors["open"] = RemoteError("killed. It last wrote: /secret")
+    with pytest.raises(Busy, match="died while it opened this") as raised:
+        world.start()
+    assert "secret" not in raised.value.message
+    assert len(world.sessions) == 0
+    with pytest.raises(NotFound, match="the process of its model died"):
+        session.cancel() or session.snapshot()
+    world.start()
+    assert len(world.made[0]) == 2
+
+
+def test_a_death_right_after_a_session_was_opened_ends_that_too(world, session):
+    opened = threading.Event()
+
+    def before(name, *args):
+        if name == "memory" and opened.is_set():
+            raise RemoteError("killed")
+        if name == "open":
+            opened.set()
+
+    world.inference.before = before
+    with pytest.raises(Busy):
+        world.start()
+    assert len(world.sessions) == 0
+
+
+def test_a_session_that_the_predictor_forgot_ends_by_name(world, session):
+    world.inference.sessions.clear()
+    with pytest.raises(NotFound) as raised:
+        session.add_points(0, 1, POINT, [1])
+    assert raised.value.message == DIED
+    assert len(world.sessions) == 0
+    assert len(world.made[0]) == 1
+
+
+def test_another_key_error_is_no_lost_session(world, session):
+    world.inference.errors["add"] = KeyError("a bug")
+    with pytest.raises(KeyError, match="a bug"):
+        session.add_points(0, 1, POINT, [1])
+    assert world.sessions.get(session.id) is session
+
+
+def test_after_a_shutdown_everything_is_refused_by_name(world, session):
+    stream = session.propagate(0)
+    world.sessions.shutdown()
+    assert list(stream) == []
+    with pytest.raises(NotFound, match="was closed"):
+        session.snapshot()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on Windows")
+def test_a_forked_process_starts_with_no_sessions(world, session):
+    stream = session.propagate(0)
+    next(stream)
+
+    def check():
+        sessions = world.sessions
+        if len(sessions) or sessions.nbytes or sessions.tracking:
+            return False
+        try:
+            sessions.get(session.id)
+            return False
+        except NotFound:
+            pass
+        try:
+            session.add_points(0, 1, POINT, [1])
+            return False
+        except DiedError:
+            pass
+        own = sessions.start(CLIP, "clip.mp4")
+        own.add_points(0, 1, POINT, [1])
+        is_right = frames(own.propagate(0)) == list(range(10)) and len(sessions) == 1 and len(world.made[0]) == 2
+        settle(sessions)  # its own thread runs
+        return is_right
+
+    with warnings.catch_warnings(), world.sessions._lock, world.predictors[0].turns.frame():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork among threads: this is what is tested
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                code = 0 if check() else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert frames(stream) == list(range(1, 10))
+    assert len(world.sessions) == 1
+
+
+# All at once.
+
+
+def test_many_people_at_once_lose_nothing(make_world):
+    """8 threads do at random what can be done, on sessions that they share; the predictors die now and then."""
+    world = make_world(2, max_sessions=6)
+    shared = [world.start() for _ in range(4)]
+    unexpected, counted = [], {"answered": 0, "refused": 0}
+
+    def work(seed):
+        dice = random.Random(seed)
+        for _ in range(150):
+            i = dice.randrange(len(shared))
+            session = shared[i]
+            try:
+                what = dice.randrange(12)
+                if what < 4:
+                    session.add_points(dice.randrange(10), dice.randrange(3), POINT, [1])
+                elif what == 4:
+                    session.clear_frame(dice.randrange(10), dice.randrange(3))
+                elif what == 5:
+                    session.remove(dice.randrange(3))
+                elif what < 8:
+                    list(zip(session.propagate(dice.randrange(10)), range(dice.randrange(12)), strict=False))
+                elif what == 8:
+                    session.cancel()
+                elif what == 9:
+                    world.sessions.get(session.id).snapshot()
+                elif what == 10 and dice.random() < 0.3:
+                    world.sessions.close(session.id)
+                elif what == 11 and dice.random() < 0.1:
+                    dice.choice(world.made)[-1].dead = True
+                counted["answered"] += 1
+            except ServerError as error:
+                counted["refused"] += 1
+                if isinstance(error, NotFound):
+                    try:
+                        shared[i] = world.sessions.start(Path("clip.mp4"), "clip.mp4")
+                    except ServerError as error:
+                        if not isinstance(error, Busy):
+                            unexpected.append(error)
+                elif error.status != 400:
+                    unexpected.append(error)
+            except BaseException as error:
+                unexpected.append(error)
+
+    for thread in [Thread(work, seed) for seed in range(8)]:
+        thread.result()
+    gc.collect()
+    settle(world.sessions)
+    assert unexpected == []
+    assert counted["answered"] > 300
+    for predictor, made in zip(world.predictors, world.made, strict=True):
+        assert predictor.turns.waiting == 0
+        if made and not made[-1].dead:
+            live = {
+                session.id: session for session in world.sessions._sessions.values() if session.predictor is predictor
+            }
+            assert set(made[-1].sessions) == set(live)
+            for id, session in live.items():
+                assert session.tracking or made[-1].sessions[session.id].parts is None
+                assert not session.is_busy
+                assert session._found_bytes == sum(
+                    len(counts) + 120 for found in session.found.values() for counts in found.values()
+                )
