@@ -40,10 +40,10 @@ class Api:
         """The data of an answer, whose form is checked. Raises ApiError."""
         return data_of(self.post(query, variables))
 
-    def change(self, name, fields, **given):
-        kind = name[0].upper() + name[1:] + "Input"
-        operation = f"mutation Page($input: {kind}!) {{ {name}(input: $input) {fields} }}"
-        return self.ask(operation, {"input": given})[name]
+    def change(self, mutation, fields, /, **given):
+        kind = mutation[0].upper() + mutation[1:] + "Input"
+        operation = f"mutation Page($input: {kind}!) {{ {mutation}(input: $input) {fields} }}"
+        return self.ask(operation, {"input": given})[mutation]
 
     def default_video(self):
         return self.ask(f"query DemoPageQuery {{ defaultVideo {{ {VIDEO} }} }}")["defaultVideo"]

@@ -16,7 +16,11 @@ from strawberry.types.graphql import OperationType
 from omniops.server.errors import UNKNOWN_ERROR, ServerError
 
 MAX_TOKENS = 1000
+MAX_ALIASES = 16
 MAX_DEPTH = 12  # of brackets; the deepest operation of the page needs 7
+
+# Of an error that the official server has, too, and whose form is its own therefore: without extensions.
+_OFFICIAL_WORDS = "Cannot find session ID"
 
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +66,9 @@ def _graphiql(request: Request, debug: bool) -> Response:
         raise _BadRequestError("queries are not allowed when using GET")
     if not debug or "text/html" not in request.headers.get("Accept", ""):
         raise ServerError("GraphQL requests are sent by POST", 404)
-    return Response(get_graphql_ide_html(graphql_ide="graphiql"), content_type="text/html; charset=utf-8")
+    response = Response(get_graphql_ide_html(graphql_ide="graphiql"), content_type="text/html; charset=utf-8")
+    response.headers["Content-Security-Policy"] = "default-src 'self' 'unsafe-inline' https:; frame-ancestors 'none'"
+    return response
 
 
 def _read(request: Request) -> tuple[str, dict[str, Any] | None, str | None]:
@@ -124,17 +130,22 @@ def _check_size(query: str) -> None:
         GraphQLError: also for a character that is none of GraphQL's.
     """
     lexer = Lexer(Source(query))
-    depth = count = 0
+    brackets: list[TokenKind] = []
+    count = aliases = 0
     while (token := lexer.advance()).kind is not TokenKind.EOF:
         count += 1
         if token.kind in (TokenKind.BRACE_L, TokenKind.BRACKET_L, TokenKind.PAREN_L):
-            depth += 1
-        elif token.kind in (TokenKind.BRACE_R, TokenKind.BRACKET_R, TokenKind.PAREN_R):
-            depth -= 1
+            brackets.append(token.kind)
+        elif token.kind in (TokenKind.BRACE_R, TokenKind.BRACKET_R, TokenKind.PAREN_R) and brackets:
+            brackets.pop()
+        elif token.kind is TokenKind.COLON and TokenKind.PAREN_L not in brackets:  # else it is an argument's
+            aliases += 1
         if count > MAX_TOKENS:
             raise GraphQLError(f"The query is too long: it has more than {MAX_TOKENS} tokens")
-        if depth > MAX_DEPTH:
+        if len(brackets) > MAX_DEPTH:
             raise GraphQLError(f"The query is nested too deeply: more than {MAX_DEPTH} levels")
+        if aliases > MAX_ALIASES:
+            raise GraphQLError(f"The query has more than {MAX_ALIASES} aliases")
 
 
 def _answer(data: Any, errors: list[GraphQLError]) -> Response:
@@ -154,6 +165,8 @@ def _formatted(error: GraphQLError) -> dict[str, Any]:
     formatted.pop("extensions", None)
     if isinstance(cause, ServerError):
         formatted["message"] = cause.message
+        if cause.status != 400 and not cause.message.startswith(_OFFICIAL_WORDS):
+            formatted["extensions"] = {"status": cause.status}
     elif isinstance(error, GraphQLSyntaxError) or cause is None or isinstance(cause, GraphQLError):
         pass  # GraphQL's own words about the query
     else:

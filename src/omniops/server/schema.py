@@ -13,7 +13,7 @@ from typing import Any
 import strawberry
 from graphql import GraphQLError
 from strawberry import relay
-from strawberry.extensions import DisableIntrospection, MaxAliasesLimiter, ParserCache, ValidationCache
+from strawberry.extensions import DisableIntrospection, ParserCache, ValidationCache
 from strawberry.file_uploads import Upload
 from strawberry.schema.config import StrawberryConfig
 from strawberry.types import Info
@@ -54,7 +54,6 @@ from omniops.server.settings import Settings
 
 Masks = list[tuple[int, dict[str, Any]]]
 
-MAX_ALIASES = 16
 MAX_NAME_LENGTH = 100
 _HOVER_IMAGE_SIZE = 512
 _CACHED_DOCUMENTS = 64
@@ -281,7 +280,6 @@ def make_schema(debug: bool = False) -> Schema:
     extensions: list[Any] = [
         lambda: ParserCache(maxsize=_CACHED_DOCUMENTS),
         lambda: ValidationCache(maxsize=_CACHED_DOCUMENTS),
-        lambda: MaxAliasesLimiter(max_alias_count=MAX_ALIASES),
     ]
     if not debug:
         extensions.append(DisableIntrospection)
