@@ -107,6 +107,8 @@ def detect_eval(
     if distributed:
         gathered: list[Any] | None = [None] * processes if rank == 0 else None
         dist.gather_object((results, bad), gathered)
+        # PyTorch 2.7 ends the group's threads with Python's lock, which one wants that still drops what was gathered.
+        dist.barrier()
         dist.destroy_process_group()
         if gathered is None:
             return
