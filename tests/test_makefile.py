@@ -78,7 +78,8 @@ def test_what_takes_long_runs_by_itself(make):
 
 def test_what_lands_was_tested_with_the_oldest_and_the_middle():
     steps = (MAKEFILE.parent / ".ci" / "run").read_text().splitlines()
-    assert steps[-5:] == [f"make {each}" for each in ("lint", "test", "test-all", "test-oldest", "test-middle")]
+    targets = ("lint", "test", "test-browser", "test-all", "test-oldest", "test-middle")
+    assert steps[-6:] == [f"make {each}" for each in targets]
 
 
 def test_another_torch_is_installed(make):
