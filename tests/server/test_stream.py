@@ -1,0 +1,198 @@
+import gc
+import itertools
+import json
+import logging
+import threading
+
+import pytest
+from server.client import ORIGIN, Api, Parser, frames
+
+from omniops.server import stream
+from omniops.server.errors import ServerError
+
+MASK = {"size": [2, 3], "counts": "06"}
+
+
+def produced(*items):
+    """An iterator of the items, which raises those that are exceptions."""
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
+def test_a_part_without_objects():
+    assert stream.part(3, []).endswith(b'Content-Length: 33\r\n\r\n{"frame_index": 3, "results": []}')
+
+
+def test_the_first_part_is_computed_before_anything_is_answered():
+    with pytest.raises(ServerError, match="nothing to track"):
+        stream.Parts(produced(ServerError("nothing to track")))
+    frames = produced((0, []), (1, []))
+    parts = stream.Parts(frames)
+    assert next(frames) == (1, [])
+    assert list(parts) == [stream.part(0, [])]
+
+
+def test_a_propagation_of_nothing_is_an_empty_stream():
+    assert list(stream.Parts(produced())) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ServerError("Cannot find session ID; it expired"), "Cannot find session ID; it expired"),
+        (ZeroDivisionError("/secret"), "An unknown error occurred."),
+    ],
+)
+def test_an_error_in_the_middle_ends_inside_of_a_part_after_its_words(error, message, caplog):
+    with caplog.at_level(logging.ERROR):
+        chunks = list(stream.Parts(produced((0, [(1, MASK)]), error)))
+    assert chunks[0] == stream.part(0, [(1, MASK)])
+    parser = Parser(stream.CONTENT_TYPE)
+    (first, last) = [part for chunk in chunks for part in parser.push(chunk)]
+    assert json.loads(first[1])["frame_index"] == 0
+    assert not last[0]["Content-Type"].startswith("application/json")
+    assert json.loads(last[1]) == {"error": {"message": message}}
+    with pytest.raises(EOFError):
+        parser.end()
+    assert ("/secret" in caplog.text) == isinstance(error, ZeroDivisionError)
+
+
+def test_after_an_error_there_is_nothing():
+    parts = stream.Parts(produced((0, []), ServerError("over"), (1, [])))
+    assert len(list(parts)) == 2
+    assert list(parts) == []
+
+
+def test_closing_ends_the_propagation_once():
+    ended = []
+
+    def endless():
+        try:
+            for frame in itertools.count():
+                yield frame, []
+        finally:
+            ended.append("frames")
+
+    parts = stream.Parts(endless(), on_close=lambda: ended.append("slot"))
+    next(parts)
+    parts.close()
+    parts.close()
+    assert ended == ["frames", "slot"]
+    assert list(parts) == []
+
+
+def test_a_stream_that_nobody_closes_gives_its_place_back():
+    ended = []
+    parts = stream.Parts(produced((0, [])), on_close=lambda: ended.append("slot"))
+    del parts
+    gc.collect()
+    assert ended == ["slot"]
+
+
+def tracked(api, object_id=0):
+    """A session with an object."""
+    session = api.start_session("gallery/clip.mp4")
+    api.add_points(session, 0, object_id, [[0.5, 0.5]])
+    return session
+
+
+def test_the_order_of_frames(api):
+    session = tracked(api)
+    assert [part["frame_index"] for part in api.propagate(session)] == list(range(10))
+    assert [part["frame_index"] for part in api.propagate(session, 7)] == [7, 8, 9, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert [part["frame_index"] for part in api.propagate(session, 9)] == [9, *range(9, -1, -1)]
+
+
+def test_cancelling_ends_the_stream_without_the_part_that_was_being_computed(app, api, inference):
+    session = tracked(api)
+    chunks = iter(api.post_propagate(session).response)
+    next(chunks)
+    computing, go_on = threading.Event(), threading.Event()
+
+    def before(name, *args):
+        if name == "next":
+            computing.set()
+            assert go_on.wait(10)
+
+    inference.before = before
+    rest = []
+    reader = threading.Thread(target=lambda: rest.extend(chunks))
+    reader.start()
+    assert computing.wait(10)
+    assert Api(app.test_client()).cancel(session) is True  # while the part is being computed
+    assert reader.is_alive()
+    go_on.set()
+    reader.join(10)
+    assert rest == []
+
+
+def test_a_click_ends_the_stream_between_two_parts(api):
+    session = tracked(api)
+    response = api.post_propagate(session)
+    chunks = iter(response.response)
+    first = next(chunks)
+    api.add_points(session, 0, 1, [[0.1, 0.1]])
+    assert len(list(frames(response.headers["Content-Type"], [first, *chunks]))) == 1
+
+
+def test_a_client_that_goes_away_ends_its_propagation(app, api, inference):
+    session = tracked(api)
+    response = api.post_propagate(session)
+    next(iter(response.response))
+    response.close()
+    assert not app.extensions["omniops"].sessions.get(session).tracking
+    asked = len(inference.called("next"))
+    assert asked < 10
+    assert [part["frame_index"] for part in api.propagate(session)] == list(range(10))
+
+
+def test_only_so_many_are_tracked_at_once(make_app, monkeypatch):
+    monkeypatch.setattr("omniops.server.web._STREAM_PATIENCE", 0.05)
+    api = Api(make_app(max_streams=2).test_client())
+    sessions = [tracked(api) for _ in range(3)]
+    running = [api.post_propagate(session) for session in sessions[:2]]
+    refused = api.post_propagate(sessions[2])
+    assert refused.status_code == 503
+    assert refused.json["error"]["message"] == "2 videos are tracked right now, which is all that the server does"
+    assert refused.headers["Retry-After"] == "10"
+    running[0].close()
+    assert len(list(api.propagate(sessions[2]))) == 10
+    running[1].close()
+    for session in sessions * 2:  # neither ends nor errors keep a place
+        assert len(list(api.propagate(session))) == 10
+        assert api.post_propagate(session, 99).status_code == 400
+        assert api.post_propagate("unknown").status_code == 404
+
+
+def test_tracking_again_ends_the_stream_before(api):
+    session = tracked(api)
+    chunks = iter(api.post_propagate(session).response)
+    next(chunks)
+    again = api.post_propagate(session)
+    assert list(chunks) == []
+    assert len(list(again.response)) == 10
+
+
+def test_a_session_that_dies_says_so_in_its_stream(api, inference):
+    session = tracked(api)
+    response = api.post_propagate(session)
+    chunks = iter(response.response)
+    parser = Parser(response.headers["Content-Type"])
+    parser.push(next(chunks))
+    inference.dead = True
+    ((headers, body),) = [part for chunk in chunks for part in parser.push(chunk)]
+    assert headers["Content-Type"] == "application/problem+json; charset=utf-8"
+    assert json.loads(body)["error"]["message"].startswith("Cannot find session ID; it ended when")
+    with pytest.raises(EOFError):
+        parser.end()
+
+
+def test_a_model_that_fails_at_the_first_part_is_an_error_that_the_page_can_read(api, inference, caplog):
+    session = tracked(api)
+    inference.errors["next"] = RuntimeError("/secret")
+    response = api.post_propagate(session)
+    assert (response.status_code, response.json) == (500, {"error": {"message": "An unknown error occurred."}})
+    assert response.headers["Access-Control-Allow-Origin"] == ORIGIN
+    assert "/secret" in caplog.text
