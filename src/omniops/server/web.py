@@ -87,6 +87,7 @@ def create_app(settings: Settings, predictors: Sequence[Predictor] | None = None
     """
     app = Flask("omniops.server", static_folder=None, template_folder=None)
     app.request_class = _UploadRequest
+    app.url_map.merge_slashes = False  # an address that is not quite one is none, rather than a redirect
     app.extensions["omniops"] = Server(settings, make_predictors(settings) if predictors is None else predictors)
     app.before_request(_check)
     app.after_request(_add_headers)
@@ -197,9 +198,18 @@ def _graphql() -> Response:
     return graphql.serve(server.schema, request, context, server.settings.debug)
 
 
+def _json_object() -> dict[str, Any]:
+    """The request's JSON: 415 for another type, 400 for what is no JSON; without fields where it is no object."""
+    try:
+        body = request.get_json()
+    except RecursionError:
+        raise ServerError(_WORDS[400]) from None
+    return body if isinstance(body, dict) else {}
+
+
 def _propagate() -> Response:
-    body = request.get_json()  # 415 for another type, 400 for what is no JSON
-    session_id = body.get("session_id") if isinstance(body, dict) else None
+    body = _json_object()
+    session_id = body.get("session_id")
     if not isinstance(session_id, str):
         raise ServerError("The request has to name its session_id, a string")
     start = body.get("start_frame_index", 0)
@@ -251,8 +261,7 @@ def _metrics() -> Response:
 
 
 def _login() -> Response:
-    body = request.get_json()
-    token = body.get("token") if isinstance(body, dict) else None
+    token = _json_object().get("token")
     guard = _server().guard
     if not isinstance(token, str) or not guard.knows(token):
         raise ServerError("This is not the server's token", 401)

@@ -1,0 +1,138 @@
+import shutil
+import socket
+import threading
+from importlib.resources import files
+
+import pytest
+from server.client import Api
+from server.conftest import Client
+
+import omniops.server
+from omniops.server import connection
+from omniops.server.predictors import Predictor
+from omniops.server.settings import Settings
+
+
+def test_a_small_model_in_this_process_does_all_of_it(data):
+    from omniops.sam2 import load
+    from omniops.server.inference import Inference
+
+    def make():
+        return Inference(load("tiny", "cpu", "float32", image_size=64, random_weights=True))
+
+    app = omniops.server.create_app(Settings(data=data), predictors=[Predictor(make)])
+    app.test_client_class = Client
+    api = Api(app.test_client())
+    session = api.start_session(api.default_video()["path"])
+    clicked = api.add_points(session, 0, 0, [[0.5, 0.5]])
+    assert clicked["rleMaskList"][0]["rleMask"]["size"] == [24, 32]
+    parts = [part["frame_index"] for part in api.propagate(session, 8)]
+    assert parts == [8, 9, *range(8, -1, -1)]
+    chunks = iter(api.post_propagate(session).response)
+    next(chunks)
+    assert api.cancel(session) is True
+    assert list(chunks) == []
+    assert api.close_session(session) is True
+    app.extensions["omniops"].sessions.shutdown()
+
+
+def test_the_environment_makes_the_application(data, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", str(data))
+    monkeypatch.setenv("DEFAULT_VIDEO_PATH", "gallery/second.mp4")
+    shutil.copy(data / "gallery" / "clip.mp4", data / "gallery" / "second.mp4")
+    app = omniops.server.app()
+    app.test_client_class = Client
+    assert Api(app.test_client()).default_video()["path"] == "gallery/second.mp4"
+
+
+def test_making_the_application_starts_nothing(make_app, inference):
+    before = threading.active_count()
+    client = make_app().test_client()
+    assert client.get("/").status_code == 200
+    assert client.get("/healthy").status_code == 200
+    assert inference.calls == []
+    assert threading.active_count() == before
+
+
+def test_without_flask_it_says_what_to_install(monkeypatch):
+    def missing(name, *args, **kwargs):
+        if name == "flask" or name.startswith("flask."):
+            raise ModuleNotFoundError("No module named 'flask'", name="flask")
+        return original(name, *args, **kwargs)
+
+    original = __import__
+    monkeypatch.delitem(omniops.server.__dict__, "web")
+    monkeypatch.delitem(__import__("sys").modules, "omniops.server.web")
+    monkeypatch.setattr("builtins.__import__", missing)
+    with pytest.raises(ImportError, match=r"^omniops.server needs flask: pip install 'omniops\[server\]'$"):
+        omniops.server.create_app(Settings())
+
+
+def test_the_page_and_all_of_its_files(client):
+    response = client.get("/")
+    assert response.content_type == "text/html; charset=utf-8"
+    assert response.text.lower().startswith("<!doctype html>")
+    types = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".html": "text/html"}
+    for each in (files("omniops.server") / "page").iterdir():
+        response = client.get(f"/page/{each.name}")
+        assert response.data == each.read_bytes()
+        assert response.content_type == f"{types[each.suffix]}; charset=utf-8"
+        assert response.headers["Cache-Control"] == "no-cache"
+        assert "Content-Security-Policy" in response.headers
+        known = client.get(f"/page/{each.name}", headers={"If-None-Match": response.headers["ETag"]})
+        assert (known.status_code, known.data) == (304, b"")
+    assert client.get("/favicon.ico").content_type == "image/svg+xml; charset=utf-8"
+
+
+def test_metrics(api, client):
+    api.start_session("gallery/clip.mp4")
+    response = client.get("/metrics")
+    assert response.content_type == "text/plain; version=0.0.4; charset=utf-8"
+    assert "\nomniops_sessions 1\n" in response.text
+
+
+def test_leaving_ends_a_session_unless_it_is_used_again(app, api, client):
+    left, kept = (api.start_session("gallery/clip.mp4") for _ in range(2))
+    for session in (left, kept):
+        # As navigator.sendBeacon sends it.
+        response = client.post(f"/sessions/{session}/leave", headers={"Origin": "http://localhost"})
+        assert (response.status_code, response.data) == (204, b"")
+    api.add_points(kept, 0, 0, [[0.5, 0.5]])
+    sessions = app.extensions["omniops"].sessions
+    now = sessions.clock()
+    sessions.clock = lambda: now + 61
+    sessions.sweep()
+    assert len(sessions) == 1
+    assert client.post("/sessions/unknown/leave").status_code == 204
+    assert api.cancel(kept) is True
+
+
+def test_progress_is_told_by_its_key(app, client):
+    jobs = app.extensions["omniops"].videos.jobs
+    jobs.announce("a-key", "Converting").update(3, 10)
+    response = client.get("/progress/a-key")
+    assert response.json == {"done": 3, "total": 10, "what": "Converting"}
+    assert response.headers["Cache-Control"] == "no-store"
+
+
+def test_a_client_that_is_gone_is_noticed():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        environ = {"gunicorn.socket": ours}
+        assert not connection.is_gone(environ)
+        theirs.send(b"the next request")
+        assert not connection.is_gone(environ)
+        assert ours.recv(100) == b"the next request"
+        theirs.close()
+        assert connection.is_gone(environ)
+    assert connection.is_gone(environ)
+    assert not connection.is_gone({})
+
+
+def test_a_client_that_stalls_is_dropped(make_app):
+    client = make_app(send_timeout=0.1).test_client()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        client.get("/healthy", environ_overrides={"gunicorn.socket": ours})
+        with pytest.raises(TimeoutError):
+            ours.sendall(b"x" * 10_000_000)
