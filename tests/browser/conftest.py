@@ -8,10 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import urlopen
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from omniops.drawing import VideoWriter
 
@@ -20,19 +23,19 @@ SCREENSHOTS = TESTS.parent / "build" / "screenshots"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDE = {"width": 1280, "height": 800}
 NARROW = {"width": 360, "height": 740}
+SHORT = 12
+"""Frames of short.mp4."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skipped only where there is no browser to test in."""
-    missing = []
-    if CHROMIUM is None:
-        missing.append("the program chromium")
-    try:
-        import playwright  # noqa: F401
-    except ImportError:
+    missing = [] if CHROMIUM else ["the program chromium"]
+    if find_spec("playwright") is None:
         missing.append("the package playwright")
     if missing:
-        skip = pytest.mark.skip(reason=f"the page is tested in a real browser, and {' and '.join(missing)} is not installed")
+        skip = pytest.mark.skip(
+            reason=f"the page is tested in a real browser: {' and '.join(missing)} is not installed"
+        )
         for item in items:
             if Path(item.fspath).is_relative_to(Path(__file__).parent):
                 item.add_marker(skip)
@@ -52,16 +55,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def short_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """short.mp4, 12 small frames, each with its number's place lit: quick to track."""
+    """short.mp4: a few small frames of the same, quick to track."""
     from browser import scene
-    from PIL import Image
 
     path = tmp_path_factory.mktemp("clips") / "short.mp4"
     with VideoWriter(path, fps=12) as writer:
-        import numpy as np
-
-        for frame in range(12):
-            small = Image.fromarray(scene.picture(4 * frame)).resize((192, 108))
+        for frame in range(SHORT):
+            small = Image.fromarray(scene.picture(8 * frame)).resize((192, 108))
             writer.write(np.asarray(small))
     return path
 
@@ -85,7 +85,8 @@ class Server:
 @contextmanager
 def running(folder: Path, *options: str) -> Iterator[Server]:
     """A server on a folder of data, of its own process."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "browser.server", str(folder), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
@@ -140,9 +141,7 @@ def open_page(browser):
     errors = []
 
     def open_(url: str, **options):
-        context = browser.new_context(viewport=WIDE, reduced_motion="reduce", **options) if "viewport" not in options else (
-            browser.new_context(reduced_motion="reduce", **options)
-        )
+        context = browser.new_context(**{"viewport": WIDE, "reduced_motion": "reduce", **options})
         context.set_default_timeout(15000)
         contexts.append(context)
         page = context.new_page()

@@ -51,7 +51,11 @@ def _ground() -> Image.Image:
     sky = np.array([96, 158, 214]) * (1 - y) + np.array([250, 222, 196]) * y
     image = Image.fromarray(np.broadcast_to(sky, (HEIGHT, WIDTH, 3)).astype(np.uint8))
     draw = ImageDraw.Draw(image)
-    hills = ((395, 26, 210.0, 0.4, (142, 160, 178)), (435, 30, 150.0, 2.1, (98, 132, 132)), (488, 22, 190.0, 4.0, (66, 104, 88)))
+    hills = (
+        (395, 26, 210.0, 0.4, (142, 160, 178)),
+        (435, 30, 150.0, 2.1, (98, 132, 132)),
+        (488, 22, 190.0, 4.0, (66, 104, 88)),
+    )
     for height, rise, length, shift, colour in hills:
         line = [
             (x, height + rise * math.sin(x / length * 2 + shift) + rise / 3 * math.sin(x / 37 + shift))

@@ -19,8 +19,8 @@ export class Everything {
     return this.found !== null || this.#asked !== null;
   }
 
-  /** Asks for all masks of a frame. @returns {Promise<number | null>} how many, null if it was left meanwhile */
-  async start(sessionId, frame) {
+  /** Asks for all masks of a frame, coloured as objects from `firstColor` on. @returns {Promise<number | null>} how many, null if it was left meanwhile */
+  async start(sessionId, frame, firstColor) {
     this.leave();
     const asked = (this.#asked = new AbortController());
     const input = { sessionId, frameIndex: frame, pointsPerSide: POINTS_PER_SIDE };
@@ -28,7 +28,7 @@ export class Everything {
       const found = await api.findEverything(input, asked.signal);
       if (asked !== this.#asked) return null;
       this.frame = frame;
-      this.found = found.sort((a, b) => b.area - a.area).map((mask, index) => ({ ...mask, color: colorOf(index) }));
+      this.found = found.sort((a, b) => b.area - a.area).map((mask, index) => ({ ...mask, color: colorOf(firstColor + index) }));
       return found.length;
     } catch (error) {
       if (error.name === "AbortError") return null;

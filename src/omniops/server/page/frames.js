@@ -242,7 +242,7 @@ export class SeekedFrames {
   #times;
   #requests = new Newest();
 
-  /** @param {string} url @param {number[]} times of the middles of the frames, in seconds. */
+  /** @param {string} url @param {number[]} times at which the frames are shown, in seconds. */
   constructor(url, times) {
     this.#times = times;
     this.#video = document.createElement("video");
@@ -287,6 +287,11 @@ export class SeekedFrames {
   }
 }
 
+/** When a player shows the frames, in seconds: shortly after each begins, for not all players know how long it lasts. */
+export function timesOf({ start, frames }) {
+  return frames.map(({ time, duration }) => start + time + Math.min(duration / 2, 0.004));
+}
+
 /** A picture: one frame. */
 export class PictureFrame {
   kind = "picture";
@@ -323,7 +328,7 @@ export async function openFrames(video, url, fetchBlob, told) {
       console.info(`frames come from a <video>: ${error.message}`);
     }
     try {
-      times = readMovie(buffer).frames.map(({ time, duration }) => time + duration / 2);
+      times = timesOf(readMovie(buffer));
     } catch {
       // Evenly spaced, below.
     }

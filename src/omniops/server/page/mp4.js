@@ -96,20 +96,22 @@ function timesOf(view, stbl) {
   });
 }
 
-/** The part of the track that is shown: [begin, end) in the track's units. */
+/** The part of the track that is shown, [begin, end) in the track's units, and the seconds before it is. */
 function shownPart(view, trak, movieScale, trackScale) {
   const elst = inside(view, trak, "edts", "elst");
-  if (!elst) return [-Infinity, Infinity];
+  if (!elst) return { begin: -Infinity, end: Infinity, wait: null };
   const long = view.getUint8(elst[1]) === 1;
-  const edits = table(view, elst, long ? 20 : 12, (at) =>
+  const all = table(view, elst, long ? 20 : 12, (at) =>
     long
       ? [Number(view.getBigUint64(at)), Number(view.getBigInt64(at + 8))]
       : [view.getUint32(at), view.getInt32(at + 4)],
-  ).filter(([, time]) => time >= 0);
-  if (edits.length > 1) throw new UnsupportedMovie("several edits");
-  if (!edits.length) return [-Infinity, Infinity];
+  );
+  // What has no time in the track is a pause before it begins.
+  const edits = all.filter(([, time]) => time >= 0);
+  if (edits.length !== 1 || all.at(-1) !== edits[0]) throw new UnsupportedMovie("several edits");
+  const wait = all.slice(0, -1).reduce((sum, [duration]) => sum + duration, 0) / movieScale;
   const [[duration, begin]] = edits;
-  return [begin, duration ? begin + (duration / movieScale) * trackScale : Infinity];
+  return { begin, end: duration ? begin + (duration / movieScale) * trackScale : Infinity, wait };
 }
 
 /** The name of the codec and what the decoder is configured with. */
@@ -143,11 +145,12 @@ function scaleOf(view, box) {
 
 /**
  * @param {ArrayBuffer} buffer a whole MP4
- * @returns {{codec: string, description: Uint8Array, width: number, height: number,
+ * @returns {{codec: string, description: Uint8Array, width: number, height: number, start: number,
  *   samples: {offset: number, size: number, key: boolean, index: number}[],
  *   frames: {sample: number, time: number, duration: number}[]}}
  *   samples in the order of decoding, `index` being the frame that they show (-1: decoded, never shown); frames in the
- *   order of showing, times in seconds after the beginning of what is shown. Throws UnsupportedMovie.
+ *   order of showing, times in seconds after the first, which a player shows at the second `start`. Throws
+ *   UnsupportedMovie.
  */
 export function readMovie(buffer) {
   const view = new DataView(buffer);
@@ -171,7 +174,7 @@ function movieOf(view) {
   if (times.length !== sizes.length) throw new UnsupportedMovie("samples without a time");
   const stss = inside(view, stbl, "stss");
   const keys = stss ? new Set(table(view, stss, 4, (at) => view.getUint32(at) - 1)) : null;
-  const [begin, end] = shownPart(view, trak, scaleOf(view, required(view, moov, "mvhd")), scale);
+  const { begin, end, wait } = shownPart(view, trak, scaleOf(view, required(view, moov, "mvhd")), scale);
   const samples = sizes.map((size, sample) => {
     if (offsets[sample] + size > view.byteLength) throw new UnsupportedMovie("a sample that is cut off");
     return { offset: offsets[sample], size, key: keys ? keys.has(sample) : true, index: -1 };
@@ -180,10 +183,13 @@ function movieOf(view) {
     .map(({ shown, duration }, sample) => ({ sample, shown, duration }))
     .filter(({ shown }) => shown >= begin && shown < end)
     .sort((a, b) => a.shown - b.shown);
-  const first = Number.isFinite(begin) ? begin : (shown[0]?.shown ?? 0);
-  const frames = shown.map(({ sample, shown, duration }, index) => {
+  if (!shown.length) throw new UnsupportedMovie("no frame is shown");
+  const first = shown[0].shown;
+  const frames = shown.map(({ sample, shown: time, duration }, index) => {
     samples[sample].index = index;
-    return { sample, time: (shown - first) / scale, duration: duration / scale };
+    // The duration of a sample is one of decoding: with frames between others it is not how long it is shown.
+    const next = shown[index + 1]?.shown ?? time + duration;
+    return { sample, time: (time - first) / scale, duration: (next - time) / scale };
   });
-  return { ...codecOf(view, stbl), samples, frames };
+  return { ...codecOf(view, stbl), start: wait ?? first / scale, samples, frames };
 }

@@ -93,6 +93,8 @@ export class Stage extends EventTarget {
     this.#canvas.style.height = `${Math.round(height * scale)}px`;
     this.#canvas.width = Math.round(width * scale * ratio);
     this.#canvas.height = Math.round(height * scale * ratio);
+    const top = Number.parseFloat(style.paddingTop) + (down - height * scale) / 2;
+    this.#section.style.setProperty("--picture-bottom", `${Math.round(top + height * scale)}px`);
     this.#draw();
   }
 
@@ -190,6 +192,7 @@ export class Stage extends EventTarget {
     }
     const distance = Math.hypot(event.clientX - this.#press.clientX, event.clientY - this.#press.clientY);
     if (!this.drawsBoxes || (!this.#drag && distance <= STILL)) return;
+    if (!this.#drag) this.#emit("hover", null);
     this.#drag = boxOf(this.#press, place);
     this.invalidate();
   }

@@ -57,7 +57,7 @@ export class Timeline {
     this.#invalidate();
   }
 
-  /** Frames on which the object is seen; whether a text is an empty mask is found out once for each text. */
+  /** Runs [first, end) of frames on which the object is seen; a text's area is found out once. */
   #found(session, id) {
     const frames = [];
     for (const [frame, found] of session.masks) {
@@ -71,7 +71,13 @@ export class Timeline {
       }
       if (seen) frames.push(frame);
     }
-    return frames;
+    const runs = [];
+    for (const frame of frames.sort((a, b) => a - b)) {
+      const run = runs.at(-1);
+      if (run && run[1] === frame) run[1] = frame + 1;
+      else runs.push([frame, frame + 1]);
+    }
+    return runs;
   }
 
   #invalidate() {
@@ -104,9 +110,7 @@ export class Timeline {
     rows.forEach(({ color, prompts, found }, lane) => {
       const top = 7 + lane * LANE;
       context.fillStyle = color;
-      for (const frame of found) {
-        context.fillRect(left(frame), top + 2, Math.max(1, perFrame) + 0.3, LANE - 4);
-      }
+      for (const [first, end] of found) context.fillRect(left(first), top + 2, left(end) - left(first), LANE - 4);
       for (const frame of prompts) drawMark(context, center(frame), top + LANE / 2, color, style);
     });
     context.fillStyle = style.getPropertyValue("--text");

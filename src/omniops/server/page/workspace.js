@@ -383,7 +383,7 @@ export class Workspace extends EventTarget {
     this.#player.pause();
     this.#hover.clear();
     const began = performance.now();
-    const asked = this.#everything.start(this.session.id, this.#player.index);
+    const asked = this.#everything.start(this.session.id, this.#player.index, this.session.nextId);
     this.render();
     find("working").hidden = false;
     try {
