@@ -1,3 +1,4 @@
+import io
 import shutil
 import socket
 import threading
@@ -136,3 +137,12 @@ def test_a_client_that_stalls_is_dropped(make_app):
         client.get("/healthy", environ_overrides={"gunicorn.socket": ours})
         with pytest.raises(TimeoutError):
             ours.sendall(b"x" * 10_000_000)
+
+
+def test_what_is_too_large_is_read_to_its_end_but_no_further_than_an_upload_may_be(make_app):
+    app = make_app(max_upload_bytes=20_000_000)
+    for size, read in ((9_000_000, 9_000_000), (50_000_000, 20_000_000)):
+        body = io.BytesIO(b"x" * size)
+        given = {"content_length": size, "content_type": "application/json"}
+        assert app.test_client().post("/graphql", input_stream=body, **given).status_code == 413
+        assert body.tell() == read

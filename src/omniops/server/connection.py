@@ -34,3 +34,16 @@ def is_gone(environ: dict[str, Any]) -> bool:
         return bool(readable) and not hasattr(found, "cipher") and found.recv(1, socket.MSG_PEEK) == b""
     except (OSError, ValueError):  # closed on this side, too
         return True
+
+
+def drain(environ: dict[str, Any], limit: int) -> None:
+    """Read what the client still sends, so that it comes to reading the answer; at most ``limit`` bytes.
+
+    A client whose body is refused half-way sees a connection that broke off, in the place of the reason.
+    """
+    left = min(int(environ.get("CONTENT_LENGTH") or 0), limit)
+    try:
+        while left > 0 and (data := environ["wsgi.input"].read(min(left, 2**16))):
+            left -= len(data)
+    except OSError:
+        pass  # it is gone

@@ -175,6 +175,8 @@ def _refusal(error: ServerError) -> Response:
 
 def _http_error(error: HTTPException) -> Response:
     status = error.code or 500
+    if status == 413:
+        connection.drain(request.environ, _server().settings.max_upload_bytes)
     response = _error(_WORDS.get(status, UNKNOWN_ERROR if status >= 500 else _WORDS[400]), status)
     for name, value in error.get_headers():
         if name in ("Allow", "Content-Range"):
