@@ -3,6 +3,7 @@ import logging
 import time
 
 import pytest
+from PIL import Image
 from server.client import Api, ApiError
 
 from omniops.server.errors import Busy
@@ -125,6 +126,24 @@ def test_videos_have_frames_and_pages(api, data, clip):
     assert api.videos("(last: 1)") == [last]
     fields = api.ask("{ defaultVideo { numFrames fps isPicture } }")["defaultVideo"]
     assert fields == {"numFrames": 10, "fps": 24, "isPicture": False}
+
+
+def test_pictures_of_the_gallery_are_listed_apart(api, data, client):
+    Image.new("RGB", (40, 30)).save(data / "gallery" / "photo.png")
+    (picture,) = api.ask("{ pictures { path width height url posterUrl numFrames fps isPicture } }")["pictures"]
+    url, poster = picture.pop("url"), picture.pop("posterUrl")
+    assert picture == {
+        "path": "gallery/photo.png",
+        "width": 40,
+        "height": 30,
+        "numFrames": 1,
+        "fps": None,
+        "isPicture": True,
+    }
+    assert client.get(url).content_type == "image/png"
+    assert client.get(poster).content_type == "image/jpeg"
+    assert [video["path"] for video in api.videos()] == ["gallery/clip.mp4"]
+    assert api.start_session("gallery/photo.png")
 
 
 def test_names_in_urls_are_quoted(api, data, client):

@@ -120,6 +120,11 @@ class Query:
         return [_video_node(video, info.context) for video in info.context.videos.videos()]
 
     @strawberry.field
+    def pictures(self, info: RequestInfo) -> list[VideoNode]:
+        """The pictures of the gallery, which the official front end has no place for."""
+        return [_video_node(picture, info.context) for picture in info.context.videos.pictures()]
+
+    @strawberry.field
     def server(self, info: RequestInfo) -> Server:
         """What the server runs on."""
         settings, predictor = info.context.settings, info.context.sessions.predictors[0]
