@@ -183,12 +183,12 @@ def test_mp4_that_is_cut_off_is_refused(blank, end):
 
 
 DECODE = """async ([bytes, order, kind]) => {
-    const { DecodedFrames, SeekedFrames, timesOf } = await import("/page/frames.js");
+    const { DecodedFrames, SeekedFrames, placesOf } = await import("/page/frames.js");
     const { readMovie } = await import("/page/mp4.js");
     const buffer = new Uint8Array(bytes).buffer;
     const url = URL.createObjectURL(new Blob([buffer], { type: "video/mp4" }));
-    const times = timesOf(readMovie(buffer));
-    const frames = kind === "webcodecs" ? await DecodedFrames.open(buffer) : await SeekedFrames.open(url, times);
+    const places = placesOf(readMovie(buffer));
+    const frames = kind === "webcodecs" ? await DecodedFrames.open(buffer) : await SeekedFrames.open(url, places);
     const canvas = new OffscreenCanvas(96, 64);
     const context = canvas.getContext("2d", { willReadFrequently: true });
     const found = [];

@@ -235,16 +235,19 @@ export class DecodedFrames {
   }
 }
 
+/** Where within a frame's time a player is sent, one after another until it shows the frame. */
+const SHARES = [0.1, 0.5, 0.75, 0.95];
+
 /** Frames of whatever the browser plays, by seeking: slower, and exact where the times are known. */
 export class SeekedFrames {
   kind = "video";
   #video;
-  #times;
+  #places;
   #requests = new Newest();
 
-  /** @param {string} url @param {number[]} times at which the frames are shown, in seconds. */
-  constructor(url, times) {
-    this.#times = times;
+  /** @param {string} url @param {{time: number, duration: number, exact: boolean}[]} places of frames, in seconds. */
+  constructor(url, places) {
+    this.#places = places;
     this.#video = document.createElement("video");
     this.#video.muted = true;
     this.#video.playsInline = true;
@@ -252,8 +255,8 @@ export class SeekedFrames {
     this.#video.src = url;
   }
 
-  static async open(url, times) {
-    const frames = new SeekedFrames(url, times);
+  static async open(url, places) {
+    const frames = new SeekedFrames(url, places);
     await new Promise((resolve, reject) => {
       frames.#video.addEventListener("loadeddata", resolve, { once: true });
       frames.#video.addEventListener("error", () => reject(new Error("this browser cannot play the video")), { once: true });
@@ -262,11 +265,11 @@ export class SeekedFrames {
   }
 
   get count() {
-    return this.#times.length;
+    return this.#places.length;
   }
 
   frame(index) {
-    return this.#requests.ask(index, (asked) => this.#seek(asked));
+    return this.#requests.ask(index, (asked) => this.#show(asked));
   }
 
   close() {
@@ -274,22 +277,35 @@ export class SeekedFrames {
     this.#video.load();
   }
 
-  async #seek(index) {
-    const time = this.#times[index];
-    if (Math.abs(this.#video.currentTime - time) > 1e-6) {
-      await new Promise((resolve, reject) => {
-        this.#video.addEventListener("seeked", resolve, { once: true });
-        this.#video.addEventListener("error", () => reject(new Error("the video stopped")), { once: true });
-        this.#video.currentTime = time;
-      });
+  async #show(index) {
+    const { time, duration, exact } = this.#places[index];
+    for (const share of exact ? SHARES : [0.5]) {
+      const shown = await this.#seek(time + share * duration);
+      // Between frames that are stored in another order than they are shown in, players err in how long each lasts.
+      if (shown === null || Math.abs(shown - time) < 0.002) break;
     }
     return createImageBitmap(this.#video);
   }
+
+  /** @returns {Promise<number | null>} the time of the frame that is shown then, where the browser tells */
+  async #seek(time) {
+    const video = this.#video;
+    const told = new Promise((resolve) => {
+      video.requestVideoFrameCallback?.((now, { mediaTime }) => resolve(mediaTime));
+      video.addEventListener("seeked", () => setTimeout(resolve, 100, null), { once: true });
+    });
+    await new Promise((resolve, reject) => {
+      video.addEventListener("seeked", resolve, { once: true });
+      video.addEventListener("error", () => reject(new Error("the video stopped")), { once: true });
+      video.currentTime = time;
+    });
+    return told;
+  }
 }
 
-/** When a player shows the frames, in seconds: shortly after each begins, for not all players know how long it lasts. */
-export function timesOf({ start, frames }) {
-  return frames.map(({ time, duration }) => start + time + Math.min(duration / 2, 0.004));
+/** When a player shows the frames, from what mp4.js read. */
+export function placesOf({ start, frames }) {
+  return frames.map(({ time, duration }) => ({ time: start + time, duration, exact: true }));
 }
 
 /** A picture: one frame. */
@@ -318,7 +334,7 @@ export class PictureFrame {
  */
 export async function openFrames(video, url, fetchBlob, told) {
   if (video.isPicture) return new PictureFrame(await createImageBitmap(await fetchBlob(url, told)));
-  let times = null;
+  let places = null;
   const blob = await fetchBlob(url, told, LARGEST);
   if (blob) {
     const buffer = await blob.arrayBuffer();
@@ -328,11 +344,12 @@ export async function openFrames(video, url, fetchBlob, told) {
       console.info(`frames come from a <video>: ${error.message}`);
     }
     try {
-      times = timesOf(readMovie(buffer));
+      places = placesOf(readMovie(buffer));
     } catch {
       // Evenly spaced, below.
     }
   }
-  times ??= Array.from({ length: video.numFrames ?? 1 }, (_, index) => (index + 0.5) / (video.fps ?? 24));
-  return SeekedFrames.open(url, times);
+  const duration = 1 / (video.fps ?? 24);
+  places ??= Array.from({ length: video.numFrames ?? 1 }, (_, i) => ({ time: i * duration, duration, exact: false }));
+  return SeekedFrames.open(url, places);
 }
