@@ -11,31 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from video_files import HEIGHT, WIDTH, write_clip
 
 pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 pytest.importorskip("av", reason="videos need PyAV")
-
-import av
 
 from omniops.sam2.frames import Frames
 from omniops.server.errors import NotFound
 from omniops.server.settings import Settings
 from omniops.server.videos import Video, Videos
-
-WIDTH, HEIGHT = 64, 48
-
-
-def write_clip(path: Path, count=6, size=(WIDTH, HEIGHT), codec="libx264", options=None, pix_fmt="yuv420p") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=24, options=options or {})
-        stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
-        for t in range(count):
-            image = np.full((size[1], size[0], 3), (40, 90, 160), np.uint8)
-            image[10:30, 2 * t : 2 * t + 16] = (230, 40, 30)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
-        container.mux(stream.encode())
-    return path
 
 
 @pytest.fixture(scope="module")

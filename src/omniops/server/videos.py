@@ -273,7 +273,11 @@ class Videos:
         try:
             with self.jobs.budget.threads() as threads:
                 transcode(
-                    entry.path, unfinished, Encoding.of(self.settings, fps=None), threads=threads, progress=progress
+                    entry.path,
+                    unfinished,
+                    Encoding.of(self.settings, own_times=True),
+                    threads=threads,
+                    progress=progress,
                 )
             os.replace(unfinished, out)
         finally:
