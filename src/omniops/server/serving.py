@@ -176,14 +176,25 @@ def _serve_by_gunicorn(
 
     failures, failed = os.pipe()
     master = os.getpid()
+    ending = threading.Event()
 
     def fail(error: BaseException) -> None:
-        """In the worker: tell why, and have the master end the server."""
+        """In the worker: tell why, and have the master end the server, unless it does so already."""
+        if ending.is_set():
+            return
         os.write(failed, json.dumps(_failure(error)).encode() + b"\n")
         os.kill(master, signal.SIGTERM)
 
     class Worker(ThreadWorker):  # type: ignore[misc]
         """Whose threads do not wait for ever for the rest of a request."""
+
+        def handle_exit(self, *signalled: Any) -> None:
+            ending.set()
+            super().handle_exit(*signalled)
+
+        def handle_quit(self, *signalled: Any) -> None:
+            ending.set()
+            super().handle_quit(*signalled)
 
         def handle(self, connection: Any) -> Any:
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(patience))
@@ -284,7 +295,7 @@ def _announce(
             each.warm()
         devices = [each.describe() for each in predictors]
     except BaseException as error:
-        fail(error)
+        fail(next((each.failure for each in predictors if each.failure is not None), error))
         return
     log.is_ready = True
     on_ready(Ready(devices))
