@@ -276,9 +276,12 @@ def _serve_by_waitress(
     except Exception as error:
         raise ServingError(*_failure(error)) from error
     server = create_server(app, sockets=[bound], threads=threads, ident=None)
-    threading.Thread(target=_announce, args=(app, on_ready, fail, log), daemon=True).start()
     try:
+        threading.Thread(target=_announce, args=(app, on_ready, fail, log), daemon=True).start()
         server.run()  # which ends without a word at KeyboardInterrupt
+    except KeyboardInterrupt:  # before it ran
+        if not failures:
+            raise
     finally:
         server.close()
     if failures:
