@@ -1,0 +1,465 @@
+"""Uploads: limits while they come, what is made of them, progress, and what is removed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from video_files import picture, shown, turn, write_clip
+
+pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
+pytest.importorskip("av", reason="videos need PyAV")
+
+from omniops.sam2.frames import Frames
+from omniops.server import jobs as jobs_module
+from omniops.server.errors import Busy, NotFound, ServerError, TooLarge
+from omniops.server.jobs import Budget, Cancelled, Jobs
+from omniops.server.settings import Settings
+from omniops.server.uploads import Incoming, Uploads, temporary_file
+from omniops.server.videos import Videos
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", 20, size=(320, 240))
+
+
+def make(data: Path, **options) -> Uploads:
+    in_use = options.pop("in_use", tuple)
+    settings = Settings(data=data, **options)
+    return Uploads(settings, Videos(settings), in_use)
+
+
+@pytest.fixture
+def uploads(tmp_path) -> Uploads:
+    return make(tmp_path)
+
+
+def stored(uploads: Uploads) -> list[str]:
+    return sorted(each.name for each in uploads.settings.uploads.iterdir())
+
+
+def test_a_video(clip, uploads):
+    video = uploads.receive(clip.open("rb"))
+    place = uploads.videos.find(video.path)
+    assert video.path == f"uploads/{hashlib.sha256(place.read_bytes()).hexdigest()}.mp4"
+    assert (video.width, video.height, video.frames, video.fps) == (320, 240, 20, 24)
+    assert (video.poster_path, video.is_picture) == (None, False)
+    frames = Frames(place)
+    assert [shown(each) for each in frames] == list(range(20))
+    assert uploads.receive(io.BytesIO(clip.read_bytes())) == video
+    assert stored(uploads) == [place.name]
+    assert place.stat().st_mode & 0o777 == 0o644
+
+
+def test_the_part_that_is_asked_for(clip, tmp_path):
+    uploads = make(tmp_path, max_upload_video_duration=0.5, video_encode_seek_time=0.25)
+    frames = Frames(uploads.videos.find(uploads.receive(clip.open("rb")).path))
+    assert [shown(each) for each in frames] == list(range(6, 18))
+    frames = Frames(uploads.videos.find(uploads.receive(clip.open("rb"), start=0.5, duration=0.25).path))
+    assert [shown(each) for each in frames] == list(range(12, 18))
+    assert uploads.receive(clip.open("rb"), start=0, duration=9).frames == 12
+
+
+@pytest.mark.parametrize("name", ["start", "duration"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_times_that_are_none(clip, uploads, name, value):
+    with pytest.raises(ServerError, match=f"{name}TimeSec must be a number of seconds"):
+        uploads.receive(clip.open("rb"), **{name: value})
+
+
+def test_the_environments_encoding(clip, tmp_path):
+    uploads = make(tmp_path, video_encode_fps=12, video_encode_max_width=160)
+    video = uploads.receive(clip.open("rb"))
+    assert (video.width, video.height, video.frames, video.fps) == (160, 120, 10, 12)
+
+
+class Endless:
+    """A file that does not end, and counts what was read of it."""
+
+    def __init__(self):
+        self.count = 0
+
+    def read(self, size=-1):
+        assert 0 < size < 2**24
+        self.count += size
+        return bytes(size)
+
+    def close(self):
+        pass
+
+
+def test_too_many_bytes_are_refused_while_they_come(tmp_path):
+    uploads = make(tmp_path, max_upload_bytes=3_000_000)
+    endless = Endless()
+    with pytest.raises(TooLarge, match="It has more than the 3 megabytes that are taken"):
+        uploads.receive(endless)
+    assert endless.count < 3_000_000 + 2**21
+    assert stored(uploads) == []
+
+
+def test_the_temporary_file(tmp_path):
+    with temporary_file(Settings(data=tmp_path, max_upload_bytes=10)) as file:
+        assert isinstance(file, Incoming)
+        assert file.path.parent == tmp_path / "uploads"
+        assert file.write(b"12345") == 5
+        file.write(memoryview(b"67890"))
+        with pytest.raises(TooLarge):
+            file.write(b"1")
+        file.seek(0)
+        assert file.read() == b"1234567890"
+    assert not file.path.exists()
+    file.close()
+
+
+def test_a_temporary_file_is_taken_as_it_is(clip, uploads):
+    file = temporary_file(uploads.settings)
+    file.write(clip.read_bytes())
+    file.seek(0)
+    assert uploads.receive(file).frames == 20
+    assert file.closed
+    assert len(stored(uploads)) == 1
+
+
+def test_too_many_pixels(clip, tmp_path):
+    uploads = make(tmp_path, max_upload_pixels=320 * 240 - 1)
+    with pytest.raises(ServerError, match=r"It has 320 x 240 pixels") as caught:
+        uploads.receive(clip.open("rb"))
+    assert caught.value.status == 413
+    image = io.BytesIO()
+    Image.new("RGB", (400, 300)).save(image, "PNG")
+    image.seek(0)
+    with pytest.raises(TooLarge, match=r"It has 400 x 300 pixels"):
+        uploads.receive(image, picture=True)
+    assert stored(uploads) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"no video", b"\x89PNG\r\n\x1a\n", b"\0\0\0\x18ftypmp42" + bytes(5000)])
+@pytest.mark.parametrize("is_picture", [False, True])
+def test_what_is_neither(uploads, content, is_picture):
+    words = "This is not a picture that can be read" if is_picture else "not valid video file"
+    with pytest.raises(ServerError, match=words) as caught:
+        uploads.receive(io.BytesIO(content), picture=is_picture)
+    assert str(uploads.settings.data) not in caught.value.message
+    assert stored(uploads) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is Linux's /dev/full")
+def test_a_full_disk(uploads):
+    with temporary_file(uploads.settings) as file:
+        full = os.open("/dev/full", os.O_RDWR)
+        os.dup2(full, file.fileno())
+        os.close(full)
+        with pytest.raises(ServerError, match="no room left") as caught:
+            file.write(b"1")
+    assert caught.value.status == 507
+
+
+def sent(image: Image.Image, kind: str, **options) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+def turned_exif(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x010F] = "maker"
+    return exif
+
+
+PICTURE = Image.fromarray(picture(5, 320, 240))
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "options", "suffix"),
+    [
+        (PICTURE, "PNG", {}, ".png"),
+        (PICTURE, "JPEG", {"quality": 95, "subsampling": 0}, ".jpg"),
+        (PICTURE, "WEBP", {"lossless": True}, ".png"),
+        (PICTURE, "TIFF", {}, ".png"),
+        (PICTURE, "BMP", {}, ".png"),
+        (PICTURE, "GIF", {}, ".png"),
+        (PICTURE.convert("RGBA"), "PNG", {}, ".png"),
+        (PICTURE.convert("P"), "PNG", {}, ".png"),
+        (PICTURE.convert("L"), "PNG", {}, ".png"),
+        (PICTURE.convert("CMYK"), "JPEG", {"quality": 95}, ".jpg"),
+    ],
+)
+def test_pictures(uploads, image, kind, options, suffix):
+    video = uploads.receive(sent(image, kind, **options), picture=True)
+    place = uploads.videos.find(video.path)
+    assert place.suffix == suffix
+    assert video.path == f"uploads/{hashlib.sha256(place.read_bytes()).hexdigest()}{suffix}"
+    assert (video.width, video.height, video.frames, video.fps, video.is_picture) == (320, 240, 1, None, True)
+    with Image.open(place) as made:
+        assert made.mode == "RGB"
+        expected = np.asarray(image.convert("RGB")).astype(int)
+        assert np.abs(np.asarray(made) - expected).mean() < (0.01 if kind in ("PNG", "WEBP", "BMP", "TIFF") else 4)
+    assert len(Frames(place)) == 1
+    assert np.abs(Frames(place)[0].astype(int) - expected).mean() < 5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned(uploads, orientation):
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+    expected = PICTURE.transpose(Image.Transpose(turns[orientation])) if orientation > 1 else PICTURE
+    video = uploads.receive(sent(PICTURE, "PNG", exif=turned_exif(orientation)), picture=True)
+    with Image.open(uploads.videos.find(video.path)) as made:
+        assert np.array_equal(np.asarray(made), np.asarray(expected))
+        assert not made.getexif()
+    assert (video.width, video.height) == expected.size
+
+
+def test_progress_is_told_by_its_key(clip, uploads, monkeypatch):
+    seen = []
+    reached = threading.Event()
+    announce = uploads.jobs.announce
+
+    def watch(key, what):
+        progress = announce(key, what)
+        update = progress.update
+
+        def note(*args, **kwargs):
+            update(*args, **kwargs)
+            seen.append(uploads.jobs.progress("my key").as_json())
+            reached.set()
+
+        progress.update = note
+        return progress
+
+    monkeypatch.setattr(uploads.jobs, "announce", watch)
+    uploads.receive(clip.open("rb"), key="my key")
+    assert {"done": clip.stat().st_size, "total": None, "what": "receiving"} in seen
+    assert {"done": 7, "total": 20, "what": "converting"} in seen
+    assert uploads.jobs.progress("my key").as_json() == {"done": 20, "total": 20, "what": "converting"}
+    assert uploads.jobs.progress("another") is None
+
+
+def test_who_goes_away_ends_it(clip, uploads, monkeypatch):
+    monkeypatch.setattr(jobs_module, "_LOOK_AGAIN", 0.01)
+    with pytest.raises(Cancelled):
+        uploads.receive(clip.open("rb"), gone=lambda: True)
+    assert stored(uploads) == []
+    assert uploads.receive(clip.open("rb"), gone=lambda: False).frames == 20
+
+
+def age(place: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(place, (then, then))
+
+
+def put(uploads: Uploads, letter: str, seconds: float, size: int = 100) -> str:
+    uploads.settings.uploads.mkdir(exist_ok=True)
+    place = uploads.settings.uploads / (letter * 64 + ".mp4")
+    place.write_bytes(bytes(size))
+    age(place, seconds)
+    return f"uploads/{place.name}"
+
+
+def test_old_uploads_are_removed_but_for_those_in_use(tmp_path):
+    used: list[str] = []
+    uploads = make(tmp_path, upload_age=1000, in_use=lambda: used)
+    old, other, new = put(uploads, "a", 2000), put(uploads, "b", 3000), put(uploads, "c", 500)
+    (uploads.settings.uploads / "mine.mp4").write_bytes(b"not ours")
+    age(uploads.settings.uploads / "mine.mp4", 9999)
+    for name, seconds in ((".incoming-new", 60), (".incoming-old", 9999)):
+        (uploads.settings.uploads / name).write_bytes(b"")
+        age(uploads.settings.uploads / name, seconds)
+    used.append(old)
+    uploads.sweep()
+    left = stored(uploads)
+    assert left == sorted([".incoming-new", Path(old).name, Path(new).name, "mine.mp4"])
+    assert Path(other).name not in left
+    used.clear()
+    uploads.sweep()
+    assert stored(uploads) == left  # it looks once a minute
+    uploads.sweep(keep="")
+    assert Path(old).name not in stored(uploads)
+
+
+def test_to_use_an_upload_keeps_it(tmp_path):
+    uploads = make(tmp_path, upload_age=1000)
+    path = put(uploads, "a", 2000)
+    modified = (tmp_path / path).stat().st_mtime_ns
+    uploads.videos.find(path)
+    assert (tmp_path / path).stat().st_mtime_ns == modified
+    uploads.sweep()
+    assert stored(uploads) == [Path(path).name]
+
+
+def test_the_oldest_are_removed_where_all_are_too_large(clip, tmp_path):
+    used: list[str] = []
+    uploads = make(tmp_path, max_uploads_bytes=100_000, in_use=lambda: used)
+    put(uploads, "a", 500, 40_000)
+    put(uploads, "b", 400, 40_000)
+    used.append(put(uploads, "c", 900, 50_000))
+    put(uploads, "d", 100, 40_000)
+    video = uploads.receive(clip.open("rb"))
+    assert (tmp_path / video.path).stat().st_size < 20_000
+    assert stored(uploads) == sorted([Path(video.path).name, "c" * 64 + ".mp4", "d" * 64 + ".mp4"])
+    with pytest.raises(NotFound):
+        uploads.videos.find("uploads/" + "a" * 64 + ".mp4")
+
+
+def test_many_at_once(clip, tmp_path):
+    uploads = make(tmp_path)
+    found, errors = [], []
+
+    def send(start):
+        try:
+            found.append(uploads.receive(clip.open("rb"), start=start / 24).frames)
+        except ServerError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=send, args=(i % 4,)) for i in range(12)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert errors == []
+    assert sorted(found) == sorted([20, 19, 18, 17] * 3)
+    assert len(stored(uploads)) == 4
+
+
+def test_too_many_jobs_are_refused():
+    jobs = Jobs(workers=1, waiting=2)
+    go = threading.Event()
+    begun = threading.Event()
+
+    def work(progress):
+        begun.set()
+        go.wait()
+        return 1
+
+    first = jobs.start(work)
+    begun.wait()
+    others = [jobs.start(work) for _ in range(2)]
+    with pytest.raises(Busy, match="too much to do"):
+        jobs.start(work)
+    go.set()
+    assert [each.result() for each in (first, *others)] == [1, 1, 1]
+    with pytest.raises(ZeroDivisionError):
+        jobs.start(lambda progress: 1 / 0).result()
+    assert jobs.start(lambda progress: 2).result() == 2
+
+
+def test_the_end_of_the_server_ends_all_jobs():
+    jobs = Jobs(workers=1)
+    begun = threading.Event()
+
+    def work(progress):
+        begun.set()
+        while True:
+            progress.check()
+            time.sleep(0.001)
+
+    running, waiting = jobs.start(work), jobs.start(work)
+    begun.wait()
+    jobs.close()
+    for each in (running, waiting):
+        with pytest.raises(Cancelled):
+            each.result()
+
+
+def test_the_budget_of_threads_is_kept():
+    budget = Budget(3)
+    now, most = 0, 0
+    lock = threading.Lock()
+
+    def work(wanted):
+        nonlocal now, most
+        for _ in range(20):
+            with budget.threads(wanted) as count:
+                assert 1 <= count <= (wanted or 3)
+                with lock:
+                    now += count
+                    most = max(most, now)
+                time.sleep(0.0005)
+                with lock:
+                    now -= count
+
+    threads = [threading.Thread(target=work, args=(wanted,)) for wanted in (1, 1, 2, 2, None, None)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert (now, most) == (0, 3)
+
+
+GALLERY = {
+    "turned": lambda path: turn(write_clip(path, 6, size=(320, 240)), (0, 1, -1, 0)),
+    "hevc": lambda path: write_clip(
+        path, 6, codec="libx265", size=(320, 240), options={"x265-params": "log-level=error"}
+    ),
+    "ten bits": lambda path: write_clip(path, 6, pix_fmt="yuv420p10le", size=(320, 240)),
+    "early frames": lambda path: write_clip(path, 20, size=(320, 240), times=[i / 24 - 0.25 for i in range(20)]),
+    "fragments": lambda path: write_clip(path, 6, size=(320, 240)),
+}
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_gallery_files_that_browsers_cannot_play(tmp_path, name):
+    path = tmp_path / "gallery" / f"{name}.mp4"
+    GALLERY[name](path)
+    if name == "fragments":
+        fragment(path)
+    expected = Frames(path)
+    videos = Videos(Settings(data=tmp_path))
+    assert videos.default().path == f"gallery/{name}.mp4"  # waits for it
+    place = videos.find(f"gallery/{name}.mp4")
+    assert place.parent == tmp_path / "converted"
+    video = videos.videos()[0]
+    assert (video.width, video.height, video.frames) == (expected.width, expected.height, len(expected))
+    frames = Frames(place)
+    assert len(frames) == len(expected)
+    for one, other in zip(frames, expected, strict=True):
+        assert np.abs(one.astype(int) - other).mean() < 3
+    with Image.open(videos.poster(video.poster_path)) as poster:
+        assert poster.size == (expected.width, expected.height)
+    before = place.stat().st_mtime_ns
+    again = Videos(Settings(data=tmp_path))
+    assert again.videos()[0] == video
+    assert again.find(video.path).stat().st_mtime_ns == before
+    path.unlink()
+    assert again.videos() == []
+    assert not place.exists()
+
+
+def fragment(path: Path) -> None:
+    """Write the packets of an MP4 file as fragments, of which its header does not tell."""
+    import av
+
+    with (
+        av.open(str(path)) as source,
+        av.open(str(path) + ".part", "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov"}) as out,
+    ):
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    os.replace(str(path) + ".part", path)
+
+
+def test_pictures_of_the_gallery_that_browsers_show_otherwise(tmp_path):
+    gallery = tmp_path / "gallery"
+    gallery.mkdir()
+    PICTURE.save(gallery / "turned.jpg", exif=turned_exif(6), quality=95, subsampling=0)
+    PICTURE.save(gallery / "scan.tiff")
+    videos = Videos(Settings(data=tmp_path))
+    places = {name: videos.find(f"gallery/{name}") for name in ("turned.jpg", "scan.tiff")}
+    assert [each.suffix for each in places.values()] == [".jpg", ".png"]
+    found = {each.path: each for each in videos.pictures()}
+    assert (found["gallery/turned.jpg"].width, found["gallery/turned.jpg"].height) == (240, 320)
+    expected = np.asarray(PICTURE.transpose(Image.Transpose.ROTATE_270))
+    assert np.abs(Frames(places["turned.jpg"])[0].astype(int) - expected).mean() < 4
+    assert np.array_equal(Frames(places["scan.tiff"])[0], np.asarray(PICTURE))
