@@ -1,9 +1,11 @@
 """What is wrong with a request or a file is named, with the right status, and nothing of the server is given away."""
 
+import io
 import json
 
 import pytest
-from server.client import ORIGIN, ApiError
+from PIL import Image
+from server.client import ORIGIN, Api, ApiError
 
 START = "mutation M($input: StartSessionInput!) { startSession(input: $input) { sessionId } }"
 NO_VIDEO = "There is no such video. It may have been removed."
@@ -308,6 +310,129 @@ def test_logins(make_app, body):
         response.status_code,
         {400: "The request cannot be read"}.get(response.status_code, "This is not the server's token"),
     )
+
+
+NOT_VALID = "not valid video file"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.mp4", b"", NOT_VALID),
+        ("text.mp4", b"hello " * 1000, NOT_VALID),
+        ("playlist.m3u8", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", NOT_VALID),
+        ("concat.mp4", b"ffconcat version 1.0\nfile /etc/passwd\n", NOT_VALID),
+        ("page.html", b"<!doctype html><script>alert(1)</script>", NOT_VALID),
+        ("../../../evil.mp4", b"\0" * 1000, NOT_VALID),
+    ],
+)
+def test_uploads_that_are_no_video(api, data, name, content, message):
+    refused(api.post_upload(name, content), 200, message)
+    assert list((data / "uploads").iterdir()) == []
+
+
+def test_an_upload_that_ends_early(api, data, clip):
+    whole = clip.read_bytes()
+    for length in (20, len(whole) // 2):
+        with pytest.raises(ApiError, match="video"):
+            api.upload("cut.mp4", whole[:length])
+    assert list((data / "uploads").iterdir()) == []
+
+
+def test_a_picture_is_no_video_and_the_other_way_round(api, clip):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    with pytest.raises(ApiError, match="video"):
+        api.upload("a.mp4", file.getvalue())
+    for content in (clip.read_bytes(), b"", b"<svg/>", file.getvalue()[:40]):
+        with pytest.raises(ApiError) as raised:
+            api.upload("a.png", content, "image/png", "uploadPicture")
+        assert "/" not in str(raised.value)
+
+
+def test_uploads_that_are_too_large(make_app, data, clip):
+    api = Api(make_app(max_upload_bytes=1000).test_client())
+    refused(api.post_upload("clip.mp4", clip.read_bytes()), 413, "It has more than the 0.001 megabytes that are taken.")
+    refused(api.post_upload("clip.mp4", b"x" * 8_100_000), 413, TOO_LARGE)
+    assert list((data / "uploads").iterdir()) == []
+
+
+def test_pictures_of_too_many_pixels(make_app):
+    api = Api(make_app(max_upload_pixels=1000).test_client())
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(file, "PNG")
+    with pytest.raises(ApiError, match="pixels"):
+        api.upload("a.png", file.getvalue(), "image/png", "uploadPicture")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("startTimeSec: -1", "startTimeSec must be a number of seconds from 0 on."),
+        ("durationTimeSec: 0", "durationTimeSec must be a number of seconds above 0."),
+        ("durationTimeSec: -3", "durationTimeSec must be a number of seconds above 0."),
+        ("startTimeSec: 1000", "transcode produced empty video; check seek time or your input video"),
+    ],
+)
+def test_times_of_uploads(api, clip, given, message):
+    query = f"mutation M($file: Upload!) {{ uploadVideo(file: $file, {given}) {{ path }} }}"
+    form = {
+        "operations": json.dumps({"query": query, "variables": {"file": None}}),
+        "map": '{"file": ["variables.file"]}',
+        "file": (io.BytesIO(clip.read_bytes()), "clip.mp4"),
+    }
+    refused(from_page(api.client, "/graphql", "POST", data=form), 200, message)
+
+
+UPLOAD = json.dumps({"query": "mutation M($file: Upload!) { uploadVideo(file: $file) { path } }", "variables": {}})
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"operations": UPLOAD, "map": '{"file": ["variables.file"]}'}, "File(s) missing in form data"),
+        ({"operations": "{", "map": "{}"}, NO_JSON),
+        ({"operations": UPLOAD, "map": "["}, NO_JSON),
+        ({"operations": UPLOAD, "map": "[]"}, "The form's map must be an object of lists"),
+        ({"operations": UPLOAD, "map": '{"file": "variables.file"}'}, "The form's map must be an object of lists"),
+        ({"map": "{}"}, "No GraphQL query found in the request"),
+        ({}, "No GraphQL query found in the request"),
+    ],
+)
+def test_forms(client, form, message):
+    response = from_page(client, "/graphql", "POST", data=form, content_type="multipart/form-data")
+    assert (response.status_code, response.text) == (400, message)
+
+
+@pytest.mark.parametrize("place", ["query", "variables", "variables.a.b", "operationName", "", "variables.file.0"])
+def test_files_belong_among_the_variables(client, place):
+    form = {"operations": UPLOAD, "map": json.dumps({"file": [place]}), "file": (io.BytesIO(b"x"), "a.mp4")}
+    response = from_page(client, "/graphql", "POST", data=form)
+    assert (response.status_code, response.text) == (
+        400,
+        "The form's map names a place that is not among the variables",
+    )
+
+
+def test_a_file_has_to_be_one(api, data):
+    query = "mutation M($file: Upload!) { uploadVideo(file: $file) { path } }"
+    for value in ("text", {"path": "a.mp4"}, 3, ["a"]):
+        response = api.post(query, {"file": value})
+        refused(response, 200, "file has to be a file of a multipart/form-data request")
+    two = {
+        "operations": UPLOAD,
+        "map": '{"a": ["variables.file"], "b": ["variables.other"]}',
+        "a": (io.BytesIO(b"x"), "a.mp4"),
+        "b": (io.BytesIO(b"x"), "b.mp4"),
+    }
+    refused(from_page(api.client, "/graphql", "POST", data=two), 400, "A request may have one file")
+    assert list((data / "uploads").iterdir()) == []
+
+
+def test_a_form_of_very_many_or_very_large_fields(client):
+    for form in ({str(number): "x" for number in range(100)}, {"operations": "x" * 1_000_000}):
+        response = from_page(client, "/graphql", "POST", data=form, content_type="multipart/form-data")
+        refused(response, 413, TOO_LARGE)
 
 
 def test_an_object_that_was_clicked_away_poisons_nothing(api):

@@ -1,11 +1,16 @@
+import base64
+import hashlib
 import io
+import re
 import shutil
 import socket
 import threading
+import tracemalloc
 from importlib.resources import files
 
 import pytest
-from server.client import Api
+from PIL import Image
+from server.client import Api, ApiError
 from server.conftest import Client
 
 import omniops.server
@@ -146,3 +151,93 @@ def test_what_is_too_large_is_read_to_its_end_but_no_further_than_an_upload_may_
         given = {"content_length": size, "content_type": "application/json"}
         assert app.test_client().post("/graphql", input_stream=body, **given).status_code == 413
         assert body.tell() == read
+
+
+@pytest.mark.parametrize("placeholder", ["official", None])
+def test_an_uploaded_video_is_one_like_those_of_the_gallery(api, client, clip, placeholder):
+    video = api.upload("a clip.mp4", clip.read_bytes(), placeholder=placeholder)
+    name = re.fullmatch(r"uploads/([0-9a-f]{64})\.mp4", video["path"])[1]
+    assert video == {
+        "id": base64.b64encode(f"Video:{video['path']}".encode()).decode(),
+        "path": video["path"],
+        "posterPath": None,
+        "url": f"http://localhost/uploads/{name}.mp4",
+        "posterUrl": f"http://localhost/uploads/{name}.mp4",
+        "height": 24,
+        "width": 32,
+    }
+    sent = client.get(video["url"])
+    assert sent.content_type == "video/mp4"
+    assert hashlib.sha256(sent.data).hexdigest() == name
+    assert api.upload("another name.mov", clip.read_bytes(), "video/quicktime") == video
+    session = api.start_session(video["path"])
+    assert api.add_points(session, 0, 0, [[0.5, 0.5]])
+
+
+def test_an_uploaded_picture(api, client):
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(file, "PNG")
+    picture = api.upload("photo.png", file.getvalue(), "image/png", "uploadPicture")
+    assert (picture["width"], picture["height"], picture["posterPath"]) == (40, 30, None)
+    assert picture["posterUrl"] == picture["url"]
+    assert client.get(picture["url"]).content_type in ("image/png", "image/jpeg")
+    assert api.start_session(picture["path"])
+
+
+def test_an_upload_goes_to_the_disk_as_it_comes(make_app, data, monkeypatch):
+    app = make_app()
+    seen = []
+
+    class Body(io.BytesIO):
+        def readinto(self, buffer):
+            seen.extend(path.stat().st_size for path in (data / "uploads").glob(".incoming-*"))
+            return super().readinto(buffer)
+
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.mp4"\r\n\r\n'
+    body = head + b"x" * 3_000_000 + b"\r\n--x--\r\n"
+    given = {"content_length": len(body), "content_type": "multipart/form-data; boundary=x"}
+    tracemalloc.start()
+    app.test_client().post("/graphql?upload=key", input_stream=Body(body), **given)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert max(seen) > 2_000_000
+    assert peak < 1_500_000
+    assert list((data / "uploads").iterdir()) == []
+    assert app.test_client().get("/progress/key").json["what"] == "receiving"
+
+
+def test_the_progress_of_an_upload_has_its_key(api, client, clip):
+    for given in ({"query_string": {"upload": "one"}}, {"headers": {"Upload": "two"}}):
+        assert api.upload("clip.mp4", clip.read_bytes(), **given)
+    for key in ("one", "two"):
+        progress = client.get(f"/progress/{key}").json
+        assert progress["done"] == 10
+
+
+def test_only_so_many_uploads_come_at_once(make_app, clip):
+    app = make_app(max_streams=2)
+    api = Api(app.test_client())
+    receiving = app.extensions["omniops"].receiving
+    assert receiving.acquire(blocking=False)
+    response = api.post_upload("clip.mp4", clip.read_bytes())
+    assert response.status_code == 503
+    words = "The server receives as many uploads as it can: try again in a minute"
+    assert response.json["errors"] == [{"message": words}]
+    receiving.release()
+    for _ in range(3):  # neither success nor failure keeps a place
+        assert api.upload("clip.mp4", clip.read_bytes())
+        with pytest.raises(ApiError):
+            api.upload("clip.mp4", b"no video")
+
+
+def test_a_client_that_leaves_ends_its_upload(api, clip, data, monkeypatch):
+    def transcode(*args, progress, **more):
+        while True:
+            progress.check()
+
+    monkeypatch.setattr("omniops.server.uploads.transcode", transcode)
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with ours, pytest.raises(ApiError, match=r"It was cancelled\."):
+        api.upload("clip.mp4", clip.read_bytes(), environ_overrides={"gunicorn.socket": ours})
+    assert list((data / "uploads").iterdir()) == []

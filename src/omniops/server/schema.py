@@ -5,7 +5,6 @@ Names, types and nullability of the official part are its own, so that its front
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +64,7 @@ class Context:
 
     Args:
         base_url: what precedes the path in the URLs that are given.
-        receive: stores an uploaded video (seconds of its start and length given, or None) or picture, and waits for it.
+        receive: stores an uploaded file and waits for it, as ``Uploads.receive``.
     """
 
     settings: Settings
@@ -177,10 +176,7 @@ class Mutation:
         duration_time_sec: float | None = None,
     ) -> VideoNode:
         """Store a video, cut to the seconds from ``startTimeSec`` on."""
-        for name, seconds in (("startTimeSec", start_time_sec), ("durationTimeSec", duration_time_sec)):
-            if seconds is not None and not 0 <= seconds < math.inf:
-                raise ServerError(f"{name} must not be negative")
-        video = info.context.receive(file, picture=False, start=start_time_sec, duration=duration_time_sec)
+        video = info.context.receive(file, start=start_time_sec, duration=duration_time_sec)
         return _video_node(video, info.context)
 
     @strawberry.mutation

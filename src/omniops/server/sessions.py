@@ -66,6 +66,11 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def names(self) -> set[str]:
+        """The paths that the API has for what is open."""
+        with self._lock:
+            return {session.name for session in self._sessions.values()}
+
     @property
     def nbytes(self) -> int:
         """What all sessions hold together."""

@@ -7,9 +7,10 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, BinaryIO, cast
 
-from flask import Flask, Request, Response, current_app, request, send_file
+from flask import Flask, Request, Response, current_app, g, request, send_file
+from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import HTTPException
 
 from omniops.server import connection, graphql, stream
@@ -20,6 +21,7 @@ from omniops.server.schema import Context, make_schema
 from omniops.server.security import COOKIE, Guard, page_headers
 from omniops.server.sessions import Sessions
 from omniops.server.settings import Settings
+from omniops.server.uploads import Incoming, Uploads, temporary_file
 from omniops.server.videos import Video, Videos
 
 _MAX_JSON_BYTES = 8_000_000  # a mask, and every click on an object
@@ -59,12 +61,19 @@ class Server:
         self.schema = make_schema(settings.debug)
         self.videos = Videos(settings)
         self.sessions = Sessions(settings, predictors)
+        self.uploads = Uploads(settings, self.videos, self.sessions.names)
         self.streams = threading.BoundedSemaphore(settings.max_streams)
+        # One less, so that of the official command's 8 threads one is left to answer clicks.
+        self.receiving = threading.BoundedSemaphore(max(1, settings.max_streams - 1))
         self.page_headers = page_headers(settings)
 
     def receive(self, file: Any, **options: Any) -> Video:
-        """Store what this request uploads; waits for it to be checked and converted."""
-        raise NotImplementedError
+        """Store the file of this request; waits for it to be checked and converted. As ``Uploads.receive``."""
+        if not isinstance(file, FileStorage) or not file.filename:
+            raise ServerError("file has to be a file of a multipart/form-data request")
+        environ = request.environ
+        stream = cast(BinaryIO, file.stream)
+        return self.uploads.receive(stream, key=_upload_key(), gone=lambda: connection.is_gone(environ), **options)
 
 
 class _UploadRequest(Request):
@@ -73,10 +82,19 @@ class _UploadRequest(Request):
     max_form_parts = _MAX_FORM_PARTS
     max_form_memory_size = _MAX_FIELD_BYTES
 
-    def _get_file_stream(self, *args: Any, **kwargs: Any) -> Any:
-        from omniops.server import uploads
+    def _get_file_stream(self, total_content_length: int | None, *args: Any, **kwargs: Any) -> Any:
+        server = _server()
+        if g.setdefault("incoming", None) is not None:
+            raise ServerError("A request may have one file")
+        progress = server.videos.jobs.announce(_upload_key(), "receiving")
+        progress.total = total_content_length
+        g.incoming = temporary_file(server.settings, progress)
+        return g.incoming
 
-        return uploads.temporary_file(_server().settings)
+
+def _upload_key() -> str | None:
+    """What the client calls this upload or download, to ask for its progress by."""
+    return request.headers.get("Upload") or request.args.get("upload")
 
 
 def create_app(settings: Settings, predictors: Sequence[Predictor] | None = None) -> Flask:
@@ -91,6 +109,7 @@ def create_app(settings: Settings, predictors: Sequence[Predictor] | None = None
     app.extensions["omniops"] = Server(settings, make_predictors(settings) if predictors is None else predictors)
     app.before_request(_check)
     app.after_request(_add_headers)
+    app.teardown_request(_let_go)
     app.register_error_handler(ServerError, _refusal)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unknown_error)
@@ -135,8 +154,21 @@ def _check() -> Response | None:
     if request.method == "OPTIONS":
         return Response(content_type="text/html; charset=utf-8")
     is_form = request.mimetype == "multipart/form-data"
+    if is_form and request.method == "POST":
+        if not server.receiving.acquire(blocking=False):
+            raise Busy("The server receives as many uploads as it can: try again in a minute")
+        g.is_receiving = True
     request.max_content_length = _MAX_JSON_BYTES + (server.settings.max_upload_bytes if is_form else 0)
     return None
+
+
+def _let_go(_error: BaseException | None) -> None:
+    """What comes after every route, also where it failed."""
+    incoming: Incoming | None = g.pop("incoming", None)
+    if incoming is not None:
+        incoming.close()
+    if g.pop("is_receiving", False):
+        _server().receiving.release()
 
 
 def _add_headers(response: Response) -> Response:
@@ -170,6 +202,8 @@ def _error(message: str, status: int) -> Response:
 
 
 def _refusal(error: ServerError) -> Response:
+    if error.status == 413:
+        connection.drain(request.environ, _server().settings.max_upload_bytes)
     return _error(error.message, error.status)
 
 
