@@ -244,12 +244,14 @@ def test_progress_is_told_by_its_key(clip, uploads, monkeypatch):
     assert uploads.jobs.progress("another") is None
 
 
-def test_who_goes_away_ends_it(clip, uploads, monkeypatch):
+def test_who_goes_away_ends_it(tmp_path, uploads, monkeypatch):
     monkeypatch.setattr(jobs_module, "_LOOK_AGAIN", 0.01)
+    long = write_clip(tmp_path / "long.mp4", 400, size=(320, 240))
     with pytest.raises(Cancelled):
-        uploads.receive(clip.open("rb"), gone=lambda: True)
+        uploads.receive(long.open("rb"), key="key", gone=lambda: uploads.jobs.progress("key").done > 0)
+    assert 0 < uploads.jobs.progress("key").done < 240
     assert stored(uploads) == []
-    assert uploads.receive(clip.open("rb"), gone=lambda: False).frames == 20
+    assert uploads.receive(long.open("rb"), gone=lambda: False).frames == 240
 
 
 def age(place: Path, seconds: float) -> None:

@@ -200,6 +200,7 @@ class Uploads:
                     threads=threads,
                     progress=progress,
                 )
+            progress.check()
             return self._store(out)
 
     def _picture(self, source: Path, _begin: float, _seconds: float, progress: Progress) -> str:
