@@ -241,3 +241,22 @@ def test_a_client_that_leaves_ends_its_upload(api, clip, data, monkeypatch):
     with ours, pytest.raises(ApiError, match=r"It was cancelled\."):
         api.upload("clip.mp4", clip.read_bytes(), environ_overrides={"gunicorn.socket": ours})
     assert list((data / "uploads").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "sent_name", "sent_kind"),
+    [
+        ("photo.jpeg", "JPEG", "photo.jpeg", "image/jpeg"),
+        ("photo.jfif", "JPEG", "photo.jfif", "image/jpeg"),
+        ("photo.png", "PNG", "photo.png", "image/png"),
+        ("photo.bmp", "BMP", "photo.png", "image/png"),
+        ("photo.tif", "TIFF", "photo.png", "image/png"),
+    ],
+)
+def test_pictures_are_sent_as_what_they_are(client, data, name, kind, sent_name, sent_kind):
+    Image.new("RGB", (40, 30)).save(data / "gallery" / name, kind)
+    response = client.get(f"/gallery/{name}")
+    assert response.content_type == sent_kind
+    assert response.headers["Content-Disposition"] == f"inline; filename={sent_name}"
+    signature = b"\x89PNG" if sent_kind == "image/png" else b"\xff\xd8"
+    assert response.data.startswith(signature)

@@ -7,12 +7,14 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from flask import Flask, Request, Response, current_app, g, request, send_file
 from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import HTTPException
 
+from omniops.sam2.picture_files import KINDS
 from omniops.server import connection, graphql, stream
 from omniops.server.errors import UNKNOWN_ERROR, Busy, NotFound, ServerError
 from omniops.server.metrics import CONTENT_TYPE as METRICS_TYPE
@@ -269,8 +271,11 @@ def _propagate() -> Response:
 def _media(folder: str, name: str) -> Response:
     videos, path = _server().videos, f"{folder}/{name}"
     place = videos.poster(path) if folder == "posters" else videos.find(path)
+    suffix = place.suffix.lower()
+    kind = "video/mp4" if suffix == ".mp4" else "image/jpeg" if KINDS.get(suffix) == "JPEG" else "image/png"
+    shown_name = PurePosixPath(name).with_suffix(suffix).name  # what a file was converted to has its name
     try:
-        return send_file(place, conditional=True, download_name=name.rpartition("/")[2])
+        return send_file(place, kind, conditional=True, download_name=shown_name)
     except OSError:
         raise NotFound("There is no such file") from None
 
