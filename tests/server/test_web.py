@@ -1,6 +1,7 @@
 import base64
 import hashlib
 import io
+import os
 import re
 import shutil
 import socket
@@ -162,13 +163,16 @@ def test_an_uploaded_video_is_one_like_those_of_the_gallery(api, client, clip, p
         "path": video["path"],
         "posterPath": None,
         "url": f"http://localhost/uploads/{name}.mp4",
-        "posterUrl": f"http://localhost/uploads/{name}.mp4",
+        "posterUrl": f"http://localhost/posters/{name}.jpg",
         "height": 24,
         "width": 32,
     }
     sent = client.get(video["url"])
     assert sent.content_type == "video/mp4"
     assert hashlib.sha256(sent.data).hexdigest() == name
+    poster = client.get(video["posterUrl"])
+    assert poster.content_type == "image/jpeg"
+    assert Image.open(io.BytesIO(poster.data)).size == (32, 24)
     assert api.upload("another name.mov", clip.read_bytes(), "video/quicktime") == video
     session = api.start_session(video["path"])
     assert api.add_points(session, 0, 0, [[0.5, 0.5]])
@@ -179,7 +183,7 @@ def test_an_uploaded_picture(api, client):
     Image.new("RGB", (40, 30), "red").save(file, "PNG")
     picture = api.upload("photo.png", file.getvalue(), "image/png", "uploadPicture")
     assert (picture["width"], picture["height"], picture["posterPath"]) == (40, 30, None)
-    assert picture["posterUrl"] == picture["url"]
+    assert client.get(picture["posterUrl"]).content_type == "image/jpeg"
     assert client.get(picture["url"]).content_type in ("image/png", "image/jpeg")
     assert api.start_session(picture["path"])
 
@@ -260,3 +264,14 @@ def test_pictures_are_sent_as_what_they_are(client, data, name, kind, sent_name,
     assert response.headers["Content-Disposition"] == f"inline; filename={sent_name}"
     signature = b"\x89PNG" if sent_kind == "image/png" else b"\xff\xd8"
     assert response.data.startswith(signature)
+
+
+def test_the_poster_of_an_upload_goes_with_it(app, api, client, clip, data):
+    video = api.upload("clip.mp4", clip.read_bytes())
+    assert client.get(video["posterUrl"]).status_code == 200
+    (upload,) = (data / "uploads").iterdir()
+    os.utime(upload, (0, 0))
+    app.extensions["omniops"].uploads.sweep(keep="")
+    assert not list((data / "uploads").iterdir())
+    assert not list((data / "posters").iterdir())
+    assert client.get(video["posterUrl"]).status_code == 404

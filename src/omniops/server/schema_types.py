@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from urllib.parse import quote
 
 import strawberry
@@ -29,8 +30,8 @@ class VideoNode(relay.Node):
 
     @strawberry.field
     def poster_url(self) -> str:
-        """A picture to show it by; an upload has none but itself."""
-        return f"{self.base_url}/{quote(self.poster_path or self.path)}"
+        """A picture to show it by. An upload has one, too, although by the contract it has no path."""
+        return f"{self.base_url}/{quote(self.poster_path or _poster_of_upload(self.path))}"
 
 
 @strawberry.type
@@ -272,3 +273,7 @@ class CancelPropagateInVideoInput:
     """The session."""
 
     session_id: str
+
+
+def _poster_of_upload(path: str) -> str:
+    return f"posters/{PurePosixPath(path).stem}.jpg"

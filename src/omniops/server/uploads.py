@@ -150,6 +150,7 @@ class Uploads:
                 if now - used > self.settings.upload_age or total + size > self.settings.max_uploads_bytes:
                     with suppress(OSError):
                         place.unlink()
+                        (self.settings.posters / f"{place.stem}.jpg").unlink(missing_ok=True)
                 else:
                     total += size
             with suppress(OSError):

@@ -30,7 +30,7 @@ __all__ = ["Video", "Videos"]
 
 _log = logging.getLogger(__name__)
 _UPLOAD = re.compile(r"uploads/[0-9a-f]{64}\.(mp4|png|jpg)")
-_POSTER = re.compile(r"posters/([0-9a-f]{32})\.jpg")
+_POSTER = re.compile(r"posters/([0-9a-f]{32}|[0-9a-f]{64})\.jpg")
 _OURS = re.compile(r"[0-9a-f]{32}\.(mp4|png|jpg)")
 _POSTER_SIDE = 1280
 _OTHER = "There is no such video. It may have been removed."
@@ -154,13 +154,13 @@ class Videos:
         return video
 
     def poster(self, path: str) -> Path:
-        """The JPEG of ``Video.poster_path``, made when it is first asked for.
+        """The JPEG of ``Video.poster_path``, or of the upload ``posters/HASH.jpg``, made when it is first asked for.
 
         Raises:
-            NotFound: for what is no poster of the gallery.
+            NotFound: for what is no poster of these.
         """
         named = _POSTER.fullmatch(path)
-        source = next((at for at, each in list(self._entries.items()) if named and each.key == named[1]), None)
+        source = self._of_poster(named[1]) if named else None
         if named is None or source is None:
             raise NotFound("There is no such poster.")
         place = self.settings.posters / f"{named[1]}.jpg"
@@ -170,6 +170,13 @@ class Videos:
                 if not place.is_file():
                     self._write_poster(shown, place)
         return place
+
+    def _of_poster(self, key: str) -> str | None:
+        """The API's path of what the poster shows."""
+        if len(key) == 64:
+            names = (f"{key}.{suffix}" for suffix in ("mp4", "png", "jpg"))
+            return next((f"uploads/{each}" for each in names if (self.settings.uploads / each).is_file()), None)
+        return next((at for at, each in list(self._entries.items()) if each.key == key), None)
 
     def _listed(self, is_picture: bool) -> list[Video]:
         found = []
