@@ -15,6 +15,7 @@ from server.client import Api, ApiError
 from server.conftest import Client
 
 import omniops.server
+from omniops.sam2 import rle
 from omniops.server import connection
 from omniops.server.predictors import Predictor
 from omniops.server.settings import Settings
@@ -39,6 +40,19 @@ def test_a_small_model_in_this_process_does_all_of_it(data):
     next(chunks)
     assert api.cancel(session) is True
     assert list(chunks) == []
+    both = api.add_points(session, 3, 5, [[0.2, 0.2], [0.9, 0.9]], [1, 0])
+    assert [each["objectId"] for each in both["rleMaskList"]] == [0, 5]
+    cleared = api.clear_frame(session, 3, 5)["rleMaskList"]
+    assert [each["objectId"] for each in cleared] == [0, 5]
+    assert not rle.decode(cleared[1]["rleMask"]).any()
+    with pytest.raises(ApiError, match="no frame 99"):
+        api.add_points(session, 99, 6, [[0.5, 0.5]])
+    parts = list(api.propagate(session))  # neither the object without points nor the click that failed poisons it
+    assert all([each["object_id"] for each in part["results"]] == [0, 5] for part in parts)
+    assert [[each["objectId"] for each in frame["rleMaskList"]] for frame in api.remove_object(session, 0)] == [[5]]
+    assert api.remove_object(session, 5) == api.remove_object(session, 7) == []
+    assert api.clear_video(session) is True
+    assert api.post_propagate(session).status_code == 400
     assert api.close_session(session) is True
     app.extensions["omniops"].sessions.shutdown()
 
