@@ -265,7 +265,11 @@ def test_a_change_ends_the_propagation_first(world, session, change):
 def test_a_change_between_two_parts_ends_the_stream_there(world, session, change):
     stream = session.propagate(0)
     next(stream)
+    before = len(world.inference.calls)
     change(session)
+    calls = [name for name, *_ in world.inference.calls[before:] if name != "memory"]
+    assert calls[0] == "stop"
+    assert len(calls) == 2
     assert list(stream) == []
     assert not begun(world, session)
 
@@ -299,6 +303,16 @@ def test_the_second_propagation_ends_the_first(world, session):
     gc.collect()
     settle(world.sessions)
     assert session.tracking
+    assert frames(second) == [5, 6, 7, 8, 9, 5, 4, 3, 2, 1, 0]
+
+
+def test_the_second_propagation_ends_one_that_nobody_reads(world, session):
+    first = session.propagate(0)
+    next(first)
+    before = len(world.inference.calls)
+    second = session.propagate(5)
+    assert [name for name, *_ in world.inference.calls[before:] if name != "memory"] == ["stop", "begin"]
+    assert list(first) == []
     assert frames(second) == [5, 6, 7, 8, 9, 5, 4, 3, 2, 1, 0]
 
 

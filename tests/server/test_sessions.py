@@ -230,6 +230,23 @@ def test_a_session_does_not_expire_while_something_is_computed_for_it(world):
     assert len(world.sessions) == 2
 
 
+def test_a_session_that_is_used_while_others_are_swept_stays(world):
+    session, other = world.start(), world.start()
+    other.add_points(0, 1, POINT, [1])
+    stream = other.propagate(0)
+    world.now += 4000
+    with held(world.inference, "close") as gate:
+        sweeping = Thread(world.sessions.sweep)
+        gate.wait()  # both were found to be due
+        reading = Thread(next, stream)
+        wait_until(lambda: world.predictors[0].turns.waiting == 1)
+        gate.open()
+        sweeping.result()
+        assert reading.result()[0] == 0
+    assert world.sessions.get(other.id) is other
+    missing(world, session, "expired after 30 minutes without use")
+
+
 def test_a_session_whose_page_was_left_ends_in_a_minute_unless_it_is_used(world):
     gone, back = world.start(), world.start()
     world.sessions.leave(gone.id)
@@ -282,6 +299,7 @@ def test_nothing_is_left_of_what_is_not_used_any_more(monkeypatch):
     threads = set(threading.enumerate())
     sessions = Sessions(Settings(), [Predictor(FakeInference)])
     sessions.start(CLIP, "clip.mp4")
+    settle(sessions)
     (thread,) = set(threading.enumerate()) - threads
     reference = weakref.ref(sessions)
     del sessions

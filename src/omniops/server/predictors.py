@@ -181,7 +181,6 @@ class Predictor:
         self.failure = None
         self.starts += 1
         self.restarts += self._has_died
-        self._has_died = False
         self.note_memory(inference, now=True)
 
     def _lose(self, error: BaseException) -> None:
