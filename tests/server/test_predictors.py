@@ -432,6 +432,7 @@ def test_a_real_process_opens_closes_dies_and_is_replaced():
         with pytest.raises(KeyError) as missing:
             inference.prompts("a")
         assert missing.value.args == ("a",)
+    assert in_child(lambda: not predictor.is_ready) == 0  # who leaves the process to its parent
     with pytest.raises(ServerError, match="There is no frame 99") as wrong, predictor.turn("click", 1) as inference:
         inference.add("b", 99, 1, [[0.5, 0.5]], [1])
     assert wrong.value.status == 400

@@ -141,6 +141,20 @@ def test_objects_have_names_until_they_are_removed(world):
     assert session.names == {}
 
 
+def test_names_take_no_memory_without_end(world):
+    session = world.start()
+    with pytest.raises(ServerError, match="at most 200 characters, got 201"):
+        session.rename(0, "a" * 201)
+    for object in range(255):
+        session.rename(object, "a" * 200)
+    with pytest.raises(ServerError, match="At most 255 objects have names"):
+        session.rename(255, "a")
+    session.rename(254, "b")
+    session.rename(0, "")
+    session.rename(255, "a")
+    assert len(session.names) == 255
+
+
 def test_a_snapshot_has_what_a_page_needs_that_was_loaded_again(world):
     session = world.start()
     session.add_points(5, 3, POINT, [1])

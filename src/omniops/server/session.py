@@ -19,6 +19,8 @@ RLE = dict[str, Any]
 Masks = list[tuple[int, RLE]]
 """Of all objects of a session on one frame, in the order of their first prompt."""
 
+_MAX_NAME = 200  # characters
+_MAX_NAMES = 255  # as many as there may be objects; names may be given before the first prompt
 _ENTRY_BYTES = 120  # that Python holds for a mask besides its counts
 
 
@@ -167,11 +169,15 @@ class Session:
     def rename(self, object: int, name: str) -> None:
         """Call an object by a name; an empty one is none."""
         self._check()
+        if len(name) > _MAX_NAME:
+            raise ServerError(f"A name has at most {_MAX_NAME} characters, got {len(name)}.")
         with self._lock:
-            if name:
+            if not name:
+                self.names.pop(object, None)
+            elif object in self.names or len(self.names) < _MAX_NAMES:
                 self.names[object] = name
             else:
-                self.names.pop(object, None)
+                raise ServerError(f"At most {_MAX_NAMES} objects have names: take one back first.")
 
     def preview(
         self,
