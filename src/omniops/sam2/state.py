@@ -90,7 +90,9 @@ class Images(Sequence[Tensor]):
             return network.normalised(pixels.permute(2, 0, 1).contiguous() / 255)
 
     def load(self, indices: Sequence[int], pool: ThreadPoolExecutor) -> None:
-        """Begin to decode frames that will be asked for next."""
+        """Begin to decode frames that will be asked for next; of others what has not begun does not."""
+        for i in self._ahead.keys() - set(indices):
+            self._ahead[i].cancel()
         self._ahead = {i: self._ahead.get(i) or pool.submit(self._load, i) for i in indices}
 
     def _load(self, index: int) -> Tensor:
@@ -171,6 +173,11 @@ class InferenceState(Mapping[str, Any]):
             for i, track in enumerate(self._tracks.values())
         }
 
+    def read_from(self, frames: Frames) -> None:
+        """Take the frames from another reader of the same video."""
+        self.frames = frames
+        self.images = self._images = Images(frames, self._images.side, self.device)
+
     def release_features(self, keep: int = 0) -> None:
         """Forget what the encoder made of the frames, but for those used last; they are encoded again when asked for.
 
@@ -182,7 +189,7 @@ class InferenceState(Mapping[str, Any]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory of what the model made so far: features, masks and memories; not of the video's frames."""
+        """Bytes of memory of what the model made so far: features, masks and memories; and of frames decoded ahead."""
         tensors = [t for each in self._features.values() for t in (each.embedding, *each.fine)]
         for track in self._tracks.values():
             tensors += [tensor for pair in track.points.values() for tensor in pair]
@@ -193,7 +200,7 @@ class InferenceState(Mapping[str, Any]):
                     tensors += [] if output.map is None else [output.map]
         # Views share the memory of what was computed as one batch.
         storages = {storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
-        return sum(storages.values())
+        return sum(storages.values()) + len(self._images._ahead) * 3 * self._images.side**2
 
     @contextmanager
     def unchanged_on_error(self, obj_id: Hashable) -> Iterator[None]:

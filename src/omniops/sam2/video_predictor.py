@@ -347,16 +347,18 @@ class SAM2VideoPredictor(Pretrained):
             order = range(start, max(start - count, 0) - 1, -1) if start > 0 else range(0)
         else:
             order = range(start, min(start + count, state.num_frames - 1) + 1)
+        images = state._images
         with ThreadPoolExecutor(_LOADERS) as pool:
-            for position, frame in enumerate(order, start=1):
-                coming = order[position : position + _AHEAD]
-                state._images.load([t for t in (frame, *coming) if t not in state._features], pool)
-                try:
+            try:
+                for position, frame in enumerate(order, start=1):
+                    coming = order[position : position + _AHEAD]
+                    images.load([t for t in (frame, *coming) if t not in state._features], pool)
                     masks = self._propagate(state, tracks, frame, coming, reverse)
-                except FrameError as error:
-                    warnings.warn(f"the masks end before frame {frame} of {len(state.frames)}: {error}", stacklevel=2)
-                    return
-                yield frame, list(tracks), masks
+                    yield frame, list(tracks), masks
+            except FrameError as error:
+                warnings.warn(f"the masks end before frame {frame} of {len(state.frames)}: {error}", stacklevel=2)
+            finally:  # also where it is broken off
+                images.load((), pool)
 
     @devices.exclusively
     @torch.inference_mode()

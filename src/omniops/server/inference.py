@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from reprlib import repr
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -59,14 +60,19 @@ class Session:
 
     state: InferenceState
     predictor: SAM2VideoPredictor
+    frames: Frames
+    """The video, which sessions on the same file share; but a propagation beside another's has a reader of its own."""
     prompts: dict[int, dict[int, Prompt]] = field(default_factory=dict)
     """By object and frame, objects in the order of their first prompts. One whose prompts were all taken back stays."""
     propagation: Generator[tuple[int, list[Any], Tensor], None, None] | None = None
 
-    @property
-    def frames(self) -> Frames:
-        """The video, which sessions on the same file share."""
-        return self.state.frames
+    def stop(self) -> None:
+        """End the propagation."""
+        if self.propagation is not None:
+            self.propagation.close()
+            self.propagation = None
+        if self.state.frames is not self.frames:
+            self.state.read_from(self.frames)
 
 
 class Inference:
@@ -131,7 +137,7 @@ class Inference:
             raise ValueError("There is a session of that id already.")
         frames = self._opened(path)
         predictor = self._predictors[bool(guided)]
-        self._sessions[session] = opened = Session(predictor.init_state(frames), predictor)
+        self._sessions[session] = opened = Session(predictor.init_state(frames), predictor, frames)
         return {
             "frames": len(frames),
             "width": frames.width,
@@ -143,8 +149,7 @@ class Inference:
     def close(self, session: str) -> None:
         """Forget a session and give its memory back; one that there is none is no error."""
         if session in self._sessions:
-            self.stop(session)
-            del self._sessions[session]
+            self._sessions.pop(session).stop()
             devices.empty_cache(self.device)
 
     @devices.exclusively
@@ -178,7 +183,7 @@ class Inference:
         before = used.prompts.get(object, {}).get(frame)
         if not clear and before is not None:
             prompt = _joined(before, prompt)
-        self.stop(session)
+        used.stop()
         with used.state.unchanged_on_error(object), _in_words(frame):
             _, ids, logits = used.predictor.add_new_points_or_box(
                 used.state,
@@ -205,7 +210,7 @@ class Inference:
         frame = _frame(used, frame)
         object = _object(used, object)
         inside = _decoded(mask, used.frames)
-        self.stop(session)
+        used.stop()
         with used.state.unchanged_on_error(object), _in_words(frame):
             _, ids, logits = used.predictor.add_new_mask(used.state, frame, object, inside)
             masks = _masks(used, [*used.prompts, *({object} - set(used.prompts))], ids, logits)
@@ -224,7 +229,7 @@ class Inference:
         frame = _frame(used, frame)
         if object not in used.prompts:
             raise ValueError(f"Object {object} is unknown in this session.")
-        self.stop(session)
+        used.stop()
         with used.state.unchanged_on_error(object), _in_words(frame):
             if object in used.state.obj_ids:
                 used.predictor.clear_all_prompts_in_frame(used.state, frame, object, need_output=False)
@@ -235,7 +240,7 @@ class Inference:
     def clear_video(self, session: str) -> None:
         """Forget all objects; the video stays open."""
         used = self._used(session)
-        self.stop(session)
+        used.stop()
         for object in used.state.obj_ids:  # not reset_state, which forgets what the encoder made of the frame too
             used.predictor.remove_object(used.state, object, need_output=False)
         used.prompts.clear()
@@ -251,7 +256,7 @@ class Inference:
         used = self._used(session)
         if object not in used.prompts:
             return []
-        self.stop(session)
+        used.stop()
         rest = [each for each in used.prompts if each != object]
         answers = []
         with used.state.unchanged_on_error(object):
@@ -319,10 +324,13 @@ class Inference:
         start = _frame(used, start)
         if not any(used.prompts.values()):
             raise ValueError("There is nothing to track: show an object first, by points, a box or a mask.")
-        self.stop(session)
+        used.stop()
         for object, prompts in used.prompts.items():
             if not prompts:
                 used.predictor.remove_object(used.state, object, need_output=False)
+        if any(each.propagation is not None and each.frames is used.frames for each in self._sessions.values()):
+            # One decoder for two places of a long video would seek, and decode again, for every frame.
+            used.state.read_from(_another_reader(used.frames))
         used.propagation = _propagation(used, start)
         return len(used.frames) - start + (start + 1 if start > 0 else 0)
 
@@ -336,19 +344,15 @@ class Inference:
         try:
             frame, ids, logits = next(used.propagation)
             return frame, _masks(used, list(used.prompts), ids, logits)
-        except StopIteration:
-            used.propagation = None
-            return None
-        except BaseException:
-            used.propagation = None
+        except BaseException as error:
+            used.stop()
+            if isinstance(error, StopIteration):
+                return None
             raise
 
     def stop(self, session: str) -> None:
         """End the propagation, if there is one. What was tracked stays."""
-        used = self._used(session)
-        if used.propagation is not None:
-            used.propagation.close()
-            used.propagation = None
+        self._used(session).stop()
 
     def prompts(self, session: str) -> dict[int, dict[int, dict[str, Any]]]:
         """By object, in the order of their first prompts, and by frame: ``points``, ``labels``, ``box`` or None, and
@@ -384,13 +388,37 @@ class Inference:
     def _bytes(self, session: Session) -> int:
         """Those of its own, and its share of the frames."""
         sharing = sum(each.frames is session.frames for each in self._sessions.values())
-        return session.state.nbytes + session.frames.nbytes // sharing
+        own = session.state.frames.nbytes if session.state.frames is not session.frames else 0
+        return session.state.nbytes + session.frames.nbytes // sharing + own
+
+
+def _another_reader(frames: Frames) -> Frames:
+    """One of the same video, or the same one where the file is gone or is another by now."""
+    try:
+        other = Frames(frames.path)
+    except (OSError, ValueError):
+        return frames
+    is_same = (len(other), other.width, other.height) == (len(frames), frames.width, frames.height)
+    return other if is_same else frames
 
 
 def _propagation(session: Session, start: int) -> Generator[tuple[int, list[Any], Tensor], None, None]:
-    yield from session.predictor.propagate_in_video(session.state, start)
-    if start > 0:
-        yield from session.predictor.propagate_in_video(session.state, start, reverse=True)
+    """From a frame to the last, then, if it is not the first, back to it.
+
+    Raises:
+        ValueError: after all other frames, for one that cannot be decoded.
+    """
+    damaged = []
+    ends = [(len(session.frames) - 1, False), (0, True)] if start > 0 else [(len(session.frames) - 1, False)]
+    for end, reverse in ends:
+        frame = None
+        for found in session.predictor.propagate_in_video(session.state, start, reverse=reverse):
+            yield found
+            frame = found[0]
+        if frame != end:
+            damaged.append(start if frame is None else frame + (-1 if reverse else 1))
+    if damaged:
+        raise ValueError(f"Frame {damaged[0]} cannot be decoded: the file is damaged there, and tracking ended at it.")
 
 
 def _masks_on(session: Session, frame: int, objects: Sequence[int]) -> Masks:
@@ -434,7 +462,7 @@ def _in_words(frame: int) -> Iterator[None]:
 
 def _whole(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a whole number, got {value!r}.")
+        raise ValueError(f"{name} must be a whole number, got {repr(value)}.")
     return value
 
 
@@ -490,13 +518,13 @@ def _require_few(prompt: Prompt) -> None:
 def _fractions(name: str, values: Sequence[float], count: int) -> list[float]:
     is_list = isinstance(values, (list, tuple)) and len(values) == count
     if not is_list or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in values):  # not NaN either
-        raise ValueError(f"{name} must be {count} fractions of the frame, from 0 to 1, got {values!r}.")
+        raise ValueError(f"{name} must be {count} fractions of the frame, from 0 to 1, got {repr(values)}.")
     return [float(v) for v in values]
 
 
 def _decoded(mask: RLE, frames: Frames) -> NDArray[np.bool_]:
     size = [frames.height, frames.width]
-    if not isinstance(mask, dict) or list(mask.get("size") or ()) != size:
+    if not isinstance(mask, dict) or mask.get("size") not in (size, tuple(size)):
         raise ValueError(f"The mask must be of the size of the video, {size} (height, width).")
     try:
         return rle.decode({"size": size, "counts": mask["counts"]})
