@@ -21,8 +21,7 @@ import av
 
 from omniops import sam2
 from omniops.cli import errors, outputs, segment, segment_parts, segment_video
-from omniops.cli.pictures import colour_of
-from omniops.drawing import VideoWriter
+from omniops.drawing import VideoWriter, colour_of
 from omniops.sam2 import mask_generator, rle, video_predictor
 from omniops.sam2.architectures import new
 

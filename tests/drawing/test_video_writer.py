@@ -257,3 +257,53 @@ def test_nothing_is_there_before_the_first_frame(tmp_path):
     with VideoWriter(tmp_path / "v.mp4"):
         pass
     assert not os.listdir(tmp_path)
+
+
+def as_rgba(path) -> tuple[np.ndarray, list[float]]:
+    """Frames of a VP9 file with their transparency, which FFmpeg's own decoder does not read, and their times."""
+    decoder = av.CodecContext.create("libvpx-vp9", "r")
+    with av.open(str(path)) as container:
+        found = [frame for packet in container.demux(video=0) if packet.size for frame in decoder.decode(packet)]
+    found += decoder.decode(None)
+    return np.stack([frame.to_ndarray(format="rgba") for frame in found]), [frame.time for frame in found]
+
+
+@pytest.mark.parametrize("size", [(HEIGHT, WIDTH), (HEIGHT - 1, WIDTH - 1)])
+def test_webm_is_transparent(tmp_path, size):
+    path = tmp_path / "v.webm"
+    frames = []
+    for i in range(6):
+        frame = np.full((*size, 4), (200, 60, 30, 0), np.uint8)
+        frame[8:40, 8 + 4 * i : 24 + 4 * i, 3] = 255
+        frames.append(frame)
+    with VideoWriter(path, like=like(time_base=Fraction(1, 90000))) as writer:
+        for i, frame in enumerate(frames):
+            writer.write(frame, i * 0.04 + (0.1 if i == 5 else 0))
+    found, times = as_rgba(path)
+    assert found.shape == (6, HEIGHT, WIDTH, 4)
+    assert times == pytest.approx([0, 0.04, 0.08, 0.12, 0.16, 0.3], abs=1e-3)
+    for frame, expected in zip(found, frames, strict=True):
+        inside = expected[..., 3] == 255
+        alpha = frame[: size[0], : size[1], 3].astype(int)
+        assert np.abs(alpha - expected[..., 3]).mean() < 4
+        assert np.abs(frame[: size[0], : size[1]][inside][:, :3].astype(int) - (200, 60, 30)).mean() < 8
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].metadata["alpha_mode"] == "1"
+        assert container.format.name == "matroska,webm"
+
+
+def test_webm_that_is_not(tmp_path):
+    path = tmp_path / "v.WEBM"
+    with VideoWriter(path, fps=25) as writer:
+        for i in range(5):
+            writer.write(grey(40 * i))
+    frames = Frames(path)
+    assert values(path) == [0, 40, 80, 120, 160]
+    assert frames.times == pytest.approx([i / 25 for i in range(5)], abs=1e-3)
+    with av.open(str(path)) as container:
+        assert "alpha_mode" not in container.streams.video[0].metadata
+
+
+def test_mp4_has_no_transparency(tmp_path):
+    with VideoWriter(tmp_path / "v.mp4") as writer, pytest.raises(ValueError, match="MP4 has no transparency"):
+        writer.write(np.zeros((HEIGHT, WIDTH, 4), np.uint8))

@@ -26,7 +26,8 @@ from omniops.cli.detect_parts import (
 )
 from omniops.cli.errors import cause, exit_status, raise_received, say
 from omniops.cli.outputs import OverwriteOption, Records, lines_of, require_new, writing
-from omniops.cli.pictures import colour_of, find_pictures, read_picture
+from omniops.cli.pictures import find_pictures, read_picture
+from omniops.drawing import colour_of
 
 if TYPE_CHECKING:
     import torch

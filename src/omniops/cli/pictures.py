@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,9 +86,3 @@ def _to_rgb(picture: Image) -> Image:
     if picture.mode == "P":
         picture = picture.convert("RGBA")  # where its transparent colours stay colours
     return picture.convert("RGB")
-
-
-def colour_of(number: int) -> tuple[int, int, int]:
-    """A bright colour for each class or object; the golden ratio keeps those of neighbours apart."""
-    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.7, 1)
-    return int(255 * red), int(255 * green), int(255 * blue)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from omniops.cli.common import CommandError, dtype_name
 from omniops.cli.errors import reason
-from omniops.cli.pictures import colour_of
+from omniops.drawing import colour_of
 from omniops.sam2 import picture_files
 
 if TYPE_CHECKING:
@@ -243,13 +243,6 @@ def where(model: Sam2VideoModel) -> str:
     from omniops import device as devices
 
     return f"{devices.title(torch.device(model.device))}, {dtype_name(model.vision_encoder.dtype)}"
-
-
-def paint(pixels: NDArray[np.uint8], masks: Iterable[tuple[int, Mask]]) -> None:
-    """Colour (H, W, 3) where the masks of the objects of those numbers are, the last on top."""
-    tinted = pixels // 2
-    for number, mask in masks:
-        pixels[mask] = tinted[mask] + np.array(colour_of(number), np.uint8) // 2
 
 
 def draw_prompts(pixels: NDArray[np.uint8], prompts: Mapping[int, Prompts]) -> NDArray[np.uint8]:

@@ -29,9 +29,9 @@ from omniops.cli.segment_parts import (
     grouped,
     largest_first,
     masks_of,
-    paint,
     where,
 )
+from omniops.drawing import paint
 
 if TYPE_CHECKING:
     from transformers import Sam2VideoModel

@@ -28,10 +28,9 @@ from omniops.cli.segment_parts import (
     grouped,
     largest_first,
     masks_of,
-    paint,
     where,
 )
-from omniops.drawing import VideoWriter
+from omniops.drawing import VideoWriter, paint
 from omniops.sam2.frames import Frames, IncompleteVideoWarning
 from omniops.sam2.video_predictor import SAM2VideoPredictor
 

@@ -20,7 +20,7 @@ _SLOWEST = Fraction(1, 1001)
 _FINEST = Fraction(1, 90000)
 """The clock of times that come without one of their own: whole at 24, 25, 30 and 60 frames a second."""
 _FINEST_OF_MPEG_4 = Fraction(1, 60000)
-_MOST_OF_MPEG_4, _MOST_OF_MP4 = 65535, 10**7
+_MOST_OF_MPEG_4, _MOST_OF_MP4, _MOST_OF_WEBM = 65535, 10**7, 1000
 """Ticks a second that they can count."""
 
 _MATRICES = {
@@ -34,12 +34,22 @@ _MATRICES = {
     10: "bt2020",
 }
 """What FFmpeg's scale filter calls those of ITU-T H.273, table 4."""
+_OPTIONS = {
+    "libx264": {"preset": "veryfast", "tune": "zerolatency"},
+    # What is transparent has no frames that are made of later ones.
+    "libvpx-vp9": {
+        **{"crf": "24", "b": "0", "deadline": "realtime", "cpu-used": "6", "row-mt": "1"},
+        **{"lag-in-frames": "0", "auto-alt-ref": "0"},
+    },
+}
+"""By codec. No frame waits in the encoder for those after it."""
 _BT709, _UNSPECIFIED, _SRGB = 1, 2, 13
 _LIMITED, _FULL = 1, 2
 
 
 class VideoWriter:
-    """Frames of one size as an MP4 file: H.264, or MPEG-4 where FFmpeg came without x264.
+    """Frames of one size as an MP4 file: H.264, or MPEG-4 where FFmpeg came without x264. A path that ends with .webm
+    gets a WebM file, VP9, which may be transparent.
 
     The file is there once the first frame has come, and whatever ends the process, the frames written until then can be
     read from it, but for the last. Sides become even, as these codecs want them: the last row or column is repeated.
@@ -53,11 +63,12 @@ class VideoWriter:
     Raises:
         OSError: by any method, with the path in its text, where the file cannot be written.
         ImportError: by ``write``, without PyAV.
-        ValueError: by ``write``, for a frame of another size than the first.
+        ValueError: by ``write``, for a frame of another size than the first, and for a transparent one in MP4.
     """
 
     def __init__(self, path: str | os.PathLike[str], like: Frames | None = None, fps: float | None = None) -> None:
         self._path = Path(os.fsdecode(path))
+        self._is_webm = self._path.suffix.lower() == ".webm"
         fps = fps or (like.fps if like is not None else None)
         self._rate = max(_SLOWEST, Fraction(fps or _FOLDERS_RATE).limit_denominator(1001))
         self._like = like
@@ -76,21 +87,24 @@ class VideoWriter:
         self.close()
 
     def write(self, frame: NDArray[np.uint8], time: float | None = None) -> None:
-        """Append (H, W, 3), RGB; ``time`` in seconds is when it is shown, which None leaves to the rate.
+        """Append (H, W, 3), RGB, or of WebM (H, W, 4), RGBA.
 
-        Only differences of times count: the first frame is shown at once.
+        ``time`` in seconds is when it is shown, which None leaves to the rate. Only differences of times count: the
+        first frame is shown at once.
         """
         import av
 
         if frame.shape != (self._shape or frame.shape):
             raise ValueError(f"frames must be of one size, got {frame.shape} after {self._shape}")
+        if frame.shape[2] == 4 and not self._is_webm:
+            raise ValueError("MP4 has no transparency: end the path with .webm")
         self._shape = frame.shape
         height, width = frame.shape[:2]
         even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         try:
             if self._file is None:
                 self._open(even.shape[0], even.shape[1], time)
-            picture = av.VideoFrame.from_ndarray(even, format="rgb24")
+            picture = av.VideoFrame.from_ndarray(even, format="rgba" if self._is_transparent else "rgb24")
             picture.pts, picture.time_base = self._ticks(time), self._clock
             self._encode(self._converted(picture))
         except (av.FFmpegError, OSError) as error:
@@ -122,6 +136,14 @@ class VideoWriter:
             self._container.close()
         self._file.close()
 
+    @property
+    def _is_transparent(self) -> bool:
+        return self._shape is not None and self._shape[2] == 4
+
+    @property
+    def _layout(self) -> str:
+        return "yuva420p" if self._is_transparent else "yuv420p"
+
     def _failed(self, error: OSError) -> OSError:
         self.abort()
         why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
@@ -135,15 +157,16 @@ class VideoWriter:
         self._file = _Output(self._path)
         # Fragments until the end, which makes a plain file of them: that is what all players read.
         flags = "hybrid_fragmented" if self._file.seekable() else "empty_moov+default_base_moof"
-        options = {"movflags": f"{flags}+frag_every_frame", "flush_packets": "1"}
-        self._container: Any = av.open(self._file, "w", format="mp4", options=options)
+        options = {} if self._is_webm else {"movflags": f"{flags}+frag_every_frame", "flush_packets": "1"}
+        self._container: Any = av.open(self._file, "w", format="webm" if self._is_webm else "mp4", options=options)
         has_x264 = "libx264" in av.codecs_available
-        stream = self._stream = self._container.add_stream("libx264" if has_x264 else "mpeg4", rate=self._rate)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        if has_x264:  # no frame waits in the encoder for those after it
-            stream.options = {"preset": "veryfast", "tune": "zerolatency"}
-        else:  # whose default is far too little
+        codec = "libvpx-vp9" if self._is_webm else "libx264" if has_x264 else "mpeg4"
+        stream = self._stream = self._container.add_stream(codec, rate=self._rate)
+        stream.height, stream.width, stream.pix_fmt = height, width, self._layout
+        if codec == "mpeg4":  # whose default is far too little
             stream.bit_rate = int(height * width * self._rate / 4)
+        else:
+            stream.options = _OPTIONS[codec]
         context = stream.codec_context
         context.gop_size = min(60, max(12, round(self._rate)))
         context.time_base = self._clock = self._clock_of(time, has_x264)
@@ -155,7 +178,7 @@ class VideoWriter:
         else:
             primaries, transfer, matrix, full = colour
         self._matrix = matrix if matrix in _MATRICES else _BT709
-        self._range = _FULL if full and has_x264 else _LIMITED
+        self._range = _FULL if full and codec == "libx264" else _LIMITED
         context.color_primaries, context.color_trc = primaries, transfer
         context.colorspace, context.color_range = self._matrix, self._range
         self._graph = self._conversion(height, width)
@@ -164,6 +187,8 @@ class VideoWriter:
         """Seconds a tick."""
         own = None if self._like is None else self._like.time_base
         clock = 1 / self._rate if time is None else own or _FINEST
+        if self._is_webm:
+            return clock if clock.denominator <= _MOST_OF_WEBM else Fraction(1, _MOST_OF_WEBM)
         if clock.denominator <= (_MOST_OF_MP4 if has_x264 else _MOST_OF_MPEG_4):
             return clock
         return _FINEST if has_x264 else _FINEST_OF_MPEG_4
@@ -187,9 +212,14 @@ class VideoWriter:
             f"out_color_matrix={_MATRICES[self._matrix]}:out_range={'full' if self._range == _FULL else 'limited'}"
         )
         graph.link_nodes(
-            graph.add_buffer(width=width, height=height, format="rgb24", time_base=self._clock),
+            graph.add_buffer(
+                width=width,
+                height=height,
+                format="rgba" if self._is_transparent else "rgb24",
+                time_base=self._clock,
+            ),
             graph.add("scale", f"{colours}:flags=bicubic+accurate_rnd"),
-            graph.add("format", "yuv420p"),
+            graph.add("format", self._layout),
             graph.add("buffersink"),
         ).configure()
         return graph
