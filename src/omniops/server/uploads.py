@@ -24,7 +24,7 @@ from omniops.server.settings import Settings
 from omniops.server.transcode import Encoding, transcode
 from omniops.server.videos import Video, Videos
 
-__all__ = ["Incoming", "Uploads", "temporary_file"]
+__all__ = ["Incoming", "Uploads", "room", "temporary_file"]
 
 _PART = 2**20
 _PREFIX = ".incoming-"
@@ -56,7 +56,7 @@ class Incoming(io.FileIO):
         if self.tell() + len(left) > self._most:
             raise TooLarge(f"It has more than the {self._most / 1e6:g} megabytes that are taken.")
         count = len(left)
-        with _room():
+        with room():
             while left:
                 left = left[super().write(left) or 0 :]
         if self._progress is not None:
@@ -207,7 +207,7 @@ class Uploads:
     def _picture(self, source: Path, _begin: float, _seconds: float, progress: Progress) -> str:
         with self.jobs.budget.threads(1):
             progress.check()
-            with _room():
+            with room():
                 out = pictures.write(source, self.settings.uploads, source.name, self.settings.max_upload_pixels)
         try:
             return self._store(out)
@@ -240,10 +240,11 @@ class Uploads:
 
 
 @contextmanager
-def _room() -> Iterator[None]:
+def room() -> Iterator[None]:
+    """Say so where the disk is full."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ServerError("The server has no room left for uploads.", 507) from None
+            raise ServerError("The server has no room left for files.", 507) from None
         raise
