@@ -435,6 +435,24 @@ def test_a_form_of_very_many_or_very_large_fields(client):
         refused(response, 413, TOO_LARGE)
 
 
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("", "format must be coco, png, overlay or cutout."),
+        ("?format=tiff", "format must be coco, png, overlay or cutout."),
+        ("?format=overlay&as=gif", "as must be mp4, webm or png."),
+        ("?format=overlay&as=../x", "as must be mp4, webm or png."),
+        ("?format=overlay&as=png", "A video is written as mp4 or webm; format=png gives its masks as pictures."),
+    ],
+)
+def test_downloads(api, client, query, message):
+    session = api.start_session("gallery/clip.mp4")
+    refused(
+        from_page(client, f"/downloads/{session}?format=coco"), 409, "Nothing was found yet. Click on an object first."
+    )
+    refused(from_page(client, f"/downloads/{session}{query}"), 400, message)
+
+
 def test_an_object_that_was_clicked_away_poisons_nothing(api):
     session = api.start_session("gallery/clip.mp4")
     api.add_points(session, 0, 0, [[0.5, 0.5]])

@@ -11,7 +11,7 @@ from importlib.resources import files
 
 import pytest
 from PIL import Image
-from server.client import Api, ApiError
+from server.client import ORIGIN, Api, ApiError
 from server.conftest import Client
 
 import omniops.server
@@ -289,3 +289,53 @@ def test_the_poster_of_an_upload_goes_with_it(app, api, client, clip, data):
     assert not list((data / "uploads").iterdir())
     assert not list((data / "posters").iterdir())
     assert client.get(video["posterUrl"]).status_code == 404
+
+
+@pytest.fixture
+def tracked(api):
+    """A session with a named object that was tracked."""
+    session = api.start_session("gallery/clip.mp4")
+    api.add_points(session, 0, 3, [[0.5, 0.5]])
+    api.change("renameObject", "{ success }", sessionId=session, objectId=3, name="Ball")
+    assert len(list(api.propagate(session))) == 10
+    return session
+
+
+@pytest.mark.parametrize(
+    ("query", "kind", "name", "signature"),
+    [
+        ("format=coco", "application/json", "clip-coco.json", rb"\["),
+        ("format=png", "application/zip", "clip-png.zip", b"PK"),
+        ("format=overlay", "video/mp4", "clip-overlay.mp4", b"....ftyp"),
+        ("format=overlay&as=webm", "video/webm", "clip-overlay.webm", b"\x1aE\xdf\xa3"),
+        ("format=cutout&as=webm", "video/webm", "clip-cutout.webm", b"\x1aE\xdf\xa3"),
+    ],
+)
+def test_what_was_found_is_downloaded(client, tracked, data, query, kind, name, signature):
+    response = client.get(f"/downloads/{tracked}?{query}&upload=key", headers={"Origin": ORIGIN})
+    assert response.status_code == 200
+    assert response.content_type == kind
+    assert response.headers["Content-Disposition"] == f"attachment; filename={name}"
+    assert response.headers["Access-Control-Expose-Headers"] == "Content-Disposition"
+    assert int(response.headers["Content-Length"]) == len(response.data)
+    assert re.match(signature, response.data)
+    response.close()
+    assert not list((data / "downloads").iterdir())
+    assert client.get("/progress/key").json["done"] == 10
+
+
+def test_downloaded_masks_are_those_of_the_session(client, api, tracked):
+    records = client.get(f"/downloads/{tracked}?format=coco").json
+    assert [record["frame"] for record in records] == list(range(10))
+    assert {(record["id"], record["name"]) for record in records} == {(3, "Ball")}
+    query = "query Q($id: String!) { session(sessionId: $id) { frames { rleMaskList { rleMask { counts } } } } }"
+    frames = api.ask(query, {"id": tracked})["session"]["frames"]
+    counts = [frame["rleMaskList"][0]["rleMask"]["counts"] for frame in frames]
+    assert [record["segmentation"]["counts"] for record in records] == counts
+
+
+def test_a_download_that_nobody_reads_to_its_end_is_removed(client, tracked, data):
+    response = client.get(f"/downloads/{tracked}?format=png", buffered=False)
+    next(iter(response.response))
+    response.close()
+    assert not list((data / "downloads").iterdir())

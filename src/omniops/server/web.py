@@ -16,6 +16,7 @@ from werkzeug.exceptions import HTTPException
 
 from omniops.sam2.picture_files import KINDS
 from omniops.server import connection, graphql, stream
+from omniops.server.downloads import Downloads
 from omniops.server.errors import UNKNOWN_ERROR, Busy, NotFound, ServerError
 from omniops.server.metrics import CONTENT_TYPE as METRICS_TYPE
 from omniops.server.predictors import Predictor, make_predictors
@@ -64,6 +65,7 @@ class Server:
         self.videos = Videos(settings)
         self.sessions = Sessions(settings, predictors)
         self.uploads = Uploads(settings, self.videos, self.sessions.names)
+        self.downloads = Downloads(settings, self.videos.jobs)
         self.streams = threading.BoundedSemaphore(settings.max_streams)
         # One less, so that of the official command's 8 threads one is left to answer clicks.
         self.receiving = threading.BoundedSemaphore(max(1, settings.max_streams - 1))
@@ -327,4 +329,15 @@ def _progress(key: str) -> Response:
 
 
 def _download(session_id: str) -> Response:
-    raise NotImplementedError
+    server, environ = _server(), request.environ
+    made = server.downloads.make(
+        server.sessions.get(session_id),
+        request.args.get("format", ""),
+        request.args.get("as"),
+        key=_upload_key(),
+        gone=lambda: connection.is_gone(environ),
+    )
+    response = send_file(made.file, made.type, as_attachment=True, download_name=made.name)
+    response.content_length = made.size
+    response.cache_control.no_store = True
+    return response
