@@ -186,6 +186,23 @@ def test_a_click_waits_for_the_frame_in_progress_alone(world):
     assert calls[:2] == ["next", "add"]
 
 
+def test_a_click_goes_before_what_only_hovers_or_looks_for_everything(world, session):
+    turns = world.predictors[0].turns
+    others = [world.start() for _ in range(2)]
+    before = len(world.inference.calls)
+    with turns.frame():
+        threads = [Thread(others[0].preview, 0, POINT, [1])]
+        wait_until(lambda: turns.waiting == 1)
+        threads.append(Thread(others[1].everything, 0))
+        wait_until(lambda: turns.waiting == 2)
+        threads.append(Thread(session.add_points, 0, 1, POINT, [1]))
+        wait_until(lambda: turns.waiting == 3)
+    for thread in threads:
+        thread.result()
+    calls = [name for name, *_ in world.inference.calls[before:] if name != "memory"]
+    assert calls == ["add", "preview", "everything"]
+
+
 def test_cancel_does_not_wait_for_the_part_that_is_computed(world, session):
     stream = session.propagate(0)
     assert next(stream)[0] == 0

@@ -186,8 +186,8 @@ class Session:
         labels: Sequence[int],
         box: Sequence[float] | None = None,
     ) -> RLE:
-        """The mask that a prompt would give for a new object. Changes nothing."""
-        with self._turn("click") as inference:
+        """The mask that a prompt would give for a new object. Changes nothing, and lets clicks go before it."""
+        with self._turn("frame") as inference:
             mask: RLE = inference.preview(
                 self.id, frame, [list(each) for each in points], list(labels), None if box is None else list(box)
             )
