@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -74,12 +73,6 @@ class Server:
         self.process = process
         self.folder = folder
         self.url = f"http://127.0.0.1:{int(process.stdout.readline())}/"
-
-    def metrics(self) -> dict[str, float]:
-        """What /metrics says, by name."""
-        with urlopen(f"{self.url}metrics") as answer:
-            lines = [line for line in answer.read().decode().splitlines() if line and not line.startswith("#")]
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 from playwright.sync_api import Page, expect
@@ -23,7 +24,7 @@ class Driver:
         return self.opened()
 
     def opened(self) -> Driver:
-        expect(self.page.locator("#work")).to_be_visible()
+        expect(self.page.locator("#work")).to_be_visible(timeout=40000)  # the model may have to be loaded first
         expect(self.page.locator("#opening")).to_be_hidden()
         return self
 
@@ -56,13 +57,19 @@ class Driver:
 
     def pixel(self, x: float, y: float) -> list[int]:
         """RGB of what is shown at a place, once it was drawn."""
+        return self.pixels([(x, y)])[0]
+
+    def pixels(self, places: list[tuple[float, float]]) -> list[list[int]]:
         return self.page.evaluate(
-            """([x, y]) => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => {
-                const canvas = document.getElementById("canvas");
-                const [left, top] = [Math.floor(x * canvas.width), Math.floor(y * canvas.height)];
-                resolve([...canvas.getContext("2d").getImageData(left, top, 1, 1).data.slice(0, 3)]);
+            """(places) => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => {
+                const { width, height } = document.getElementById("canvas");
+                const { data } = document.getElementById("canvas").getContext("2d").getImageData(0, 0, width, height);
+                resolve(places.map(([x, y]) => {
+                    const at = 4 * (Math.floor(y * height) * width + Math.floor(x * width));
+                    return [...data.slice(at, at + 3)];
+                }));
             })))""",
-            [x, y],
+            places,
         )
 
     def shown(self) -> str:
@@ -99,14 +106,36 @@ class Driver:
         )
         expect(self.page.locator("#clock")).to_contain_text(re.compile(rf"^{frame + 1} /"))
 
-    def track(self, timeout: float = 60000) -> None:
+    def track(self) -> None:
         """Until the end."""
         self.page.locator("#track").click()
-        expect(self.page.locator("#live")).to_contain_text("frames were tracked", timeout=timeout)
+        self.says("frames were tracked", timeout=60000)
 
-    def says(self, words: str | re.Pattern[str]) -> None:
+    def says(self, words: str | re.Pattern[str], timeout: float = 30000) -> None:
         """What screen readers are told."""
-        expect(self.page.locator("#live")).to_contain_text(words)
+        expect(self.page.locator("#live")).to_contain_text(words, timeout=timeout)
 
     def notice(self, words: str | re.Pattern[str]) -> None:
         expect(self.page.locator(".notice").filter(has_text=words)).to_be_visible()
+
+    # What the server has
+
+    @property
+    def kept(self) -> dict:
+        """What the tab keeps for a reload."""
+        return json.loads(self.page.evaluate("sessionStorage.getItem('omniops.session')"))
+
+    def prompts(self) -> dict[int, dict[int, dict]]:
+        """The prompts of the session as the server has them, by object and frame."""
+        query = """query ($id: String!) { session(sessionId: $id) {
+            objects { objectId prompts { frameIndex points labels box hasMask } } } }"""
+        answer = self.page.evaluate(
+            """async (asked) => (await fetch("graphql", { method: "POST", body: JSON.stringify(asked),
+                headers: { "Content-Type": "application/json" } })).json()""",
+            {"query": query, "variables": {"id": self.kept["id"]}},
+        )
+        assert "errors" not in answer, answer
+        return {
+            each["objectId"]: {prompt["frameIndex"]: prompt for prompt in each["prompts"]}
+            for each in answer["data"]["session"]["objects"]
+        }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ def place(balloon: int, frame: int) -> tuple[float, float]:
     return x + right * frame, y + down * math.sin(2 * math.pi * frame / FRAMES + balloon)
 
 
+@lru_cache(maxsize=8)
 def masks(frame: int) -> list[NDArray[np.bool_]]:
     """What is seen of each balloon, (HEIGHT, WIDTH)."""
     found = [_drawn(balloon, frame)[..., 3] > 127 for balloon in range(len(BALLOONS))]
@@ -90,7 +91,7 @@ def _small(balloon: int) -> Image.Image:
     return Image.fromarray(_stripes(balloon).astype(np.uint8))
 
 
-@cache
+@lru_cache(maxsize=8)
 def _drawn(balloon: int, frame: int) -> NDArray[np.uint8]:
     """A balloon at its place, (HEIGHT, WIDTH, 4)."""
     x, y = place(balloon, frame)

@@ -151,14 +151,18 @@ export async function* propagate(sessionId, startFrame, signal) {
   }
 }
 
-/** Asks twice a second how far the server is with what `key` names, until `signal` aborts. */
+/** Asks twice a second how far the server is with what `key` names, until `signal` aborts; told as upload() tells. */
 async function watch(key, told, signal) {
   while (!signal.aborted) {
     await new Promise((resolve) => setTimeout(resolve, 500));
     if (signal.aborted) return;
     try {
       const response = await fetch(new URL(`progress/${key}`, BASE), { credentials: "same-origin", signal });
-      if (response.ok) told(await response.json());
+      if (!response.ok) continue;
+      const { done, total, what } = await response.json();
+      if (signal.aborted) return;
+      const words = what ? what[0].toUpperCase() + what.slice(1) : "Preparing";
+      told(words, total ? done / total : null);
     } catch {
       // The request that is watched says what is wrong.
     }
@@ -183,7 +187,7 @@ export async function upload(file, isPicture, told, signal) {
     told("Uploading", share);
     if (share < 1) return;
     told("Preparing", null);
-    watch(key, ({ done, total, what }) => told(what || "Preparing", total ? done / total : null), watching.signal);
+    watch(key, told, watching.signal);
   };
   try {
     const { status, text } = await post(`graphql?upload=${key}`, form, sent, signal);
@@ -244,7 +248,7 @@ export async function download(sessionId, { format, as }, told, signal) {
   const url = new URL(`downloads/${encodeURIComponent(sessionId)}`, BASE);
   url.search = new URLSearchParams({ format, ...(as ? { as } : {}), upload: key });
   const watching = new AbortController();
-  watch(key, ({ done, total, what }) => told(what || "Preparing", total ? done / total : null), watching.signal);
+  watch(key, told, watching.signal);
   try {
     const response = await request(url, { signal });
     watching.abort();

@@ -47,7 +47,8 @@ export class History {
   /** After a refusal: the present becomes what the server knows, and no step leads back to what it refused. */
   refuse(known) {
     this.#present = known;
-    while (this.#past.length && this.#past[this.#past.length - 1] === known) this.#past.pop();
+    const words = JSON.stringify(known);
+    while (this.#past.length && JSON.stringify(this.#past.at(-1)) === words) this.#past.pop();
     this.#future = [];
   }
 }
