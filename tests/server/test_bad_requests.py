@@ -186,7 +186,7 @@ POINTS = {**OBJECT, "points": [[0.5, 0.5]], "labels": [1], "clearOldPoints": Tru
         ("addPoints", {**POINTS, "points": [], "labels": []}, "There is no prompt: give a point or a box."),
         ("clearPointsInFrame", {**OBJECT, "frameIndex": 99}, "There is no frame 99: the video has frames 0 to 9."),
         ("findEverything", {"frameIndex": 99}, "There is no frame 99: the video has frames 0 to 9."),
-        ("renameObject", {"objectId": 0, "name": "x" * 101}, "A name has at most 100 characters"),
+        ("renameObject", {"objectId": 0, "name": "x" * 201}, "A name has at most 200 characters, got 201."),
         (
             "addMask",
             {**OBJECT, "mask": {"size": [1, 1], "counts": "1"}},

@@ -122,6 +122,19 @@ def test_overlay(clip, tmp_path, downloads, kind):
         assert np.abs(frames[i].astype(int) - expected).mean() < 4
 
 
+def test_cutout_on_black_where_there_is_no_transparency(clip, tmp_path, downloads):
+    made = downloads.make(session_of(clip, frames=range(3)), "cutout", "mp4")
+    assert (made.type, made.name) == ("video/mp4", "my clip-cutout.mp4")
+    path = tmp_path / made.name
+    path.write_bytes(content(made))
+    frames, source = Frames(path), Frames(clip)
+    assert len(frames) == COUNT
+    for i in range(COUNT):
+        inside = mask_of(i, 0) | mask_of(i, 7) if i < 3 else np.zeros(source[i].shape[:2], bool)
+        expected = np.where(inside[..., None], source[i], 0).astype(int)
+        assert np.abs(frames[i].astype(int) - expected).mean() < 4
+
+
 def test_cutout(clip, tmp_path, downloads):
     made = downloads.make(session_of(clip, frames=range(4)), "cutout")
     assert (made.type, made.name) == ("video/webm", "my clip-cutout.webm")
@@ -178,7 +191,6 @@ def test_pictures(tmp_path, downloads):
         ("gif", None, False, "format must be coco, png, overlay or cutout"),
         ("", None, False, "format must be"),
         ("overlay", "avi", False, "as must be mp4, webm or png"),
-        ("cutout", "mp4", False, "MP4 has no transparency: ask for webm"),
         ("overlay", "png", False, "A video is written as mp4 or webm"),
         ("overlay", "mp4", True, "A picture is written as png"),
         ("cutout", "webm", True, "A picture is written as png"),

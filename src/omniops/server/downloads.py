@@ -192,8 +192,6 @@ def _suffix(format: str, kind: str | None, is_picture: bool) -> str:
         raise ServerError("A picture is written as png.")
     if not is_picture and kind == "png":
         raise ServerError("A video is written as mp4 or webm; format=png gives its masks as pictures.")
-    if format == "cutout" and kind == "mp4":
-        raise ServerError("MP4 has no transparency: ask for webm.")
     return f".{kind}"
 
 
@@ -250,13 +248,16 @@ def _write_overlay(work: _Work, progress: Progress) -> None:
 
 
 def _write_cutout(work: _Work, progress: Progress) -> None:
+    """The objects alone: on nothing where the file knows transparency, on black in MP4, which does not."""
+    is_opaque = work.out.suffix == ".mp4"
+
     def shown(frame: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         inside = np.zeros(pixels.shape[:2], np.bool_)
         for _, mask in work.masks(frame):
             inside |= mask
-        kept = inside if work.is_picture else _grown(inside, _EDGE)
+        kept = inside if work.is_picture or is_opaque else _grown(inside, _EDGE)
         pixels = np.where(kept[..., None], pixels, 0)
-        return np.dstack([pixels, inside.astype(np.uint8) * 255])
+        return pixels if is_opaque else np.dstack([pixels, inside.astype(np.uint8) * 255])
 
     _write_frames(work, progress, shown)
 

@@ -18,7 +18,6 @@ from strawberry.schema.config import StrawberryConfig
 from strawberry.types import Info
 
 from omniops.server import videos as catalogue
-from omniops.server.errors import ServerError
 from omniops.server.schema_types import (
     AddBoxInput,
     AddMaskInput,
@@ -53,7 +52,6 @@ from omniops.server.settings import Settings
 
 Masks = list[tuple[int, dict[str, Any]]]
 
-MAX_NAME_LENGTH = 100
 _HOVER_IMAGE_SIZE = 512
 _CACHED_DOCUMENTS = 64
 
@@ -237,8 +235,6 @@ class Mutation:
     @strawberry.mutation
     def rename_object(self, info: RequestInfo, input: RenameObjectInput) -> RenameObject:
         """Call an object by a name of the person's."""
-        if len(input.name) > MAX_NAME_LENGTH:
-            raise ServerError(f"A name has at most {MAX_NAME_LENGTH} characters")
         _session(info, input.session_id).rename(input.object_id, input.name)
         return RenameObject(success=True)
 
