@@ -1,9 +1,11 @@
-"""Applications for gunicorn whose predictors run in processes of their own, but have no model.
+"""Applications whose predictors run in processes of their own, but have no model.
 
 gunicorn 'server.applications:app("Delayed")'
+python -m server.applications Delayed PORT THREADS  # as omniops serve does
 """
 
 import os
+import sys
 import time
 
 from server.fake_inference import FakeInference
@@ -55,3 +57,12 @@ def app(inference):
         import pretended_mac  # noqa: F401 in the web process too
     predictors._INFERENCE = f"server.applications:{inference}"
     return create_app(Settings.from_environment({**os.environ, "OMNIOPS_MODEL": "no model"}))
+
+
+if __name__ == "__main__":
+    from omniops.server import serving
+
+    inference, port, threads = sys.argv[1:]
+    patience = Settings.from_environment().send_timeout
+    with serving.listen("127.0.0.1", int(port)) as bound:
+        serving.serve(lambda: app(inference), bound, threads=int(threads), patience=patience)
