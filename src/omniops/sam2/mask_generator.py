@@ -200,6 +200,8 @@ class SAM2AutomaticMaskGenerator(Pretrained):
         if self.pred_iou_thresh > 0:  # before masks are made of the size of the picture: most fail
             good = scores > self.pred_iou_thresh
             logits, scores, points = logits[good], scores[good], points[good.cpu()]
+        if not len(logits):  # which MPS may fail to resize (pytorch issue 187399)
+            return []
 
         found = []
         chunk = max(1, _CHUNK // (4 * (x1 - x0) * (y1 - y0)))
