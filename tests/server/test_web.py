@@ -54,6 +54,18 @@ def test_a_small_model_in_this_process_does_all_of_it(data):
     assert api.clear_video(session) is True
     assert api.post_propagate(session).status_code == 400
     assert api.close_session(session) is True
+    for kind in ("jpeg", "png"):
+        Image.new("RGB", (40, 30)).save(data / "gallery" / f"photo.{kind}")
+        session = api.start_session(f"gallery/photo.{kind}")
+        query = "query Q($id: String!) { session(sessionId: $id) { isPicture numFrames fps width height } }"
+        assert api.ask(query, {"id": session})["session"] == {
+            "isPicture": True,
+            "numFrames": 1,
+            "fps": None,
+            "width": 40,
+            "height": 30,
+        }
+        assert api.add_points(session, 0, 0, [[0.5, 0.5]])["rleMaskList"][0]["rleMask"]["size"] == [30, 40]
     app.extensions["omniops"].sessions.shutdown()
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from omniops.sam2.picture_files import KINDS
 from omniops.server.errors import NotFound, ServerError
 from omniops.server.predictors import DiedError, Predictor
 
@@ -58,7 +59,10 @@ class Session:
         self.frames: int = opened["frames"]
         self.width: int = opened["width"]
         self.height: int = opened["height"]
-        self.fps: float | None = opened["fps"]
+        # A single picture is read as a video where FFmpeg takes it for one, with a rate that it makes up.
+        self.is_picture = self.frames == 1 and (opened["fps"] is None or path.suffix.lower() in KINDS)
+        """Whether it is a picture rather than a video."""
+        self.fps: float | None = None if self.is_picture else opened["fps"]
         self.names: dict[int, str] = {}
         """What a person called an object."""
         self.predictor = predictor
@@ -76,11 +80,6 @@ class Session:
         self._stream: _Stream | None = None
         self._calls = 0
         self._begun: _Stream | None = None  # what the predictor propagates; read and written within its turns alone
-
-    @property
-    def is_picture(self) -> bool:
-        """Whether it is a picture rather than a video."""
-        return self.frames == 1 and self.fps is None
 
     @property
     def tracking(self) -> bool:
