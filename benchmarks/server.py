@@ -71,7 +71,9 @@ class Result:
     idle_median: float
     """The wait of one person's click while nothing is tracked."""
     bytes_a_session: float
-    """What the server's processes grew by, for each session, before anything was tracked."""
+    """What the server's processes grew by, for each session, before anything was tracked; on Linux."""
+    gpu_bytes_a_session: float | None
+    """What the GPU's memory in use grew by, in the same time; on CUDA."""
 
 
 class Server:
@@ -97,19 +99,31 @@ class Server:
 
     def memory(self) -> int:
         """The bytes of its processes that are in memory."""
-        lines = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid=,rss="], capture_output=True, text=True
-        ).stdout.splitlines()
-        table = [tuple(map(int, line.split())) for line in lines]
+        table = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended
+                lines = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+                table[int(folder.name)] = int(lines["PPid"]), int(lines.get("VmRSS", "0 kB").split()[0])
         family = [self.process.pid]
         for parent in family:
-            family += [pid for pid, of, _ in table if of == parent]
-        return sum(rss for pid, _, rss in table if pid in family) * 1024
+            family += [pid for pid, (of, _) in table.items() if of == parent]
+        return sum(table[pid][1] for pid in family if pid in table) * 1024
+
+
+def gpu_memory(device: str) -> int | None:
+    """The bytes in use of the first NVIDIA GPU, by all programs; None where none is measured."""
+    if not device.startswith("cuda"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
 
 
 def main(
     sessions: Annotated[str, typer.Option("--sessions", metavar="N,N,...", help="How many people click.")] = "1,4,16",
-    frames: Annotated[int, typer.Option("--frames", min=2, help="Of the video that is tracked.")] = 48,
+    frames: Annotated[
+        int | None,
+        typer.Option("--frames", min=2, help="Of the video that is tracked.", show_default="48 on the CPU, else 240"),
+    ] = None,
     image_size: Annotated[int, typer.Option("--image-size", help="The side of the square that the model sees.")] = 1024,
     device: Annotated[str, typer.Option("--device", metavar="D", help="cpu, cuda or mps.")] = "cpu",
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of PyTorch in each server.")] = os.cpu_count() or 1,
@@ -120,6 +134,7 @@ def main(
     require_new([json_file], overwrite)
     require_image_size(image_size)
     counts = [int(each) for each in sessions.split(",")]
+    frames = frames or (48 if device == "cpu" else 240)
     for package in ("sam2", "pycocotools", "gunicorn", "flask"):
         if find_spec(package) is None:
             raise CommandError(f"{package} is not installed: pip install {package}", status=1)
@@ -133,7 +148,7 @@ def main(
                 bar.update(task, description=f"{kind}, {count} sessions")
                 errors.say(f"{kind}, {count} clicking")
                 with running(kind, folder, device, image_size, threads) as server:
-                    results.append(measure(kind, server, count, frames))
+                    results.append(measure(kind, server, count, frames, device))
                 bar.advance(task)
     show(results)
     if json_file is not None:
@@ -213,7 +228,7 @@ def wait(server: Server, log: Path, line: str) -> None:
     raise CommandError("the server did not start", status=1)
 
 
-def measure(kind: str, server: Server, count: int, frames: int) -> Result:
+def measure(kind: str, server: Server, count: int, frames: int, device: str) -> Result:
     """Have people click while a video is tracked."""
     connections = [server.connect() for _ in range(count + 1)]
 
@@ -237,11 +252,11 @@ def measure(kind: str, server: Server, count: int, frames: int) -> Result:
 
     opened = [start(0)]
     click(0)  # what is made once
-    before = server.memory()
+    before, gpu_before = server.memory(), gpu_memory(device)
     for person in range(1, count + 1):
         opened.append(start(person))
         click(person)
-    grown = (server.memory() - before) / count
+    grown, gpu = (server.memory() - before) / count, gpu_memory(device)
     idle = statistics.median(click(1, 0.1 + 0.02 * each) for each in range(10))
 
     begun, over = threading.Event(), threading.Event()
@@ -280,6 +295,7 @@ def measure(kind: str, server: Server, count: int, frames: int) -> Result:
         tracked_in=seconds,
         idle_median=idle,
         bytes_a_session=grown,
+        gpu_bytes_a_session=None if gpu is None or gpu_before is None else (gpu - gpu_before) / count,
     )
 
 
@@ -309,6 +325,7 @@ def show(results: Sequence[Result]) -> None:
         "if nothing is tracked",
         "frames/s",
         "memory a session",
+        "of the GPU",
         box=SIMPLE_HEAD,
     )
     for each in results:
@@ -321,6 +338,7 @@ def show(results: Sequence[Result]) -> None:
             f"{digits(each.idle_median)} s",
             digits(each.frames_per_second),
             f"{each.bytes_a_session / 2**20:.0f} MiB",
+            "" if each.gpu_bytes_a_session is None else f"{each.gpu_bytes_a_session / 2**20:.0f} MiB",
         )
     output().print(table)
 
