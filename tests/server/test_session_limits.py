@@ -1,5 +1,6 @@
 """How many sessions there may be, on which predictors they are, and the figures of them."""
 
+import sys
 import threading
 from pathlib import Path
 
@@ -27,6 +28,15 @@ def world(make_world):
 
 
 # How many there may be.
+
+
+@pytest.fixture
+def hasty():
+    """Threads that take turns a thousand times as often as usual."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(interval)
 
 
 def test_when_all_are_in_use_one_more_is_refused(make_world):
@@ -78,6 +88,7 @@ def test_one_that_is_busy_makes_no_room(make_world):
         thread.result()
 
 
+@pytest.mark.usefixtures("hasty")
 def test_threads_that_start_at_once_do_not_exceed_the_limit(make_world):
     world = make_world(2, max_sessions=5)
     barrier, most = threading.Barrier(16), []
@@ -95,6 +106,20 @@ def test_threads_that_start_at_once_do_not_exceed_the_limit(make_world):
     assert len(started) == 5 == len(world.sessions)
     assert max(most) <= 5
     assert sorted(len(made[0].sessions) for made in world.made) == [2, 3]
+
+
+def test_a_session_that_is_just_open_counts_once(make_world):
+    world = make_world(max_sessions=2)
+    world.sessions.close(world.start().id)
+    with held(world.inference, "memory") as gate:
+        first = Thread(world.start)
+        gate.wait()  # it is open, but its start has not returned
+        assert len(world.sessions) == 1
+        second = Thread(world.start)
+        wait_until(lambda: world.predictors[0].turns.waiting == 1 or not second.is_alive())
+        gate.open()
+        assert first.result() is not second.result()
+    assert len(world.sessions) == 2
 
 
 def test_sessions_are_spread_over_the_predictors(make_world):

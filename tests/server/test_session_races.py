@@ -2,6 +2,7 @@
 
 import gc
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -363,6 +364,16 @@ def test_a_click_that_waits_while_its_session_is_closed_is_told(world, session):
 # All at once.
 
 
+@pytest.fixture
+def hasty():
+    """Threads that take turns a thousand times as often as usual."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("hasty")
 def test_many_people_at_once_lose_nothing(make_world):
     """8 threads do at random what can be done, on sessions that they share; the predictors die now and then."""
     world = make_world(2, max_sessions=6)

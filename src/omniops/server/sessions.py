@@ -106,9 +106,6 @@ class Sessions:
                 tried.append(predictor)
                 if len(tried) == len(self.predictors):
                     raise
-            finally:
-                with self._lock:
-                    self._opening[predictor] -= 1
         self._sweep_in_background()
         try:
             if session.nbytes > self._settings.max_session_bytes:
@@ -243,7 +240,9 @@ class Sessions:
                 self._give_back(idle)
 
     def _open(self, predictor: Predictor, path: Path, name: str, guided: bool) -> Session:
+        """A session in the place that was reserved for it, which is free again if this fails."""
         id = str(uuid.uuid4())
+        session: Session | None = None
         try:
             with predictor.turn("click") as inference:
                 try:
@@ -254,9 +253,14 @@ class Sessions:
                 session = Session(self, predictor, id, path, name, guided, opened)
                 with self._lock:  # within the turn: if the process dies in the next, this session is known
                     self._sessions[id] = session
+                    self._opening[predictor] -= 1
                 predictor.note_memory(inference, now=True)
         except DiedError as error:
             raise Busy("The process of the model died while it opened this: try another file, or later.") from error
+        finally:
+            if session is None:
+                with self._lock:
+                    self._opening[predictor] -= 1
         return session
 
     def _end(self, session: Session, reason: str, *, is_quiet: bool = False, if_due: bool = False) -> bool:
