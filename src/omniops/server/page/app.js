@@ -84,7 +84,7 @@ class App {
     this.#name = kept.name;
     try {
       this.#opening.tell(`Opening ${kept.name}`);
-      const session = await Session.resume(kept.id);
+      const session = await Session.resume(kept.id, kept.video);
       await this.#enter(session, kept);
       announce(`${kept.name} is open again`);
     } catch (error) {

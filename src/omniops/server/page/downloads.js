@@ -5,7 +5,7 @@ import { announce, bytesInWords, find, icon, make } from "./dom.js";
 import { sentence } from "./notices.js";
 
 const FORMATS = [
-  { format: "coco", title: "Masks as COCO JSON", text: "Run-length encoded, for pycocotools and training." },
+  { format: "coco", title: "Masks as JSON", text: "COCO's run-length encoding, of each object on each frame." },
   { format: "png", title: "Masks as PNG", text: "A zip with one picture for each object and frame." },
   { format: "overlay", as: "mp4", title: "Video with masks, MP4", text: "Plays everywhere.", video: true },
   { format: "overlay", as: "webm", title: "Video with masks, WebM", text: "Free of patents.", video: true },

@@ -29,14 +29,15 @@ export class Session extends EventTarget {
 
   static async start(video, guided = false) {
     const id = await api.startSession(video.path, guided);
-    const { numFrames, width, height, fps, isPicture } = await api.sessionState(id);
-    return new Session(id, { path: video.path, numFrames, width, height, fps, isPicture }, guided);
+    const { numFrames, width, height, fps } = await api.sessionState(id);
+    const { path, isPicture } = video;
+    return new Session(id, { path, numFrames, width, height, fps, isPicture }, guided);
   }
 
-  /** One that the server still has, after a reload of the page. Throws ApiError. */
-  static async resume(id) {
+  /** The one on `video` that the server still has, after a reload of the page. Throws ApiError. */
+  static async resume(id, { isPicture }) {
     const state = await api.sessionState(id);
-    const { path, numFrames, width, height, fps, isPicture, guided } = state;
+    const { path, numFrames, width, height, fps, guided } = state;
     const session = new Session(id, { path, numFrames, width, height, fps, isPicture }, guided);
     session.#known = fromServer(state);
     session.#history = new History(session.#known);
