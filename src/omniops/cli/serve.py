@@ -32,7 +32,7 @@ def serve(
         Path | None,
         typer.Argument(
             metavar="FOLDER",
-            help="What the gallery shows: the .mp4 in it and in its folders. The official server's DATA_PATH will do.",
+            help="What the gallery shows: the .mp4 and pictures in it and its folders. The official DATA_PATH will do.",
             show_default="a sample clip",
         ),
     ] = None,
@@ -343,8 +343,8 @@ def _tell(settings: Settings, gallery: Path | None, address: str, is_loopback: b
         say("without --certfile browsers on other machines decode no video frame by frame, and all is sent unencrypted")
     if gallery is None:
         say("no FOLDER was given: the gallery shows a sample clip")
-    elif next(gallery.rglob("*.mp4"), None) is None:
-        say(f"{gallery} has no .mp4 yet: those put there appear in the gallery")
+    elif not any(each.is_file() for each in gallery.rglob("*")):
+        say(f"{gallery} is empty: what is put there appears in the gallery")
     means_nothing = ", with random weights: its masks mean nothing" if settings.random_weights else ""
     say(f"loading SAM 2, {settings.model}{means_nothing}")
 
