@@ -378,14 +378,6 @@ def test_damage_and_files_that_break_off(tmp_path, out):
     assert found == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, *found[11:15], 15, 16, 17, 18, 19]
 
 
-def test_the_same_gives_the_same(tmp_path, out):
-    source = write_clip(tmp_path / "in.mp4", 12, size=(320, 240), beep=0.1)
-    transcode(source, out, Encoding())
-    once = out.read_bytes()
-    transcode(source, out, Encoding())
-    assert out.read_bytes() == once
-
-
 def test_quality_is_as_asked(tmp_path, out):
     noise = list(np.random.default_rng(0).integers(0, 255, (6, 240, 320, 3), dtype=np.uint8))
     source = write_clip(tmp_path / "in.mp4", pictures=noise, size=(320, 240))

@@ -54,7 +54,9 @@ def test_a_video(clip, uploads):
     assert (video.poster_path, video.is_picture) == (None, False)
     frames = Frames(place)
     assert [shown(each) for each in frames] == list(range(20))
+    made = place.stat().st_mtime_ns
     assert uploads.receive(io.BytesIO(clip.read_bytes())) == video
+    assert place.stat().st_mtime_ns == made
     assert stored(uploads) == [place.name]
     assert place.stat().st_mode & 0o777 == 0o644
 

@@ -25,6 +25,7 @@ from omniops.server import clips
 from omniops.server.errors import ServerError
 from omniops.server.jobs import Progress
 from omniops.server.settings import Settings
+from omniops.server.sound import Sound
 
 __all__ = ["Encoding", "Transcoded", "output_size", "transcode"]
 
@@ -140,7 +141,7 @@ class _Transcoding:
         self._source, self._out, self._encoding, self._progress = source, out, encoding, progress
         self._start, self._duration = start, duration
         self._output: Any = None
-        self._sound: _Sound | None = None
+        self._sound: Sound | None = None
         self._early: list[Any] = []  # sound that came before the first picture
         self._count = 0
         self._last = -1  # tick
@@ -244,7 +245,7 @@ class _Transcoding:
         # What comes late by whole frames comes at once. Of a part of a frame the clock stays the file's own.
         self._origin = begin if fps is None else self._begin + _nearest((begin - self._begin) * fps) / fps
         if self._input_sound is not None:
-            self._sound = _Sound(self._output, self._origin, self._end)
+            self._sound = Sound(self._output, self._origin, self._end)
             for each in self._early:
                 self._mux(self._sound.packets(each))
             self._early.clear()
@@ -422,54 +423,6 @@ def _matrix_of(frame: Any) -> int:
     if matrix != _UNSPECIFIED or frame.format.is_rgb:
         return matrix
     return _BT709 if frame.height > _SD_HEIGHT else _BT601
-
-
-class _Sound:
-    """Sound as AAC, from the first picture on."""
-
-    def __init__(self, output: Any, begin: float, end: float) -> None:
-        self._output, self._begin, self._end = output, begin, end
-        self._stream = output.add_stream("aac", rate=48000, layout="stereo")
-        self._graph: Any = None
-        self._kind: tuple[Any, ...] | None = None
-
-    def packets(self, frame: Any) -> list[Any]:
-        """What comes of a frame; of None, the rest."""
-        found: list[Any] = []
-        if frame is not None:
-            if frame.pts is None:
-                return found
-            kind = (frame.format.name, frame.sample_rate, frame.layout.name)
-            if kind != self._kind:
-                self._graph, self._kind = self._new_graph(frame), kind
-        if self._graph is None:
-            return found
-        with suppress(av.FFmpegError, EOFError):  # damaged sound is left out
-            self._graph.push(frame)
-            while True:
-                heard = self._graph.pull()
-                found += self._stream.encode(heard)
-        if frame is None:
-            found += self._stream.encode(None)
-        return found
-
-    def _new_graph(self, frame: Any) -> Any:
-        context = self._stream.codec_context
-        graph = av.filter.Graph()
-        source = graph.add_abuffer(
-            sample_rate=frame.sample_rate, format=frame.format.name, layout=frame.layout.name, time_base=frame.time_base
-        )
-        span = f"start={max(0.0, self._begin):.6f}" + (f":end={self._end:.6f}" if math.isfinite(self._end) else "")
-        nodes = [
-            source,
-            graph.add("atrim", span),
-            graph.add("asetpts", f"PTS-({self._begin:.6f})/TB"),
-            graph.add("aformat", f"sample_fmts=fltp:sample_rates={context.sample_rate}:channel_layouts=stereo"),
-            graph.add("abuffersink"),
-        ]
-        graph.link_nodes(*nodes).configure()
-        graph.set_audio_frame_size(1024)
-        return graph
 
 
 def _add_video(output: Any, encoding: Encoding, size: tuple[int, int], source: Any, threads: int) -> Any:

@@ -12,13 +12,14 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from omniops.server import pictures
-from omniops.server.errors import ServerError, TooLarge
+from omniops.server.errors import NotFound, ServerError, TooLarge
 from omniops.server.jobs import Jobs, Progress
 from omniops.server.settings import Settings
 from omniops.server.transcode import Encoding, transcode
@@ -31,6 +32,8 @@ _PREFIX = ".incoming-"
 _ABANDONED = 3600.0
 """Seconds after which an unfinished file is nobody's any more."""
 _SWEEP = 60.0
+_REMEMBERED = 1000
+"""Clips of which is known what was made of them."""
 _KEPT = re.compile(r"[0-9a-f]{64}\.(mp4|png|jpg)")
 
 
@@ -91,6 +94,7 @@ class Uploads:
         self.in_use = in_use
         self._lock = threading.Lock()
         self._swept = -math.inf
+        self._made: OrderedDict[tuple[str, float, float], str] = OrderedDict()
 
     def receive(
         self,
@@ -188,9 +192,14 @@ class Uploads:
         return incoming
 
     def _video(self, source: Path, begin: float, seconds: float, progress: Progress) -> str:
+        asked = (_digest(source), begin, seconds)
         with self._unfinished(".mp4") as out:
             with self.jobs.budget.threads() as threads:
                 progress.check()
+                # The same clip has the same path: encoders need not write the same bytes each time.
+                known = self._made.get(asked)
+                if known is not None and self._is_kept(known):
+                    return known
                 transcode(
                     source,
                     out,
@@ -201,8 +210,12 @@ class Uploads:
                     threads=threads,
                     progress=progress,
                 )
-            progress.check()
-            return self._store(out)
+                progress.check()
+                path = self._made[asked] = self._store(out)
+            with self._lock:
+                while len(self._made) > _REMEMBERED:
+                    self._made.popitem(last=False)
+            return path
 
     def _picture(self, source: Path, _begin: float, _seconds: float, progress: Progress) -> str:
         with self.jobs.budget.threads(1):
@@ -223,13 +236,15 @@ class Uploads:
         finally:
             Path(name).unlink(missing_ok=True)
 
+    def _is_kept(self, path: str) -> bool:
+        with suppress(NotFound):
+            self.videos.find(path)
+            return True
+        return False
+
     def _store(self, made: Path) -> str:
         """Give a file the name that its content has. Returns the API's path."""
-        with made.open("rb") as file:
-            digest = hashlib.sha256()
-            while part := file.read(_PART):
-                digest.update(part)
-        place = self.settings.uploads / f"{digest.hexdigest()}{made.suffix}"
+        place = self.settings.uploads / f"{_digest(made)}{made.suffix}"
         os.chmod(made, 0o644)
         with self._lock:  # not between a look at what is old and its removal
             if place.is_file():
@@ -237,6 +252,15 @@ class Uploads:
             else:
                 os.replace(made, place)
         return f"uploads/{place.name}"
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while part := file.read(_PART):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 @contextmanager

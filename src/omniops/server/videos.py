@@ -33,6 +33,8 @@ _UPLOAD = re.compile(r"uploads/[0-9a-f]{64}\.(mp4|png|jpg)")
 _POSTER = re.compile(r"posters/([0-9a-f]{32}|[0-9a-f]{64})\.jpg")
 _OURS = re.compile(r"[0-9a-f]{32}\.(mp4|png|jpg)")
 _POSTER_SIDE = 1280
+_DESCRIBED = 1000
+"""Uploads of which is known what they are."""
 _OTHER = "There is no such video. It may have been removed."
 
 
@@ -145,9 +147,12 @@ class Videos:
         """
         place = self.find(path)
         if path.startswith("uploads/"):
-            if path not in self._uploads:
-                self._uploads[path] = self._described(path, None, place)
-            return self._uploads[path]
+            found = self._uploads.get(path)
+            if found is None:
+                if len(self._uploads) >= _DESCRIBED:
+                    self._uploads.clear()
+                found = self._uploads[path] = self._described(path, None, place)
+            return found
         video = self._entry(path).video
         if video is None:
             raise NotFound(_OTHER)
