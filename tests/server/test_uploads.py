@@ -19,6 +19,7 @@ pytest.importorskip("av", reason="videos need PyAV")
 
 from omniops.sam2.frames import Frames
 from omniops.server import jobs as jobs_module
+from omniops.server import videos as videos_module
 from omniops.server.errors import Busy, NotFound, ServerError, TooLarge
 from omniops.server.jobs import Budget, Cancelled, Jobs
 from omniops.server.settings import Settings
@@ -467,3 +468,28 @@ def test_pictures_of_the_gallery_that_browsers_show_otherwise(tmp_path):
     expected = np.asarray(PICTURE.transpose(Image.Transpose.ROTATE_270))
     assert np.abs(Frames(places["turned.jpg"])[0].astype(int) - expected).mean() < 4
     assert np.array_equal(Frames(places["scan.tiff"])[0], np.asarray(PICTURE))
+
+
+def test_posters_and_lists_do_not_wait_for_uploads(clip, tmp_path):
+    uploads = make(tmp_path)
+    write_clip(tmp_path / "gallery" / "a.mp4", 6)
+    write_clip(tmp_path / "gallery" / "b.mp4", 6, pix_fmt="yuv444p")
+    with uploads.jobs.budget.threads():  # as long as something is converted
+        assert uploads.videos.find("gallery/b.mp4").parent.name == "converted"
+        found = uploads.videos.videos()
+        assert [each.path for each in found] == ["gallery/a.mp4", "gallery/b.mp4"]
+        for each in found:
+            assert uploads.videos.poster(each.poster_path).is_file()
+
+
+def test_a_conversion_that_takes_long(tmp_path, monkeypatch):
+    write_clip(tmp_path / "gallery" / "a.mp4", 400, pix_fmt="yuv444p", size=(320, 240))
+    write_clip(tmp_path / "gallery" / "b.mp4", 6)
+    videos = Videos(Settings(data=tmp_path))
+    assert [each.path for each in videos.videos()] == ["gallery/b.mp4"]
+    monkeypatch.setattr(videos_module, "_PATIENCE", 0.01)
+    with pytest.raises(Busy, match="is being converted"):
+        videos.find("gallery/a.mp4")
+    monkeypatch.setattr(videos_module, "_PATIENCE", 60.0)
+    assert len(Frames(videos.find("gallery/a.mp4"))) == 400
+    assert [each.path for each in videos.videos()] == ["gallery/a.mp4", "gallery/b.mp4"]

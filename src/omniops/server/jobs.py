@@ -92,9 +92,9 @@ class Job(Generic[Result]):
         """Give the job up."""
         self.progress.cancel()
 
-    def wait(self) -> None:
-        """Wait for the end, whatever it is."""
-        self._ended.wait()
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for the end, whatever it is, or for so long."""
+        self._ended.wait(seconds)
 
     def result(self, gone: Callable[[], bool] | None = None) -> Result:
         """Wait for the end. ``gone`` tells whether the client went meanwhile, which cancels the job.

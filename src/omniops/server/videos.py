@@ -33,6 +33,8 @@ _UPLOAD = re.compile(r"uploads/[0-9a-f]{64}\.(mp4|png|jpg)")
 _POSTER = re.compile(r"posters/([0-9a-f]{32}|[0-9a-f]{64})\.jpg")
 _OURS = re.compile(r"[0-9a-f]{32}\.(mp4|png|jpg)")
 _POSTER_SIDE = 1280
+_PATIENCE = 20.0
+"""Seconds that someone waits for a file of the gallery to be converted."""
 _DESCRIBED = 1000
 """Uploads of which is known what they are."""
 _OTHER = "There is no such video. It may have been removed."
@@ -87,6 +89,8 @@ class Videos:
         self._uploads: dict[str, Video] = {}
         self._converted = settings.data / "converted"
         self._posters = threading.Lock()
+        # Beside the budget, by one thread: what people wait for is not to wait for a whole gallery.
+        self._conversions = Jobs(workers=1, waiting=1000)
 
     def videos(self) -> list[Video]:
         """Those of the gallery, by the natural order of their names. The folder is looked through at each call.
@@ -120,23 +124,24 @@ class Videos:
     def find(self, path: str) -> Path:
         """Where a video or picture of the gallery, or an upload, lies on the disk, to be opened or sent.
 
-        Waits for the end where it is being converted.
+        Where it is being converted this waits for the end, for some time.
 
         Raises:
             NotFound: for whatever else, wherever it may lead.
+            Busy: where converting it takes longer.
         """
         if _UPLOAD.fullmatch(path):
             return self._upload(path)
         entry = self._entry(path)
         self._prepare(path, entry)
         if entry.shown is None and entry.job is not None:
-            with suppress(ServerError):
-                entry.job.result()
-            self._settle(path, entry)
+            entry.job.wait(_PATIENCE)
+            if entry.job.ended:
+                self._settle(path, entry)
         if entry.failed:
             raise NotFound(_OTHER)
         if entry.shown is None:
-            raise Busy("The video waits to be converted. Try again in a minute.")
+            raise Busy("The video is being converted to what browsers show. Try again in a minute.")
         return entry.shown
 
     def describe(self, path: str) -> Video:
@@ -242,7 +247,7 @@ class Videos:
             try:
                 converted = next((each for each in self._converted.glob(f"{entry.key}.*")), None)
                 if converted is None and not self._is_plain(path, entry.path):
-                    entry.job = self.jobs.start(
+                    entry.job = self._conversions.start(
                         lambda progress: self._convert(path, entry, progress), what="converting"
                     )
                     return
@@ -283,14 +288,7 @@ class Videos:
         out = self._converted / f"{entry.key}.mp4"
         unfinished = self._converted / f".{entry.key}.mp4"
         try:
-            with self.jobs.budget.threads() as threads:
-                transcode(
-                    entry.path,
-                    unfinished,
-                    Encoding.of(self.settings, own_times=True),
-                    threads=threads,
-                    progress=progress,
-                )
+            transcode(entry.path, unfinished, Encoding.of(self.settings, own_times=True), progress=progress)
             os.replace(unfinished, out)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -306,8 +304,7 @@ class Videos:
     def _write_poster(self, source: Path, place: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         unfinished = place.with_name(f".{place.name}")
-        with self.jobs.budget.threads(1):
-            picture = pictures.read(source) if source.suffix != ".mp4" else clips.first_picture(source)
+        picture = pictures.read(source) if source.suffix != ".mp4" else clips.first_picture(source)
         picture.thumbnail((_POSTER_SIDE, _POSTER_SIDE))
         picture.save(unfinished, format="JPEG", quality=85)
         os.replace(unfinished, place)
