@@ -149,6 +149,7 @@ def main(
                 errors.say(f"{kind}, {count} clicking")
                 with running(kind, folder, device, image_size, threads) as server:
                     results.append(measure(kind, server, count, frames, device))
+                errors.say(f"{results[-1]}")
                 bar.advance(task)
     show(results)
     if json_file is not None:
@@ -195,9 +196,8 @@ def running(kind: str, folder: Path, device: str, image_size: int, threads: int)
         command += ["--image-size", str(image_size), "--device", device, "--port", str(port)]
     else:
         command = ["-m", "gunicorn", "--worker-class", "gthread", "--workers", "1", "--threads", "2", "--timeout", "0"]
-        command += ["--bind", f"127.0.0.1:{port}", "one_lock_server:app()"]
+        command += ["--pythonpath", str(Path(__file__).parent), "--bind", f"127.0.0.1:{port}", "one_lock_server:app()"]
         environment |= {"CLIPS": str(folder / "frames"), "IMAGE_SIZE": str(image_size), "DEVICE": device}
-        environment["PYTHONPATH"] = str(Path(__file__).parent)
     with (folder / "log").open("w+") as log:
         process = subprocess.Popen([sys.executable, *command], env=environment, stdout=log, stderr=log)
         server = Server(process, port)
