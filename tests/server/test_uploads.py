@@ -56,7 +56,8 @@ def test_a_video(clip, uploads):
     frames = Frames(place)
     assert [shown(each) for each in frames] == list(range(20))
     made = place.stat().st_mtime_ns
-    assert uploads.receive(io.BytesIO(clip.read_bytes())) == video
+    assert uploads.receive(io.BytesIO(clip.read_bytes()), key="again") == video
+    assert uploads.jobs.progress("again").as_json() == {"done": 20, "total": 20, "what": "converting"}
     assert place.stat().st_mtime_ns == made
     assert stored(uploads) == [place.name]
     assert place.stat().st_mode & 0o777 == 0o644

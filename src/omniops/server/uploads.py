@@ -198,7 +198,9 @@ class Uploads:
                 progress.check()
                 # The same clip has the same path: encoders need not write the same bytes each time.
                 known = self._made.get(asked)
-                if known is not None and self._is_kept(known):
+                count = 0 if known is None else self._frames_of(known)
+                if known is not None and count:
+                    progress.update(count, count)
                     return known
                 transcode(
                     source,
@@ -236,11 +238,11 @@ class Uploads:
         finally:
             Path(name).unlink(missing_ok=True)
 
-    def _is_kept(self, path: str) -> bool:
+    def _frames_of(self, path: str) -> int:
+        """How many frames an upload has; 0 where it was removed."""
         with suppress(NotFound):
-            self.videos.find(path)
-            return True
-        return False
+            return self.videos.describe(path).frames
+        return 0
 
     def _store(self, made: Path) -> str:
         """Give a file the name that its content has. Returns the API's path."""
