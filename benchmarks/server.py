@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection
 from importlib.util import find_spec
@@ -83,19 +83,16 @@ class Server:
         self.process = process
         self.port = port
 
-    def post(self, connection: HTTPConnection, query: str, **given: Any) -> Any:
+    def post(self, query: str, **given: Any) -> Any:
         """What an operation answers."""
         body = json.dumps({"query": query, "variables": {"input": given}})
-        connection.request("POST", "/graphql", body, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        answer = json.loads(response.read())
+        with closing(HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)) as connection:
+            connection.request("POST", "/graphql", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = json.loads(response.read())
         if response.status != 200 or "errors" in answer:
             raise CommandError(f"the server answered {response.status}: {answer}", status=1)
         return next(iter(answer["data"].values()))
-
-    def connect(self) -> HTTPConnection:
-        """A connection, which lasts."""
-        return HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
 
     def memory(self) -> int:
         """The bytes of its processes that are in memory."""
@@ -230,16 +227,14 @@ def wait(server: Server, log: Path, line: str) -> None:
 
 def measure(kind: str, server: Server, count: int, frames: int, device: str) -> Result:
     """Have people click while a video is tracked."""
-    connections = [server.connect() for _ in range(count + 1)]
 
     def start(person: int) -> str:
-        session: str = server.post(connections[person], _START, path=f"gallery/{person}.mp4")["sessionId"]
+        session: str = server.post(_START, path=f"gallery/{person}.mp4")["sessionId"]
         return session
 
     def click(person: int, place: float = 0.3) -> float:
         begun = time.monotonic()
         server.post(
-            connections[person],
             _CLICK,
             sessionId=opened[person],
             frameIndex=0,
@@ -301,7 +296,7 @@ def measure(kind: str, server: Server, count: int, frames: int, device: str) -> 
 
 def parts(server: Server, session: str, begun: threading.Event) -> Iterator[float]:
     """When each part of a propagation came; the first sets ``begun``."""
-    connection = server.connect()
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     body = json.dumps({"session_id": session, "start_frame_index": 0})
     connection.request("POST", "/propagate_in_video", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
