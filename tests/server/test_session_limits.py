@@ -1,13 +1,12 @@
 """How many sessions there may be, on which predictors they are, and the figures of them."""
 
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 from server.fake_inference import FEATURE_BYTES, TRACKED_BYTES, FakeInference
 from server.test_metrics import parsed
-from server.waiting import Thread, held, wait_until
+from server.waiting import Thread, hasty, held, wait_until
 from server.world import CLIP, POINT, missing, worlds
 
 from omniops.server.errors import Busy, NotFound, ServerError, TooLarge
@@ -28,15 +27,6 @@ def world(make_world):
 
 
 # How many there may be.
-
-
-@pytest.fixture
-def hasty():
-    """Threads that take turns a thousand times as often as usual."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(5e-6)
-    yield
-    sys.setswitchinterval(interval)
 
 
 def test_when_all_are_in_use_one_more_is_refused(make_world):
@@ -88,7 +78,6 @@ def test_one_that_is_busy_makes_no_room(make_world):
         thread.result()
 
 
-@pytest.mark.usefixtures("hasty")
 def test_threads_that_start_at_once_do_not_exceed_the_limit(make_world):
     world = make_world(2, max_sessions=5)
     barrier, most = threading.Barrier(16), []
@@ -102,7 +91,9 @@ def test_threads_that_start_at_once_do_not_exceed_the_limit(make_world):
         finally:
             most.append(sum(len(made[0].sessions) for made in world.made if made))
 
-    started = [session for session in [thread.result() for thread in [Thread(start) for _ in range(16)]] if session]
+    with hasty():
+        answers = [thread.result() for thread in [Thread(start) for _ in range(16)]]
+    started = [session for session in answers if session is not None]
     assert len(started) == 5 == len(world.sessions)
     assert max(most) <= 5
     assert sorted(len(made[0].sessions) for made in world.made) == [2, 3]

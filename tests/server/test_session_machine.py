@@ -385,5 +385,5 @@ class SessionMachine(RuleBasedStateMachine):
             assert self.world.predictors[i].turns.waiting == 0
 
 
-SessionMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40)
+SessionMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestSessions = SessionMachine.TestCase

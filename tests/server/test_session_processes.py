@@ -60,6 +60,7 @@ def test_a_process_that_is_killed_in_the_middle_of_a_stream_ends_its_sessions_al
 
 def test_sessions_over_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr(predictors, "has_processes", lambda: False)
+    monkeypatch.setattr(predictors, "_MEMORY_AGE", 0.0)
     settings = Settings(model="tiny", random_weights=True, image_size=64)
     sessions = Sessions(settings, [Predictor(lambda: make_inference(settings, "cpu"), "cpu")])
     path = write_clip(tmp_path / "clip", 4)
@@ -68,6 +69,7 @@ def test_sessions_over_a_model(tmp_path, monkeypatch):
 
     clicked = session.add_points(1, 5, [[0.2, 0.5]], [1])
     session.add_box(1, 2, [0.6, 0.6, 0.9, 0.95])
+    shown = session.nbytes
     stream = session.propagate(1)
     assert stream.total == 5
     parts = dict([next(stream), next(stream)])
@@ -81,7 +83,7 @@ def test_sessions_over_a_model(tmp_path, monkeypatch):
     assert rle.decode(clicked[0][1]).any()
     assert other.found.keys() == {0}
 
-    tracked = session.nbytes
+    assert session.nbytes > shown
     assert session.remove(5)[0][0] == 1
     assert all(list(found) == [2] for found in session.found.values())
     snapshot = session.snapshot()
@@ -93,8 +95,9 @@ def test_sessions_over_a_model(tmp_path, monkeypatch):
     assert list(stream) == []
     with pytest.raises(ServerError, match="There is no frame 4"):
         session.add_points(4, 0, [[0.5, 0.5]], [1])
-    assert sessions.nbytes > tracked > 0
+    assert sessions.nbytes == session.nbytes + other.nbytes
     sessions.close(session.id)
+    assert sessions.nbytes == other.nbytes > 0
     with pytest.raises(ServerError, match="cannot be read") as raised:
         sessions.start(Path("/secret/nothing.mp4"), "nothing.mp4")
     assert "secret" not in raised.value.message

@@ -2,11 +2,10 @@
 
 import gc
 import random
-import sys
 from pathlib import Path
 
 import pytest
-from server.waiting import Thread, held, settle, wait_until
+from server.waiting import Thread, hasty, held, settle, wait_until
 from server.world import POINT, worlds
 
 from omniops.server.errors import Busy, NotFound, ServerError
@@ -364,16 +363,6 @@ def test_a_click_that_waits_while_its_session_is_closed_is_told(world, session):
 # All at once.
 
 
-@pytest.fixture
-def hasty():
-    """Threads that take turns a thousand times as often as usual."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(5e-6)
-    yield
-    sys.setswitchinterval(interval)
-
-
-@pytest.mark.usefixtures("hasty")
 def test_many_people_at_once_lose_nothing(make_world):
     """8 threads do at random what can be done, on sessions that they share; the predictors die now and then."""
     world = make_world(2, max_sessions=6)
@@ -417,8 +406,9 @@ def test_many_people_at_once_lose_nothing(make_world):
             except BaseException as error:
                 unexpected.append(error)
 
-    for thread in [Thread(work, seed) for seed in range(8)]:
-        thread.result()
+    with hasty():
+        for thread in [Thread(work, seed) for seed in range(8)]:
+            thread.result()
     gc.collect()
     settle(world.sessions)
     assert unexpected == []
