@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from reprlib import repr
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -28,6 +27,7 @@ from omniops.sam2.frames import FrameError, Frames
 from omniops.sam2.mask_generator import SAM2AutomaticMaskGenerator
 from omniops.sam2.state import InferenceState
 from omniops.sam2.video_predictor import SAM2VideoPredictor
+from omniops.server.prompts import Prompt, checked, joined, whole
 
 RLE = dict[str, Any]
 """{"size": [H, W], "counts": COCO's string}"""
@@ -36,22 +36,10 @@ Masks = list[tuple[int, RLE]]
 
 MAX_OBJECTS = 255
 """Of a session."""
-MAX_POINTS = 500
-"""Of an object on a frame."""
 MAX_POINTS_PER_SIDE = 64
 """Of the grid of ``Inference.everything``."""
 _SESSIONS_WITH_FEATURES = 8
 """How many sessions keep what the encoder made of the frame that they used last."""
-
-
-@dataclass
-class Prompt:
-    """What a user gave for an object on a frame, places as fractions of its width and height."""
-
-    points: list[list[float]] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    box: list[float] | None = None
-    mask: bool = False
 
 
 @dataclass
@@ -179,10 +167,10 @@ class Inference:
         used = self._used(session)
         frame = _frame(used, frame)
         object = _object(used, object)
-        prompt = _prompt(points, labels, box)
+        prompt = checked(points, labels, box)
         before = used.prompts.get(object, {}).get(frame)
         if not clear and before is not None:
-            prompt = _joined(before, prompt)
+            prompt = joined(before, prompt)
         used.stop()
         with used.state.unchanged_on_error(object), _in_words(frame):
             _, ids, logits = used.predictor.add_new_points_or_box(
@@ -280,7 +268,7 @@ class Inference:
         """The mask that ``add`` would give a new object; the session and its propagation stay as they are."""
         used = self._used(session)
         frame = _frame(used, frame)
-        prompt = _prompt(points, labels, box)
+        prompt = checked(points, labels, box)
         with _in_words(frame):
             logits = used.predictor.preview(
                 used.state, frame, prompt.points or None, prompt.labels or None, False, prompt.box
@@ -300,7 +288,7 @@ class Inference:
         """
         used = self._used(session)
         frame = _frame(used, frame)
-        side = _whole("The number of points along a side", points_per_side)
+        side = whole("The number of points along a side", points_per_side)
         if not 1 <= side <= MAX_POINTS_PER_SIDE:
             raise ValueError(f"The number of points along a side must be from 1 to {MAX_POINTS_PER_SIDE}, got {side}.")
         # Random weights are never sure and hardly stable: all masks count that are not found twice.
@@ -460,66 +448,18 @@ def _in_words(frame: int) -> Iterator[None]:
         raise ValueError(f"Frame {frame} cannot be decoded: the file is damaged there.") from error
 
 
-def _whole(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a whole number, got {repr(value)}.")
-    return value
-
-
 def _frame(session: Session, value: object) -> int:
-    frame = _whole("The frame", value)
+    frame = whole("The frame", value)
     if not 0 <= frame < len(session.frames):
         raise ValueError(f"There is no frame {frame}: the video has frames 0 to {len(session.frames) - 1}.")
     return frame
 
 
 def _object(session: Session, value: object) -> int:
-    object = _whole("The object", value)
+    object = whole("The object", value)
     if object not in session.prompts and len(session.prompts) >= MAX_OBJECTS:
         raise ValueError(f"A session has at most {MAX_OBJECTS} objects: remove one first.")
     return object
-
-
-def _prompt(points: Sequence[Sequence[float]], labels: Sequence[int], box: Sequence[float] | None) -> Prompt:
-    """What was given, checked."""
-    places = [_fractions("A point", point, 2) for point in points]
-    if len(places) != len(labels):
-        raise ValueError(f"There must be as many labels as points, got {len(labels)} and {len(places)}.")
-    for label in labels:
-        if _whole("A label", label) not in (0, 1):
-            raise ValueError(f"A label must be 1 for a point of the object or 0 for one that is not, got {label}.")
-    if box is not None:
-        box = _fractions("A box", box, 4)
-        if box[0] > box[2] or box[1] > box[3]:
-            raise ValueError(f"A box must be left, top, right, bottom, got {box}.")
-    prompt = Prompt(places, list(labels), box)
-    if not places and box is None:
-        raise ValueError("There is no prompt: give a point or a box.")
-    _require_few(prompt)
-    return prompt
-
-
-def _joined(before: Prompt, prompt: Prompt) -> Prompt:
-    """The points of a prompt behind those that were there before."""
-    if prompt.box is not None:
-        raise ValueError("A box comes before all points: it must replace what was shown before on this frame.")
-    if before.mask:
-        raise ValueError("The object was shown by a mask on this frame: points must replace it.")
-    joined = Prompt(before.points + prompt.points, before.labels + prompt.labels, before.box)
-    _require_few(joined)
-    return joined
-
-
-def _require_few(prompt: Prompt) -> None:
-    if len(prompt.points) > MAX_POINTS:
-        raise ValueError(f"An object has at most {MAX_POINTS} points on a frame, got {len(prompt.points)}.")
-
-
-def _fractions(name: str, values: Sequence[float], count: int) -> list[float]:
-    is_list = isinstance(values, (list, tuple)) and len(values) == count
-    if not is_list or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in values):  # not NaN either
-        raise ValueError(f"{name} must be {count} fractions of the frame, from 0 to 1, got {repr(values)}.")
-    return [float(v) for v in values]
 
 
 def _decoded(mask: RLE, frames: Frames) -> NDArray[np.bool_]:
