@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from server.client import Api, Parser
-from server.running import HttpClient, Running, resident, wait_until
+from server.running import HttpClient, Running, is_alive, resident, wait_until
 
 pytest.importorskip("gunicorn", reason="what is tested: gunicorn from PyPI")
 
@@ -252,3 +252,19 @@ def test_clients_that_vanish_at_every_stage_leave_nothing_behind(large, is_reset
     uploads = large.folder / "uploads"
     wait_until(lambda: not uploads.exists() or not any(each.is_file() for each in uploads.rglob("*")), 10, "no remains")
     assert "Traceback" not in large.output(), large.output()
+
+
+def test_the_server_ends_though_people_are_tracking_and_stalling(folder):
+    with _running(folder, "Large", 12, FRAMES=400, DELAY=0.01) as server:
+        api = server.api()
+        responses = [_stalled(server, _tracked(server, api)) for _ in range(3)]
+        half = socket.create_connection(("127.0.0.1", server.port))
+        half.sendall(b"GET /healthy HTTP/1.1\r\nHost: local")
+        processes = [server.process.pid, *server.processes()]
+        start = time.monotonic()
+        assert server.end() == 0
+        assert time.monotonic() - start < 8
+        wait_until(lambda: not any(map(is_alive, processes)), 10, f"the end of {processes}")
+        assert "[ERROR]" not in server.output(), server.output()
+        for each in (*responses, half):
+            each.close()

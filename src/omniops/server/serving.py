@@ -27,6 +27,8 @@ from omniops.server.errors import ServerError
 if TYPE_CHECKING:
     from flask import Flask
 
+    from omniops.server.predictors import Predictor
+
 _BACKLOG = 512
 _GRACE = 3  # seconds that requests have to end when the server does
 _KEEP_ALIVE = 15
@@ -185,6 +187,14 @@ def _serve_by_gunicorn(
         os.write(failed, json.dumps(_failure(error)).encode() + b"\n")
         os.kill(master, signal.SIGTERM)
 
+    def leave(_: Any, worker: Any) -> None:
+        """At the end of a worker that was told to end: do not wait for threads, which may wait for a client."""
+        if os.getpid() != master and ending.is_set():
+            for each in _predictors(worker.app.callable):
+                each.close(timeout=0)
+            sys.stdout.flush()
+            os._exit(0)
+
     class Worker(ThreadWorker):  # type: ignore[misc]
         """Whose threads do not wait for ever for the rest of a request."""
 
@@ -214,7 +224,9 @@ def _serve_by_gunicorn(
                 "workers": 1,
                 "threads": threads,
                 "timeout": 0,  # nothing computes in the worker that could hang it
-                "graceful_timeout": _GRACE,
+                "graceful_timeout": 2 * _GRACE,
+                "post_fork": lambda _, worker: worker.cfg.set("graceful_timeout", _GRACE),  # so that it is not killed
+                "worker_exit": leave,
                 "keepalive": _KEEP_ALIVE,
                 "loglevel": "error",
                 "control_socket_disable": True,
@@ -292,7 +304,7 @@ def _announce(
     app: Flask, on_ready: Callable[[Ready], None], fail: Callable[[BaseException], None], log: _InLines
 ) -> None:
     """Load the models and tell."""
-    predictors = app.extensions["omniops"].sessions.predictors
+    predictors = _predictors(app)
     try:
         for each in predictors:
             each.warm()
@@ -302,6 +314,10 @@ def _announce(
         return
     log.is_ready = True
     on_ready(Ready(devices))
+
+
+def _predictors(app: Any) -> list[Predictor]:
+    return app.extensions["omniops"].sessions.predictors if app not in (None, _unavailable) else []
 
 
 def _unavailable(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
