@@ -217,6 +217,27 @@ def test_opening_another_gives_the_first_back(work):
     expect(work.page.locator("#start")).to_be_visible()
 
 
+def test_a_model_that_could_not_be_loaded_is_named(open_page, stand_in):
+    page = open_page("about:blank")
+
+    def answer(route):
+        told = route.fetch().json() if "server {" in route.request.post_data else None
+        if told is None:
+            route.fallback()
+            return
+        told["data"]["server"] |= {"ready": False, "failure": "The model cannot be loaded: its checkpoint is not there"}
+        route.fulfill(json=told)
+
+    page.route("**/graphql", answer)
+    page.goto(stand_in.url)
+    driver = Driver(page)
+    driver.notice("The model could not be loaded")
+    driver.notice("its checkpoint is not there.")
+    expect(page.locator("#device")).to_have_text("Stand-in · no model")
+    page.unroute("**/graphql")
+    expect(page.locator("#device")).to_have_text("Stand-in · SAM 2.1 tiny · bfloat16")
+
+
 def test_it_says_what_it_runs_on_and_that_random_weights_mean_nothing(open_page, server, stand_in):
     page = open_page(server.url)
     expect(page.locator("#device")).to_have_text(re.compile(r"\w.* · SAM 2\.1 tiny · \w+"), timeout=40000)

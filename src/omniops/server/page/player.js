@@ -1,4 +1,4 @@
-/** Which frame is shown, and playing. Events: "frame" (detail: {index, bitmap}), "state" and "problem" (an Error). */
+/** Which frame is shown, and playing. Events: "frame" (detail: {index, bitmap, wanted}: what is shown, and the frame that was asked for last), "state" and "problem" (an Error). */
 
 /** Milliseconds that playing may be late before it goes on from where it is. */
 const LATE = 400;
@@ -47,7 +47,7 @@ export class Player extends EventTarget {
       const bitmap = await frames.frame(asked);
       if (!bitmap || frames !== this.#frames) return;
       this.index = asked;
-      this.dispatchEvent(new CustomEvent("frame", { detail: { index: asked, bitmap } }));
+      this.dispatchEvent(new CustomEvent("frame", { detail: { index: asked, bitmap, wanted: this.#wanted } }));
     } catch (error) {
       if (frames !== this.#frames) return;
       this.pause();

@@ -36,10 +36,11 @@ export class Timeline {
     this.setFrame(0);
   }
 
-  setFrame(index) {
+  /** @param {number} index what is shown @param {number} wanted where the slider is, while a frame is on its way */
+  setFrame(index, wanted = index) {
     this.#index = index;
     const seconds = (index / this.#fps).toFixed(2);
-    this.#scrub.value = String(index);
+    this.#scrub.value = String(wanted);
     this.#scrub.setAttribute("aria-valuetext", `Frame ${index + 1} of ${this.#count}, ${seconds} seconds`);
     this.#clock.textContent = `${index + 1} / ${this.#count} · ${seconds} s`;
     this.#invalidate();

@@ -208,10 +208,10 @@ export class Workspace extends EventTarget {
       announce("The click was taken back");
     });
     stage.addEventListener("hover", ({ detail }) => this.#hovered(detail));
-    this.#player.addEventListener("frame", ({ detail: { index, bitmap } }) => {
+    this.#player.addEventListener("frame", ({ detail: { index, bitmap, wanted } }) => {
       if (this.#everything.isOn && index !== this.#everything.frame) this.#leaveEverything();
       stage.setFrame(bitmap);
-      this.#timeline.setFrame(index);
+      this.#timeline.setFrame(index, wanted);
       this.#hover.clear();
       this.render();
     });
