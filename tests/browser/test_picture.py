@@ -28,5 +28,10 @@ def test_the_picture_of_readme(open_page, stand_in):
     assert driver.names == names
     assert len(driver.prompts()[0]) == 2
     driver.shown()
+    cut_off = """() => [...document.querySelectorAll("#work button, #work input")].filter((element) => {
+        const { right, bottom, width } = element.getBoundingClientRect();
+        return width && (right > innerWidth || bottom > innerHeight);
+    }).length"""
+    assert page.evaluate(cut_off) == 0
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / "serve.png")

@@ -172,7 +172,7 @@ def test_tracking_with_a_model_from_a_frame_in_the_middle(short):
     assert short.told("Object 1") == f"1 prompt · {SHORT} frames"
     short.scrub(8)
     short.click(0.2, 0.2, "Shift")
-    expect(short.page.locator("#track")).to_have_text("Track again with the changes")
+    expect(short.page.locator("#track")).to_have_text("Track the changes")
     short.track()
     expect(short.page.locator("#track")).to_have_text("Track again")
     assert sorted(short.prompts()[0]) == [5, 8]

@@ -1,4 +1,7 @@
-/** Which frame is shown, and playing. Events: "frame" (detail: {index, bitmap, wanted}: what is shown, and the frame that was asked for last), "state" and "problem" (an Error). */
+/**
+ * Which frame is shown, and playing. Events: "frame" (detail: {index, bitmap} of what is shown, and `wanted`, the frame
+ * that was asked for last), "state" and "problem" (an Error).
+ */
 
 /** Milliseconds that playing may be late before it goes on from where it is. */
 const LATE = 400;

@@ -54,7 +54,7 @@ export class Tracking {
     button.disabled = !prompts.objects.some(isPrompted);
     const isTracked = masks.size >= video.numFrames;
     button.querySelector("span").textContent =
-      isTracked && !isStale ? "Track again" : isStale && isTracked ? "Track again with the changes" : "Track through the video";
+      isTracked && !isStale ? "Track again" : isStale && isTracked ? "Track the changes" : "Track through the video";
     find("tracking").hidden = tracking === null;
     if (!tracking) return;
     const { done, total, rate, left } = tracking;
