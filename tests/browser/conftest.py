@@ -91,7 +91,9 @@ def running(folder: Path, *options: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory, clip, short_clip):
-    """Starts a server: ``start_server(*options)``; the gallery has balloons.mp4 and short.mp4."""
+    """Starts a server: ``start_server(*options)``; the gallery has balloons.mp4, short.mp4 and hills.jpg."""
+    from browser import scene
+
     with ExitStack() as stack:
 
         def start(*options: str) -> Server:
@@ -99,6 +101,7 @@ def start_server(tmp_path_factory, clip, short_clip):
             (folder / "gallery").mkdir()
             shutil.copy(clip, folder / "gallery")
             shutil.copy(short_clip, folder / "gallery")
+            Image.fromarray(scene.picture(0)).save(folder / "gallery" / "hills.jpg")
             return stack.enter_context(running(folder, *options))
 
         yield start

@@ -53,7 +53,7 @@ class Driver:
 
     def settle(self) -> None:
         """Until the server answered."""
-        expect(self.page.locator("#working")).to_be_hidden()
+        expect(self.page.locator("#working")).to_be_hidden(timeout=30000)
 
     def pixel(self, x: float, y: float) -> list[int]:
         """RGB of what is shown at a place, once it was drawn."""

@@ -216,6 +216,13 @@ def test_an_upload_that_the_server_does_not_take_is_tried_again(start, photo):
     start.opened()
 
 
+def test_pictures_are_samples_too(start):
+    start.open_sample("hills")
+    expect(start.page.locator("#timeline")).to_be_hidden()
+    start.click(0.5, 0.5)
+    assert start.names == ["Object 1"]
+
+
 def test_samples_show_what_they_are(start):
     sample = start.page.get_by_role("button", name="balloons")
     expect(sample).to_contain_text("4 s")

@@ -100,8 +100,9 @@ export const server = async () =>
   ).server;
 
 export async function samples() {
-  const { videos } = await graphql(`query Page { videos(first: 100) { edges { node { ${VIDEO} } } } }`);
-  return videos.edges.map(({ node }) => node);
+  const query = `query Page { videos(first: 100) { edges { node { ${VIDEO} } } } pictures { ${VIDEO} } }`;
+  const { videos, pictures } = await graphql(query);
+  return [...videos.edges.map(({ node }) => node), ...pictures];
 }
 
 export async function sessionState(sessionId) {

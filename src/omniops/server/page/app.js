@@ -206,7 +206,8 @@ class App {
 /** What the server runs on; until the model is loaded only the device is known. */
 function wordsOf(device, model, dtype, failure) {
   if (failure) return `${device} · no model`;
-  return model ? `${device} · SAM 2.1 ${model.replace("_", " ")} · ${dtype}` : `${device} · the model is loading…`;
+  if (!model) return device === "auto" ? "The model is loading…" : `${device} · the model is loading…`;
+  return `${device} · SAM 2.1 ${model.replace("_", " ")} · ${dtype}`;
 }
 
 new App().start();
