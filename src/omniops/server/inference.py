@@ -39,7 +39,7 @@ MAX_OBJECTS = 255
 MAX_POINTS_PER_SIDE = 64
 """Of the grid of ``Inference.everything``."""
 _SESSIONS_WITH_FEATURES = 32
-"""How many sessions keep what the encoder made of the frame that they used last, 20 MB at 1024: as many as may be open."""
+"""How many sessions keep what the encoder made of the frame that they used last: as many as may be open."""
 
 
 @dataclass

@@ -172,9 +172,9 @@ def _serve_by_gunicorn(
     patience: float,
     on_ready: Callable[[Ready], None],
 ) -> None:
-    from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
-    from gunicorn.arbiter import Arbiter  # type: ignore[import-untyped]
-    from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped]
+    from gunicorn.app.base import BaseApplication
+    from gunicorn.arbiter import Arbiter
+    from gunicorn.workers.gthread import ThreadWorker
 
     failures, failed = os.pipe()
     master = os.getpid()
@@ -274,7 +274,7 @@ def _serve_by_waitress(
 ) -> None:
     if context is not None:
         raise ServingError("there is no HTTPS by waitress: put a reverse proxy with the certificate before it")
-    from waitress import create_server  # type: ignore[import-untyped]
+    from waitress import create_server
 
     failures: list[tuple[str, int]] = []
 
