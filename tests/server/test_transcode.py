@@ -388,6 +388,16 @@ def test_quality_is_as_asked(tmp_path, out):
     assert sizes[0] > 3 * sizes[1]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_threads_that_decode_change_no_byte(tmp_path, out, count):
+    source = write_clip(tmp_path / "in.mp4", 20, size=(320, 240), options=B_FRAMES, beep=0.3)
+    made = []
+    for threads in (1, 2, 3):
+        transcode(source, out, Encoding(threads=count), threads=threads)
+        made.append(out.read_bytes())
+    assert made[0] == made[1] == made[2]
+
+
 def message(source: Path, out: Path, **options) -> str:
     with pytest.raises(ServerError) as caught:
         transcode(source, out, Encoding(), **options)

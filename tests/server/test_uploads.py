@@ -85,6 +85,14 @@ def test_the_environments_encoding(clip, tmp_path):
     assert (video.width, video.height, video.frames, video.fps) == (160, 120, 10, 12)
 
 
+def test_the_same_clip_has_the_same_path_on_every_server(clip, tmp_path):
+    """However many threads are free: x264 writes other bytes for another number of its own."""
+    alone, busy = (make(tmp_path / each, ffmpeg_num_threads=3) for each in ("alone", "busy"))
+    expected = alone.receive(clip.open("rb"))
+    with busy.jobs.budget.threads(2):
+        assert busy.receive(clip.open("rb")) == expected
+
+
 class Endless:
     """A file that does not end, and counts what was read of it."""
 

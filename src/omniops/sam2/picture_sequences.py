@@ -78,7 +78,7 @@ class Folder:
         try:
             with picture_files.opened(path) as picture:
                 turn = picture_files.orientation(picture)
-                return picture_files.upright(_as_8_bits(picture), turn)
+                return picture_files.upright(as_8_bits(picture), turn)
         except Exception as error:  # Pillow's decoders raise what they like on damaged files
             raise FrameError(f"{path} cannot be read: {error}") from None
 
@@ -151,7 +151,7 @@ class Animation:
             if index not in self._kept:
                 try:
                     self._picture.seek(index + self._skipped)
-                    picture = picture_files.upright(_as_8_bits(self._picture.copy()), self._turn)
+                    picture = picture_files.upright(as_8_bits(self._picture.copy()), self._turn)
                 except Exception as error:  # as above
                     raise FrameError(f"frame {index} of {self._path} cannot be decoded: {error}") from None
                 self._kept[index] = picture
@@ -203,8 +203,8 @@ def _require_size(size: tuple[int, int], path: Path | str, expected: tuple[int, 
         )
 
 
-def _as_8_bits(picture: Image) -> Image:
-    """In RGB."""
+def as_8_bits(picture: Image) -> Image:
+    """An opened picture in RGB, 8 bits a channel, its pixels read."""
     from PIL import Image
 
     if picture.mode == "RGB":

@@ -135,7 +135,7 @@ class VideoFile:
 
     def _describe(self, first: VideoFrame) -> None:
         self._size = first.width, first.height
-        self._transposed, self._flips = _turned(first)
+        self._transposed, self._flips = turned(first)
         self.width, self.height = self._size[::-1] if self._transposed else self._size
         ratio = Fraction(self._stream.sample_aspect_ratio or 1)
         self.sample_aspect_ratio = 1 / ratio if self._transposed else ratio
@@ -433,7 +433,7 @@ def _identity(packet: Packet) -> tuple[object, ...]:
     return packet.pos, packet.dts, packet.pts, packet.size
 
 
-def _turned(frame: VideoFrame) -> tuple[bool, tuple[slice, slice]]:
+def turned(frame: VideoFrame) -> tuple[bool, tuple[slice, slice]]:
     """How a frame is to be shown: whether its axes change places, and then which of them are to be reversed.
 
     A display matrix takes the pixel (x, y) to (a x + c y, b x + d y), in its memory a, b, 0, c, d, 0 and three more

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import av
 from av.stream import Disposition
 
-from omniops.sam2.video_file import _turned as turned
+from omniops.sam2.video_file import turned
 from omniops.server.errors import ServerError
 
 _FORMATS = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omniops.sam2 import picture_files
-from omniops.sam2.picture_sequences import _as_8_bits as as_8_bits
+from omniops.sam2.picture_sequences import as_8_bits
 from omniops.server.errors import ServerError, TooLarge
 
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF", "JPEG2000", "PPM")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import av
 
-from omniops.sam2.video_file import _turned as turned
+from omniops.sam2.video_file import turned
 from omniops.server import clips
 from omniops.server.errors import ServerError
 from omniops.server.jobs import Progress
@@ -58,13 +58,16 @@ class Encoding:
     """Frames a second; None keeps every frame at its own time."""
     max_width: int = _OFFICIAL_WIDTH
     max_height: int = _OFFICIAL_HEIGHT
+    threads: int = 1
+    """Of the encoder: x264 writes other bytes for another number of them."""
 
     @classmethod
     def of(cls, settings: Settings, *, own_times: bool = False) -> Encoding:
-        """As the settings say."""
+        """As the settings say; with the frames' own times by one thread, as the gallery is converted."""
         fps = None if own_times else Fraction(settings.video_encode_fps).limit_denominator(1001)
         size = settings.video_encode_max_width, settings.video_encode_max_height
-        return cls(settings.video_encode_codec, settings.video_encode_crf, fps, *size)
+        threads = 1 if own_times else settings.ffmpeg_num_threads
+        return cls(settings.video_encode_codec, settings.video_encode_crf, fps, *size, threads)
 
 
 class Transcoded(NamedTuple):
@@ -110,7 +113,12 @@ def transcode(
     threads: int = 1,
     progress: Progress | None = None,
 ) -> Transcoded:
-    """Write ``source`` from ``start`` on, for at most ``duration`` seconds, to ``out``.
+    """Write ``source`` from ``start`` on, for at most ``duration`` seconds, to ``out``; the same file at every call.
+
+    Args:
+        max_pixels: of a frame, where these are bounded.
+        threads: how many decode.
+        progress: is told how far it is.
 
     Raises:
         ServerError: in the official server's words, for what is no video or has no frame there.
@@ -239,7 +247,7 @@ class _Transcoding:
         self._size = self._pictures.size
         options = {"movflags": "+faststart"}
         self._output = av.open(f"file:{self._out}", "w", format="mp4", options=options)
-        self._stream = _add_video(self._output, self._encoding, self._size, self._input, self._threads)
+        self._stream = _add_video(self._output, self._encoding, self._size, self._input)
         self._pictures.describe(self._stream.codec_context)
         fps = self._encoding.fps
         # What comes late by whole frames comes at once. Of a part of a frame the clock stays the file's own.
@@ -425,7 +433,7 @@ def _matrix_of(frame: Any) -> int:
     return _BT709 if frame.height > _SD_HEIGHT else _BT601
 
 
-def _add_video(output: Any, encoding: Encoding, size: tuple[int, int], source: Any, threads: int) -> Any:
+def _add_video(output: Any, encoding: Encoding, size: tuple[int, int], source: Any) -> Any:
     codec = _encoder(encoding.codec)
     own = Fraction(source.average_rate or source.guessed_rate or 25)
     rate = encoding.fps or min(Fraction(240), max(Fraction(1), own)).limit_denominator(1001)
@@ -433,7 +441,7 @@ def _add_video(output: Any, encoding: Encoding, size: tuple[int, int], source: A
     stream.width, stream.height = size
     stream.pix_fmt = "yuv420p"
     context = stream.codec_context
-    context.thread_count = threads
+    context.thread_count = encoding.threads
     context.max_b_frames = 0
     context.gop_size = max(1, round(rate))  # a second: what is scrubbed through is near
     context.time_base = 1 / rate if encoding.fps else _FINEST

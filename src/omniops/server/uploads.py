@@ -196,7 +196,7 @@ class Uploads:
         with self._unfinished(".mp4") as out:
             with self.jobs.budget.threads() as threads:
                 progress.check()
-                # The same clip has the same path: encoders need not write the same bytes each time.
+                # Nothing is converted twice. Encoders of hardware may write other bytes the second time, too.
                 known = self._made.get(asked)
                 count = 0 if known is None else self._frames_of(known)
                 if known is not None and count:
