@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import sys
 import threading
@@ -118,6 +119,28 @@ def test_a_video_is_turned_as_its_metadata_say(tmp_path, matrix, turns):
     assert np.abs(frames[5].astype(int) - expected).mean() < 5
     resized = frames.resized(5, 32)
     assert np.abs(resized.astype(int) - np.asarray(Image.fromarray(expected).resize((32, 32)))).mean() < 8
+
+
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
+def test_photographs_as_a_video_are_turned_as_their_camera_was(tmp_path, orientation, turns):
+    """Frames with EXIF data, which PyAV does not know."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with av.open(str(tmp_path / "video.mov"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *picture(0).shape[:2], "yuvj420p"
+        for i in range(3):
+            data = io.BytesIO()
+            Image.fromarray(picture(i)).save(data, "JPEG", exif=exif, quality=95)
+            packet = av.Packet(data.getvalue())
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 25), True
+            packet.pts = packet.dts = i
+            container.mux(packet)
+    frames = Frames(tmp_path / "video.mov")
+    for i in range(3):
+        expected = np.rot90(picture(i), turns)
+        assert frames[i].shape == expected.shape
+        assert np.abs(frames[i].astype(int) - expected).mean() < 5
 
 
 def test_going_backwards_decodes_a_group_a_few_times_not_once_a_frame(tmp_path, monkeypatch):

@@ -139,13 +139,23 @@ def test_an_animation_in_a_folder_is_refused_by_name(tmp_path, name):
         Frames(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["p.gif", "p.png", "p.webp", "p.tif"])
+@pytest.mark.parametrize("name", ["p.gif", "p.png", "p.webp", "p.tif", "p.jpg", "p.bmp", "p.ppm"])
 def test_a_picture_alone_is_a_video_of_one_frame(tmp_path, name):
     corners().save(tmp_path / name)
     assert not is_animation(tmp_path / name)
     frames = Frames(tmp_path / name)
-    assert (len(frames), frames.times) == (1, None)
+    assert (len(frames), frames.fps, frames.times, frames.time_base) == (1, None, None, None)
     assert (frames[0][0, 0] > 200).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("turn", [1, 6, 7])
+def test_a_photograph_is_turned_as_its_camera_was(tmp_path, turn):
+    path = tmp_path / "a.JPG"
+    corners((12, 8)).save(path, exif=orientation_is(turn), quality=95, subsampling=0)
+    frames = Frames(path)
+    with Image.open(path) as picture:
+        assert np.array_equal(frames[0], np.asarray(ImageOps.exif_transpose(picture)))
+    assert (frames.height, frames.width) == frames[0].shape[:2]
 
 
 def test_photographs_of_several_pictures_are_no_animations(tmp_path):
@@ -153,7 +163,7 @@ def test_photographs_of_several_pictures_are_no_animations(tmp_path):
     with Image.open(tmp_path / "1.jpg") as picture:
         assert picture.n_frames == 2
     assert not is_animation(tmp_path / "1.jpg")
-    assert len(Frames(tmp_path)) == 1
+    assert len(Frames(tmp_path)) == len(Frames(tmp_path / "1.jpg")) == 1
 
 
 def test_an_animation_that_breaks_off(tmp_path):

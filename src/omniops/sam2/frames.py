@@ -33,9 +33,9 @@ class Frames:
     video's metadata say. Several threads may use it.
 
     Args:
-        path: a video file, a GIF, PNG, WebP, AVIF or TIFF with all its pictures, or a folder of pictures of one size
-            and kind, in natural order of their names: 2.jpg before 10.jpg. Beside JPEGs pictures of other kinds may lie
-            that have the JPEGs' names, as masks do: they are not read.
+        path: a video file, a GIF, PNG, WebP, AVIF or TIFF with all its pictures, a JPEG, or a folder of pictures of
+            one size and kind, in natural order of their names: 2.jpg before 10.jpg. Beside JPEGs pictures of other
+            kinds may lie that have the JPEGs' names, as masks do: they are not read.
 
     Raises:
         FileNotFoundError: where nothing is there.
@@ -50,7 +50,7 @@ class Frames:
     """
 
     fps: float | None
-    """Frames a second, on average; None of a folder."""
+    """Frames a second, on average; None of a folder and of one picture."""
     times: Sequence[float] | None
     """When each frame is shown, in seconds after the first; None of a folder, of pages and of one picture."""
     time_base: Fraction | None

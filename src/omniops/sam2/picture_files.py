@@ -51,13 +51,17 @@ def endings() -> str:
 
 
 def has_pictures_signature(path: Path) -> bool:
-    """Whether a file begins as those do that Pillow reads better than FFmpeg: it may be a picture or a sequence."""
+    """Whether a file begins as those do that Pillow reads better than FFmpeg: it may be a picture or a sequence.
+
+    A JPEG is one by its name, too: videos may be JPEGs one behind the other.
+    """
     with path.open("rb") as file:
         start = file.read(12)
     return (
         start.startswith((b"GIF8", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"))
         or (start.startswith(b"RIFF") and start.endswith(b"WEBP"))
         or _brand(start) in ("AVIF", "HEIF")
+        or (start.startswith(b"\xff\xd8\xff") and KINDS.get(path.suffix.lower()) == "JPEG")
     )
 
 

@@ -97,7 +97,8 @@ class VideoFile:
         self._cut: tuple[object, ...] | None = None  # the packet in which the file ends
         self._open()
         self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 0) or None
-        self.time_base: Fraction = self._stream.time_base
+        time_base: Fraction = self._stream.time_base
+        self.time_base: Fraction | None = time_base
         self._times: list[int] | None = None  # of the frames in order, where they have such
         self._keys = [(0, 0)]  # keyframes: index, and where to seek to
         shown = self._index_packets()
@@ -105,7 +106,9 @@ class VideoFile:
             shown = self._index_frames()
         if not self._count:
             raise ValueError(f"{path} has no frames")
-        self.times = self._in_seconds(shown)
+        self.times: list[float] | None = self._in_seconds(shown, time_base)
+        if self._count == 1 and self._is_of_pictures:  # one picture, whose rate FFmpeg made up
+            self.fps = self.times = self.time_base = None
         self._open()
         try:
             first = self._decoded(0)
@@ -175,6 +178,7 @@ class VideoFile:
             self._file = _Input(self._path)
             self._container = av.open(self._file, buffer_size=2**18)
             self._stream = _moving_pictures(self._container)
+            self._is_of_pictures = self._container.format.name.endswith("_pipe")
         except (OSError, ValueError) as error:
             self._close()
             raise ValueError(f"{self._path} is not a video that FFmpeg can read: {_why(error)}") from None
@@ -288,7 +292,7 @@ class VideoFile:
             self._times, self._keys = known, keys
         return times
 
-    def _in_seconds(self, shown: Sequence[int | None]) -> list[float]:
+    def _in_seconds(self, shown: Sequence[int | None], time_base: Fraction) -> list[float]:
         """When each frame is shown after the first. Where that is not known or goes back it follows the one before."""
         usual = 1 / (self.fps or 25)
         seconds: list[float] = []
@@ -302,7 +306,7 @@ class VideoFile:
                 now = now + usual if seconds else 0.0
                 start = (now, ticks)
             else:
-                now = start[0] + float((ticks - start[1]) * self.time_base)
+                now = start[0] + float((ticks - start[1]) * time_base)
             before = ticks
             seconds.append(now)
         return seconds
@@ -440,15 +444,24 @@ def turned(frame: VideoFrame) -> tuple[bool, tuple[slice, slice]]:
     numbers. Of turns that are none of the eight of a square, the nearest is taken; a matrix that makes every picture a
     line or a point, as zeros do, stands for nothing.
     """
-    side_data = frame.side_data.get("DISPLAYMATRIX")
-    a, b, c, d = 1, 0, 0, 1
-    if side_data is not None:
-        numbers = np.frombuffer(bytes(side_data), np.int32).astype(np.int64)
-        if numbers[0] * numbers[4] != numbers[1] * numbers[3]:
-            a, b, c, d = numbers[[0, 1, 3, 4]].tolist()
+    a, b, c, d = _display_matrix(frame)
     transposed = abs(b) > abs(a)
     x, y = (c, b) if transposed else (a, d)
     return transposed, (slice(None, None, -1 if y < 0 else None), slice(None, None, -1 if x < 0 else None))
+
+
+def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
+    try:
+        side_data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        # PyAV has no name for some side data, as EXIF's, and then gives none at all. This knows turns, but no mirrors.
+        cosine, sine = math.cos(math.radians(frame.rotation)), math.sin(math.radians(frame.rotation))
+        return round(2**16 * cosine), round(-(2**16) * sine), round(2**16 * sine), round(2**16 * cosine)
+    if side_data is not None:
+        a, b, _, c, d = np.frombuffer(bytes(side_data), np.int32)[:5].tolist()
+        if a * d != b * c:
+            return a, b, c, d
+    return 1, 0, 0, 1
 
 
 def _moving_pictures(container: InputContainer) -> VideoStream:
