@@ -300,7 +300,9 @@ def test_propagations_of_a_session(api, start, message):
     refused(api.post_propagate(session, start), 400, message)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"{}", b'{"token": 1}', b'{"token": ["secret"]}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"{}", b'{"token": 1}', b'{"token": ["secret"]}', rb'{"token": "\ud800"}']
+)
 def test_logins(make_app, body):
     client = make_app(token="secret").test_client()
     response = from_page(client, "/login", "POST", data=body, content_type=JSON)

@@ -91,6 +91,63 @@ def test_a_stream_that_nobody_closes_gives_its_place_back():
     assert ended == ["slot"]
 
 
+def test_places_come_back_however_often_garbage_is_collected():
+    places = stream.Places(2)
+    taken = []
+
+    def begin_and_forget():
+        for _ in range(200):
+            while not places.take(0):  # until what was forgotten is collected
+                pass
+            forgotten = [stream.Parts(produced((0, [])), places.give_back)]
+            forgotten.append(forgotten)
+            del forgotten
+            taken.append(True)
+
+    thread = threading.Thread(target=begin_and_forget, daemon=True)
+    before = gc.get_threshold()
+    gc.set_threshold(1)  # at almost every step, also within take() and give_back()
+    try:
+        thread.start()
+        thread.join(20)
+    finally:
+        gc.set_threshold(*before)
+    assert len(taken) == 200
+    gc.collect()
+    assert [places.take(0) for _ in range(3)] == [True, True, False]
+
+
+def test_who_stalled_longest_makes_room_but_nobody_who_reads(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("omniops.server.stream.time.monotonic", lambda: now[0])
+    places = stream.Places(3)
+    broken_off = []
+    streams = {}
+
+    def begin(name):
+        assert places.take(0)
+        parts = stream.Parts(produced(*((frame, []) for frame in range(9))), places.give_back)
+        parts.break_off = lambda: (broken_off.append(name), parts.close())
+        places.watch(parts)
+        streams[name] = parts
+        next(parts)
+
+    for name in ("first", "second", "reads"):
+        begin(name)
+        now[0] += 1
+    now[0] += 6.5  # the first has stalled for 9.5 seconds
+    next(streams["reads"])
+    assert not places.take(0)
+    assert broken_off == []
+    now[0] += 1
+    begin("third")
+    assert broken_off == ["first"]
+    now[0] += 1
+    begin("fourth")
+    assert broken_off == ["first", "second"]
+    assert not places.take(0)
+
+
 def tracked(api, object_id=0):
     """A session with an object."""
     session = api.start_session("gallery/clip.mp4")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+from contextlib import suppress
 from typing import Any
 
 
@@ -34,6 +35,15 @@ def is_gone(environ: dict[str, Any]) -> bool:
         return bool(readable) and not hasattr(found, "cipher") and found.recv(1, socket.MSG_PEEK) == b""
     except (OSError, ValueError):  # closed on this side, too
         return True
+
+
+def break_off(environ: dict[str, Any]) -> None:
+    """End the connection, so that a thread that waits for its client to read waits no longer."""
+    found = _socket(environ)
+    if found is not None:
+        with suppress(OSError):  # it has ended
+            # Not the method of TLS, after which the other thread would go on unencrypted.
+            socket.socket.shutdown(found, socket.SHUT_RDWR)
 
 
 def drain(environ: dict[str, Any], limit: int) -> None:

@@ -79,7 +79,7 @@ class Guard:
         """Whether ``token`` is the server's, compared in constant time."""
         # Digests have one length, so that not even the token's is given away.
         return hmac.compare_digest(
-            hashlib.sha256(token.encode()).digest(), hashlib.sha256(self._token or b"").digest()
+            hashlib.sha256(token.encode(errors="replace")).digest(), hashlib.sha256(self._token or b"").digest()
         ) and (self._token is not None)
 
     def cookie_value(self) -> str:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from omniops.server.errors import UNKNOWN_ERROR, ServerError
 
 # The official front end takes all after "boundary=" for the boundary: no quotes, nothing behind it.
 CONTENT_TYPE = "multipart/x-savi-stream; boundary=frame"
+
+_STALLED = 10.0  # seconds after which a reader that takes nothing may lose its place to another
 
 _logger = logging.getLogger(__name__)
 
@@ -64,14 +70,20 @@ class Parts:
 
     Args:
         frames: (frame, masks), as ``part`` takes them.
-        on_close: called once, when it is closed or garbage; not where making it raises.
+        on_close: called once, when it is closed or garbage; not where making it raises. Garbage is collected anywhere,
+            also where a lock is held, so it must not take one.
+        break_off: ends the connection of who reads.
     """
 
     def __init__(
         self,
         frames: Iterator[tuple[int, list[tuple[int, dict[str, Any]]]]],
         on_close: Callable[[], None] = lambda: None,
+        break_off: Callable[[], None] = lambda: None,
     ) -> None:
+        self.break_off = break_off
+        self.waits_since: float | None = None
+        """When the last part was handed over, if the next has not been asked for; by ``time.monotonic``."""
         self._frames = frames
         self._first: list[bytes] = []
         self._is_over = False
@@ -89,6 +101,12 @@ class Parts:
         return self
 
     def __next__(self) -> bytes:
+        self.waits_since = None
+        made = self._next()
+        self.waits_since = time.monotonic()
+        return made
+
+    def _next(self) -> bytes:
         if self._first:
             return self._first.pop()
         if self._is_over:
@@ -109,6 +127,7 @@ class Parts:
     def close(self) -> None:
         """End the propagation, if it has not ended; may be called again."""
         self._is_over = True
+        self.waits_since = None
         try:
             self._close_frames()
         finally:
@@ -118,3 +137,48 @@ class Parts:
         close = getattr(self._frames, "close", None)
         if close is not None:
             close()
+
+
+class Places:
+    """So many streams at once, each of which takes a thread of the server while it lasts.
+
+    Who has stalled for 10 seconds loses the place, and the connection, once another asks for it.
+    """
+
+    def __init__(self, count: int) -> None:
+        # Unlike a semaphore, a SimpleQueue may be put to by a finalizer that interrupts this thread within ``get``.
+        self._free: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(count):
+            self._free.put(None)
+        self._lock = threading.Lock()
+        self._open: weakref.WeakSet[Parts] = weakref.WeakSet()
+
+    def take(self, timeout: float) -> bool:
+        """Whether there is a place, or one becomes free within ``timeout`` seconds; ``give_back`` returns it."""
+        with suppress(queue.Empty):
+            self._free.get_nowait()
+            return True
+        stalled = self._stalled()
+        if stalled is not None:
+            stalled.break_off()
+        with suppress(queue.Empty):
+            self._free.get(timeout=timeout)
+            return True
+        return False
+
+    def give_back(self) -> None:
+        """Free a place. Takes no lock."""
+        self._free.put(None)
+
+    def watch(self, parts: Parts) -> None:
+        """Have a stream that has a place lose it if its reader stalls."""
+        with self._lock:
+            self._open.add(parts)
+
+    def _stalled(self) -> Parts | None:
+        """The stream that has waited longest for its reader, if for too long."""
+        latest = time.monotonic() - _STALLED
+        with self._lock:
+            waiting = [(each.waits_since, each) for each in self._open]
+        late = [(since, each) for since, each in waiting if since is not None and since <= latest]
+        return min(late, key=lambda found: found[0])[1] if late else None

@@ -66,7 +66,7 @@ class Server:
         self.sessions = Sessions(settings, predictors)
         self.uploads = Uploads(settings, self.videos, self.sessions.names)
         self.downloads = Downloads(settings, self.videos.jobs)
-        self.streams = threading.BoundedSemaphore(settings.max_streams)
+        self.streams = stream.Places(settings.max_streams)
         # One less, so that of the official command's 8 threads one is left to answer clicks.
         self.receiving = threading.BoundedSemaphore(max(1, settings.max_streams - 1))
         self.page_headers = page_headers(settings)
@@ -259,14 +259,15 @@ def _propagate() -> Response:
     session = server.sessions.get(session_id)
     if session.tracking:
         session.cancel()  # what it does until now makes room for what it is asked for
-    slot = server.streams
-    if not slot.acquire(timeout=_STREAM_PATIENCE):
+    places, environ = server.streams, request.environ
+    if not places.take(_STREAM_PATIENCE):
         raise Busy(f"{server.settings.max_streams} videos are tracked right now, which is all that the server does")
     try:
-        parts = stream.Parts(session.propagate(start), on_close=slot.release)
+        parts = stream.Parts(session.propagate(start), places.give_back, lambda: connection.break_off(environ))
     except BaseException:
-        slot.release()
+        places.give_back()
         raise
+    places.watch(parts)
     return Response(parts, content_type=stream.CONTENT_TYPE, direct_passthrough=True)
 
 
