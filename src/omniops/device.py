@@ -252,7 +252,8 @@ def manual_seed(device: torch.device | str, seed: int) -> None:
 def title(device: torch.device) -> str:
     """What the hardware calls itself, as far as PyTorch can say: "NVIDIA H200", "Apple M2", "Apple M2, 8 threads"."""
     if device.type == "cpu":
-        return f"{_processor()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"{_processor()}, {threads} {'thread' if threads == 1 else 'threads'}"
     if device.type == "mps":
         return _apple_chip() or "Apple GPU"
     return str(torch.get_device_module(device).get_device_name(device))
