@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 from playwright.sync_api import Page, expect
 
 
@@ -72,12 +77,14 @@ class Driver:
             places,
         )
 
-    def shown(self) -> str:
-        """A name for all that is shown on the picture, once it was drawn."""
-        return self.page.evaluate(
+    def shown(self) -> NDArray[np.int64]:
+        """All that is shown on the picture, (H, W, 3), once it was drawn; a browser rounds half a tone either way."""
+        url = self.page.evaluate(
             """() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(
                 () => resolve(document.getElementById("canvas").toDataURL()))))"""
         )
+        file = io.BytesIO(base64.b64decode(url.partition(",")[2]))
+        return np.asarray(Image.open(file).convert("RGB")).astype(np.int64)
 
     # The panel
 

@@ -73,9 +73,12 @@ class StandIn:
     def preview(self, session, frame, points, labels, box=None) -> dict[str, Any]:
         return rle.encode(_mask({"points": points, "labels": labels, "box": box}, frame, frame))
 
-    def everything(self, session, frame, points_per_side) -> list[dict[str, Any]]:
+    def begin_everything(self, session, frame, points_per_side) -> int:
+        return frame
+
+    def next_everything(self, session, number) -> list[dict[str, Any]]:
         found = []
-        for mask in scene.masks(frame):
+        for mask in scene.masks(number):
             y, x = np.nonzero(mask)
             box = [float(x.min()), float(y.min()), float(x.max() + 1), float(y.max() + 1)]
             score = {"predicted_iou": 0.9, "stability_score": 0.95}

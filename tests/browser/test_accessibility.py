@@ -161,6 +161,9 @@ def test_nothing_moves_for_who_wants_that(open_page, stand_in):
 
 def test_narrow_screens_show_all_of_it(open_page, server):
     page = open_page(server.url, viewport=NARROW, has_touch=True, is_mobile=True)
+    chip = page.locator("#device")
+    expect(chip).to_contain_text("SAM 2 tiny", timeout=40000)
+    assert chip.evaluate("(chip) => chip.scrollWidth <= chip.clientWidth"), "the device is cut off"
     driver = Driver(page).open_sample("short")
     canvas = page.locator("#canvas").bounding_box()
     assert canvas["width"] > 330
@@ -174,3 +177,8 @@ def test_narrow_screens_show_all_of_it(open_page, server):
         assert box["x"] + box["width"] <= NARROW["width"]
     page.locator("#track").tap()
     driver.says("frames were tracked")
+    page.set_input_files("#file", {"name": "notes.pdf", "mimeType": "application/pdf", "buffer": b"%PDF"})
+    driver.notice("notes.pdf")
+    page.locator("#work").evaluate("(work) => work.scrollTo(0, work.scrollHeight)")
+    page.locator("#download").tap()  # the notice does not hide it
+    expect(page.locator("#download-dialog")).to_be_visible()

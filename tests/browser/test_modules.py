@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
+from omniops.drawing import colour_of
+from omniops.sam2 import rle
 from omniops.server import stream
 
 
@@ -72,6 +74,35 @@ def test_rle_that_does_not_fit_is_refused(blank, counts):
         counts,
     )
     assert refused
+
+
+def test_colours_are_those_of_downloads(blank):
+    found = blank.evaluate(
+        """async () => {
+            const { channelsOf, colorOf } = await import("/page/colors.js");
+            return Array.from({ length: 300 }, (_, id) => channelsOf(colorOf(id)));
+        }"""
+    )
+    assert found == [list(colour_of(number)) for number in range(300)]
+
+
+def test_what_lies_in_another_mask_is_on_top_whatever_came_last(blank):
+    large, small = np.ones((20, 20), np.uint8), np.zeros((20, 20), np.uint8)
+    small[5:15, 5:15] = 1
+    layers = [
+        {"counts": rle.encode(mask)["counts"], "color": colour, "fill": 1, "edge": 1}
+        for mask, colour in ((small, "#ff0000"), (large, "#0000ff"))
+    ]
+    for order in (layers, layers[::-1]):
+        found = blank.evaluate(
+            """async (layers) => {
+                const { Overlay } = await import("/page/overlay.js");
+                const context = new Overlay().paint([20, 20], layers).getContext("2d");
+                return [[10, 10], [2, 2]].map(([x, y]) => [...context.getImageData(x, y, 1, 1).data]);
+            }""",
+            order,
+        )
+        assert found == [[255, 0, 0, 255], [0, 0, 255, 255]]
 
 
 FRAMES = [
@@ -196,9 +227,8 @@ DECODE = """async ([bytes, order, kind]) => {
         context.drawImage(await frames.frame(index), 0, 0);
         found.push([context.getImageData(90, 60, 1, 1).data[0], context.getImageData(8, 10, 1, 1).data[0]]);
     }
-    const kept = frames.cached ?? 0;
     frames.close();
-    return { found, kept };
+    return found;
 }"""
 
 
@@ -220,7 +250,7 @@ def test_frames_are_those_of_ffmpeg_in_any_order(blank, name, kind):
         *range(count),
         *range(count - 1, 0, -3),
     ]
-    found = blank.evaluate(DECODE, [list(data), order, kind])["found"]
+    found = blank.evaluate(DECODE, [list(data), order, kind])
     expected = [[int(pictures[index][60, 90, 0]), int(pictures[index][10, 8, 0])] for index in order]
     assert np.abs(np.array(found) - expected).max() <= 6
 
@@ -254,6 +284,27 @@ def test_of_frames_that_are_asked_for_at_once_the_newest_is_shown(blank):
     )
     assert answers[-1] is True
     assert answers[1:3] == [False, False]
+
+
+def test_a_frame_that_comes_late_does_not_take_the_place_of_a_newer_one(blank):
+    shown = blank.evaluate(
+        """async () => {
+            const { Player } = await import("/page/player.js");
+            let finish;
+            const late = new Promise((resolve) => (finish = resolve));
+            const frames = { count: 9, frame: (index) => (index === 2 ? late : Promise.resolve({})), close() {} };
+            const player = new Player();
+            const shown = [];
+            player.addEventListener("frame", ({ detail }) => shown.push(detail.index));
+            player.open(frames, 24);
+            const first = player.seek(2);
+            await player.seek(0);
+            finish({});
+            await first;
+            return [...shown, player.index];
+        }"""
+    )
+    assert shown == [0, 0]
 
 
 def test_history_goes_back_and_forth_and_forgets_what_was_refused(blank):

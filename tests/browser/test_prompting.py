@@ -1,9 +1,12 @@
 """Clicks, boxes and the list of objects."""
 
+import numpy as np
 import pytest
 from browser.conftest import NARROW
 from browser.driver import Driver
 from playwright.sync_api import expect
+
+from omniops.drawing import colour_of
 
 TEAL, RED, ORANGE = (520 / 960, 262 / 540), (215 / 960, 205 / 540), (670 / 960, 150 / 540)
 SKY = (0.08, 0.08)
@@ -23,10 +26,11 @@ def drawn(open_page, stand_in):
 
 def test_a_click_makes_an_object_whose_mask_is_shown(drawn):
     before, sky = drawn.pixel(*RED), drawn.pixel(*SKY)
-    drawn.click(0.224, 0.30)
+    drawn.click(0.21, 0.28)
+    drawn.page.mouse.move(5, 5)
     assert drawn.names == ["Object 1"]
-    after = drawn.pixel(*RED)
-    assert after[2] > before[2] + 15  # bluer: the first colour is blue
+    tinted = (np.array(before) + colour_of(0)) / 2
+    assert np.abs(drawn.pixel(*RED) - tinted).max() <= 2  # as in the overlay that is downloaded
     assert drawn.pixel(*SKY) == sky
     drawn.says("Object 1 covers 4 % of the picture")
 
@@ -151,7 +155,7 @@ def test_undo_and_redo_of_all_of_it(work):
     work.press("Undo")  # the removal
     assert work.prompts() == done
     work.press("Undo")  # the name
-    assert work.names[::-1] == ["Object 1", "Object 2"] or work.names == ["Object 1", "Object 2"]
+    assert work.names == ["Object 1", "Object 2"]
     page.keyboard.press("Control+z")  # the box
     work.settle()
     assert sorted(work.prompts()) == [0]
@@ -159,7 +163,7 @@ def test_undo_and_redo_of_all_of_it(work):
     work.settle()
     assert work.prompts()[0][0]["labels"] == [1]
     page.mouse.move(5, 5)
-    assert work.shown() == first  # the very mask of the first click
+    assert np.abs(work.shown() - first).max() <= 1  # the very mask of the first click
     page.keyboard.press("Control+z")
     work.settle()
     assert work.prompts() == {}
@@ -169,7 +173,7 @@ def test_undo_and_redo_of_all_of_it(work):
         page.keyboard.press("Control+Shift+z")
         work.settle()
     assert work.prompts() == done
-    assert sorted(work.names) == ["Object 1", "Red"]
+    assert work.names == ["Object 1", "Red"]
     work.press("Redo")
     assert sorted(work.prompts()) == [1]
     expect(page.locator("#redo")).to_be_disabled()
@@ -186,8 +190,8 @@ def test_the_object_under_the_pointer_is_shown_before_a_click(drawn):
     before = drawn.pixel(*RED)
     with drawn.page.expect_response(lambda answer: "preview" in (answer.request.post_data or "")):
         drawn.page.mouse.move(*drawn.at(0.224, 0.30))
-    seen = drawn.pixel(*RED)
-    assert seen[2] > before[2] + 8
+    seen = np.array(drawn.pixel(*RED))
+    assert np.abs(seen - (0.7 * np.array(before) + 0.3 * np.array(colour_of(0)))).max() <= 3
     assert drawn.names == []
     drawn.page.mouse.move(5, 5)
     assert drawn.pixel(*RED) == before
@@ -283,3 +287,29 @@ def test_guided_upsampling_keeps_the_clicks(work):
     work.page.reload()
     work.opened()
     expect(work.page.locator("#guided")).to_be_checked()
+
+
+def test_guided_upsampling_is_chosen_while_it_tracks(drawn):
+    page = drawn.page
+    drawn.click(*TEAL)
+    page.locator("#track").click()
+    expect(page.locator("#tracking-text")).to_contain_text("frames/s")
+    page.locator("#guided").click()
+    drawn.says("A new session was started")
+    expect(page.locator("#tracking")).to_be_hidden()
+    expect(page.locator("#guided")).to_be_checked()
+    expect(page.locator(".notice")).to_have_count(0)
+    assert drawn.told("Object 1") == "1 prompt"  # the masks of the session before are gone
+    assert sorted(drawn.prompts()) == [0]
+
+
+def test_guided_upsampling_that_is_refused_is_not_shown_as_chosen(drawn):
+    drawn.click(*TEAL)
+    answer = {"status": 503, "json": {"data": None, "errors": [{"message": "There are too many sessions"}]}}
+    drawn.page.route("**/graphql", lambda route: route.fulfill(**answer))
+    drawn.page.locator("#guided").click()
+    drawn.notice("The server is busy")
+    expect(drawn.page.locator("#guided")).not_to_be_checked()
+    drawn.page.unroute("**/graphql")
+    drawn.press("Try again")
+    expect(drawn.page.locator("#guided")).to_be_checked()

@@ -113,6 +113,10 @@ export async function sessionState(sessionId) {
   return (await graphql(query, { id: sessionId })).session;
 }
 
+/** Throws where the session is no more. */
+export const checkSession = (id) =>
+  graphql("query Page($id: String!) { session(sessionId: $id) { sessionId } }", { id });
+
 export const startSession = async (path, guided) => (await change("startSession", { path, guided }, "sessionId")).sessionId;
 export const closeSession = (sessionId) => change("closeSession", { sessionId }, "success");
 export const send = (mutation, input) => change(mutation, input, MASKS);

@@ -207,7 +207,7 @@ class App {
 function wordsOf(device, model, dtype, failure) {
   if (failure) return `${device} · no model`;
   if (!model) return device === "auto" ? "The model is loading…" : `${device} · the model is loading…`;
-  return `${device} · SAM 2.1 ${model.replace("_", " ")} · ${dtype}`;
+  return `${device} · SAM 2 ${model.replace("_", " ")} · ${dtype}`;
 }
 
 new App().start();

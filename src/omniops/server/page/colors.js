@@ -1,19 +1,13 @@
-/** The colours of objects: far from each other, and visible on most pictures. */
+/** The colours of objects: those of omniops.drawing.colour_of, so that what is downloaded looks as it did here. */
 
-const COLORS = [
-  "#2f9bff", "#ffb020", "#ff5c6c", "#2fd07f", "#b57bff", "#19d3da",
-  "#ff7ac6", "#c6e03a", "#ff8a3d", "#7f8cff", "#00b894", "#e86af0",
-];
-
-/** @returns {string} #rrggbb; after the first twelve, hues that are far from those before. */
+/** @returns {string} #rrggbb: a bright colour; the golden ratio keeps those of neighbours apart. */
 export function colorOf(id) {
-  if (id < COLORS.length) return COLORS[id];
-  const hue = (id * 137.508) % 360;
-  const channel = (n) => {
-    const k = (n + hue / 30) % 12;
-    return Math.round(255 * (0.6 - 0.35 * Math.max(-1, Math.min(k - 3, 9 - k, 1))));
+  const hue = (id * 0.618034) % 1;
+  const channel = (shift) => {
+    const k = (shift + 6 * hue) % 6;
+    return Math.floor(255 * (1 - 0.7 * Math.max(0, Math.min(k, 4 - k, 1))));
   };
-  return `#${[0, 8, 4].map((n) => channel(n).toString(16).padStart(2, "0")).join("")}`;
+  return `#${[5, 3, 1].map((shift) => channel(shift).toString(16).padStart(2, "0")).join("")}`;
 }
 
 /** @returns {[number, number, number]} */

@@ -7,11 +7,11 @@ import { sentence } from "./notices.js";
 const FORMATS = [
   { format: "coco", title: "Masks as JSON", text: "COCO's run-length encoding, of each object on each frame." },
   { format: "png", title: "Masks as PNG", text: "A zip with one picture for each object and frame." },
-  { format: "overlay", as: "mp4", title: "Video with masks, MP4", text: "Plays everywhere.", video: true },
-  { format: "overlay", as: "webm", title: "Video with masks, WebM", text: "Free of patents.", video: true },
+  { format: "overlay", as: "mp4", title: "Video with masks, MP4", text: "All objects, in their colours. Plays everywhere.", video: true },
+  { format: "overlay", as: "webm", title: "Video with masks, WebM", text: "The same, in a free format.", video: true },
   { format: "cutout", as: "webm", title: "Cut-out, WebM", text: "Transparent around the objects.", video: true },
-  { format: "cutout", as: "mp4", title: "Cut-out, MP4", text: "MP4 knows no transparency: on a plain ground.", video: true },
-  { format: "overlay", as: "png", title: "Picture with masks, PNG", text: "As it is shown.", picture: true },
+  { format: "cutout", as: "mp4", title: "Cut-out, MP4", text: "MP4 knows no transparency: on black.", video: true },
+  { format: "overlay", as: "png", title: "Picture with masks, PNG", text: "All objects, in their colours.", picture: true },
   { format: "cutout", as: "png", title: "Cut-out, PNG", text: "Transparent around the objects.", picture: true },
 ];
 

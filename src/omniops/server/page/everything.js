@@ -12,6 +12,7 @@ export class Everything {
   found = null;
   frame = 0;
   #overlay = new Overlay();
+  #highlight = new Overlay();
   #marked = null;
   #asked = null;
 
@@ -67,15 +68,12 @@ export class Everything {
     this.#marked = null;
   }
 
-  /** @returns {HTMLCanvasElement | null} */
+  /** @returns {(HTMLCanvasElement | null)[]} all masks, and the marked one again, which makes it stronger */
   paint() {
-    if (!this.found?.length) return null;
-    const layers = this.found.map((mask) => ({
-      counts: mask.rleMask.counts,
-      color: mask.color,
-      fill: mask === this.#marked ? 0.7 : 0.35,
-      edge: 1,
-    }));
-    return this.#overlay.paint(this.found[0].rleMask.size, layers);
+    if (!this.found?.length) return [];
+    const { size } = this.found[0].rleMask;
+    const layer = ({ rleMask: { counts }, color }) => ({ counts, color, fill: 0.4, edge: 1 });
+    const marked = this.#marked ? [layer(this.#marked)] : [];
+    return [this.#overlay.paint(size, this.found.map(layer)), this.#highlight.paint(size, marked)];
   }
 }

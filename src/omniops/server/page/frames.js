@@ -84,7 +84,6 @@ class Newest {
 
 /** Frames of an H.264 MP4 by WebCodecs. */
 export class DecodedFrames {
-  kind = "webcodecs";
   #movie;
   #bytes;
   #config;
@@ -119,14 +118,6 @@ export class DecodedFrames {
 
   get count() {
     return this.#movie.frames.length;
-  }
-
-  get cached() {
-    return this.#cache.size;
-  }
-
-  get capacity() {
-    return this.#cache.capacity;
   }
 
   /** @returns {Promise<ImageBitmap | null>} of this object's cache: draw it at once. null: a newer request came. */
@@ -240,7 +231,6 @@ const SHARES = [0.1, 0.5, 0.75, 0.95];
 
 /** Frames of whatever the browser plays, by seeking: slower, and exact where the times are known. */
 export class SeekedFrames {
-  kind = "video";
   #video;
   #places;
   #requests = new Newest();
@@ -310,7 +300,6 @@ export function placesOf({ start, frames }) {
 
 /** A picture: one frame. */
 export class PictureFrame {
-  kind = "picture";
   count = 1;
   #bitmap;
 

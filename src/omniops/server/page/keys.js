@@ -10,8 +10,8 @@ export function startKeys(actions) {
     if (event.altKey || event.defaultPrevented || isTyping(event.target) || document.querySelector("dialog[open]")) return;
     const control = event.ctrlKey || event.metaKey ? "ctrl+" : "";
     const shift = event.shiftKey && control ? "shift+" : "";
-    // Space presses the button that has the focus.
-    if (event.key === " " && event.target.matches("button, input")) return;
+    // Space presses the button, or ticks the box, that has the focus.
+    if (event.key === " " && event.target.matches("button, input[type=checkbox]")) return;
     const action = actions[`${control}${shift}${event.key.toLowerCase()}`];
     if (action && action() !== false) event.preventDefault();
   });

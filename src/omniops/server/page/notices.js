@@ -53,6 +53,8 @@ export function explain(error) {
   }
 }
 
+/** With a capital, and a full stop. */
 export function sentence(words) {
-  return /[.!?]$/.test(words) ? words : `${words}.`;
+  const begun = words.charAt(0).toUpperCase() + words.slice(1);
+  return /[.!?]$/.test(begun) ? begun : `${begun}.`;
 }

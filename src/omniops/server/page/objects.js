@@ -12,8 +12,7 @@ export class ObjectList extends EventTarget {
   #rows = new Map();
 
   /**
-   * @param {{id: number, name: string, clicks: number, frames: number, visible: boolean, active: boolean,
-   *   known: boolean}[]} objects
+   * @param {{id: number, name: string, clicks: number, frames: number, visible: boolean, active: boolean}[]} objects
    */
   show(objects) {
     const ids = new Set(objects.map(({ id }) => id));
@@ -24,7 +23,13 @@ export class ObjectList extends EventTarget {
       this.#rows.delete(id);
       if (hadFocus) find("new").focus();
     }
-    for (const object of objects) this.#update(this.#rows.get(object.id) ?? this.#add(object.id), object);
+    objects.forEach((object, place) => {
+      const row = this.#rows.get(object.id) ?? this.#add(object.id);
+      this.#update(row, object);
+      // A removal that is undone brings an object back to where it was.
+      const there = this.#list.children[place] ?? null;
+      if (there !== row.item) this.#list.insertBefore(row.item, there);
+    });
     find("empty").hidden = objects.length > 0;
   }
 
@@ -53,16 +58,15 @@ export class ObjectList extends EventTarget {
     const remove = make("button", { type: "button", class: "button icon", onclick: () => this.#emit("remove", id) }, icon("clear"));
     const item = make("li", { class: "object" }, select, make("div", { class: "about" }, name, told), eye, remove);
     item.style.setProperty("--color", colorOf(id));
-    this.#list.append(item);
     const row = { item, thumb, select, name, told, eye, remove, drawn: null };
     this.#rows.set(id, row);
     return row;
   }
 
-  #update(row, { name, clicks, frames, visible, active, known }) {
+  #update(row, { name, clicks, frames, visible, active }) {
     if (document.activeElement !== row.name) row.name.value = name;
     row.name.setAttribute("aria-label", `Name of ${name}`);
-    row.told.textContent = known ? wordsOf(clicks, frames) : "Click in the picture";
+    row.told.textContent = clicks ? wordsOf(clicks, frames) : "Click in the picture";
     row.select.setAttribute("aria-label", `Choose ${name}`);
     row.select.setAttribute("aria-pressed", String(active));
     row.eye.setAttribute("aria-label", `Show ${name}`);

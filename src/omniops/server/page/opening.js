@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { bytesInWords, find, make, secondsInWords } from "./dom.js";
-import { notify } from "./notices.js";
+import { explain, notify, sentence } from "./notices.js";
 
 const PICTURES = /\.(jpe?g|png|webp|bmp|gif|tiff?|heic|heif|avif)$/i;
 const VIDEOS = /\.(mp4|m4v|mov|webm|mkv|avi|mpe?g|ts|mts|ogv|3gp|wmv|flv)$/i;
@@ -99,22 +99,17 @@ export class Opening {
 
   #failed(error, file, kind) {
     const again = ["Try again", () => this.#upload(file, kind)];
-    const words = /[.!?]$/.test(error.message) ? error.message : `${error.message}.`;
-    if (error.kind === "unreachable") {
-      const text = `${words} See whether omniops serve is still running, then try again.`;
-      notify({ title: "The server cannot be reached", text, actions: [again] });
-    } else if (error.kind === "busy") {
-      notify({ title: "The server is busy", text: `${words} Try again in a moment.`, actions: [again] });
+    if (error.kind === "unreachable" || error.kind === "busy") {
+      notify({ ...explain(error), actions: [again] });
     } else {
       const advice = kind === "picture" ? "Try another file, or save it as JPEG or PNG." : "Try another file, or save it as MP4.";
-      notify({ title: `${file.name} cannot be opened`, text: `${words} ${advice}` });
+      notify({ title: `${file.name} cannot be opened`, text: `${sentence(error.message)} ${advice}` });
     }
   }
 
   /** Shows how far opening is: share in [0, 1], null where nobody knows. Without words it is hidden. */
   tell(words, share = null) {
     find("opening").hidden = words === null;
-    document.body.classList.toggle("is-opening", words !== null);
     if (words === null) return;
     find("opening-text").textContent = `${words}…`;
     find("opening-cancel").hidden = this.#cancel === null;

@@ -1,7 +1,7 @@
 /** Masks as one picture with transparency, of the video's size, to be laid over its frame. */
 
 import { channelsOf } from "./colors.js";
-import { decode } from "./rle.js";
+import { areaOf, decode } from "./rle.js";
 
 export class Overlay {
   canvas = document.createElement("canvas");
@@ -10,8 +10,8 @@ export class Overlay {
 
   /**
    * @param {[number, number]} size height and width
-   * @param {{counts: string, color: string, fill: number, edge: number}[]} layers the last on top; fill and edge are
-   *   opacities in [0, 1]
+   * @param {{counts: string, color: string, fill: number, edge: number}[]} layers the smallest mask is on top, so
+   *   that none is hidden by what it lies in; fill and edge are opacities in [0, 1]
    * @returns {HTMLCanvasElement | null} null where there is nothing to see
    */
   paint(size, layers) {
@@ -25,7 +25,8 @@ export class Overlay {
     const pixels = new Uint32Array(image.data.buffer);
     // An edge is as thick on a small picture as on a large one.
     const reach = Math.max(1, Math.round(Math.min(width, height) / 320));
-    for (const layer of layers) lay(pixels, decode({ size, counts: layer.counts }), size, layer, reach);
+    const sorted = layers.map((layer) => [areaOf(layer.counts), layer]).sort(([a], [b]) => b - a);
+    for (const [, layer] of sorted) lay(pixels, decode({ size, counts: layer.counts }), size, layer, reach);
     this.#context.putImageData(image, 0, 0);
     this.#painted = key;
     return this.canvas;

@@ -12,6 +12,8 @@ export class Player extends EventTarget {
   #frames = null;
   #fps = 24;
   #wanted = 0;
+  #requests = 0;
+  #shown = 0;
 
   open(frames, fps) {
     this.close();
@@ -31,24 +33,18 @@ export class Player extends EventTarget {
     return this.#frames?.count ?? 0;
   }
 
-  get fps() {
-    return this.#fps;
-  }
-
-  /** What frames come from: "webcodecs", "video" or "picture". */
-  get kind() {
-    return this.#frames?.kind ?? null;
-  }
-
   /** Shows a frame, unless another is asked for before it is there. */
   async seek(index) {
     const frames = this.#frames;
     if (!frames) return;
     this.#wanted = Math.min(Math.max(0, Math.round(index)), frames.count - 1);
     const asked = this.#wanted;
+    const request = (this.#requests += 1);
     try {
       const bitmap = await frames.frame(asked);
-      if (!bitmap || frames !== this.#frames) return;
+      // A frame that was kept may come before one that was asked for earlier.
+      if (!bitmap || frames !== this.#frames || request < this.#shown) return;
+      this.#shown = request;
       this.index = asked;
       this.dispatchEvent(new CustomEvent("frame", { detail: { index: asked, bitmap, wanted: this.#wanted } }));
     } catch (error) {

@@ -106,7 +106,10 @@ export class Session extends EventTarget {
 
   /** Asks a new session for all that was asked of the one that ended. */
   async restart(guided = this.guided) {
+    this.tracking?.stop.abort();
     const id = await api.startSession(this.video.path, guided);
+    // An answer of the session before would count as one of this.
+    await this.#syncing;
     this.id = id;
     this.guided = guided;
     this.#known = EMPTY;
@@ -217,7 +220,10 @@ export class Session extends EventTarget {
         if (tracking.cancelled) break;
       }
       if (tracking.cancelled) return "cancelled";
-      if (tracking.done < tracking.total) return "stopped";
+      if (tracking.done < tracking.total) {
+        await api.checkSession(this.id);
+        return "stopped";
+      }
       this.isStale = false;
       return "done";
     } catch (error) {

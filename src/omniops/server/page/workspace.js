@@ -74,9 +74,6 @@ export class Workspace extends EventTarget {
     this.#setSubtract(false);
     const { video } = session;
     find("timeline").hidden = video.isPicture;
-    find("track").hidden = video.isPicture;
-    document.body.classList.toggle("is-picture", video.isPicture);
-    find("guided").checked = session.guided;
     this.#stage.open(video.width, video.height);
     this.#timeline.open(Math.min(frames.count, video.numFrames), video.fps);
     this.#listening = new AbortController();
@@ -126,7 +123,7 @@ export class Workspace extends EventTarget {
     if (!session) return;
     const { prompts } = session;
     const frame = this.#player.index;
-    this.#stage.show([this.#paintMasks(frame), this.#everything.paint(), this.#hover.paint()], this.#dots(frame));
+    this.#stage.show([this.#paintMasks(frame), ...this.#everything.paint(), this.#hover.paint()], this.#dots(frame));
     this.#stage.drawsBoxes = !this.#everything.isOn;
     this.#list.show(prompts.objects.map((object) => this.#row(object)));
     this.#drawThumbs(frame);
@@ -136,6 +133,7 @@ export class Workspace extends EventTarget {
     find("redo").disabled = !session.history.canRedo;
     find("clear").disabled = !prompts.objects.length;
     find("download").disabled = !session.masks.size;
+    find("guided").checked = session.guided;
     find("everything").setAttribute("aria-pressed", String(this.#everything.isOn));
     find("new").setAttribute("aria-pressed", String(this.#active === null && prompts.objects.length > 0));
     find("tip").textContent = this.#tipText();
@@ -157,13 +155,13 @@ export class Workspace extends EventTarget {
     for (const { id } of prompts.objects) {
       const mask = this.session.mask(frame, id);
       if (!mask || this.#hidden.has(id)) continue;
-      layers.push({ counts: mask.counts, color: colorOf(id), fill: this.#everything.isOn ? 0.75 : 0.45, edge: 1 });
+      layers.push({ counts: mask.counts, color: colorOf(id), fill: this.#everything.isOn ? 0.75 : 0.5, edge: 1 });
     }
     return this.#masks.paint([video.height, video.width], layers);
   }
 
   #dots(frame) {
-    if (this.#player.playing || this.session.tracking) return [];
+    if (this.#player.playing || this.session.tracking || this.#everything.isOn) return [];
     return this.session.prompts.objects
       .filter(({ id }) => !this.#hidden.has(id))
       .map(({ id, frames }) => ({ id, color: colorOf(id), steps: frames[frame] ?? [], active: id === this.#active }));
@@ -178,7 +176,6 @@ export class Workspace extends EventTarget {
       frames: this.session.framesOf(object.id).length,
       visible: !this.#hidden.has(object.id),
       active: object.id === this.#active,
-      known: clicks > 0,
     };
   }
 
@@ -259,7 +256,10 @@ export class Workspace extends EventTarget {
       return;
     }
     const subtract = place.subtract || this.#subtracts;
-    if (subtract && this.#active === null) return;
+    if (subtract && this.#active === null) {
+      this.#hover.clear();
+      return;
+    }
     const frame = this.#player.index;
     const steps = this.#active === null ? [] : stepsOf(session.prompts, this.#active, frame);
     const color = colorOf(this.#active ?? session.nextId);
@@ -389,7 +389,7 @@ export class Workspace extends EventTarget {
     try {
       const count = await asked;
       const time = secondsInWords((performance.now() - began) / 1000);
-      if (count !== null) announce(count ? `${count} masks were found in ${time}` : "Nothing was found");
+      if (count !== null) announce(count ? `${count} ${count === 1 ? "mask was" : "masks were"} found in ${time}` : "Nothing was found");
       if (count === 0) this.#leaveEverything();
     } catch (error) {
       this.#leaveEverything();
