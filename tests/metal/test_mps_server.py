@@ -53,6 +53,14 @@ def memory_of_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "title", lambda device: "pretended")
 
 
+def found_by(served: Inference, frame: int, points_per_side: int) -> Any:
+    """Everything on a frame of session a."""
+    number = served.begin_everything("a", frame, points_per_side)
+    while (found := served.next_everything("a", number)) is None:
+        pass
+    return found
+
+
 def everything_asked(served: Inference, clip: str) -> list[Any]:
     """Every method, with corrections, previews, objects that come and go, and by turns two sessions, one guided."""
     served.describe()
@@ -64,7 +72,7 @@ def everything_asked(served: Inference, clip: str) -> list[Any]:
         served.add("a", 1, 2, [POINT, [0.9, 0.9]], [1, 0], clear=False),
         served.add_mask("a", 0, 3, MASK),
         served.preview("a", 2, [POINT], [1]),
-        served.everything("a", 0, 2),
+        found_by(served, 0, 2),
         served.add("b", 0, 7, [POINT], [1]),
     ]
     served.begin("a", 1)

@@ -20,6 +20,8 @@ from omniops.sam2.remote_predictor import RemoteError
 
 FEATURE_BYTES = 1000
 TRACKED_BYTES = 10
+BATCHES = 3
+"""Of points, in which everything is looked for."""
 
 if "pytest" not in sys.modules:  # in a process of its own
     from omniops.sam2 import checkpoints
@@ -117,7 +119,14 @@ class FakeInference:
         if Path(path).suffix in (".png", ".jpg"):
             frames, fps = 1, None
         self.sessions[session] = opened = SimpleNamespace(
-            frames=frames, size=[height, width], prompts={}, tracked={}, parts=None, path=path, guided=guided
+            frames=frames,
+            size=[height, width],
+            prompts={},
+            tracked={},
+            parts=None,
+            searches={},
+            path=path,
+            guided=guided,
         )
         return {"frames": frames, "width": width, "height": height, "fps": fps, "bytes": self._bytes(opened)}
 
@@ -180,8 +189,16 @@ class FakeInference:
         return self._rectangle(used, 0, frame, 1)
 
     @_call
-    def everything(self, session, frame, points_per_side=16):
-        used = self._used(session, frame)
+    def begin_everything(self, session, frame, points_per_side=16):
+        self._used(session, frame).searches[points_per_side] = [frame] * BATCHES
+        return points_per_side
+
+    @_call
+    def next_everything(self, session, number):
+        used = self._used(session)
+        frame = used.searches[number].pop()
+        if used.searches[number]:
+            return None
         mask = self._rectangle(used, 1, frame, 1)
         height, width = used.size
         box = [0, 0, width - 1, height - 1]

@@ -57,6 +57,13 @@ def tracked(inference, session="a", start=0):
     return found
 
 
+def everything(inference, session, frame, side):
+    number = inference.begin_everything(session, frame, side)
+    while (found := inference.next_everything(session, number)) is None:
+        pass
+    return found
+
+
 def coco(logits):
     """As pycocotools writes (N, 1, H, W)."""
     mask_tools = pytest.importorskip("pycocotools.mask", reason="the oracle: pycocotools")
@@ -78,7 +85,7 @@ def test_answers_are_plain_data(inference):
         inference.add("a", 0, 1, [POINT], [1]),
         inference.add_mask("a", 1, 2, EMPTY),
         inference.preview("a", 0, [POINT], [1]),
-        inference.everything("a", 0, 2),
+        everything(inference, "a", 0, 2),
         inference.begin("a", 1),
         inference.next("a"),
         inference.prompts("a"),
@@ -267,7 +274,7 @@ def test_everything_is_what_the_generator_finds(inference, model, clip):
         model, 4, pred_iou_thresh=0, stability_score_thresh=0, output_mode="coco_rle"
     )
     expected = generator.generate(Frames(clip)[2])
-    found = inference.everything("a", 2, 4)
+    found = everything(inference, "a", 2, 4)
     assert found
     assert [each["mask"] for each in found] == [each["segmentation"] for each in expected]
     for each in found:
@@ -277,6 +284,28 @@ def test_everything_is_what_the_generator_finds(inference, model, clip):
         assert each["box"] == [columns.min(), rows.min(), columns.max(), rows.max()]
         assert 0 <= each["stability_score"] <= 1
     assert inference.prompts("a") == {}
+
+
+def test_everything_is_looked_for_batch_by_batch_beside_other_work(inference, clip):
+    alone = everything(inference, "a", 2, 8)
+    inference.add("a", 0, 1, [POINT], [1])
+    inference.open("b", clip)
+    inference.begin("a", 0)
+    first = inference.begin_everything("a", 2, 8)
+    second = inference.begin_everything("b", 3, 8)
+    answers = []
+    for _ in range(4):  # of 16 points each
+        answers.append(inference.next_everything("a", first))
+        inference.next_everything("b", second)
+        inference.next("a")
+        inference.preview("b", 3, [POINT], [1])
+    assert answers == [None] * 4
+    assert inference.next_everything("a", first) == alone
+    with pytest.raises(ValueError, match=r"^This search for everything is over\.$"):
+        inference.next_everything("a", first)
+    inference.close("b")
+    with pytest.raises(KeyError):
+        inference.next_everything("b", second)
 
 
 # Prompts that are taken back.
@@ -525,7 +554,7 @@ def test_a_faulty_click_is_none_on_a_new_session(inference):
         lambda made: made.clear_video("no"),
         lambda made: made.remove("no", 1),
         lambda made: made.preview("no", 0, [POINT], [1]),
-        lambda made: made.everything("no", 0, 2),
+        lambda made: made.begin_everything("no", 0, 2),
         lambda made: made.begin("no", 0),
         lambda made: made.next("no"),
         lambda made: made.stop("no"),
@@ -547,10 +576,10 @@ def test_an_unknown_session_is_named(inference, call):
         (lambda made: made.clear_frame("a", 0, 9), r"Object 9 is unknown in this session\."),
         (lambda made: made.preview("a", 0), "There is no prompt"),
         (lambda made: made.preview("a", FRAMES, [POINT], [1]), "There is no frame 6"),
-        (lambda made: made.everything("a", FRAMES, 2), "There is no frame 6"),
-        (lambda made: made.everything("a", 0, 0), "along a side must be from 1 to 64, got 0"),
-        (lambda made: made.everything("a", 0, 65), "along a side must be from 1 to 64, got 65"),
-        (lambda made: made.everything("a", 0, "4"), "along a side must be a whole number"),
+        (lambda made: made.begin_everything("a", FRAMES, 2), "There is no frame 6"),
+        (lambda made: made.begin_everything("a", 0, 0), "along a side must be from 1 to 64, got 0"),
+        (lambda made: made.begin_everything("a", 0, 65), "along a side must be from 1 to 64, got 65"),
+        (lambda made: made.begin_everything("a", 0, "4"), "along a side must be a whole number"),
         (lambda made: made.begin("a", FRAMES), "There is no frame 6"),
         (lambda made: made.begin("a", None), "The frame must be a whole number, got None"),
         (lambda made: made.open("a", "elsewhere"), "There is a session of that id already"),
@@ -609,7 +638,7 @@ def test_a_damaged_frame_is_named_without_its_path(model, tmp_path):
         lambda: inference.add("guided", 3, 1, [POINT], [1]),
         lambda: inference.add_mask("a", 3, 1, EMPTY),
         lambda: inference.preview("a", 3, [POINT], [1]),
-        lambda: inference.everything("a", 3, 2),
+        lambda: everything(inference, "a", 3, 2),
     ):
         with pytest.raises(ValueError, match=r"^Frame 3 cannot be decoded: the file is damaged there\.$"):
             call()

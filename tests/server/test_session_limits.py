@@ -68,7 +68,7 @@ def test_one_whose_page_was_left_makes_room_at_once(make_world):
 def test_one_that_is_busy_makes_no_room(make_world):
     world = make_world(max_sessions=1)
     session = world.start()
-    with held(world.inference, "everything") as gate:
+    with held(world.inference, "next_everything") as gate:
         thread = Thread(session.everything, 0)
         gate.wait()
         world.now += 100

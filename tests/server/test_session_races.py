@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from server.fake_inference import BATCHES
 from server.waiting import Thread, hasty, held, settle, wait_until
 from server.world import POINT, worlds
 
@@ -200,7 +201,38 @@ def test_a_click_goes_before_what_only_hovers_or_looks_for_everything(world, ses
     for thread in threads:
         thread.result()
     calls = [name for name, *_ in world.inference.calls[before:] if name != "memory"]
-    assert calls == ["add", "preview", "everything"]
+    assert calls == ["add", "preview", "begin_everything", *["next_everything"] * BATCHES]
+
+
+def test_a_click_waits_for_one_batch_of_points_and_a_search_for_the_one_before(world, session):
+    others = [world.start() for _ in range(2)]
+    before = len(world.inference.calls)
+    with held(world.inference, "next_everything") as gate:
+        first = Thread(others[0].everything, 0)
+        gate.wait()
+        click = Thread(session.add_points, 0, 1, POINT, [1])
+        wait_until(lambda: world.predictors[0].turns.waiting == 1)
+        second = Thread(others[1].everything, 0)
+        wait_until(lambda: others[1].is_busy)
+        gate.open()
+        for thread in (first, click, second):
+            thread.result()
+    calls = [name for name, *_ in world.inference.calls[before:] if name != "memory"]
+    search = ["begin_everything", *["next_everything"] * BATCHES]
+    assert calls == [*search[:2], "add", *search[2:], *search]
+
+
+def test_a_session_that_is_closed_ends_its_search_for_everything(world, session):
+    with held(world.inference, "next_everything") as gate:
+        search = Thread(session.everything, 0)
+        gate.wait()
+        closing = Thread(world.sessions.close, session.id)
+        wait_until(lambda: session.ended is not None)
+        gate.open()
+        assert closing.result()
+        with pytest.raises(NotFound):
+            search.result()
+    assert world.start().everything(0)
 
 
 def test_cancel_does_not_wait_for_the_part_that_is_computed(world, session):

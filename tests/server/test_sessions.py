@@ -76,7 +76,7 @@ def test_what_is_asked_of_a_session_reaches_the_predictor(world):
     assert world.inference.called("add_mask") == [[id, 4, 0, {"size": (24, 32), "counts": "o0"}]]
     assert world.inference.called("clear_frame") == [[id, 4, 0]]
     assert world.inference.called("preview") == [[id, 0, [[0.5, 0.5]], [1], [0, 0, 1, 1]]]
-    assert world.inference.called("everything") == [[id, 1, 8]]
+    assert world.inference.called("begin_everything") == [[id, 1, 8]]
 
 
 def counts(masks):
@@ -230,11 +230,11 @@ def test_a_session_that_nobody_uses_expires(make_world):
 
 def test_a_session_does_not_expire_while_something_is_computed_for_it(world):
     session, other = world.start(), world.start()
-    with held(world.inference, "everything") as gate:
+    with held(world.inference, "next_everything") as gate:
         thread = Thread(session.everything, 0)
         gate.wait()
         waiting = Thread(other.everything, 0)
-        wait_until(lambda: world.predictors[0].turns.waiting == 1)
+        wait_until(lambda: other.is_busy)
         world.now += 4000
         assert world.sessions.get(session.id) is session
         gate.open()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -163,6 +163,25 @@ class SAM2AutomaticMaskGenerator(Pretrained):
         Raises:
             TypeError, ValueError: as ``SAM2ImagePredictor.set_image``.
         """
+        steps = self.steps(image)
+        while True:
+            try:
+                done, total = next(steps)
+            except StopIteration as end:
+                records: list[dict[str, Any]] = end.value
+                return records
+            if progress is not None:
+                progress(done, total)
+
+    def steps(self, image: NDArray[Any] | Image) -> Generator[tuple[int, int], None, list[dict[str, Any]]]:
+        """``generate``, batch by batch, for who has other work for the model in between.
+
+        Yields:
+            after each batch the number of points that are done, and of all.
+
+        Returns:
+            the masks, as the value of its StopIteration.
+        """
         picture = as_rgb(image)
         height, width = picture.shape[:2]
         crops = list(_crops(height, width, self.crop_n_layers, self.crop_overlap_ratio))
@@ -176,8 +195,7 @@ class SAM2AutomaticMaskGenerator(Pretrained):
             for batch in points.split(self.points_per_batch):
                 here += self._of(batch, crop, (height, width))
                 done += len(batch)
-                if progress is not None:
-                    progress(done, total)
+                yield done, total
             found += _best(here, torch.tensor([each.score for each in here]), self.box_nms_thresh)
         self.predictor.reset_predictor()
         if len(crops) > 1:

@@ -1,7 +1,7 @@
 """What the process of a predictor does for the server: sessions by id, asked and answered in plain data.
 
 ``omniops.sam2.remote(model, predictor="omniops.server.inference:Inference")`` runs it in a process of its own. One
-thread calls it, one call at a time, and every call is short: a prompt, or one frame of a propagation.
+thread calls it, one call at a time, and every call is short: a prompt, one frame of a propagation, a batch of points.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Masks = list[tuple[int, RLE]]
 MAX_OBJECTS = 255
 """Of a session."""
 MAX_POINTS_PER_SIDE = 64
-"""Of the grid of ``Inference.everything``."""
+"""Of the grid of ``Inference.begin_everything``."""
 _SESSIONS_WITH_FEATURES = 32
 """How many sessions keep what the encoder made of the frame that they used last: as many as may be open."""
 
@@ -53,6 +53,8 @@ class Session:
     prompts: dict[int, dict[int, Prompt]] = field(default_factory=dict)
     """By object and frame, objects in the order of their first prompts. One whose prompts were all taken back stays."""
     propagation: Generator[tuple[int, list[Any], Tensor], None, None] | None = None
+    searches: dict[int, Generator[Any, None, list[dict[str, Any]]]] = field(default_factory=dict)
+    """Those of everything on a frame that are not done, by number."""
 
     def stop(self) -> None:
         """End the propagation."""
@@ -88,6 +90,7 @@ class Inference:
             for guided in (False, True)
         }
         self._sessions: OrderedDict[str, Session] = OrderedDict()  # the one used last is the last
+        self._begun = 0  # searches for everything
         self._frames: WeakValueDictionary[tuple[object, ...], Frames] = WeakValueDictionary()
 
     @property
@@ -275,16 +278,15 @@ class Inference:
             )
             return _encoded(logits)[0]
 
-    def everything(self, session: str, frame: int, points_per_side: int = 16) -> list[dict[str, Any]]:
-        """The masks of everything on a frame, as ``SAM2AutomaticMaskGenerator`` finds them; the surest first.
+    def begin_everything(self, session: str, frame: int, points_per_side: int = 16) -> int:
+        """Begin to look for everything on a frame, by a grid of points, as ``SAM2AutomaticMaskGenerator`` does.
 
         Args:
             session, frame: which.
             points_per_side: of the grid of points that the model is asked at, from 1 to 64.
 
         Returns:
-            For each ``mask``, RLE; ``predicted_iou`` and ``stability_score``; ``area`` in pixels; and ``box``, x0, y0,
-            x1, y1 in pixels, of the first pixel and the last.
+            Its number, for ``next_everything``.
         """
         used = self._used(session)
         frame = _frame(used, frame)
@@ -294,10 +296,34 @@ class Inference:
         # Random weights are never sure and hardly stable: all masks count that are not found twice.
         is_random = getattr(self.model, "has_random_weights", False)
         thresholds: dict[str, Any] = {"pred_iou_thresh": 0, "stability_score_thresh": 0} if is_random else {}
-        generator = SAM2AutomaticMaskGenerator(self.model, side, output_mode="coco_rle", **thresholds)
+        batch = 16 if self.device.type == "cpu" else 64  # a click waits for one of them
+        generator = SAM2AutomaticMaskGenerator(
+            self.model, side, points_per_batch=batch, output_mode="coco_rle", **thresholds
+        )
         with _in_words(frame):
-            found = generator.generate(used.frames[frame])
-        return [_record(each) for each in found]
+            steps = generator.steps(used.frames[frame])
+        self._begun += 1
+        used.searches[self._begun] = steps
+        return self._begun
+
+    def next_everything(self, session: str, number: int) -> list[dict[str, Any]] | None:
+        """Go on with the next batch of points; one that fails ends what was begun.
+
+        Returns:
+            None while there are more. Then the masks, the surest first, for each ``mask``, RLE; ``predicted_iou`` and
+            ``stability_score``; ``area`` in pixels; and ``box``, x0, y0, x1, y1 in pixels, of the first pixel and the
+            last.
+        """
+        searches = self._used(session).searches
+        steps = searches.pop(number, None)
+        if steps is None:
+            raise ValueError("This search for everything is over.")
+        try:
+            next(steps)
+        except StopIteration as end:
+            return [_record(each) for each in end.value]
+        searches[number] = steps
+        return None
 
     def begin(self, session: str, start: int = 0) -> int:
         """Begin to track all objects with prompts: from a frame to the last, then, if it is not the first, back to it.

@@ -52,6 +52,8 @@ class Predictor:
     def __init__(self, make: Callable[[], Any], device: str = "auto") -> None:
         self.device = device
         self.turns = Turns()
+        self.searching = threading.Lock()
+        """Held by who looks for everything, over many turns: what is found until the end takes memory on the device."""
         self.starts = 0
         """How often it was started: the number of the start that sessions belong to."""
         self.restarts = 0
@@ -198,6 +200,7 @@ class Predictor:
     def _after_fork(self) -> None:
         """In a forked process: leave the parent's process to the parent. ``Remote`` did so with its own before."""
         self.turns = Turns()
+        self.searching = threading.Lock()
         self._inference = None
         self._has_died = False
         self.restarts = 0

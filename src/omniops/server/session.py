@@ -193,10 +193,22 @@ class Session:
             return mask
 
     def everything(self, frame: int, points_per_side: int = 16) -> list[dict[str, Any]]:
-        """All that is found on a frame by a grid of points; see ``Inference.everything``. Changes nothing."""
-        with self._turn("frame") as inference:
-            masks: list[dict[str, Any]] = inference.everything(self.id, frame, points_per_side)
-            return masks
+        """All that is found on a frame by a grid of points; see ``Inference.next_everything``. Changes nothing.
+
+        Each batch of points is a turn of its own, so that clicks and frames go in between.
+        """
+        self._count(1)  # it is busy between two turns, too
+        try:
+            with self.predictor.searching:
+                with self._turn("frame") as inference:
+                    number: int = inference.begin_everything(self.id, frame, points_per_side)
+                while True:
+                    with self._turn("frame") as inference:
+                        masks: list[dict[str, Any]] | None = inference.next_everything(self.id, number)
+                    if masks is not None:
+                        return masks
+        finally:
+            self._count(-1)
 
     def propagate(self, start: int = 0) -> Propagation:
         """Track all objects from a frame to the end, then from it back to the beginning. Ends one that is in progress.
