@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 
 from omniops import connected_components
 from omniops.device import autocast_dtype
-from omniops.sam2 import memory, network, video_predictor
+from omniops.sam2 import memory, network, tracking
 from omniops.sam2.architectures import cast
 from omniops.sam2.checkpoints import from_meta
 from omniops.sam2.video_predictor import SAM2VideoPredictor
@@ -296,8 +296,8 @@ def test_holes_are_filled(models, clip, version):
 
 
 def test_what_is_forgotten_is_made_again(models, long_clip, monkeypatch):
-    monkeypatch.setattr(video_predictor, "_RECENT", 7)
-    monkeypatch.setattr(video_predictor, "_FEATURES", 1)
+    monkeypatch.setattr(tracking, "_RECENT", 7)
+    monkeypatch.setattr(tracking, "_FEATURES", 1)
     both = Both(models(less=1.0), long_clip, share=0.99, fill_hole_area=8)
     both.add_new_points_or_box(0, 1, points=[RED], labels=[1])
     both.add_new_mask(1, 2, np.eye(20))
@@ -344,7 +344,7 @@ def test_objects_run_as_one_batch(models, clip, monkeypatch):
     alone = [masks for _, _, masks in predictor.propagate_in_video(state, start_frame_idx=2, max_frame_num_to_track=0)]
     assert sizes == [2, 2, 1, 1]
     sizes.clear()
-    monkeypatch.setattr(video_predictor, "_AT_ONCE", {})
+    monkeypatch.setattr(tracking, "_AT_ONCE", {})
     batched = [
         masks for _, _, masks in predictor.propagate_in_video(state, start_frame_idx=2, max_frame_num_to_track=0)
     ]
@@ -366,7 +366,7 @@ def test_frames_are_encoded_once(models, clip, monkeypatch):
 
 
 def test_what_is_kept_does_not_grow_but_for_pointers(models, long_clip, monkeypatch):
-    monkeypatch.setattr(video_predictor, "_RECENT", 7)
+    monkeypatch.setattr(tracking, "_RECENT", 7)
     predictor = SAM2VideoPredictor(models()[1])
     state = predictor.init_state(long_clip)
     predictor.add_new_points_or_box(state, 0, 1, points=[RED], labels=[1])
@@ -451,7 +451,7 @@ def test_state_is_a_mapping(models, clip):
 def test_a_copied_state_goes_its_own_way(models, clip, long_clip, monkeypatch, deep):
     """From frames in memory and on the shelf, with a prompt that does not count yet."""
     if deep:
-        monkeypatch.setattr(video_predictor, "_RECENT", 7)
+        monkeypatch.setattr(tracking, "_RECENT", 7)
     predictor = SAM2VideoPredictor(models()[1])
     state = predictor.init_state(long_clip if deep else clip)
     predictor.add_new_points_or_box(state, 0, 1, points=[RED], labels=[1])
@@ -578,7 +578,7 @@ def test_breaking_off_and_going_on(models, clip):
 
 @pytest.mark.parametrize("at_once", [1, 4])
 def test_a_frame_that_cannot_be_read_ends_the_masks(models, tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr(video_predictor, "_ENCODED_AT_ONCE", {"cpu": at_once})
+    monkeypatch.setattr(tracking, "_ENCODED_AT_ONCE", {"cpu": at_once})
     folder = write_clip(tmp_path / "clip", 5)
     data = (folder / "3.jpg").read_bytes()
     (folder / "3.jpg").write_bytes(data[: len(data) // 2])
@@ -733,8 +733,8 @@ def test_what_multiplies_matrices_is_cast_once(twins):
 
 @pytest.mark.parametrize("kept", [1, 2, 4])
 def test_frames_encoded_as_one_batch(models, long_clip, monkeypatch, kept):
-    monkeypatch.setattr(video_predictor, "_ENCODED_AT_ONCE", {"cpu": 3})
-    monkeypatch.setattr(video_predictor, "_FEATURES", kept)
+    monkeypatch.setattr(tracking, "_ENCODED_AT_ONCE", {"cpu": 3})
+    monkeypatch.setattr(tracking, "_FEATURES", kept)
     batches, encode = [], network.encode
     monkeypatch.setattr(network, "encode", lambda model, pixels: batches.append(len(pixels)) or encode(model, pixels))
     both = Both(models(), long_clip, share=0.99)
