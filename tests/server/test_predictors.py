@@ -339,7 +339,8 @@ def test_a_forked_process_has_a_predictor_of_its_own(predictor, maker):
 
 def test_there_is_a_predictor_for_each_device_and_none_of_them_starts(monkeypatch):
     monkeypatch.setattr(predictors, "remote", lambda *args, **options: pytest.fail("it started"))
-    made = make_predictors(Settings(device="cuda:0, cuda:1"))
+    made = make_predictors(Settings(device="cuda:0, cuda:1", predictor_timeout=90))
+    assert [each.patience for each in made] == [90, 90]
     assert [each.device for each in made] == ["cuda:0", "cuda:1"]
 
 
@@ -450,6 +451,28 @@ def test_a_real_process_opens_closes_dies_and_is_replaced():
         third = _pid(inference)
     predictor.close()
     assert _is_gone(third)
+
+
+@needs_remote
+def test_a_process_that_hangs_is_killed_and_replaced(caplog):
+    predictor = Predictor(_in_process, "cpu", patience=0.5)
+    deaths = []
+    predictor.on_death = deaths.append
+    with predictor.turn("click") as inference:
+        pid = _pid(inference)
+    time.sleep(1)  # without anything to do, which is not to hang
+    assert use(predictor)["model"] == "tiny"
+    os.kill(pid, signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises(DiedError), predictor.turn("click", 1) as inference:
+        inference.open("a", "a.mp4")
+    assert 0.5 < time.monotonic() - start < 5
+    assert _is_gone(pid)
+    assert deaths == [1]
+    assert "The predictor on cpu does not answer, and is killed" in caplog.text
+    assert use(predictor)["model"] == "tiny"
+    assert predictor.restarts == 1
+    predictor.close()
 
 
 @needs_remote

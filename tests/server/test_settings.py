@@ -37,6 +37,7 @@ OURS = {
     "OMNIOPS_SESSION_TIMEOUT": ("60", "session_timeout", 60.0),
     "OMNIOPS_MAX_STREAMS": ("2", "max_streams", 2),
     "OMNIOPS_SEND_TIMEOUT": ("5", "send_timeout", 5.0),
+    "OMNIOPS_PREDICTOR_TIMEOUT": ("90", "predictor_timeout", 90.0),
     "OMNIOPS_MAX_UPLOAD_BYTES": ("500e6", "max_upload_bytes", 500_000_000),
     "OMNIOPS_MAX_UPLOAD_PIXELS": ("1000", "max_upload_pixels", 1000),
     "OMNIOPS_UPLOAD_AGE": ("3600", "upload_age", 3600.0),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import math
 import os
+import signal
 import threading
 import time
 import weakref
@@ -44,13 +46,15 @@ class Predictor:
     Args:
         make: returns an ``Inference``, or what has its methods. ``shutdown()`` of it is called where it has one.
         device: its name in figures and in the log.
+        patience: the seconds that a turn may take; a process that hangs for longer is killed, as if it had died.
 
     Every use is a turn: ``with predictor.turn("click") as inference: ...``. Nothing starts before, so a predictor may
     be made in a process that is forked later, each of whose children then starts its own.
     """
 
-    def __init__(self, make: Callable[[], Any], device: str = "auto") -> None:
+    def __init__(self, make: Callable[[], Any], device: str = "auto", patience: float = math.inf) -> None:
         self.device = device
+        self.patience = patience
         self.turns = Turns()
         self.searching = threading.Lock()
         """Held by who looks for everything, over many turns: what is found until the end takes memory on the device."""
@@ -71,6 +75,7 @@ class Predictor:
         self._is_closed = False
         self._has_died = False
         self._attempts = 0
+        self._busy_since: float | None = None  # of the turn in progress
         self._memory_time = -_MEMORY_AGE
         _predictors.add(self)
 
@@ -94,13 +99,14 @@ class Predictor:
             ServerError: in the place of a ValueError, and where the device has no memory left.
         """
         attempts = self._attempts
-        with self.turns.click() if kind == "click" else self.turns.frame():
+        with self.turns.click() if kind == "click" else self.turns.frame(), self._timed():
             if self._is_closed:
                 raise Busy(_STOPPING)
             if start is None:
                 self._ensure(attempts)
             elif self._inference is None or start != self.starts:
                 raise DiedError
+            self._busy_since = time.monotonic()  # not when a start began, which may take longer
             try:
                 yield self._inference
             except ServerError:
@@ -117,6 +123,19 @@ class Predictor:
             except BaseException as error:  # as of Ctrl-C, which breaks an exchange off
                 self._lose(error)
                 raise
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        self._busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy_since = None
+
+    def hangs(self, inference: Any) -> bool:
+        """Whether that inference has not answered for longer than it may."""
+        since = self._busy_since
+        return self._inference is inference and since is not None and time.monotonic() - since > self.patience
 
     def describe(self) -> dict[str, Any]:
         """What ``Inference.describe()`` says; starts the predictor if it never ran."""
@@ -183,6 +202,9 @@ class Predictor:
         self.failure = None
         self.starts += 1
         self.restarts += self._has_died
+        if math.isfinite(self.patience) and isinstance(inference, _Process):
+            arguments = weakref.ref(self), inference, self.patience / 10
+            threading.Thread(target=_watch, args=arguments, name=f"watch {self.device}", daemon=True).start()
         self.note_memory(inference, now=True)
 
     def _lose(self, error: BaseException) -> None:
@@ -201,6 +223,7 @@ class Predictor:
         """In a forked process: leave the parent's process to the parent. ``Remote`` did so with its own before."""
         self.turns = Turns()
         self.searching = threading.Lock()
+        self._busy_since = None
         self._inference = None
         self._has_died = False
         self.restarts = 0
@@ -209,7 +232,10 @@ class Predictor:
 
 def make_predictors(settings: Settings) -> list[Predictor]:
     """One for each of the devices; nothing starts yet."""
-    return [Predictor(functools.partial(make_inference, settings, device), device) for device in settings.devices]
+    return [
+        Predictor(functools.partial(make_inference, settings, device), device, settings.predictor_timeout)
+        for device in settings.devices
+    ]
 
 
 def has_processes() -> bool:
@@ -252,6 +278,27 @@ class _Process:
     def shutdown(self) -> None:
         """End the process."""
         self._remote.close()
+
+    def abort(self) -> None:
+        """Kill the process, whatever it is doing: the call in progress raises RemoteError."""
+        child = self._remote._child
+        if child is not None:
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)
+
+
+def _watch(reference: weakref.ref[Predictor], inference: _Process, interval: float) -> None:
+    """Kill a process that hangs: nobody else could, since who asks it waits for its answer, and has the turn."""
+    while True:
+        time.sleep(interval)
+        predictor = reference()
+        if predictor is None or predictor._inference is not inference:
+            return
+        if predictor.hangs(inference):
+            _log.error("The predictor on %s does not answer, and is killed", predictor.device)
+            inference.abort()
+            return
+        del predictor  # which would keep it alive while this sleeps
 
 
 def _shut_down(inference: Any) -> None:

@@ -33,6 +33,8 @@ class Settings:
         insecure: whether other machines are served without a token.
         origins, hosts: pages (``https://name:port``) and Host headers (``name`` or ``name:port``) that are served
             besides the server's own.
+        predictor_timeout: a predictor that takes longer to open a video, for a click or for a frame has hung and is
+            started anew.
         max_upload_pixels: of a picture, or of a frame of a video.
         max_upload_video_duration: an uploaded video is cut to this length.
         upload_age: uploads that nobody used for so long are removed.
@@ -60,6 +62,7 @@ class Settings:
     session_timeout: float = 1800.0
     max_streams: int = 4
     send_timeout: float = 60.0
+    predictor_timeout: float = 300.0
 
     max_upload_bytes: int = 500_000_000
     max_upload_pixels: int = 2**26
