@@ -479,6 +479,19 @@ def test_pictures_of_the_gallery_that_browsers_show_otherwise(tmp_path):
     assert np.array_equal(Frames(places["scan.tiff"])[0], np.asarray(PICTURE))
 
 
+def test_a_photograph_of_the_gallery_is_offered_as_it_is(tmp_path):
+    """With the EXIF data of a camera that was held upright."""
+    path = tmp_path / "gallery" / "photo.jpg"
+    path.parent.mkdir()
+    PICTURE.save(path, exif=turned_exif(1))
+    videos = Videos(Settings(data=tmp_path))
+    (found,) = videos.pictures()
+    assert (found.width, found.height, found.frames, found.fps, found.is_picture) == (*PICTURE.size, 1, None, True)
+    assert videos.find(found.path) == path
+    frames = Frames(path)
+    assert (len(frames), frames.width, frames.height, frames.fps) == (1, *PICTURE.size, None)
+
+
 def test_posters_and_lists_do_not_wait_for_uploads(clip, tmp_path):
     uploads = make(tmp_path)
     write_clip(tmp_path / "gallery" / "a.mp4", 6)
