@@ -163,7 +163,7 @@ def test_a_stream_that_breaks_off_keeps_its_frames(work):
     work.notice("The connection broke off while tracking")
     assert re.search(r"\d+ frames", work.told("Object 1"))
     work.press("Try again")
-    assert sorted(work.prompts()) == [0]
+    work.says("All 96 frames were tracked")
 
 
 def test_the_token_is_asked_for_and_a_wrong_one_refused(open_page, start_server):

@@ -6,7 +6,8 @@ import { EMPTY, after, defaultName, firstFrame, fromServer, inputOf, nextCall, w
 
 /**
  * Events: "change" (prompts or masks), "frame" (detail: one was tracked), "tracking", "busy", "problem" (detail: an
- * ApiError; what was refused is taken back), "lost" (detail: an ApiError; the session is no more, the prompts are kept).
+ * ApiError; what was refused is taken back), "broken" (detail: an ApiError that ended the tracking), "lost" (detail: an
+ * ApiError; the session is no more, the prompts are kept).
  */
 export class Session extends EventTarget {
   /** {frame: {id: counts}}, as Maps. */
@@ -228,7 +229,7 @@ export class Session extends EventTarget {
       return "done";
     } catch (error) {
       if (tracking.cancelled || error.name === "AbortError") return "cancelled";
-      this.#emit(error.kind === "session" ? "lost" : "problem", error);
+      this.#emit(error.kind === "session" ? "lost" : "broken", error);
       return "failed";
     } finally {
       this.tracking = null;

@@ -84,6 +84,7 @@ export class Workspace extends EventTarget {
     on("frame", ({ detail }) => this.#tracking.took(detail));
     on("tracking", () => this.render());
     on("problem", ({ detail }) => this.#tell.problem(detail, () => session.sync()));
+    on("broken", ({ detail }) => this.#tell.problem(detail, () => this.#tracking.start()));
     on("lost", ({ detail }) => this.#tell.lost(detail));
     this.#player.open(frames, video.fps);
     await this.#player.seek(0);
