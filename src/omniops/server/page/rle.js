@@ -23,21 +23,6 @@ export function runsOf(text) {
   return runs;
 }
 
-/** @param {number[]} runs @returns {string} the canonical text of the runs. */
-export function textOf(runs) {
-  let text = "";
-  runs.forEach((run, index) => {
-    let value = index > 2 ? run - runs[index - 2] : run;
-    for (let more = true; more; ) {
-      const code = value & 31;
-      value >>= 5;
-      more = code & 16 ? value !== -1 : value !== 0;
-      text += String.fromCharCode(48 + (more ? code | 32 : code));
-    }
-  });
-  return text;
-}
-
 /** @returns {number} pixels of the mask. */
 export function areaOf(text) {
   return runsOf(text).reduce((sum, run, index) => (index % 2 ? sum + run : sum), 0);
@@ -75,26 +60,6 @@ export function decode({ size: [height, width], counts }) {
   }
   if (at !== mask.length) throw new Error("the runs are shorter than the mask");
   return { mask, box: area ? [x0, y0, x1, y1] : [0, 0, 0, 0], area };
-}
-
-/** @param {Uint8Array} mask pixels of 0 and other numbers, in rows @returns {string} the canonical text. */
-export function encode(mask, height, width) {
-  const runs = [];
-  let on = 0;
-  let run = 0;
-  for (let x = 0; x < width; x += 1) {
-    for (let y = 0; y < height; y += 1) {
-      const value = mask[y * width + x] ? 1 : 0;
-      if (value !== on) {
-        runs.push(run);
-        run = 0;
-        on = value;
-      }
-      run += 1;
-    }
-  }
-  if (run) runs.push(run);
-  return textOf(runs);
 }
 
 /** Whether a mask has the pixel, without decoding the rest of it. */
