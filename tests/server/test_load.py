@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 from server.client import Api, Parser
@@ -155,6 +156,17 @@ def test_readers_that_stop_are_not_waited_for(large):
     again = [_begun(large, _tracked(large, api)) for _ in range(4)]
     for each in (*responses, *again):
         each.close()
+
+
+def test_a_client_that_does_not_close_its_connection_keeps_nobody_waiting(server):
+    click = _post(json.dumps({"query": "{ defaultVideo { path } }"}).encode())
+    with ExitStack() as stack:
+        for _ in range(3):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+            connection.sendall(click)
+            while connection.recv(2**16):
+                pass
+        assert _seconds(server.client().get, "/healthy") < 1
 
 
 def test_a_slow_reader_is_served_to_the_end(large):

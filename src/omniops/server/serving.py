@@ -15,6 +15,7 @@ import struct
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _BACKLOG = 512
 _GRACE = 3  # seconds that requests have to end when the server does
 _KEEP_ALIVE = 15
+_LINGER = 2.0  # seconds that a client has to end a connection that is closed
 
 
 class ServingError(Exception):
@@ -196,7 +198,7 @@ def _serve_by_gunicorn(
             os._exit(0)
 
     class Worker(ThreadWorker):  # type: ignore[misc]
-        """Whose threads do not wait for ever for the rest of a request."""
+        """Whose threads do not wait for ever for the rest of a request, and end the connections that they close."""
 
         def handle_exit(self, *signalled: Any) -> None:
             ending.set()
@@ -208,7 +210,10 @@ def _serve_by_gunicorn(
 
         def handle(self, connection: Any) -> Any:
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(patience))
-            return super().handle(connection)
+            result = super().handle(connection)
+            if result is False:  # to be closed, by the thread that also accepts connections
+                _end_connection(connection.sock)
+            return result
 
     class Master(Arbiter):  # type: ignore[misc]
         """Which ends where its terminal does, and has one worker, come what may."""
@@ -380,6 +385,22 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _end_connection(sock: socket.socket) -> None:
+    """Wait for the client to end a connection, too, and then no more: gunicorn 27 would, and accept no other meanwhile.
+
+    Of TLS it is the connection under it. What still comes is read, for else the client might lose the answer's end.
+    """
+    end = time.monotonic() + _LINGER
+    with suppress(OSError, ValueError):  # gone, or closed
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        while (left := end - time.monotonic()) > 0:
+            sock.settimeout(left)
+            if not socket.socket.recv(sock, 2**16):
+                break
+    with suppress(OSError, ValueError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def _timeval(seconds: float) -> bytes:

@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from omniops.sam2.picture_files import KINDS
 from omniops.server.errors import NotFound, ServerError
 from omniops.server.predictors import DiedError, Predictor
 
@@ -59,10 +58,9 @@ class Session:
         self.frames: int = opened["frames"]
         self.width: int = opened["width"]
         self.height: int = opened["height"]
-        # A single picture is read as a video where FFmpeg takes it for one, with a rate that it makes up.
-        self.is_picture = self.frames == 1 and (opened["fps"] is None or path.suffix.lower() in KINDS)
+        self.fps: float | None = opened["fps"]
+        self.is_picture = self.frames == 1 and self.fps is None
         """Whether it is a picture rather than a video."""
-        self.fps: float | None = None if self.is_picture else opened["fps"]
         self.names: dict[int, str] = {}
         """What a person called an object."""
         self.predictor = predictor
