@@ -106,7 +106,7 @@ def test_every_part_of_sam2_is_among_the_stages(by_name, name):
     if name == "sam2-video":
         parts = [part for part in parts if part not in ("mask_embed", "mask_downscaling")]
         parts += [f"memory_attention.layers.{i}.{part}" for i in range(4) for part in ("self_attn", "cross_attn_image")]
-        parts += ["memory_encoder", "video_predictor"]
+        parts += ["memory_encoder", "tracking"]
     assert [part for part in parts if part not in text] == []
     attention = [
         s for s in found.stages.values() if s.operator == "scaled_dot_product_attention" and "memory" in s.name

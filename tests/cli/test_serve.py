@@ -114,6 +114,7 @@ def test_a_folder_is_served_over_https_with_a_token_until_ctrl_c(tmp_path, certi
         assert "Traceback" not in server.output()
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded_ends_the_command_by_name(tmp_path):
     (tmp_path / "damaged.pt").write_bytes(b"no checkpoint")
     done = subprocess.run(
@@ -131,6 +132,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_command_by_name(tmp_path):
     assert not list(tmp_path.glob("omniops-serve-*"))
 
 
+@pytest.mark.slow
 def test_a_client_that_stops_in_the_middle_of_a_request_does_not_keep_its_thread(tmp_path):
     environment = {"OMNIOPS_SEND_TIMEOUT": "1"}
     with Running([*SERVE, *SMALL, "--port", "{port}", "--threads", "2"], tmp_path, environment) as server:

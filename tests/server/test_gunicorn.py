@@ -86,6 +86,7 @@ def slow(tmp_path_factory, clip):
         yield server
 
 
+@pytest.mark.slow
 def test_a_predictor_that_dies_in_the_middle_of_a_stream_takes_its_sessions_with_it_by_name(slow):
     api = slow.api()
     session = api.start_session("gallery/clip.mp4")
@@ -118,6 +119,7 @@ def test_a_predictor_that_dies_in_the_middle_of_a_stream_takes_its_sessions_with
     assert now[1] != predictor
 
 
+@pytest.mark.slow
 def test_a_predictor_that_dies_in_the_middle_of_a_click_fails_that_by_name(slow):
     api = slow.api()
     session = api.start_session("gallery/clip.mp4")
@@ -139,6 +141,7 @@ def test_a_predictor_that_dies_in_the_middle_of_a_click_fails_that_by_name(slow)
     assert api.start_session("gallery/clip.mp4") != session
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_takes_its_predictor_with_it(slow):
     api = slow.api()
     session = api.start_session("gallery/clip.mp4")
@@ -151,6 +154,7 @@ def test_a_worker_that_dies_is_replaced_and_takes_its_predictor_with_it(slow):
     assert api.add_points(api.start_session("gallery/clip.mp4"), 0, 0, [[0.5, 0.5]])["rleMaskList"]
 
 
+@pytest.mark.slow
 def test_several_workers_are_refused_by_name(serve):
     server = serve("Delayed", "--workers", "2")
     api = server.api()
@@ -165,6 +169,7 @@ def preloaded(serve):
     return serve("OnAMac", "--preload")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("started", ["slow", "preloaded"])
 def test_a_mac_s_gpu_is_used_though_gunicorn_forks(request, started):
     """The web process would be killed where it asked for the GPU: it must not."""

@@ -142,6 +142,7 @@ def _seconds(call, *arguments):
     return time.monotonic() - start
 
 
+@pytest.mark.slow
 def test_readers_that_stop_are_not_waited_for(large):
     api = large.api()
     stalled = [_tracked(large, api) for _ in range(4)]
@@ -169,6 +170,7 @@ def test_a_client_that_does_not_close_its_connection_keeps_nobody_waiting(server
         assert _seconds(server.client().get, "/healthy") < 1
 
 
+@pytest.mark.slow
 def test_a_slow_reader_is_served_to_the_end(large):
     api = large.api()
     session = _tracked(large, api)
@@ -266,6 +268,7 @@ def test_clients_that_vanish_at_every_stage_leave_nothing_behind(large, is_reset
     assert "Traceback" not in large.output(), large.output()
 
 
+@pytest.mark.slow
 def test_the_server_ends_though_people_are_tracking_and_stalling(folder):
     with _running(folder, "Large", 12, FRAMES=400, DELAY=0.01) as server:
         api = server.api()

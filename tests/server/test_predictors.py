@@ -417,6 +417,7 @@ def _pid(inference):
     return inference._remote._child.pid
 
 
+@pytest.mark.slow
 @needs_remote
 def test_a_real_process_opens_closes_dies_and_is_replaced():
     predictor = Predictor(_in_process, "cpu")
@@ -453,6 +454,7 @@ def test_a_real_process_opens_closes_dies_and_is_replaced():
     assert _is_gone(third)
 
 
+@pytest.mark.slow
 @needs_remote
 def test_a_process_that_hangs_is_killed_and_replaced(caplog):
     predictor = Predictor(_in_process, "cpu", patience=0.5)
@@ -483,6 +485,7 @@ def test_a_real_process_without_its_checkpoint_says_so_by_name():
     assert "secret" not in raised.value.message
 
 
+@pytest.mark.slow
 @needs_remote
 def test_the_process_ends_with_the_one_that_uses_it():
     program = f"""

@@ -18,6 +18,8 @@ from omniops.server.predictors import Predictor, make_inference
 from omniops.server.sessions import Sessions
 from omniops.server.settings import Settings
 
+pytestmark = pytest.mark.slow  # processes that load a model, one after the other
+
 DIED = "Cannot find session ID; it ended when the process of its model died"
 
 
