@@ -180,6 +180,7 @@ def test_a_file_that_cannot_be_decoded_is_refused_in_words(start, file):
 
 
 def test_a_file_that_is_too_large_is_not_even_sent(start):
+    expect(start.page.get_by_text("Up to 20 MB")).to_be_visible()  # it knows how much the server takes
     sent = []
     start.page.on("request", lambda request: sent.append(request) if "upload=" in request.url else None)
     start.page.evaluate(
