@@ -65,15 +65,10 @@ def test_a_given_folder_is_made_and_kept(tmp_path):
 
 def _serve(settings, make, on_ready):
     """By waitress, in this thread."""
-    # It is ignored where tests run in the background.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with serving.listen("127.0.0.1", 0) as bound:
-            serving._serve_by_waitress(
-                lambda: create_app(settings, predictors=[Predictor(make)]), bound, None, 4, on_ready(bound)
-            )
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with serving.listen("127.0.0.1", 0) as bound:
+        serving._serve_by_waitress(
+            lambda: create_app(settings, predictors=[Predictor(make)]), bound, None, 4, on_ready(bound)
+        )
 
 
 def test_waitress_serves_until_ctrl_c(data):
