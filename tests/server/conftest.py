@@ -9,6 +9,7 @@ import pytest
 from flask.testing import FlaskClient
 from server.client import Api
 from server.fake_inference import FakeInference
+from server.world import POINT, worlds
 
 from omniops.drawing import VideoWriter
 from omniops.server.predictors import Predictor
@@ -80,3 +81,23 @@ def client(app):
 def api(client):
     """The operations, from the official front end's origin."""
     return Api(client)
+
+
+@pytest.fixture
+def make_world():
+    """Makes a ``World``, whose sessions end with the test."""
+    with worlds() as make:
+        yield make
+
+
+@pytest.fixture
+def world(make_world):
+    return make_world()
+
+
+@pytest.fixture
+def session(world):
+    """One of a world, with an object."""
+    session = world.start()
+    session.add_points(0, 1, POINT, [1])
+    return session

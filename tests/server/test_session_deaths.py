@@ -7,32 +7,13 @@ import warnings
 import pytest
 from server.test_session_races import CHANGES, frames
 from server.waiting import Gate, Thread, settle, wait_until
-from server.world import CLIP, POINT, worlds
+from server.world import CLIP, POINT
 
 from omniops.sam2 import RemoteError
 from omniops.server.errors import Busy, NotFound
 from omniops.server.predictors import DiedError
 
 DIED = "Cannot find session ID; it ended when the process of its model died"
-
-
-@pytest.fixture
-def make_world():
-    with worlds() as make:
-        yield make
-
-
-@pytest.fixture
-def world(make_world):
-    return make_world()
-
-
-@pytest.fixture
-def session(world):
-    """One with an object."""
-    session = world.start()
-    session.add_points(0, 1, POINT, [1])
-    return session
 
 
 def test_a_death_in_a_click_ends_the_sessions_of_that_predictor_by_name(make_world):

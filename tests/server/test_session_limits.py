@@ -7,24 +7,12 @@ import pytest
 from server.fake_inference import FEATURE_BYTES, TRACKED_BYTES, FakeInference
 from server.test_metrics import parsed
 from server.waiting import Thread, hasty, held, wait_until
-from server.world import CLIP, POINT, missing, worlds
+from server.world import CLIP, POINT, missing
 
 from omniops.server.errors import Busy, NotFound, ServerError, TooLarge
 from omniops.server.predictors import Predictor, StartError
 from omniops.server.sessions import Sessions
 from omniops.server.settings import Settings
-
-
-@pytest.fixture
-def make_world():
-    with worlds() as make:
-        yield make
-
-
-@pytest.fixture
-def world(make_world):
-    return make_world()
-
 
 # How many there may be.
 

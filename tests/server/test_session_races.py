@@ -7,28 +7,9 @@ from pathlib import Path
 import pytest
 from server.fake_inference import BATCHES
 from server.waiting import Thread, hasty, held, settle, wait_until
-from server.world import POINT, worlds
+from server.world import POINT
 
 from omniops.server.errors import Busy, NotFound, ServerError
-
-
-@pytest.fixture
-def make_world():
-    with worlds() as make:
-        yield make
-
-
-@pytest.fixture
-def world(make_world):
-    return make_world()
-
-
-@pytest.fixture
-def session(world):
-    """One with an object."""
-    session = world.start()
-    session.add_points(0, 1, POINT, [1])
-    return session
 
 
 def frames(stream):

@@ -9,25 +9,13 @@ from pathlib import Path
 import pytest
 from server.fake_inference import FEATURE_BYTES, TRACKED_BYTES, FakeInference
 from server.waiting import Thread, held, settle, wait_until
-from server.world import CLIP, POINT, missing, worlds
+from server.world import CLIP, POINT, missing
 
 from omniops.server import sessions as sessions_module
 from omniops.server.errors import Busy, ServerError
 from omniops.server.predictors import Predictor
 from omniops.server.sessions import Sessions
 from omniops.server.settings import Settings
-
-
-@pytest.fixture
-def make_world():
-    with worlds() as make:
-        yield make
-
-
-@pytest.fixture
-def world(make_world):
-    return make_world()
-
 
 # A session.
 

@@ -14,6 +14,7 @@ from omniops.cli.segment_parts import (
     ImageSizeOption,
     Precision,
     PrecisionOption,
+    RandomWeightsOption,
     Work,
     configuration,
     is_picture,
@@ -62,9 +63,7 @@ def segment(
             help="tiny, small, base-plus or large, which are fetched once; Meta's .pt or its URL, a folder, a hub id.",
         ),
     ] = "tiny",
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="To see it run without any: its masks mean nothing.")
-    ] = False,
+    random_weights: RandomWeightsOption = False,
     device: DeviceOption = None,
     precision: PrecisionOption = Precision.AUTO,
     image_size: ImageSizeOption = None,

@@ -46,6 +46,9 @@ class Precision(str, Enum):
 PrecisionOption = Annotated[
     Precision, typer.Option("--dtype", help="What is computed in; auto: the one that suits the device.")
 ]
+RandomWeightsOption = Annotated[
+    bool, typer.Option("--random-weights", help="To see it run without any: its masks mean nothing.")
+]
 ImageSizeOption = Annotated[
     int | None,
     typer.Option(

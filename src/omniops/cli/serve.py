@@ -13,7 +13,7 @@ import typer
 
 from omniops.cli.common import CommandError, missing_packages, print_lines, require_sam2
 from omniops.cli.errors import say
-from omniops.cli.segment_parts import ImageSizeOption, require_image_size
+from omniops.cli.segment_parts import ImageSizeOption, RandomWeightsOption, require_image_size
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -45,9 +45,7 @@ def serve(
             show_default="tiny",
         ),
     ] = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="To see it run without any: its masks mean nothing.")
-    ] = False,
+    random_weights: RandomWeightsOption = False,
     device: Annotated[
         str | None,
         typer.Option(
