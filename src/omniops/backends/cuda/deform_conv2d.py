@@ -133,6 +133,33 @@ def deform_conv2d_backward_weight(
         return finish(total.view(shape[0], geometry.taps, shape[1]).mT.unflatten(2, shape[2:]), grad)
 
 
+def deform_conv2d_backward(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of input, offset, weight, bias and mask, of no elements where ``output_mask`` is false."""
+    by_input, by_offset, by_weight, by_bias, by_mask = (grad.new_empty(0) for _ in range(5))
+    if output_mask[0] or output_mask[1] or output_mask[4]:
+        by_input, by_offset, by_mask = deform_conv2d_backward_data(
+            grad, input, offset, weight, mask, stride, padding, dilation
+        )
+    if output_mask[2]:
+        groups = input.shape[1] // weight.shape[1]
+        by_weight = deform_conv2d_backward_weight(
+            grad, input, offset, mask, weight.shape[2:], groups, stride, padding, dilation
+        )
+    if output_mask[3]:
+        by_bias = grad.sum((0, 2, 3))
+    return by_input, by_offset, by_weight, by_bias, by_mask
+
+
 def check_sizes(input: Sequence[int], offset: Sequence[int], out_channels: int, geometry: Geometry) -> None:
     """Raise ValueError for sizes that 32 bits or the axes of a grid of programs do not reach."""
     n, c, height, width = input
