@@ -109,6 +109,53 @@ class Columns:
                 part.copy_(product.view(part.shape))
         return out
 
+    def backward(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        mask: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        output_mask: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The kernel of ``deform_conv2d_backward``."""
+        groups = input.shape[1] // weight.shape[1]
+        geometry = geometry_of(offset, weight.shape[2:], groups, stride, padding, dilation)
+        self.check(input.shape, offset.shape, len(weight), geometry)
+        image, moves, factors = self._dense(input, offset, mask)
+        grads = self._by_channel(grad).view(-1, groups, grad.shape[1] // groups)
+        of_samples, of_weight = output_mask[0] or output_mask[1] or output_mask[4], output_mask[2]
+        by_image = by_offset = by_mask = kernels = total = None
+        if of_samples:
+            kernels = by_tap(weight, groups, self.columns_dtype(input.dtype))
+            by_image = torch.zeros_like(image, dtype=accumulator(image))
+            by_offset, by_mask = torch.empty_like(moves), None if factors is None else torch.empty_like(factors)
+        if of_weight:
+            shape = (groups, grads.shape[2], geometry.taps * input.shape[1] // groups)
+            total = grads.new_zeros(shape, dtype=accumulator(grad))
+        for first, columns in self._chunks(offset, image, geometry) if of_samples or of_weight else ():
+            part = grads[first : first + columns.shape[1]].to(columns.dtype)
+            if total is not None:
+                self.sample(image, moves, factors, geometry, first, columns)
+                if total.dtype == columns.dtype:
+                    torch.baddbmm(total, part.permute(1, 2, 0), columns.flatten(2), out=total)
+                else:
+                    total += torch.bmm(part.permute(1, 2, 0), columns.flatten(2))
+            if by_image is not None and by_offset is not None and kernels is not None:
+                self._product(part.transpose(0, 1), kernels, columns.flatten(2))
+                self.gradients(columns, image, moves, factors, geometry, first, by_image, by_offset, by_mask)
+        none = grad.new_empty(0)
+        return (
+            self._by_position(by_image, input) if by_image is not None and output_mask[0] else none,
+            finish(by_offset, offset) if by_offset is not None and output_mask[1] else none,
+            none if total is None else finish(by_position(total, weight), weight),
+            grad.sum((0, 2, 3)) if output_mask[3] else none,
+            finish(by_mask, mask) if by_mask is not None and mask is not None and output_mask[4] else none,
+        )
+
     def backward_data(
         self,
         grad: Tensor,
@@ -251,3 +298,9 @@ def geometry_of(
 def by_tap(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """(C_out, C / G, kh, kw) -> (G, C_out / G, K * C / G), in the order of the columns."""
     return weight.flatten(2).mT.to(dtype).reshape(groups, weight.shape[0] // groups, -1)
+
+
+def by_position(kernels: Tensor, weight: Tensor) -> Tensor:
+    """What ``by_tap`` makes of a weight, in the shape of the weight again."""
+    by_weight: Tensor = kernels.view(weight.shape[0], -1, weight.shape[1]).mT.unflatten(2, weight.shape[2:])
+    return by_weight

@@ -22,6 +22,25 @@ def carafe(
     return _run(_C.carafe, features, masks, out, sizes)
 
 
+def carafe_backward(
+    grad: Tensor,
+    features: Tensor | None,
+    masks: Tensor | None,
+    height: int,
+    width: int,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
+    stride: int,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of features, which take ``masks``, and of masks; without elements where None was given."""
+    sizes = (kernel_size, group_size, scale_factor, stride)
+    return (
+        grad.new_empty(0) if masks is None else carafe_backward_features(grad, masks, height, width, *sizes),
+        grad.new_empty(0) if features is None else carafe_backward_masks(grad, features, *sizes),
+    )
+
+
 def carafe_backward_features(
     grad: Tensor,
     masks: Tensor,

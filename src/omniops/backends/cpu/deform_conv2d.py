@@ -107,5 +107,6 @@ _COLUMNS = Columns(
 )
 
 deform_conv2d = _COLUMNS.forward
+deform_conv2d_backward = _COLUMNS.backward
 deform_conv2d_backward_data = _COLUMNS.backward_data
 deform_conv2d_backward_weight = _COLUMNS.backward_weight
