@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 import omniops
 
-for name in ("carafe", "carafe_backward_features", "carafe_backward_masks"):
+for name in ("carafe", "carafe_backward"):
     assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"omniops::{name}", "CPU")
 
 torch.manual_seed(0)

@@ -7,6 +7,7 @@ import torch
 
 import omniops
 from omniops.backends import cpu
+from omniops.backends.reference import carafe as reference
 from omniops.ops import carafe as ops
 
 DEVICES = [
@@ -35,8 +36,8 @@ def test_opcheck(device, s, t, layout):
     )
     sizes = (3, 2, s, t)
     torch.library.opcheck(torch.ops.omniops.carafe.default, (features, masks, *sizes))
-    torch.library.opcheck(torch.ops.omniops.carafe_backward_features.default, (grad, masks, 3, 6, *sizes))
-    torch.library.opcheck(torch.ops.omniops.carafe_backward_masks.default, (grad, features, *sizes))
+    for given in ((features, masks), (features, None), (None, masks)):
+        torch.library.opcheck(torch.ops.omniops.carafe_backward.default, (grad, *given, 3, 6, *sizes))
 
 
 @pytest.mark.parametrize("device", [d for d in DEVICES if d != "mps"])
@@ -46,8 +47,9 @@ def test_gradients_of_first_and_second_order(device, s, t):
     sizes = (3, 2, s, t)
     for operator, inputs in (
         (lambda f, m: torch.ops.omniops.carafe(f, m, *sizes), (features, masks)),
-        (lambda g, m: torch.ops.omniops.carafe_backward_features(g, m, 3, 4, *sizes), (grad, masks)),
-        (lambda g, f: torch.ops.omniops.carafe_backward_masks(g, f, *sizes), (grad, features)),
+        (lambda g, f, m: torch.ops.omniops.carafe_backward(g, f, m, 3, 4, *sizes), (grad, features, masks)),
+        (lambda g, m: torch.ops.omniops.carafe_backward(g, None, m, 3, 4, *sizes)[0], (grad, masks)),
+        (lambda g, f: torch.ops.omniops.carafe_backward(g, f, None, 3, 4, *sizes)[1], (grad, features)),
     ):
         assert torch.autograd.gradcheck(operator, inputs)
         assert torch.autograd.gradgradcheck(operator, inputs)
@@ -65,14 +67,33 @@ def test_gradients_of_third_order():
 
 def test_only_what_is_asked_for_is_differentiated(monkeypatch):
     called = []
-    for name in ("_backward_features", "_backward_masks"):
-        operator = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *args, n=name, o=operator: called.append(n) or o(*args))
+    operator = ops._carafe_backward
+    monkeypatch.setattr(ops, "_carafe_backward", lambda *args: called.append(args[1:3]) or operator(*args))
     features, masks, _ = problem()
     omniops.carafe(features.requires_grad_(), masks, 3, 2, 2).sum().backward()
-    assert called == ["_backward_features"]
+    assert called[-1][0] is None
+    assert torch.equal(called[-1][1], masks)
     omniops.carafe(features.detach(), masks.requires_grad_(), 3, 2, 2).sum().backward()
-    assert called == ["_backward_features", "_backward_masks"]
+    assert torch.equal(called[-1][0], features)
+    assert called[-1][1] is None
+    assert len(called) == 2
+
+
+@pytest.mark.parametrize("first", ["features", "masks"])
+@pytest.mark.parametrize("second", ["grad", "features", "masks"])
+def test_a_second_derivative_of_one_gradient_alone(first, second):
+    """Where the other gradient has no cotangent."""
+    features, masks, grad = problem(dtype=torch.float64, requires_grad=True)
+    inputs = {"features": features, "masks": masks, "grad": grad}
+    oracle = reference.carafe(features, masks, 3, 2, 2, 1)
+    derivatives = []
+    for result in (omniops.carafe(features, masks, 3, 2, 2), oracle):
+        (by,) = torch.autograd.grad(result, inputs[first], grad, create_graph=True)
+        derivatives.append(torch.autograd.grad(by.pow(2).sum(), inputs[second], allow_unused=True)[0])
+    if first == second:
+        assert derivatives == [None, None]
+    else:
+        torch.testing.assert_close(*derivatives)
 
 
 @ON_DEVICES
@@ -124,20 +145,16 @@ def test_downsampling_exports_with_dynamic_sizes_beside_a_strided_convolution():
 def test_the_tags_are_kept():
     # Inductor must not hand over another memory format than the fake kernel saw. PyTorch takes that for granted of
     # operators without a tag, so nothing else here would notice its loss, but a user can set another default.
-    for operator in ("carafe", "carafe_backward_features", "carafe_backward_masks"):
+    for operator in ("carafe", "carafe_backward"):
         tags = getattr(torch.ops.omniops, operator).default.tags
         assert {torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order} <= set(tags)
 
 
-@pytest.mark.parametrize("operator", ["carafe", "carafe_backward_features", "carafe_backward_masks"])
+@pytest.mark.parametrize("operator", ["carafe", "carafe_backward"])
 def test_forward_mode_differentiation_is_refused(operator):
     features, masks, grad = problem()
-    first, second, *sizes = {
-        "carafe": (features, masks),
-        "carafe_backward_features": (grad, masks, 3, 6),
-        "carafe_backward_masks": (grad, features),
-    }[operator]
-    function = lambda x: getattr(torch.ops.omniops, operator)(x, second, *sizes, 3, 2, 2, 1)  # noqa: E731
+    first, *others = {"carafe": (features, masks), "carafe_backward": (grad, features, masks, 3, 6)}[operator]
+    function = lambda x: getattr(torch.ops.omniops, operator)(x, *others, 3, 2, 2, 1)  # noqa: E731
     message = f"omniops::{operator} has no forward-mode derivative"
     with pytest.raises(NotImplementedError, match=message):
         torch.func.jvp(function, (first,), (torch.ones_like(first),))
@@ -200,7 +217,7 @@ def test_autocast_casts_and_gradients_come_back_in_the_dtype_of_the_inputs(devic
 
 def test_autocast_is_registered_for_every_device_that_has_it():
     for key in ("AutocastCPU", "AutocastCUDA", "AutocastMPS"):
-        for name in ("carafe", "carafe_backward_features", "carafe_backward_masks"):
+        for name in ("carafe", "carafe_backward"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"omniops::{name}", key)
 
 
@@ -301,9 +318,12 @@ def test_errors_of_downsampling_and_of_the_gradients():
     with pytest.raises(TypeError, match="features must be a dense tensor, got a sparse_coo one"):
         omniops.carafe_downsample(F.to_sparse(), M, 3, 1, 2)
     with pytest.raises(ValueError, match=r"grad must have shape .* = \(1, 4, 6, 6\), got \(1, 4, 3, 3\)"):
-        torch.ops.omniops.carafe_backward_features(F, M, 3, 3, 3, 1, 2, 1)
-    with pytest.raises(ValueError, match=r"grad must have shape .* = \(1, 4, 6, 6\), got \(1, 4, 3, 3\)"):
-        torch.ops.omniops.carafe_backward_masks(F, F, 3, 1, 2, 1)
+        torch.ops.omniops.carafe_backward(F, None, M, 3, 3, 3, 1, 2, 1)
+    grad = torch.zeros(1, 4, 6, 6)
+    with pytest.raises(ValueError, match=r"features must have shape .* = \(1, 4, 3, 3\), got \(1, 4, 6, 6\)"):
+        torch.ops.omniops.carafe_backward(grad, grad, M, 3, 3, 3, 1, 2, 1)
+    with pytest.raises(ValueError, match=r"masks must have shape .* = \(1, 9, 6, 6\), got \(1, 4, 6, 6\)"):
+        torch.ops.omniops.carafe_backward(grad, F, grad, 3, 3, 3, 1, 2, 1)
 
 
 def test_the_shape_of_masks_is_told_in_the_arguments_that_were_given():

@@ -15,7 +15,7 @@ DEVICES = [
 ]
 ON_DEVICES = pytest.mark.parametrize("device", DEVICES)
 IN_FLOAT64 = pytest.mark.parametrize("device", [device for device in DEVICES if device != "mps"])
-OPERATORS = ("deform_conv2d", "deform_conv2d_backward_data", "deform_conv2d_backward_weight")
+OPERATORS = ("deform_conv2d", "deform_conv2d_backward")
 # Of every pair two numbers that differ.
 KERNEL, NUMBERS = (3, 2), ([2, 1], [2, 1], [1, 2])
 GROUPS = 2
@@ -40,12 +40,14 @@ def problem(
 
 
 def operator_of(tensors, grad):
-    """Each of the three operators with all its arguments."""
+    """Both operators with all their arguments."""
     input, offset, weight, bias, mask = tensors
     return {
         "deform_conv2d": (input, offset, weight, bias, mask, *NUMBERS),
-        "deform_conv2d_backward_data": (grad, input, offset, weight, mask, *NUMBERS),
-        "deform_conv2d_backward_weight": (grad, input, offset, mask, list(weight.shape[2:]), GROUPS, *NUMBERS),
+        "deform_conv2d_backward": (
+            *(grad, input, offset, weight, mask, *NUMBERS),
+            [True, True, True, bias is not None, mask is not None],
+        ),
     }
 
 
@@ -107,21 +109,19 @@ def test_gradients_of_third_order():
 
 def test_only_what_is_asked_for_is_differentiated(monkeypatch):
     called = []
-    for name in ("_backward_data", "_backward_weight"):
-        operator = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *args, n=name, o=operator: called.append(n) or o(*args))
-    expected = {
-        "input": ["_backward_data"],
-        "offset": ["_backward_data"],
-        "weight": ["_backward_weight"],
-        "bias": [],
-        "mask": ["_backward_data"],
-    }
-    for i, name in enumerate(TENSORS):
-        called.clear()
+    operator = ops._deform_conv2d_backward
+
+    def recorded(*args):
+        called.append(tuple(args[-1]))
+        results = operator(*args)
+        assert [x.numel() > 0 for x in results] == list(args[-1])
+        return results
+
+    monkeypatch.setattr(ops, "_deform_conv2d_backward", recorded)
+    for i in range(len(TENSORS)):
         *tensors, _ = problem()
         call(*(x.requires_grad_(j == i) for j, x in enumerate(tensors))).sum().backward()
-        assert called == expected[name]
+        assert called.pop() == tuple(j == i for j in range(5))
         assert [x.grad is not None for x in tensors] == [j == i for j in range(5)]
 
 
@@ -431,13 +431,13 @@ def test_errors_of_the_gradients():
     grad = torch.zeros(1, 6, 3, 2)
     message = r"grad must have shape \(N, C_out, H_out, W_out\) = \(1, 6, 3, 3\), got \(1, 6, 3, 2\)"
     with pytest.raises(ValueError, match=message):
-        torch.ops.omniops.deform_conv2d_backward_data(grad, I, O, W, M, *numbers)
-    with pytest.raises(ValueError, match=message):
-        torch.ops.omniops.deform_conv2d_backward_weight(grad, I, O, M, [3, 3], 1, *numbers)
-    with pytest.raises(ValueError, match="groups must divide the 4 channels of input and the 6 channels of grad, got"):
-        torch.ops.omniops.deform_conv2d_backward_weight(grad, I, O, M, [3, 3], 4, *numbers)
+        torch.ops.omniops.deform_conv2d_backward(grad, I, O, W, M, *numbers, [True] * 5)
     with pytest.raises(ValueError, match="stride must be a number or two, got 3"):
-        torch.ops.omniops.deform_conv2d_backward_data(grad, I, O, W, M, [1, 1, 1], *numbers[1:])
+        torch.ops.omniops.deform_conv2d_backward(grad, I, O, W, M, [1, 1, 1], *numbers[1:], [True] * 5)
+    with pytest.raises(ValueError, match="output_mask must be five bools, got 4"):
+        torch.ops.omniops.deform_conv2d_backward(torch.zeros(1, 6, 3, 3), I, O, W, M, *numbers, [True] * 4)
+    with pytest.raises(ValueError, match="output_mask must not ask for the gradient of mask, as there is none"):
+        torch.ops.omniops.deform_conv2d_backward(torch.zeros(1, 6, 3, 3), I, O, W, None, *numbers, [True] * 5)
 
 
 def test_checks_come_before_any_kernel_of_the_raw_operator():

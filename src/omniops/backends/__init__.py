@@ -3,10 +3,12 @@
 A folder says in its ``__init__`` which dispatch key it serves (DISPATCH_KEY), in which dtypes (DTYPES), what it is
 (TITLE), whether it can serve on this machine (AVAILABLE) and, where it cannot, what would change that (REMEDY). Its
 kernels get checked arguments that are not empty, return new tensors made with ``empty``, and are imported when first
-called.
+called. A kernel is a function, or one in two steps (``prepared``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import update_wrapper
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,24 @@ from torch import Tensor
 from omniops.backends import cpu, cuda, mps, reference
 
 BACKENDS = (reference, cpu, cuda, mps)
+
+
+class prepared:  # noqa: N801  # a decorator
+    """A kernel in two steps, for calls that cost little besides the first of their kind.
+
+    What is decorated gets the operator's arguments, looks only at what is equal for all calls of a kind (the shapes,
+    strides, dtypes, devices and alignment to 16 bytes of tensors, and the numbers), and returns the function that runs
+    on the arguments of any of them. That one is kept: it may hold no tensor, and asks for the state of PyTorch (the
+    current stream, TF32, deterministic algorithms, the number of threads) each time.
+    """
+
+    def __init__(self, prepare: Callable[..., Callable[..., Any]]) -> None:
+        self.prepare = prepare
+        update_wrapper(self, prepare)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run at once, keeping nothing."""
+        return self.prepare(*args, **kwargs)(*args, **kwargs)
 
 
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

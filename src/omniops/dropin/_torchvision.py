@@ -179,13 +179,9 @@ def _deform_conv2d_backward(
     use_mask: bool,
 ) -> tuple[Tensor, ...]:
     used = mask if use_mask else None
-    numbers = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
-    by_input, by_offset, by_mask = torch.ops.omniops.deform_conv2d_backward_data(
-        grad, input, offset, weight, used, *numbers
+    numbers = [stride_h, stride_w], [pad_h, pad_w], [dilation_h, dilation_w]
+    by_input, by_offset, by_weight, by_bias, by_mask = torch.ops.omniops.deform_conv2d_backward(
+        grad, input, offset, weight, used, *numbers, [True, True, True, True, use_mask]
     )
-    by_weight = torch.ops.omniops.deform_conv2d_backward_weight(
-        grad, input, offset, used, weight.shape[2:], groups, *numbers
-    )
-    by_mask = by_mask if use_mask else torch.zeros_like(mask)
-    results = by_input, by_weight, by_offset, by_mask, grad.sum((0, 2, 3))
+    results = by_input, by_weight, by_offset, by_mask if use_mask else torch.zeros_like(mask), by_bias
     return tuple(result.contiguous() for result in results)

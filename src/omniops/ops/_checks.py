@@ -132,6 +132,11 @@ def alike(**arguments: Tensor) -> None:
             )
 
 
+def given(**arguments: Tensor | None) -> dict[str, Tensor]:
+    """Those that are not None."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
 def dtype_name(value: Tensor) -> str:
     """As PyTorch writes it, without its own name."""
     return str(value.dtype).removeprefix("torch.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from threading import Lock
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from omniops.backends import BACKENDS, empty
+from omniops.backends import BACKENDS, empty, prepared
 
 _LIBRARY = torch.library.Library("omniops", "DEF")
+
+MOST_KEPT = 1024
+"""The kinds of calls that are kept for an operator on a backend; the oldest is forgotten for another one."""
 
 # The device types of autocast, and how the dispatcher calls it there.
 AUTOCAST_KEYS = {
@@ -66,24 +71,81 @@ def define(schema: str, *, file: str, results: Callable[..., Sequence[Result]], 
 def _kernel(
     backend: ModuleType, file: str, name: str, results: Callable[..., Sequence[Result]]
 ) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    """The operator on one backend: checked, empty inputs answered, the kernel's file imported when first called."""
-    kernel: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
+    """The operator on one backend: checked, empty inputs answered, the kernel's file imported when first called.
+
+    What runs for a kind of call, as ``_kind`` tells them apart, is kept: its checks have passed, and a kernel in two
+    steps has taken its first.
+    """
+    kept: dict[Any, Callable[..., Tensor | tuple[Tensor, ...]]] = {}
+    adding = Lock()
 
     def checked(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        nonlocal kernel
         if forward_ad._current_level >= 0:
             raise NotImplementedError(
                 f"omniops::{name} has no forward-mode derivative, and PyTorch would take it for zero: "
                 f"use reverse mode (torch.autograd.grad), or call it outside of forward-mode differentiation"
             )
-        described = results(*args)
-        if 0 in described[0].shape or any(isinstance(arg, Tensor) and arg.numel() == 0 for arg in args):
-            return _one_or_all(empty(*result).zero_() for result in described)
-        if kernel is None:
-            kernel = getattr(import_module(f"{backend.__name__}.{file}"), name)
-        return kernel(*args)
+        kind = _kind(args)
+        run = kept.get(kind)
+        return first(kind, args) if run is None else run(*args)
 
+    def first(kind: Any, args: tuple[Any, ...]) -> Tensor | tuple[Tensor, ...]:
+        described = results(*args)
+        if any(isinstance(arg, Tensor) and arg.numel() == 0 for arg in args):
+            return _one_or_all(empty(*result).zero_() for result in described)
+        kernel = getattr(import_module(f"{backend.__name__}.{file}"), name)
+        run: Any = kernel.prepare(*args) if isinstance(kernel, prepared) else kernel
+        with adding:
+            while len(kept) >= MOST_KEPT:
+                del kept[next(iter(kept))]
+            kept[kind] = run
+        result: Tensor | tuple[Tensor, ...] = run(*args)
+        return result
+
+    def forget() -> None:
+        nonlocal adding
+        adding = Lock()  # a thread that is not in this process may have held the other
+        kept.clear()
+
+    # No kernel of the parent's is one on a GPU of the child's.
+    os.register_at_fork(after_in_child=forget)
     return checked
+
+
+def _kind(args: tuple[Any, ...]) -> Any:
+    """What an operator's checks and the choice of a kernel may depend on."""
+    return tuple(
+        [
+            (arg.shape, arg.stride(), arg.dtype, arg.device, arg.data_ptr() % 16)
+            if isinstance(arg, Tensor)
+            else tuple(arg)
+            if isinstance(arg, list)
+            else arg
+            for arg in args
+        ]
+    )
+
+
+def differentiate(operator: Any, function: type[torch.autograd.Function]) -> None:
+    """Make ``function`` the derivative of an operator, under the dispatcher's keys for autograd.
+
+    Its ``forward(ctx, keyset, *args)`` gets the operator's arguments after what ``below_autograd`` asks for, and its
+    ``backward`` returns a gradient for each of all these. (torch.library.register_autograd does the same with several
+    layers of Python more, which take longer than the kernels of a small map.)
+    """
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(keyset, *args)
+        return below_autograd(operator, keyset, *args)
+
+    _LIBRARY.impl(operator._schema.name.partition("::")[2], autograd, "Autograd", with_keyset=True)
+
+
+def below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
+    """Call the operator as the dispatcher does once autograd has been served: modes and subclasses come next."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 def _one_or_all(tensors: Iterable[Tensor]) -> Tensor | tuple[Tensor, ...]:

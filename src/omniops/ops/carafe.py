@@ -8,8 +8,8 @@ at *centres*, every ``stride`` pixels, ceil(H / stride) x ceil(W / stride) of th
 
 and zero outside the map. Upsampling has t = 1, downsampling s = 1.
 
-The form sum(grad * out) is linear in features, masks and grad, and the three operators here are its three partial
-derivatives. So the derivative of each is made of the other two, and gradients of any order need no further kernel.
+The form sum(grad * out) is linear in features, masks and grad, and the two operators here give its three partial
+derivatives. So the derivative of each is made of them again, and gradients of any order need no further kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from omniops.ops import _checks
-from omniops.ops._library import Result, define, without_autocast
+from omniops.ops._library import Result, below_autograd, define, differentiate, without_autocast
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
@@ -125,9 +125,10 @@ def _carafe_result(
     return [Result((n, c, height, width), like=features)]
 
 
-def _backward_features_result(
+def _backward_results(
     grad: Tensor,
-    masks: Tensor,
+    features: Tensor | None,
+    masks: Tensor | None,
     height: int,
     width: int,
     kernel_size: int,
@@ -135,26 +136,22 @@ def _backward_features_result(
     scale_factor: int,
     stride: int,
 ) -> list[Result]:
-    _checks.four_dimensional(grad=grad, masks=masks)
-    _checks.alike(grad=grad, masks=masks)
+    given = _checks.given(grad=grad, features=features, masks=masks)
+    _checks.four_dimensional(**given)
+    _checks.alike(**given)
     n, c = grad.shape[:2]
     _check_sizes("grad", c, kernel_size, group_size, scale_factor, stride)
     result = _upsampled(height, width, scale_factor, stride)
     _checks.shape("grad", grad, (n, c, *result), _result_in_words(scale_factor, stride))
-    _checks.shape("masks", masks, (n, group_size * kernel_size**2, *result), _masks_in_words(scale_factor, stride))
-    return [Result((n, c, height, width), like=grad)]
-
-
-def _backward_masks_result(
-    grad: Tensor, features: Tensor, kernel_size: int, group_size: int, scale_factor: int, stride: int
-) -> list[Result]:
-    _checks.four_dimensional(grad=grad, features=features)
-    _checks.alike(grad=grad, features=features)
-    n, c, h, w = features.shape
-    _check_sizes("features", c, kernel_size, group_size, scale_factor, stride)
-    height, width = _upsampled(h, w, scale_factor, stride)
-    _checks.shape("grad", grad, (n, c, height, width), _result_in_words(scale_factor, stride))
-    return [Result((n, group_size * kernel_size**2, height, width), like=grad)]
+    if features is not None:
+        _checks.shape("features", features, (n, c, height, width), "(N, C, H, W)")
+    of_masks = (n, group_size * kernel_size**2, *result)
+    if masks is not None:
+        _checks.shape("masks", masks, of_masks, _masks_in_words(scale_factor, stride))
+    return [
+        Result((0,) if masks is None else (n, c, height, width), like=grad),
+        Result((0,) if features is None else of_masks, like=grad),
+    ]
 
 
 _carafe = define(
@@ -163,76 +160,82 @@ _carafe = define(
     results=_carafe_result,
     autocast=True,
 )
-_backward_features = define(
-    "carafe_backward_features(Tensor grad, Tensor masks, SymInt height, SymInt width, "
-    "int kernel_size, int group_size, int scale_factor, int stride) -> Tensor",
+_carafe_backward = define(
+    "carafe_backward(Tensor grad, Tensor? features, Tensor? masks, SymInt height, SymInt width, "
+    "int kernel_size, int group_size, int scale_factor, int stride) -> (Tensor, Tensor)",
     file="carafe",
-    results=_backward_features_result,
+    results=_backward_results,
 )
-_backward_masks = define(
-    "carafe_backward_masks(Tensor grad, Tensor features, "
-    "int kernel_size, int group_size, int scale_factor, int stride) -> Tensor",
-    file="carafe",
-    results=_backward_masks_result,
-)
+"""The gradients of features and masks. The former is of no elements without masks, the latter without features."""
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    first, second, *sizes = inputs
-    ctx.save_for_backward(
-        first if ctx.needs_input_grad[1] else None,
-        second if ctx.needs_input_grad[0] else None,
-    )
-    ctx.sizes = sizes[-4:]
+class Carafe(torch.autograd.Function):
+    """The derivative of carafe, for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, features: Tensor, masks: Tensor, *numbers: int) -> Tensor:
+        """Run the operator, and keep of features and masks what the gradient of the other needs."""
+        _, of_features, of_masks, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(features if of_masks else None, masks if of_features else None)
+        ctx.numbers = *features.shape[2:], *numbers
+        result: Tensor = below_autograd(_carafe, keyset, features, masks, *numbers)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Give the gradients of features and masks."""
+        features, masks = ctx.saved_tensors
+        by_features, by_masks = _carafe_backward(grad, features, masks, *ctx.numbers)
+        return (
+            None,
+            None if masks is None else by_features,
+            None if features is None else by_masks,
+            *(None, None, None, None),
+        )
 
 
-def _save_features(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, inputs, output)
-    ctx.resolution = inputs[0].shape[-2:]
+class CarafeBackward(torch.autograd.Function):
+    """The derivative of carafe_backward, for autograd.
+
+    Its cotangents are one of features and one of masks. In each term of the form one of them stands in its place, and
+    the derivative has the dtypes of what it is the derivative of, also where it is taken under autocast.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, keyset: Any, grad: Tensor, features: Tensor | None, masks: Tensor | None, *numbers: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run the operator, and keep its tensors."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, features, masks)
+        ctx.numbers = numbers
+        result: tuple[Tensor, Tensor] = below_autograd(_carafe_backward, keyset, grad, features, masks, *numbers)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, by_features: Tensor | None, by_masks: Tensor | None) -> tuple[Any, ...]:
+        """Give the gradients of grad, features and masks."""
+        grad, features, masks = ctx.saved_tensors
+        of_grad, of_features, of_masks = ctx.needs_input_grad[1:4]
+        # What has no elements stands for a gradient that nobody asked for.
+        by_features, by_masks = (None if masks is None else by_features), (None if features is None else by_masks)
+        gradient: Tensor | None = None
+        if of_grad:
+            with without_autocast(grad):
+                terms = [
+                    _carafe(first, second, *ctx.numbers[2:])
+                    for first, second in ((by_features, masks), (features, by_masks))
+                    if first is not None and second is not None
+                ]
+            gradient = terms[0] + terms[1] if len(terms) == 2 else terms[0] if terms else None
+        of_features, of_masks = of_features and by_masks is not None, of_masks and by_features is not None
+        second = (None, None)
+        if of_features or of_masks:
+            second = _carafe_backward(
+                grad, by_features if of_masks else None, by_masks if of_features else None, *ctx.numbers
+            )
+        return None, gradient, second[0] if of_features else None, second[1] if of_masks else None, *(None,) * 6
 
 
-def _save_second_features(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, inputs, output)
-    ctx.resolution = inputs[1].shape[-2:]
-
-
-# In each formula below one of features, masks and grad is the operator's result, so its cotangent stands in its place.
-# A derivative has the dtypes of what it is the derivative of, also where it is taken under autocast.
-
-
-def _again(features: Tensor, masks: Tensor, sizes: Any) -> Tensor:
-    with without_autocast(features):
-        result: Tensor = _carafe(features, masks, *sizes)
-    return result
-
-
-def _carafe_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    features, masks = ctx.saved_tensors
-    return (
-        None if masks is None else _backward_features(grad, masks, *ctx.resolution, *ctx.sizes),
-        None if features is None else _backward_masks(grad, features, *ctx.sizes),
-        *(None,) * 4,
-    )
-
-
-def _backward_features_backward(ctx: Any, features: Tensor) -> tuple[Any, ...]:
-    grad, masks = ctx.saved_tensors
-    return (
-        None if masks is None else _again(features, masks, ctx.sizes),
-        None if grad is None else _backward_masks(grad, features, *ctx.sizes),
-        *(None,) * 6,
-    )
-
-
-def _backward_masks_backward(ctx: Any, masks: Tensor) -> tuple[Any, ...]:
-    grad, features = ctx.saved_tensors
-    return (
-        None if features is None else _again(features, masks, ctx.sizes),
-        None if grad is None else _backward_features(grad, masks, *ctx.resolution, *ctx.sizes),
-        *(None,) * 4,
-    )
-
-
-torch.library.register_autograd(_carafe, _carafe_backward, setup_context=_save_features)
-torch.library.register_autograd(_backward_features, _backward_features_backward, setup_context=_save)
-torch.library.register_autograd(_backward_masks, _backward_masks_backward, setup_context=_save_second_features)
+differentiate(_carafe, Carafe)
+differentiate(_carafe_backward, CarafeBackward)

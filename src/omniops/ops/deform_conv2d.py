@@ -10,8 +10,8 @@ With K = kernel height * kernel width taps t = (u, v), G weight groups and D off
 where torchvision's kernel for CPUs has NaN in the gradient of the offset; a position that is not a number makes the
 sample so. Where a position is whole, the derivative by it is the one to the right, as in torchvision.
 
-The two backward operators are plain functions of their arguments too, and their own derivatives are autograd's, through
-the reference kernels: these keep the samples of every tap, so that memory for the second derivative has no bound.
+The backward operator is a plain function of its arguments too, and its own derivative is autograd's, through the
+reference kernel: that keeps the samples of every tap, so that memory for the second derivative has no bound.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from omniops.backends.reference import deform_conv2d as reference
 from omniops.ops import _checks
-from omniops.ops._library import Result, define, without_autocast
+from omniops.ops._library import Result, below_autograd, define, differentiate, without_autocast
 
 
 def deform_conv2d(
@@ -232,7 +232,7 @@ def _forward_results(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> list[Result]:
-    _checks.alike(**_given(input=input, offset=offset, weight=weight, bias=bias, mask=mask))
+    _checks.alike(**_checks.given(input=input, offset=offset, weight=weight, bias=bias, mask=mask))
     _checks.four_dimensional(input=input, offset=offset, weight=weight)
     height, width = _check(input, offset, weight.shape[2:], mask, stride, padding, dilation)
     _check_weight(input, weight)
@@ -241,7 +241,7 @@ def _forward_results(
     return [Result((input.shape[0], weight.shape[0], height, width), like=input)]
 
 
-def _backward_data_results(
+def _backward_results(
     grad: Tensor,
     input: Tensor,
     offset: Tensor,
@@ -250,42 +250,23 @@ def _backward_data_results(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    output_mask: Sequence[bool],
 ) -> list[Result]:
-    _checks.alike(**_given(grad=grad, input=input, offset=offset, weight=weight, mask=mask))
+    _checks.alike(**_checks.given(grad=grad, input=input, offset=offset, weight=weight, mask=mask))
     _checks.four_dimensional(grad=grad, weight=weight)
     height, width = _check(input, offset, weight.shape[2:], mask, stride, padding, dilation)
     _check_weight(input, weight)
     _checks.shape("grad", grad, (input.shape[0], weight.shape[0], height, width), "(N, C_out, H_out, W_out)")
-    return [
-        Result(input.shape, like=input),
-        Result(offset.shape, like=offset),
-        Result((0,), like=offset) if mask is None else Result(mask.shape, like=mask),
+    if len(output_mask) != 5:
+        raise ValueError(f"output_mask must be five bools, got {len(output_mask)}")
+    if output_mask[4] and mask is None:
+        raise ValueError("output_mask must not ask for the gradient of mask, as there is none")
+    results = [Result(input.shape, like=input), Result(offset.shape, like=offset), Result(weight.shape, like=weight)]
+    results += [
+        Result((weight.shape[0],), like=grad),
+        Result((0,) if mask is None else mask.shape, like=offset if mask is None else mask),
     ]
-
-
-def _backward_weight_results(
-    grad: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    kernel_size: Sequence[int],
-    groups: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> list[Result]:
-    _checks.alike(**_given(grad=grad, input=input, offset=offset, mask=mask))
-    _checks.four_dimensional(grad=grad)
-    height, width = _check(input, offset, kernel_size, mask, stride, padding, dilation)
-    (n, c), c_out = input.shape[:2], grad.shape[1]
-    if groups < 1 or c % groups != 0 or c_out % groups != 0:
-        raise ValueError(f"groups must divide the {c} channels of input and the {c_out} channels of grad, got {groups}")
-    _checks.shape("grad", grad, (n, c_out, height, width), "(N, C_out, H_out, W_out)")
-    return [Result((c_out, c // groups, *kernel_size), like=grad)]
-
-
-def _given(**arguments: Tensor | None) -> dict[str, Tensor]:
-    return {name: value for name, value in arguments.items() if value is not None}
+    return [result if wanted else Result((0,), like=grad) for result, wanted in zip(results, output_mask, strict=True)]
 
 
 _deform_conv2d = define(
@@ -295,60 +276,84 @@ _deform_conv2d = define(
     results=_forward_results,
     autocast=True,
 )
-_backward_data = define(
-    "deform_conv2d_backward_data(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
-    "int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor, Tensor)",
+_deform_conv2d_backward = define(
+    "deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
+    "int[] stride, int[] padding, int[] dilation, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     file="deform_conv2d",
-    results=_backward_data_results,
+    results=_backward_results,
 )
-"""The gradients of input, offset and mask; the last is of no elements where there is no mask."""
-_backward_weight = define(
-    "deform_conv2d_backward_weight(Tensor grad, Tensor input, Tensor offset, Tensor? mask, SymInt[] kernel_size, "
-    "SymInt groups, int[] stride, int[] padding, int[] dilation) -> Tensor",
-    file="deform_conv2d",
-    results=_backward_weight_results,
-)
+"""The gradients of input, offset, weight, bias and mask; those that output_mask is False for are of no elements."""
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*(value for value in inputs if value is None or isinstance(value, Tensor)))
-    ctx.numbers = tuple(value for value in inputs if value is not None and not isinstance(value, Tensor))
+class DeformConv2d(torch.autograd.Function):
+    """The derivative of deform_conv2d, for autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        keyset: Any,
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        *numbers: Sequence[int],
+    ) -> Tensor:
+        """Run the operator, and keep its tensors but the bias."""
+        ctx.save_for_backward(input, offset, weight, mask)
+        ctx.numbers = numbers
+        result: Tensor = below_autograd(_deform_conv2d, keyset, input, offset, weight, bias, mask, *numbers)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Give the gradients of input, offset, weight, bias and mask."""
+        wanted = ctx.needs_input_grad[1:6]
+        gradients = _deform_conv2d_backward(grad, *ctx.saved_tensors, *ctx.numbers, wanted)
+        return (
+            None,
+            *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
+            *(None,) * 3,
+        )
 
 
-def _deform_conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    input, offset, weight, _, mask = ctx.saved_tensors
-    by_input, by_offset, by_weight, by_bias, by_mask = ctx.needs_input_grad[:5]
-    data: tuple[Tensor | None, ...] = (None, None, None)
-    if by_input or by_offset or by_mask:
-        data = _backward_data(grad, input, offset, weight, mask, *ctx.numbers)
-    return (
-        data[0],
-        data[1],
-        _backward_weight(grad, input, offset, mask, weight.shape[2:], input.shape[1] // weight.shape[1], *ctx.numbers)
-        if by_weight
-        else None,
-        grad.sum((0, 2, 3)) if by_bias else None,
-        data[2] if by_mask else None,
-        *(None,) * 3,
-    )
+class DeformConv2dBackward(torch.autograd.Function):
+    """The derivative of deform_conv2d_backward: autograd's, of its reference kernel."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        keyset: Any,
+        grad: Tensor,
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        mask: Tensor | None,
+        *numbers: Sequence[int],
+    ) -> tuple[Tensor, ...]:
+        """Run the operator, and keep its tensors."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, input, offset, weight, mask)
+        ctx.numbers = numbers
+        results: tuple[Tensor, ...] = below_autograd(
+            _deform_conv2d_backward, keyset, grad, input, offset, weight, mask, *numbers
+        )
+        return results
 
-def _backward_of(kernel: Any) -> Any:
-    """The derivative of one of the backward operators: autograd's, of its reference kernel."""
-
+    @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        """Give the gradients of grad, input, offset, weight and mask."""
         saved = ctx.saved_tensors
         with torch.enable_grad(), without_autocast(saved[0]):
             # A view of its own for each, so that only the paths through this kernel are followed.
-            tensors = [value if value is None else value.view_as(value) for value in saved]
-            results = kernel(*tensors, *ctx.numbers)
-            results = results if isinstance(results, tuple) else (results,)
+            tensors: list[Any] = [value if value is None else value.view_as(value) for value in saved]
+            results = reference.deform_conv2d_backward(*tensors, *ctx.numbers)
             pairs = [
                 (result, cotangent)
                 for result, cotangent in zip(results, cotangents, strict=True)
                 if cotangent is not None and result.requires_grad
             ]
-            wanted = [i for i, need in enumerate(ctx.needs_input_grad[: len(saved)]) if need]
+            wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:6]) if need]
             gradients = torch.autograd.grad(
                 [result for result, _ in pairs],
                 [tensor for i in wanted if (tensor := tensors[i]) is not None],
@@ -357,15 +362,8 @@ def _backward_of(kernel: Any) -> Any:
                 allow_unused=True,
             )
         found = dict(zip(wanted, gradients, strict=True))
-        return *(found.get(i) for i in range(len(saved))), *(None,) * len(ctx.numbers)
-
-    return backward
+        return None, *(found.get(i) for i in range(5)), *(None,) * len(ctx.numbers)
 
 
-torch.library.register_autograd(_deform_conv2d, _deform_conv2d_backward, setup_context=_save)
-torch.library.register_autograd(
-    _backward_data, _backward_of(reference.deform_conv2d_backward_data), setup_context=_save
-)
-torch.library.register_autograd(
-    _backward_weight, _backward_of(reference.deform_conv2d_backward_weight), setup_context=_save
-)
+differentiate(_deform_conv2d, DeformConv2d)
+differentiate(_deform_conv2d_backward, DeformConv2dBackward)

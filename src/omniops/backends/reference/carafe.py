@@ -65,6 +65,16 @@ def carafe_backward_masks(
     return finish(out.flatten(6, 7).flatten(4, 5).flatten(1, 3), grad)
 
 
+def carafe_backward(
+    grad: Tensor, features: Tensor | None, masks: Tensor | None, height: int, width: int, *numbers: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of features, where there are masks, and of masks, where there are features."""
+    return (
+        grad.new_empty(0) if masks is None else carafe_backward_features(grad, masks, height, width, *numbers),
+        grad.new_empty(0) if features is None else carafe_backward_masks(grad, features, *numbers),
+    )
+
+
 def _blocks(tensor: Tensor, group_size: int, scale_factor: int) -> Tensor:
     """(N, G*c, y*s, x*s) -> (N, G, c, y, s, x, s)."""
     n, channels, height, width = tensor.shape

@@ -114,6 +114,35 @@ def deform_conv2d_backward_weight(
     return finish(torch.stack(by_tap, -1).flatten(0, 1).unflatten(2, tuple(kernel_size)), grad)
 
 
+def deform_conv2d_backward(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """(N, C_out, H_out, W_out) -> the gradients of input, offset, weight, bias and mask that ``output_mask`` names."""
+    numbers = stride, padding, dilation
+    gradients: list[Tensor] = [grad.new_empty(0)] * 5
+    if output_mask[0] or output_mask[1] or output_mask[4]:
+        gradients[0], gradients[1], gradients[4] = deform_conv2d_backward_data(
+            grad, input, offset, weight, mask, *numbers
+        )
+    if output_mask[2]:
+        groups = input.shape[1] // weight.shape[1]
+        by_weight = deform_conv2d_backward_weight(grad, input, offset, mask, weight.shape[2:], groups, *numbers)
+        gradients[2] = finish(by_weight, weight)
+    if output_mask[3]:
+        gradients[3] = finish(accumulated(grad).sum((0, 2, 3)), grad)
+    return tuple(
+        gradient if wanted else grad.new_empty(0) for gradient, wanted in zip(gradients, output_mask, strict=True)
+    )
+
+
 def _taps(
     input: Tensor,
     offset: Tensor,

@@ -71,6 +71,6 @@ def carafe_naive_backward(
 def _backward(
     grad: Tensor, features: Tensor, masks: Tensor, by_features: Tensor, by_masks: Tensor, *sizes: int
 ) -> None:
-    operators = torch.ops.omniops
-    by_features.copy_(operators.carafe_backward_features(grad, masks, *features.shape[2:], *sizes, 1))
-    by_masks.copy_(operators.carafe_backward_masks(grad, features, *sizes, 1))
+    gradients = torch.ops.omniops.carafe_backward(grad, features, masks, *features.shape[2:], *sizes, 1)
+    by_features.copy_(gradients[0])
+    by_masks.copy_(gradients[1])

@@ -71,8 +71,8 @@ def deform_conv_backward_input(
 ) -> None:
     """Fill ``gradInput`` and ``gradOffset``."""
     numbers = (dH, dW), (padH, padW), (dilationH, dilationW)
-    by_input, by_offset, _ = torch.ops.omniops.deform_conv2d_backward_data(
-        gradOutput, input, offset, weight, None, *numbers
+    by_input, by_offset, *_ = torch.ops.omniops.deform_conv2d_backward(
+        gradOutput, input, offset, weight, None, *numbers, [True, True, False, False, False]
     )
     gradInput.copy_(by_input)
     gradOffset.copy_(_without_border(by_offset, offset, (kH, kW), numbers))
@@ -100,10 +100,12 @@ def deform_conv_backward_parameters(
     im2col_step: int,
 ) -> None:
     """Add the gradient of the weight, ``scale`` times, to ``gradWeight``."""
-    by_weight = torch.ops.omniops.deform_conv2d_backward_weight(
-        gradOutput, input, offset, None, (kH, kW), group, (dH, dW), (padH, padW), (dilationH, dilationW)
+    numbers = (dH, dW), (padH, padW), (dilationH, dilationW)
+    # Of the weight only the shape is used, which its gradient has too.
+    gradients = torch.ops.omniops.deform_conv2d_backward(
+        gradOutput, input, offset, gradWeight, None, *numbers, [False, False, True, False, False]
     )
-    gradWeight.add_(by_weight, alpha=scale)
+    gradWeight.add_(gradients[2], alpha=scale)
 
 
 @kernel
@@ -169,18 +171,15 @@ def modulated_deform_conv_backward(
     channels = deformable_group * kernel_h * kernel_w
     offset = _as_read("offset", offset, 2 * channels, grad_output)
     mask = _as_read("mask", mask, channels, grad_output)
-    operators = torch.ops.omniops
-    by_input, by_offset, by_mask = operators.deform_conv2d_backward_data(
-        grad_output, input, offset, weight, mask, *numbers
+    by_input, by_offset, by_weight, by_bias, by_mask = torch.ops.omniops.deform_conv2d_backward(
+        grad_output, input, offset, weight, mask, *numbers, [True, True, True, with_bias, True]
     )
     grad_input.copy_(by_input)
     _fill_as_read(grad_offset, _without_border(by_offset, offset, (kernel_h, kernel_w), numbers))
     _fill_as_read(grad_mask, by_mask)
-    grad_weight.add_(
-        operators.deform_conv2d_backward_weight(grad_output, input, offset, mask, (kernel_h, kernel_w), group, *numbers)
-    )
+    grad_weight.add_(by_weight)
     if with_bias:
-        grad_bias.add_(grad_output.sum((0, 2, 3)))
+        grad_bias.add_(by_bias)
 
 
 def _check_channels(input: Tensor, weight: Tensor, group: int) -> None:
