@@ -41,12 +41,14 @@ def an_int(**arguments: Any) -> list[int]:
 
 def integer(**arguments: Any) -> list[int]:
     """The arguments as ints; TypeError as ``an_int``, ValueError for one below 1 or too large to be a size."""
-    numbers = an_int(**arguments)
-    for name, number in zip(arguments, numbers, strict=True):
+    numbers = []
+    for name, value in arguments.items():
+        number = value if type(value) is int else an_int(**{name: value})[0]
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
         if number >= 2**63:
             raise ValueError(f"{name} must be below 2**63, got {number}")
+        numbers.append(number)
     return numbers
 
 
@@ -90,6 +92,8 @@ def pair(name: str, value: Any) -> list[int]:
 
 def _int(value: Any) -> int | None:
     """What ``operator.index`` gives, but None of what is no integer, and of bools and of arrays with dimensions."""
+    if type(value) is int:  # first, as it is nearly always
+        return value
     if isinstance(value, (bool, np.bool_)):  # NumPy 1 gives its bools an __index__
         return None
     if isinstance(value, (int, torch.SymInt)):
