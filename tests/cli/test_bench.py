@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import runpy
@@ -16,11 +17,12 @@ from matplotlib.figure import Figure
 from omniops.cli import bench, bench_plot, timing
 from omniops.cli.cases import CASES
 from omniops.cli.cases import carafe as case
-from omniops.cli.cases._types import BOTH, DIRECTIONS, FLOOR, FORWARD, OURS, Goal
+from omniops.cli.cases._types import BOTH, DIRECTIONS, FLOOR, FORWARD, OURS, Goal, TimeGoal, bare_function
 from omniops.device import title
 
 CPU = torch.device("cpu")
 SHAPE = (1, 256, 100, 152)
+BARE = "bare autograd.Function"
 QUICK = ("--quick", "--seconds", "0", "--device", "cpu")
 
 
@@ -37,7 +39,14 @@ def test_quick_writes_the_figures_and_the_plot(omniops, tmp_path):
     assert report["device"] == title(CPU)
     assert report["versions"]["torch"] == version("torch")  # torch.__version__ may say more
     rows = report["results"]
-    assert {row["contender"] for row in rows} == {OURS, FLOOR, "reference kernels", "unfold + einsum", "bilinear"}
+    assert {row["contender"] for row in rows if row["mode"] != timing.HOST} == {
+        OURS, FLOOR, "reference kernels", "unfold + einsum", "bilinear",
+    }  # fmt: skip
+    on_host = [row for row in rows if row["mode"] == timing.HOST]
+    assert {row["contender"] for row in on_host} == {OURS, "unfold + einsum", "bilinear", BARE}
+    assert {(tuple(row["shape"]), row["dtype"]) for row in on_host} == {(case.host_shape("cpu"), "float32")}
+    assert set(report["method"]) == {timing.CALL, timing.HOST}
+    assert f"carafe {case.host_shape('cpu')}: microseconds of the host" in result.out
     assert {row["dtype"] for row in rows} == {"float32", "float16", "bfloat16"}
     assert {row["direction"] for row in rows} == set(DIRECTIONS)
     for row in rows:
@@ -59,12 +68,10 @@ def test_an_interrupt_keeps_what_was_measured(omniops, monkeypatch, tmp_path, fi
     measure = bench._measure
 
     def interrupted(*arguments):
-        floors = 0
-        for result in measure(*arguments):
-            if floors == finished:
+        for number, results in enumerate(measure(*arguments)):
+            if number == finished:
                 raise KeyboardInterrupt
-            yield result
-            floors += result.contender == FLOOR
+            yield results
 
     monkeypatch.setattr(bench, "_measure", interrupted)
     path = tmp_path / "c.json"
@@ -105,6 +112,11 @@ def test_nothing_in_the_plot_lies_over_another(omniops, monkeypatch, tmp_path):
         for contender, median in ((OURS, 0.1), (FLOOR, 0.01), ("bilinear", 9.0))
     ]
     results.append(bench.Result("carafe", SHAPE, "float32", FORWARD, "mmcv, elsewhere", "", 0.5, measured=False))
+    results += [
+        bench.Result("carafe", case.host_shape("cpu"), "float32", direction, contender, "host", 0.03, 0.02, 0.04, 5)
+        for direction in DIRECTIONS
+        for contender in (OURS, "bilinear", BARE)
+    ]
     bench_plot.draw(results, "a subtitle " * 8, "from elsewhere " * 8, tmp_path / "plot.png")
     (figure,) = figures
     titles = [figure._suptitle, figure._supxlabel]
@@ -112,7 +124,7 @@ def test_nothing_in_the_plot_lies_over_another(omniops, monkeypatch, tmp_path):
     panels = [axis for axis in figure.axes if axis.axison]
     assert len(legends) == 1
     assert [text.get_text() for text in legends[0].get_texts()] == [FLOOR, "float32", "float16", "bfloat16"]
-    assert len(panels) == 2
+    assert [panel.get_title(loc="left").endswith("the host") for panel in panels] == [False, False, True, True]
     boxes = [artist.get_window_extent() for artist in (*titles, *legends)]
     boxes += [panel.get_tightbbox() for panel in panels]
     for i, box in enumerate(boxes):
@@ -180,7 +192,7 @@ def test_goals_are_judged_by_the_ratio_in_the_same_setting():
         result(OURS, FORWARD, 1.0, shape=(1, 1, 1, 1)),
         result("bilinear", FORWARD, 1.0, shape=(1, 1, 1, 1)),
     ]
-    verdicts = {(v.goal, v.dtype): (v.ratio, v.met) for v in bench._verdicts([case], results, CPU)}
+    verdicts = {(v.goal, v.dtype): (v.measured, v.met) for v in bench._verdicts([case], results, CPU)}
     assert verdicts == {
         ("forward no slower than bilinear", "float32"): (0.8, True),
         ("both ways at most 3x bilinear both ways", "float32"): (3.1, False),
@@ -190,13 +202,83 @@ def test_goals_are_judged_by_the_ratio_in_the_same_setting():
 
 def test_a_time_of_this_run_comes_before_one_from_elsewhere():
     shape = (2, 256, 100, 152)
-    ours = bench.Result("carafe", shape, "float32", FORWARD, OURS, "graph", 0.08)
-    earlier = bench.Result("carafe", shape, "float32", FORWARD, "mmcv, measured earlier", "", 0.815, measured=False)
-    here = bench.Result("carafe", shape, "float32", FORWARD, "mmcv", "graph", 0.4)
+    ours = bench.Result("carafe", shape, "float32", BOTH, OURS, "graph", 0.2)
+    earlier = bench.Result("carafe", shape, "float32", BOTH, "mmcv, measured earlier", "", 4.19, measured=False)
+    here = bench.Result("carafe", shape, "float32", BOTH, "mmcv", "graph", 0.4)
     (only,) = bench._verdicts([case], [ours, earlier], torch.device("cuda"))
     assert (only.against, only.met) == ("mmcv, measured earlier*", True)
     (only,) = bench._verdicts([case], [ours, earlier, here], torch.device("cuda"))
     assert (only.against, only.met) == ("mmcv", False)
+
+
+def test_a_goal_holds_in_the_mode_that_it_names():
+    shape = (2, 256, 100, 152)
+    results = [
+        bench.Result("carafe", shape, "float32", BOTH, OURS, "graph", 0.3),
+        bench.Result("carafe", shape, "float32", BOTH, OURS, "call", 0.4),
+        bench.Result("carafe", shape, "float32", BOTH, "mmcv, measured earlier", "", 4.19, measured=False),
+    ]
+    verdicts = {v.goal: (v.mode, v.met) for v in bench._verdicts([case], results, torch.device("cuda"))}
+    assert verdicts == {
+        "both ways at least 15x mmcv": ("graph", False),
+        "a call both ways at least 10x mmcv": ("call", True),
+    }
+
+
+def test_a_goal_in_microseconds_is_compared_with_nobody(monkeypatch):
+    shape = case.host_shape("cuda")
+    monkeypatch.setattr(case, "GOALS", (TimeGoal("the host's", "cuda", FORWARD, 30, (shape,), timing.HOST),))
+    results = [
+        bench.Result("carafe", shape, "float32", FORWARD, contender, mode, 0.0299 if contender == OURS else 1)
+        for contender in (OURS, "bilinear")
+        for mode in timing.METHOD
+    ]
+    (only,) = bench._verdicts([case], results, torch.device("cuda"))
+    assert (only.mode, only.against, only.at_most, only.met) == (timing.HOST, "", 30, True)
+    assert only.measured == pytest.approx(29.9)
+    slower = [dataclasses.replace(each, median_ms=0.0301) for each in results]
+    (only,) = bench._verdicts([case], slower, torch.device("cuda"))
+    assert not only.met
+
+
+def test_the_host_does_not_wait_for_the_device_within_its_time(monkeypatch):
+    now = 0.0
+    waiting = 0.0
+    calls = []
+
+    def call():
+        nonlocal now, waiting
+        assert waiting < 300  # what the device's queue takes
+        calls.append(now)
+        now += 0.001
+        waiting += 10
+
+    def synchronize(device):
+        nonlocal now, waiting
+        now += waiting
+        waiting = 0.0
+
+    monkeypatch.setattr(timing, "perf_counter", lambda: now)
+    monkeypatch.setattr(timing, "synchronize", synchronize)
+    times = timing.milliseconds({("x", timing.HOST): call, ("y", timing.HOST): call}, CPU, seconds=0)
+    assert times["x", timing.HOST] == pytest.approx([1.0] * 3)
+    assert times["y", timing.HOST] == pytest.approx([1.0] * 3)
+    assert len(calls) == 6 * timing._CALLS_IN_A_ROW
+
+
+@pytest.mark.parametrize("each", CASES, ids=lambda each: each.NAME)
+def test_the_host_is_timed_without_the_reference_kernels(each):
+    shape = each.host_shape("cpu")
+    made = list(each.contenders(shape, bench.timed_dtypes(each, bench.serving(each.NAME, "cpu"))[0], CPU))
+    assert [contender.name for contender in made if not contender.on_host] == ["reference kernels"]
+    assert shape not in each.shapes("cpu", quick=True) + each.shapes("cpu", quick=False)
+
+
+def test_a_forward_that_is_timed_records_no_gradient():
+    for contender in (*case.contenders((1, 4, 6, 5), torch.float32, CPU), bare_function(CPU)):
+        if contender.on_host:
+            assert not contender.forward().requires_grad
+            assert all(gradient is not None for gradient in contender.both())
 
 
 def test_a_contender_that_cannot_run_is_reported(omniops, monkeypatch):

@@ -112,15 +112,17 @@ def test_a_torchvision_that_cannot_be_imported_is_left_out(monkeypatch, error):
 def test_tf32_is_a_dtype_of_its_own_on_cuda():
     before = torch.backends.cuda.matmul.allow_tf32
     seen = []
-    for each, _, dtype, label in bench._settings([case], CUDA, quick=True):
-        seen.append((label, dtype, torch.backends.cuda.matmul.allow_tf32))
-        assert each is case
+    for setting in bench._settings([case], CUDA, quick=True):
+        seen.append((setting.dtype_label, setting.dtype, torch.backends.cuda.matmul.allow_tf32))
+        assert setting.case is case
     assert [entry for entry in seen if entry[1] == torch.float32] == [
         ("float32", torch.float32, before),
         ("tf32", torch.float32, True),
+        ("float32", torch.float32, before),  # the host's
     ]
     assert torch.backends.cuda.matmul.allow_tf32 == before
-    assert [label for *_, label in bench._settings([case], CPU, quick=True)] == ["float32", "float16", "bfloat16"]
+    of_calls = [each for each in bench._settings([case], CPU, quick=True) if not each.on_host]
+    assert [each.dtype_label for each in of_calls] == ["float32", "float16", "bfloat16"]
 
 
 def test_convolution_without_tf32_runs_so(monkeypatch):
@@ -140,9 +142,14 @@ def test_what_a_graph_would_not_hold_is_timed_by_calls_alone(monkeypatch):
     monkeypatch.setattr(timing, "milliseconds", lambda calls, *_: {key: [1.0, 2.0] for key in calls})
     made = [case.Contender(OURS, lambda: 1), case.Contender("torchvision", lambda: 2, capturable=False)]
     monkeypatch.setattr(case, "contenders", lambda shape, dtype, device: made)
-    rows = list(bench._measure([case], CUDA, 0.0, True, 1e9, progress()))
+    monkeypatch.setattr(bench, "bare_function", lambda device: case.Contender("bare", lambda: 3))
+    rows = [row for rows in bench._measure([case], CUDA, 0.0, True, 1e9, progress()) for row in rows]
     modes = {(row.contender, row.mode) for row in rows if row.measured}
-    assert modes == {(OURS, "call"), (OURS, "graph"), ("torchvision", "call")}
+    assert modes == {
+        (OURS, "call"), (OURS, "graph"), (OURS, "host"), ("torchvision", "call"), ("torchvision", "host"),
+        ("bare", "host"),
+    }  # fmt: skip
+    assert {row.shape for row in rows if row.mode == "host"} == {(1, 64, 32, 32)}
     assert set(captured) == {made[0].forward}
 
 
@@ -167,14 +174,17 @@ def test_goals_take_the_dtype_that_they_name():
         row(OURS, "float32", 0.5),
         row(OURS, "tf32", 0.2),
         row("conv2d", "tf32", 0.1),
-        row(OURS, "tf32", 0.25, "call"),
+        row(OURS, "tf32", 0.75, "call"),
         row("torchvision", "tf32", 1.0, "call"),
         row(OURS, "float16", 0.2),
         row(OURS, "bfloat16", 0.3),
     ]
-    verdicts = {(v.goal, v.dtype, v.mode): (pytest.approx(v.ratio), v.met) for v in bench._verdicts([case], rows, CUDA)}
+    verdicts = {
+        (v.goal, v.dtype, v.mode): (pytest.approx(v.measured), v.met) for v in bench._verdicts([case], rows, CUDA)
+    }
     assert verdicts == {
         ("forward at most 1.5x conv2d", "tf32", "graph"): (2, False),
-        ("forward at least 3x torchvision", "tf32", "call"): (0.25, True),
+        ("a call forward faster than torchvision", "tf32", "call"): (0.75, True),
+        ("a call forward at least 2x torchvision", "tf32", "call"): (0.75, False),
         ("forward in bfloat16 as in float16", "bfloat16", "graph"): (1.5, False),
     }

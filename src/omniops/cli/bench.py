@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -23,7 +23,18 @@ from rich.table import Table
 from omniops import device as devices
 from omniops.cli import timing
 from omniops.cli.cases import CASES, timed_dtypes
-from omniops.cli.cases._types import DIRECTIONS, FLOOR, FORWARD, OURS, Contender, Shape
+from omniops.cli.cases._types import (
+    BOTH,
+    DIRECTIONS,
+    FLOOR,
+    FORWARD,
+    OURS,
+    Contender,
+    Goal,
+    Shape,
+    TimeGoal,
+    bare_function,
+)
 from omniops.cli.common import (
     CommandError,
     DeviceOption,
@@ -38,7 +49,7 @@ from omniops.cli.common import (
 from omniops.cli.doctor import installed, machine, serving, versions
 from omniops.cli.errors import cause, exit_status
 from omniops.cli.outputs import OverwriteOption, require_new, require_picture, write_json, writing
-from omniops.cli.timing import CALL, GRAPH
+from omniops.cli.timing import CALL, GRAPH, HOST
 
 PEERS = ("torchvision", "sam2", "opencv-python-headless", "opencv-python", "scipy")
 """The packages that contenders are from."""
@@ -57,7 +68,7 @@ class Result:
     direction: str
     contender: str
     mode: str
-    """ "call" or "graph", as ``timing.METHOD`` has it, or "" for the byte floor and for times from elsewhere."""
+    """As ``timing.METHOD`` has it, or "" for the byte floor and for times from elsewhere."""
     median_ms: float | None
     lower_quartile_ms: float | None = None
     upper_quartile_ms: float | None = None
@@ -70,7 +81,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal in one setting: the time of omniops over the other's, and whether that is small enough."""
+    """A goal in one setting: the time of omniops, and whether that is small enough."""
 
     operator: str
     goal: str
@@ -78,9 +89,22 @@ class Verdict:
     dtype: str
     mode: str
     against: str
+    """The other contender, whose time the figures are multiples of; "" where they are microseconds."""
     at_most: float
-    ratio: float
+    measured: float
     met: bool
+
+
+class Setting(NamedTuple):
+    """What is timed in turns."""
+
+    case: ModuleType
+    shape: Shape
+    dtype: torch.dtype
+    dtype_label: str
+    """ "tf32" for float32 while PyTorch is told to allow TF32."""
+    on_host: bool = False
+    """Whether the host's time is taken, and not the device's."""
 
 
 def bench(
@@ -103,6 +127,8 @@ def bench(
     goals: Annotated[bool, typer.Option("--goals", hidden=True)] = False,
 ) -> None:
     """Time every operator beside what you would call instead, and beside the time that moving its bytes takes.
+
+    At a tiny shape the host's time is taken: what Python, the dispatcher and the launches take of each call.
 
     Contenders take turns, so that whatever disturbs the machine disturbs them all alike. Times are medians, with the
     quartiles in brackets; what takes over a second is timed once. Ctrl-C or SIGTERM keeps what was
@@ -181,74 +207,88 @@ def quartiles(times: list[float]) -> tuple[float, float] | tuple[None, None]:
     return lower, upper
 
 
-def _until_stopped(measured: Iterable[Result]) -> tuple[list[Result], KeyboardInterrupt | None]:
-    """The results of the settings that were finished, and what ended the others; raises it where there are none."""
+def _until_stopped(measured: Iterable[list[Result]]) -> tuple[list[Result], KeyboardInterrupt | None]:
+    """The results of what was finished, and what ended the rest; raises it where nothing was finished."""
     results: list[Result] = []
     try:
-        for result in measured:
-            results.append(result)  # noqa: PERF402  # all until an error
+        for finished in measured:
+            results += finished
     except KeyboardInterrupt as stopped:
-        finished = {_setting(result) for result in results if result.contender == FLOOR}  # the last of a setting
-        if not finished:
+        if not results:
             raise
-        return [result for result in results if _setting(result) in finished], stopped
+        return results, stopped
     return results, None
 
 
 def _measure(
     cases: list[ModuleType], device: torch.device, seconds: float, quick: bool, bandwidth: float, bar: Progress
-) -> Iterator[Result]:
-    total = sum(len(case.traffic(shape)) for case, shape, _, _ in _settings(cases, device, quick))
+) -> Iterator[list[Result]]:
+    """The results of each direction in each setting."""
+    total = sum(len(setting.case.traffic(setting.shape)) for setting in _settings(cases, device, quick))
     task = bar.add_task("", total=total)
     heartbeat = Heartbeat(bar)
-    for case, shape, dtype, dtype_label in _settings(cases, device, quick):
-        setting = (case.NAME, shape, dtype_label)
+    for setting in _settings(cases, device, quick):
+        case, shape, dtype, dtype_label, on_host = setting
         contenders: list[Contender] = list(case.contenders(shape, dtype, device))
-        for direction, elements in case.traffic(shape).items():
-            what = f"{case.NAME} {shape} {dtype_label} {direction}"
+        traffic = case.traffic(shape)
+        if on_host:
+            contenders = [each for each in contenders if each.on_host]
+            contenders += [bare_function(device)] if BOTH in traffic else []
+        for direction, elements in traffic.items():
+            what = f"{case.NAME} {shape} {dtype_label} {direction}{', host' if on_host else ''}"
             bar.update(task, description=what)
             heartbeat.beat(what)
-            calls: dict[tuple[str, str], timing.Call] = {}
-            slow: set[str] = set()
-            for each in contenders:
-                call = each.forward if direction == FORWARD else each.both
-                if call is None:
-                    continue
-                mode = CALL
-                try:
-                    if timing.warm_up(call, device, seconds / 2):
-                        slow.add(each.name)
-                    calls[each.name, CALL] = call
-                    if device.type == "cuda" and each.capturable:
-                        mode = GRAPH
-                        calls[each.name, GRAPH] = timing.captured(call)
-                except (RuntimeError, NotImplementedError) as error:
-                    reason = str(error).strip().partition("\n")[0]
-                    yield Result(*setting, direction, each.name, mode, None, error=reason)
-            for (name, mode), times in timing.milliseconds(calls, device, seconds, slow).items():
-                lower, upper = quartiles(times)
-                yield Result(*setting, direction, name, mode, statistics.median(times), lower, upper, len(times))
-            floor = elements * dtype.itemsize / bandwidth * 1e3
-            yield Result(*setting, direction, FLOOR, "", floor, measured=False)
+            results = list(_timed(setting, direction, contenders, device, seconds))
+            if not on_host:
+                floor = elements * dtype.itemsize / bandwidth * 1e3
+                results.append(Result(case.NAME, shape, dtype_label, direction, FLOOR, "", floor, measured=False))
+            yield results
             bar.advance(task)
 
 
-def _settings(
-    cases: list[ModuleType], device: torch.device, quick: bool
-) -> Iterator[tuple[ModuleType, Shape, torch.dtype, str]]:
-    """Operator, shape and dtype, and the dtype's name: "tf32" is float32 while PyTorch is told to allow TF32."""
+def _timed(
+    setting: Setting, direction: str, contenders: Iterable[Contender], device: torch.device, seconds: float
+) -> Iterator[Result]:
+    """Each contender's times, or why it has none."""
+    place = setting.case.NAME, setting.shape, setting.dtype_label, direction
+    calls: dict[tuple[str, str], timing.Call] = {}
+    slow: set[str] = set()
+    for each in contenders:
+        call = each.forward if direction == FORWARD else each.both
+        if call is None:
+            continue
+        mode = HOST if setting.on_host else CALL
+        try:
+            if timing.warm_up(call, device, seconds / 2):
+                slow.add(each.name)
+            calls[each.name, mode] = call
+            if mode == CALL and device.type == "cuda" and each.capturable:
+                mode = GRAPH
+                calls[each.name, mode] = timing.captured(call)
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            yield Result(*place, each.name, mode, None, error=reason)
+    for (name, mode), times in timing.milliseconds(calls, device, seconds, slow).items():
+        lower, upper = quartiles(times)
+        yield Result(*place, name, mode, statistics.median(times), lower, upper, len(times))
+
+
+def _settings(cases: list[ModuleType], device: torch.device, quick: bool) -> Iterator[Setting]:
     matmul = torch.backends.cuda.matmul
     for case in cases:
+        dtypes = timed_dtypes(case, serving(case.NAME, device.type))
         for shape in case.shapes(device.type, quick):
-            for dtype in timed_dtypes(case, serving(case.NAME, device.type)):
-                yield case, shape, dtype, dtype_name(dtype)
+            for dtype in dtypes:
+                yield Setting(case, shape, dtype, dtype_name(dtype))
                 if device.type == "cuda" and dtype == torch.float32 and getattr(case, "IN_TF32", False):
                     before = matmul.allow_tf32
                     matmul.allow_tf32 = True
                     try:
-                        yield case, shape, dtype, "tf32"
+                        yield Setting(case, shape, dtype, "tf32")
                     finally:
                         matmul.allow_tf32 = before
+        # The host takes as long in every dtype.
+        yield Setting(case, case.host_shape(device.type), dtypes[0], dtype_name(dtypes[0]), on_host=True)
 
 
 def _bandwidth(device: torch.device, quick: bool) -> float:
@@ -290,23 +330,33 @@ def _verdicts(cases: list[ModuleType], results: list[Result], device: torch.devi
                     continue
                 if ours.shape not in goal.shapes or not ours.measured or ours.median_ms is None:
                     continue
-                if goal.dtype not in (ours.dtype, ""):
+                if goal.dtype not in (ours.dtype, "") or goal.mode not in (ours.mode, ""):
                     continue
-                against = (case.NAME, ours.shape, goal.against_dtype or ours.dtype, goal.against_direction)
-                theirs = [
-                    each
-                    for each in results
-                    if _setting(each) == against
-                    and each.contender.partition(",")[0] == goal.against
-                    and each.mode in (ours.mode, "")
-                    and each.median_ms
-                ]
-                for other in sorted(theirs, key=lambda each: not each.measured)[:1]:
-                    ratio = ours.median_ms / (other.median_ms or 0)
+                for against, measured in _judged(goal, ours, ours.median_ms, results):
                     yield Verdict(
-                        case.NAME, goal.text, ours.shape, ours.dtype, ours.mode, _label(other), goal.at_most, ratio,
-                        ratio <= goal.at_most,
+                        case.NAME, goal.text, ours.shape, ours.dtype, ours.mode, against, goal.at_most, measured,
+                        measured <= goal.at_most,
                     )  # fmt: skip
+
+
+def _judged(
+    goal: Goal | TimeGoal, ours: Result, median_ms: float, results: list[Result]
+) -> Iterator[tuple[str, float]]:
+    """Whom omniops is compared with, and the multiple of its time; or nobody, and the microseconds."""
+    if isinstance(goal, TimeGoal):
+        yield "", median_ms * 1e3
+        return
+    against = (ours.operator, ours.shape, goal.against_dtype or ours.dtype, goal.against_direction)
+    theirs = [
+        each
+        for each in results
+        if _setting(each) == against
+        and each.contender.partition(",")[0] == goal.against
+        and each.mode in (ours.mode, "")
+        and each.median_ms
+    ]
+    for other in sorted(theirs, key=lambda each: not each.measured)[:1]:
+        yield _label(other), median_ms / (other.median_ms or 0)
 
 
 def _label(result: Result) -> str:
@@ -315,14 +365,16 @@ def _label(result: Result) -> str:
 
 
 def _tables(results: list[Result]) -> Iterator[Table]:
-    """A table for each operator and shape: contenders down, directions and modes across."""
-    modes = [mode for mode in timing.METHOD if any(result.mode == mode for result in results)]
-    for operator, shape in dict.fromkeys((result.operator, result.shape) for result in results):
-        here = [result for result in results if (result.operator, result.shape) == (operator, shape)]
+    """A table for each operator and shape: contenders down, directions and modes across. The host's have their own."""
+    for place in dict.fromkeys(_table(result) for result in results):
+        here = [result for result in results if _table(result) == place]
+        modes = [mode for mode in timing.METHOD if any(result.mode == mode for result in here)]
+        operator, shape, on_host = place
+        unit = "microseconds of the host" if on_host else "ms"
         table = Table(
             "dtype",
             "",
-            title=f"{operator} {shape}: ms (quartiles) and how many times omniops'",
+            title=f"{operator} {shape}: {unit} (quartiles) and how many times omniops'",
             title_justify="left",
             box=SIMPLE_HEAD,
         )
@@ -340,33 +392,38 @@ def _tables(results: list[Result]) -> Iterator[Table]:
                         for result in here
                         if (result.dtype, result.direction) == (dtype, direction) and result.mode in (mode, "")
                     }
-                    cells.append(_cell(row.get(name), row.get(OURS)))
+                    cells.append(_cell(row.get(name), row.get(OURS), 1e3 if on_host else 1))
                 table.add_row(dtype if name == next(iter(names)) else "", name, *cells)
             table.add_section()
         yield table
 
 
-def _cell(result: Result | None, ours: Result | None) -> str:
+def _table(result: Result) -> tuple[str, Shape, bool]:
+    return result.operator, result.shape, result.mode == HOST
+
+
+def _cell(result: Result | None, ours: Result | None, per_ms: float) -> str:
     if result is None or result.median_ms is None:
         return "" if result is None else "cannot run"
-    cell = digits(result.median_ms)
+    cell = digits(result.median_ms * per_ms)
     if result.lower_quartile_ms is not None and result.upper_quartile_ms is not None:
-        cell += f" ({digits(result.lower_quartile_ms)}-{digits(result.upper_quartile_ms)})"
+        cell += f" ({digits(result.lower_quartile_ms * per_ms)}-{digits(result.upper_quartile_ms * per_ms)})"
     if ours is not None and ours.median_ms:
         cell += f" {result.median_ms / ours.median_ms:5.2f}x"
     return cell
 
 
 def _goals(verdicts: list[Verdict]) -> Table:
-    table = Table("goal", "shape", "dtype", "", "its time x, at most", "measured", "", box=SIMPLE_HEAD)
+    table = Table("goal", "shape", "dtype", "", "at most", "measured", "", box=SIMPLE_HEAD)
     for verdict in verdicts:
+        unit = f"x {verdict.against}" if verdict.against else "us"
         table.add_row(
             f"{verdict.operator}: {verdict.goal}",
             str(verdict.shape),
             verdict.dtype,
             verdict.mode,
-            f"{verdict.at_most:.3g}",
-            f"{verdict.ratio:.3g}",
+            f"{verdict.at_most:.3g} {unit}",
+            f"{verdict.measured:.3g}",
             "[green]met[/]" if verdict.met else "[bold red]missed[/]",
         )
     return table

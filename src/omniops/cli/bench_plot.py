@@ -10,53 +10,49 @@ from matplotlib.figure import Figure
 
 from omniops.cli.cases._types import DIRECTIONS, FLOOR, OURS
 from omniops.cli.common import digits
-from omniops.cli.timing import CALL, GRAPH
+from omniops.cli.timing import CALL, GRAPH, HOST
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
     from omniops.cli.bench import Result
+    from omniops.cli.cases._types import Shape
 
 _COLOURS = {"float32": "#1f5fa8", "tf32": "#7b5ea7", "float16": "#e07b28", "bfloat16": "#5a9a57"}
 _SPARE_COLOUR = "#7f7f7f"
 
 
 def draw(results: list[Result], subtitle: str, origin: str, path: Path) -> None:
-    """Draw the medians, with the quartiles as whiskers and the byte floor as a mark.
+    """Draw the medians, with the quartiles as whiskers and the byte floor as a mark; the host's in rows of their own.
 
-    On CUDA they are those of the graphs, or of calls where there is no graph.
+    On CUDA the others are those of the graphs, or of calls where there is no graph.
     """
     mode = GRAPH if any(result.mode == GRAPH for result in results) else CALL
-    shown = [result for result in results if result.mode in (mode, "") and result.median_ms is not None]
+    shown = [result for result in results if result.mode in (mode, HOST, "") and result.median_ms is not None]
     if mode == GRAPH:
         captured = {_place(result) for result in shown}
         calls = [result for result in results if result.mode == CALL and result.median_ms is not None]
         shown += [
             replace(each, contender=f"{each.contender} (a call)") for each in calls if _place(each) not in captured
         ]
-    rows = list(dict.fromkeys((result.operator, result.shape) for result in shown))
-    names = (
-        max(len({result.contender for result in shown if (result.operator, result.shape) == row}) for row in rows) - 1
-    )
-    dtypes = list(dict.fromkeys(result.dtype for result in shown))
+    rows = list(dict.fromkeys(_row(result) for result in shown))
+    heights = [_height([result for result in shown if _row(result) == row]) for row in rows]
     directions = [direction for direction in DIRECTIONS if any(result.direction == direction for result in shown)]
-    height = 0.9 + 0.21 * (len(dtypes) + 0.8) * names
-    figure = Figure(figsize=(2 + 5 * len(directions), 1.4 + height * len(rows)), dpi=150, layout="constrained")
-    grid = figure.add_gridspec(1 + len(rows), len(directions), height_ratios=[0.3, *[height] * len(rows)])
+    figure = Figure(figsize=(2 + 5 * len(directions), 1.4 + sum(heights)), dpi=150, layout="constrained")
+    grid = figure.add_gridspec(1 + len(rows), len(directions), height_ratios=[0.3, *heights])
     panels = [
         [figure.add_subplot(grid[1 + row, column]) for column in range(len(directions))] for row in range(len(rows))
     ]
-    for (operator, shape), axes in zip(rows, panels, strict=True):
+    for row, axes in zip(rows, panels, strict=True):
+        operator, shape, on_host = row
         for direction, axis in zip(directions, axes, strict=True):
-            here = [
-                each for each in shown if (each.operator, each.shape, each.direction) == (operator, shape, direction)
-            ]
+            here = [each for each in shown if (*_row(each), each.direction) == (*row, direction)]
             if not here:  # no gradients
                 axis.set_visible(False)
                 continue
             _panel(axis, here)
-            axis.set_title(f"{operator} {shape}, {direction}", fontsize=10, loc="left")
+            axis.set_title(f"{operator} {shape}, {direction}{', the host' if on_host else ''}", fontsize=10, loc="left")
     named: dict[str, Artist] = {}
     for axis in (axis for axes in panels for axis in axes):
         handles, labels = axis.get_legend_handles_labels()
@@ -72,6 +68,16 @@ def draw(results: list[Result], subtitle: str, origin: str, path: Path) -> None:
     figure.savefig(path)
 
 
+def _row(result: Result) -> tuple[str, Shape, bool]:
+    return result.operator, result.shape, result.mode == HOST
+
+
+def _height(results: list[Result]) -> float:
+    """A row's, in inches."""
+    dtypes, names = {each.dtype for each in results}, {each.contender for each in results} - {FLOOR}
+    return 0.9 + 0.21 * (len(dtypes) + 0.8) * len(names)
+
+
 def _place(result: Result) -> tuple[object, ...]:
     return result.operator, result.shape, result.dtype, result.direction, result.contender
 
@@ -80,7 +86,7 @@ def _panel(axis: Axes, results: list[Result]) -> None:
     dtypes = list(dict.fromkeys(each.dtype for each in results))
     names = list(dict.fromkeys(each.contender for each in results if each.contender != FLOOR))
     step = len(dtypes) + 0.8
-    longest = max((each.median_ms or 0 for each in results), default=1)
+    longest = max((each.upper_quartile_ms or each.median_ms or 0 for each in results), default=1)
     for i, dtype in enumerate(dtypes):
         colour = _COLOURS.get(dtype, _SPARE_COLOUR)
         for each in results:
@@ -117,6 +123,7 @@ def _panel(axis: Axes, results: list[Result]) -> None:
     axis.set_xlabel("ms", fontsize=8, labelpad=0)
     axis.tick_params(axis="x", labelsize=8)
     axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")  # whose labels lie over each other where the axis is short
     axis.grid(axis="x", color="#dddddd")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

@@ -12,16 +12,20 @@ from omniops.device import synchronize
 
 Call = Callable[[], object]
 
-CALL, GRAPH = "call", "graph"
+CALL, GRAPH, HOST = "call", "graph", "host"
 
 METHOD = {
     CALL: "One call as a user makes it, from an idle device to its end: Python's and the launch's time included.",
     GRAPH: "Replay of a CUDA graph of the call: the kernels' own time.",
+    HOST: "One of calls in a row at a tiny shape, none of which waits for the device: what Python, the dispatcher and "
+    "the launches take. On the CPU the kernel's time is part of it.",
 }
 
 _ROUNDS = 100
 _FEWEST_ROUNDS = 3
 _SLOW_SECONDS = 1.0
+# Of a dozen launches each, they do not fill the device's queue, which holds 1024.
+_CALLS_IN_A_ROW = 20
 
 
 def warm_up(call: Call, device: torch.device, seconds: float) -> bool:
@@ -44,7 +48,7 @@ def warm_up(call: Call, device: torch.device, seconds: float) -> bool:
 def milliseconds(
     calls: dict[tuple[str, str], Call], device: torch.device, seconds: float, slow: Container[str] = ()
 ) -> dict[tuple[str, str], list[float]]:
-    """Time calls in turns, each for about ``seconds``: 3 to 100 times. Keys are (name, CALL or GRAPH).
+    """Time calls in turns, each for about ``seconds``: 3 to 100 times. Keys are (name, mode).
 
     The slow ones, by name, are timed once, so that what nobody would use does not eat the time of the rest. On CUDA the
     time lies between two events, and the L2 cache is flushed before each call.
@@ -57,7 +61,7 @@ def milliseconds(
             fewest = 1 if key[0] in slow else _FEWEST_ROUNDS
             if turn < fewest or spent[key] < seconds:
                 started = perf_counter()
-                times[key].append(once(call, key[1]))
+                times[key].append(_of_host(call, device) if key[1] == HOST else once(call, key[1]))
                 spent[key] += perf_counter() - started
     return times
 
@@ -82,6 +86,17 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     target = torch.empty_like(source)
     times = milliseconds({("copy", GRAPH): lambda: target.copy_(source)}, device, seconds=1.0)["copy", GRAPH]
     return 2 * size / (statistics.median(times) / 1e3)
+
+
+def _of_host(call: Call, device: torch.device) -> float:
+    """The mean of calls in a row; the device is waited for before and after them."""
+    synchronize(device)
+    started = perf_counter()
+    for _ in range(_CALLS_IN_A_ROW):
+        call()
+    seconds = perf_counter() - started
+    synchronize(device)
+    return seconds / _CALLS_IN_A_ROW * 1e3
 
 
 def _wall_clock(device: torch.device) -> Callable[[Call, str], float]:

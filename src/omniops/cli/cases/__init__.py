@@ -1,8 +1,9 @@
 """What ``selftest`` and ``bench`` know of each operator: one file an operator, named as it is.
 
 A file holds NAME (the operator's), ``checks()`` for selftest, and for bench ``shapes(device_type, quick)``,
-``contenders(shape, dtype, device)``, ``traffic(shape)`` (the elements that each direction must at least read and write;
-an operator without gradients has one direction) and GOALS. Everything else, dtypes and kernels among it, the dispatcher
+``host_shape(device_type)`` (a tiny one, of which the host's time is taken), ``contenders(shape, dtype, device)``,
+``traffic(shape)`` (the elements that each direction must at least read and write; an operator without gradients has one
+direction) and GOALS. Everything else, dtypes and kernels among it, the dispatcher
 and the backends say. An operator whose dtypes are not those of its backends has them in DTYPES, and those to be timed
 in TIMED_DTYPES. One of matrix products has IN_TF32 = True: on CUDA its float32 is also timed with TF32 allowed.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class Contender:
     """None where the operator has no gradients."""
     capturable: bool = True
     """Whether a CUDA graph of a call holds all its kernels."""
+    on_host: bool = True
+    """Whether the host's time is taken: of what a user would call, and what does not wait for the device."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,35 @@ class Goal:
     """The only one that the goal is for; without it it is for all."""
     against_dtype: str = ""
     """That of ``against``, where it is another than that of omniops."""
+    mode: str = ""
+    """The only one of ``timing.METHOD`` that the goal is for; without it it is for all."""
+
+
+@dataclass(frozen=True)
+class TimeGoal:
+    """omniops takes at most ``at_most`` microseconds."""
+
+    text: str
+    device_type: str
+    direction: str
+    at_most: float
+    shapes: tuple[Shape, ...]
+    mode: str
+    dtype: str = ""
 
 
 def contender(
     name: str, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], capturable: bool = True
 ) -> Contender:
-    """A function whose backward is autograd's: ``both`` runs it and the gradients of all its inputs."""
+    """A function whose backward is autograd's: ``both`` runs it and the gradients of all its inputs.
+
+    ``forward`` is of tensors that need no gradient, so it records none and needs no ``torch.no_grad()``.
+    """
     leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
     grad: Tensor | None = None
 
     def forward() -> Tensor:
-        with torch.no_grad():
-            return function(*inputs)
+        return function(*inputs)
 
     def both() -> tuple[Tensor, ...]:
         nonlocal grad
@@ -83,6 +103,21 @@ def contender(
         return torch.autograd.grad(result, leaves, grad)
 
     return Contender(name, forward, both, capturable)
+
+
+class _Bare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.empty_like(grad)
+
+
+def bare_function(device: torch.device) -> Contender:
+    """The least that a differentiable function written in Python takes, without a kernel: a yardstick of the host."""
+    return contender("bare autograd.Function", _Bare.apply, (torch.zeros(1, device=device),))
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:

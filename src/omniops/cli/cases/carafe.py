@@ -11,7 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omniops.backends.reference import carafe as kernels
-from omniops.cli.cases._types import BOTH, FLOOR, FORWARD, OURS, Check, Contender, Goal, Shape, contender, laid_out
+from omniops.cli.cases._types import (
+    BOTH,
+    FLOOR,
+    FORWARD,
+    OURS,
+    Check,
+    Contender,
+    Goal,
+    Shape,
+    TimeGoal,
+    contender,
+    laid_out,
+)
+from omniops.cli.timing import CALL, GRAPH, HOST
 from omniops.ops.carafe import carafe, carafe_downsample
 
 NAME = "carafe"
@@ -69,12 +82,24 @@ _SMALL = (1, 256, 64, 64)
 _LARGE = (2, 256, 100, 152)
 _BATCH = (8, 256, 64, 64)
 _LARGE_ON_CPU = (1, 256, 100, 152)
+_TINY = (1, 16, 8, 8)
+
+_ALL = (_SMALL, _LARGE, _BATCH)
+_FLOOR_TEXT = "forward at most {}x the byte floor in {}"
 
 GOALS = (
-    Goal("forward at least 10x mmcv", "cuda", FORWARD, "mmcv", FORWARD, 1 / 10, (_LARGE,)),
-    Goal("forward at most 2x the byte floor", "cuda", FORWARD, FLOOR, FORWARD, 2, (_LARGE,)),
-    Goal("forward faster than bilinear", "cuda", FORWARD, "bilinear", FORWARD, 1, (_SMALL, _LARGE, _BATCH)),
-    Goal("both ways at least 15x mmcv", "cuda", BOTH, "mmcv", BOTH, 1 / 15, (_SMALL, _LARGE, _BATCH)),
+    Goal("forward faster than bilinear", "cuda", FORWARD, "bilinear", FORWARD, 1, _ALL, mode=GRAPH),
+    *(
+        Goal(_FLOOR_TEXT.format(times, dtype), "cuda", FORWARD, FLOOR, FORWARD, times, (_LARGE,), dtype, mode=GRAPH)
+        for dtype, times in (("float32", 2), ("float16", 3), ("bfloat16", 3))
+    ),
+    Goal("both ways at least 15x mmcv", "cuda", BOTH, "mmcv", BOTH, 1 / 15, _ALL, mode=GRAPH),
+    Goal("a call both ways at least 3x mmcv", "cuda", BOTH, "mmcv", BOTH, 1 / 3, (_SMALL,), mode=CALL),
+    Goal("a call both ways at least 10x mmcv", "cuda", BOTH, "mmcv", BOTH, 1 / 10, (_LARGE,), mode=CALL),
+    TimeGoal("the host's forward", "cuda", FORWARD, 30, (_TINY,), HOST),
+    TimeGoal("the host's both ways", "cuda", BOTH, 200, (_TINY,), HOST),
+    Goal("the host's forward at most 3x bilinear", "cpu", FORWARD, "bilinear", FORWARD, 3, (_TINY,), mode=HOST),
+    Goal("the host's both ways at most 3x bilinear", "cpu", BOTH, "bilinear", BOTH, 3, (_TINY,), mode=HOST),
     Goal("forward no slower than bilinear", "cpu", FORWARD, "bilinear", FORWARD, 1, (_LARGE_ON_CPU,)),
     Goal("both ways at most 3x bilinear both ways", "cpu", BOTH, "bilinear", BOTH, 3, (_LARGE_ON_CPU,)),
     Goal("both ways at most 3x bilinear forward", "cpu", BOTH, "bilinear", FORWARD, 3, (_LARGE_ON_CPU,)),
@@ -87,6 +112,11 @@ def shapes(device_type: str, quick: bool) -> tuple[Shape, ...]:
     if quick:
         return ((1, 16, 12, 16),)
     return (_SMALL, _LARGE_ON_CPU) if device_type == "cpu" else (_SMALL, _LARGE, _BATCH)
+
+
+def host_shape(device_type: str) -> Shape:
+    """Features so small that their kernels take no time."""
+    return _TINY
 
 
 def traffic(shape: Shape) -> dict[str, int]:
@@ -130,7 +160,7 @@ def _reference(features: Tensor, masks: Tensor) -> Contender:
             kernels.carafe_backward_masks(grad, features, K, G, S, 1),
         )
 
-    return Contender("reference kernels", forward, both)
+    return Contender("reference kernels", forward, both, on_host=False)
 
 
 def _unfold_einsum(features: Tensor, masks: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omniops.backends.reference import connected_components as kernels
-from omniops.cli.cases._types import FORWARD, OURS, Check, Contender, Goal, Shape
+from omniops.cli.cases._types import FORWARD, OURS, Check, Contender, Goal, Shape, TimeGoal
+from omniops.cli.timing import HOST
 from omniops.ops._checks import INTEGERS
 from omniops.ops.connected_components import connected_components
 
@@ -60,10 +61,13 @@ def spiral(h: int, w: int) -> Tensor:
 
 _IMAGE = (1, 1, 1024, 1024)
 _MASKS = (256, 1, 256, 256)
+_TINY = (1, 1, 32, 32)
 
 GOALS = (
     Goal("as fast as OpenCV", "cpu", FORWARD, "OpenCV", FORWARD, 1, (_IMAGE,)),
     Goal("at least 5x SAM 2's extension", "cuda", FORWARD, "sam2", FORWARD, 1 / 5, (_MASKS,)),
+    TimeGoal("the host's", "cuda", FORWARD, 50, (_TINY,), HOST),
+    Goal("the host's at most 3x OpenCV", "cpu", FORWARD, "OpenCV with statistics", FORWARD, 3, (_TINY,), mode=HOST),
 )
 """The project's goals; they are for an H200 and two CPU threads, so only benchmarks/ judges them."""
 
@@ -71,6 +75,11 @@ GOALS = (
 def shapes(device_type: str, quick: bool) -> tuple[Shape, ...]:
     """The masks' shapes: an image, and the masks of SAM 2's mask generator."""
     return ((2, 1, 24, 40),) if quick else (_IMAGE, _MASKS)
+
+
+def host_shape(device_type: str) -> Shape:
+    """A mask so small that its kernels take no time."""
+    return _TINY
 
 
 def traffic(shape: Shape) -> dict[str, int]:
@@ -86,7 +95,7 @@ def contenders(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterat
     """
     mask = _blobs(shape).to(device, dtype)
     yield Contender(OURS, partial(connected_components, mask))
-    yield Contender("reference kernels", partial(kernels.connected_components, mask, 8))
+    yield Contender("reference kernels", partial(kernels.connected_components, mask, 8), on_host=False)
     if device.type == "cuda":
         with suppress(ImportError):
             yield Contender("sam2", partial(import_module("sam2._C").get_connected_componnets, mask))

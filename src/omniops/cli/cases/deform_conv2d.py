@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omniops.backends.reference import deform_conv2d as kernels
-from omniops.cli.cases._types import BOTH, FORWARD, OURS, Check, Contender, Goal, Shape, contender, laid_out
+from omniops.cli.cases._types import BOTH, FORWARD, OURS, Check, Contender, Goal, Shape, TimeGoal, contender, laid_out
+from omniops.cli.timing import CALL, GRAPH, HOST
 from omniops.ops.deform_conv2d import deform_conv2d
 
 NAME = "deform_conv2d"
@@ -112,20 +113,39 @@ _ALIGNMENT = (1, 64, 180, 320, 16)
 _ON_CPU = (1, 256, 64, 64)
 _SMALL_ON_CPU = (1, 64, 32, 32)
 
+_TINY = (1, 64, 32, 32)
+# There the kernels of _TINY would take longer than the call.
+_TINY_ON_CPU = (1, 8, 8, 8)
+
 _ON_CUDA = (_LARGE, _BATCH, _DEEP)
+_ALL_ON_CUDA = (*_ON_CUDA, *_RESNET, _ALIGNMENT)
 _CONV, _PEER = "conv2d", "torchvision"
 
 GOALS = (
-    Goal("forward at most 1.5x conv2d", "cuda", FORWARD, _CONV, FORWARD, 1.5, _ON_CUDA),
-    Goal("both ways at most 3x conv2d", "cuda", BOTH, _CONV, BOTH, 3, _ON_CUDA),
-    Goal("forward at least 3x torchvision", "cuda", FORWARD, _PEER, FORWARD, 1 / 3, _ON_CUDA),
-    Goal("both ways at least 5x torchvision", "cuda", BOTH, _PEER, BOTH, 1 / 5, _ON_CUDA),
+    Goal("forward at most 1.5x conv2d", "cuda", FORWARD, _CONV, FORWARD, 1.5, _ON_CUDA, mode=GRAPH),
+    Goal("both ways at most 3x conv2d", "cuda", BOTH, _CONV, BOTH, 3, _ON_CUDA, mode=GRAPH),
+    # torchvision's calls are in no graph.
+    Goal("a call forward faster than torchvision", "cuda", FORWARD, _PEER, FORWARD, 1, _ALL_ON_CUDA, mode=CALL),
+    Goal("a call both ways faster than torchvision", "cuda", BOTH, _PEER, BOTH, 1, _ALL_ON_CUDA, mode=CALL),
+    Goal("a call forward at least 2x torchvision", "cuda", FORWARD, _PEER, FORWARD, 1 / 2, _ON_CUDA, mode=CALL),
+    Goal("a call both ways at least 4x torchvision", "cuda", BOTH, _PEER, BOTH, 1 / 4, _ON_CUDA, mode=CALL),
+    *(
+        Goal("16 offset groups at least 2x torchvision", "cuda", way, _PEER, way, 1 / 2, (_ALIGNMENT,), mode=CALL)
+        for way in (FORWARD, BOTH)
+    ),
+    TimeGoal("the host's forward", "cuda", FORWARD, 100, (_TINY,), HOST),
+    TimeGoal("the host's both ways", "cuda", BOTH, 500, (_TINY,), HOST),
     Goal("forward in bfloat16 as in float16", "cuda", FORWARD, OURS, FORWARD, 1.05, _ON_CUDA, "bfloat16", "float16"),
     Goal("both ways in bfloat16 as in float16", "cuda", BOTH, OURS, BOTH, 1.05, _ON_CUDA, "bfloat16", "float16"),
     Goal("forward at most 2x conv2d", "cpu", FORWARD, _CONV, FORWARD, 2, (_ON_CPU,)),
     Goal("both ways at most 3x conv2d", "cpu", BOTH, _CONV, BOTH, 3, (_ON_CPU,)),
     Goal("forward at least 3x torchvision", "cpu", FORWARD, _PEER, FORWARD, 1 / 3, (_ON_CPU,)),
     Goal("both ways at least 4x torchvision", "cpu", BOTH, _PEER, BOTH, 1 / 4, (_ON_CPU,)),
+    *(
+        Goal(f"the host's {text} at most 3x {peer}", "cpu", way, peer, way, 3, (_TINY_ON_CPU,), mode=HOST)
+        for text, way in (("forward", FORWARD), ("both ways", BOTH))
+        for peer in (_CONV, _PEER)
+    ),
 )
 """The project's goals; they are for an H200 and two CPU threads, so only benchmarks/ judges them."""
 
@@ -134,7 +154,12 @@ def shapes(device_type: str, quick: bool) -> tuple[Shape, ...]:
     """The input's shapes, and the number of offset groups where it is not 1."""
     if quick:
         return ((1, 8, 12, 16, 2),)
-    return (_ON_CPU, _SMALL_ON_CPU) if device_type == "cpu" else (*_ON_CUDA, *_RESNET, _ALIGNMENT)
+    return (_ON_CPU, _SMALL_ON_CPU) if device_type == "cpu" else _ALL_ON_CUDA
+
+
+def host_shape(device_type: str) -> Shape:
+    """An input so small that its kernels take no time."""
+    return _TINY_ON_CPU if device_type == "cpu" else _TINY
 
 
 def traffic(shape: Shape) -> dict[str, int]:
@@ -198,7 +223,7 @@ def _without_tf32(convolution: Contender) -> Contender:
             torch.backends.cudnn.allow_tf32 = before
 
     both = None if convolution.both is None else partial(exact, convolution.both)
-    return Contender(f"{convolution.name} without TF32", partial(exact, convolution.forward), both)
+    return Contender(f"{convolution.name} without TF32", partial(exact, convolution.forward), both, on_host=False)
 
 
 def _reference(inputs: _Inputs) -> Contender:
@@ -217,4 +242,4 @@ def _reference(inputs: _Inputs) -> Contender:
             grad.sum((0, 2, 3)),
         )
 
-    return Contender("reference kernels", forward, both)
+    return Contender("reference kernels", forward, both, on_host=False)
