@@ -137,7 +137,7 @@ def deform_conv2d_backward(
         by_weight = deform_conv2d_backward_weight(grad, input, offset, mask, weight.shape[2:], groups, *numbers)
         gradients[2] = finish(by_weight, weight)
     if output_mask[3]:
-        gradients[3] = finish(accumulated(grad).sum((0, 2, 3)), grad)
+        gradients[3] = accumulated(grad).sum((0, 2, 3)).to(grad.dtype)
     return tuple(
         gradient if wanted else grad.new_empty(0) for gradient, wanted in zip(gradients, output_mask, strict=True)
     )
