@@ -135,8 +135,10 @@ def differentiate(operator: Any, function: type[torch.autograd.Function]) -> Non
     """
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(keyset, *args)
+        if torch.is_grad_enabled():
+            for arg in args:
+                if isinstance(arg, Tensor) and arg.requires_grad:
+                    return function.apply(keyset, *args)
         return below_autograd(operator, keyset, *args)
 
     _LIBRARY.impl(operator._schema.name.partition("::")[2], autograd, "Autograd", with_keyset=True)
