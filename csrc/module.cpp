@@ -9,6 +9,7 @@
 #include "connected_components.h"
 #include "deform_conv2d.h"
 #include "instruction_set.h"
+#include "transpose.h"
 
 namespace nb = nanobind;
 
@@ -87,6 +88,12 @@ void connected_components(std::uintptr_t mask, std::int64_t item_size, std::int6
                                 threads);
 }
 
+void transpose(std::int64_t item_size, std::int64_t batch, std::int64_t rows, std::int64_t columns,
+               std::uintptr_t source, std::uintptr_t target, std::int64_t threads) {
+  omniops::transpose(item_size, batch, rows, columns, reinterpret_cast<const void*>(source),
+                     reinterpret_cast<void*>(target), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_C, module) {
@@ -106,4 +113,6 @@ NB_MODULE(_C, module) {
              nb::arg("item_size"), nb::arg("batch"), nb::arg("height"), nb::arg("width"), nb::arg("diagonals"),
              nb::arg("labels"), nb::arg("counts"), nb::arg("threads"));
   define_deform_conv2d(module);
+  module.def("transpose", transpose, nb::call_guard<nb::gil_scoped_release>(), nb::arg("item_size"), nb::arg("batch"),
+             nb::arg("rows"), nb::arg("columns"), nb::arg("source"), nb::arg("target"), nb::arg("threads"));
 }

@@ -5,11 +5,13 @@ where there is one, else in Triton's interpreter. What is particular to the C++ 
 this file holds them against the reference for the instruction set it finds.
 """
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -29,12 +31,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import omniops.ops.deform_conv2d  # noqa: F401  registers the operator
-from omniops.backends import cpu
+from omniops.backends import cpu, prepared
 from omniops.backends.columns import Columns, Geometry, chunks, geometry_of
 from omniops.backends.reference import deform_conv2d as reference
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 TENSORS = ("input", "offset", "weight", "bias", "mask", "grad")
+GRADIENTS = ("by_input", "by_offset", "by_weight", "by_bias", "by_mask")
 
 
 def backend_devices():
@@ -120,18 +123,12 @@ def each(function, tensors):
 
 
 def results(module, case, x):
-    """What the three operators of a backend return."""
-    by_input, by_offset, by_mask = module.deform_conv2d_backward_data(
-        x.grad, x.input, x.offset, x.weight, x.mask, *case.numbers
-    )
+    """What both operators of a backend return."""
+    wanted = [True, True, True, True, x.mask is not None]
+    gradients = module.deform_conv2d_backward(x.grad, x.input, x.offset, x.weight, x.mask, *case.numbers, wanted)
     return {
         "out": module.deform_conv2d(x.input, x.offset, x.weight, x.bias, x.mask, *case.numbers),
-        "by_input": by_input,
-        "by_offset": by_offset,
-        "by_mask": by_mask,
-        "by_weight": module.deform_conv2d_backward_weight(
-            x.grad, x.input, x.offset, x.mask, case.kernel_size, case.groups, *case.numbers
-        ),
+        **dict(zip(GRADIENTS, gradients, strict=True)),
     }
 
 
@@ -383,9 +380,9 @@ def test_a_sample_and_its_derivative(backend, device, place, value, by_y):
     out = kernels(backend).deform_conv2d(input, offset, one, None, None, *numbers)
     assert out.flatten().tolist() == [value, 7.0]
     grad = torch.tensor([1.0, 0.0], device=device).view(1, 1, 2, 1)
-    _, by_offset, by_mask = kernels(backend).deform_conv2d_backward_data(grad, input, offset, one, None, *numbers)
-    assert by_offset[0, 0, 0, 0].item() == by_y
-    assert by_mask.numel() == 0
+    wanted = [False, True, False, False, False]
+    gradients = kernels(backend).deform_conv2d_backward(grad, input, offset, one, None, *numbers, wanted)
+    assert gradients[1][0, 0, 0, 0].item() == by_y
 
 
 def far_offsets():
@@ -451,11 +448,7 @@ def in_chunks(module, most_bytes):
         sample=bounded(found[0].sample, 5),
         gradients=bounded(found[0].gradients, 0),
     )
-    return SimpleNamespace(
-        deform_conv2d=columns.forward,
-        deform_conv2d_backward_data=columns.backward_data,
-        deform_conv2d_backward_weight=columns.backward_weight,
-    )
+    return SimpleNamespace(deform_conv2d=prepared(columns.forward), deform_conv2d_backward=prepared(columns.backward))
 
 
 def in_cuda_chunks(patch, positions):
@@ -530,9 +523,10 @@ def test_chunks(images, positions, most):
 def test_the_results_have_the_memory_formats_of_their_arguments(backend, device):
     case = uneven(backend, device)
     x = each(lambda tensor: tensor.to(device), problem(case, torch.float32))
-    x.input, x.mask = channels_last(x.input), channels_last(x.mask)
+    x.input, x.mask, x.weight = channels_last(x.input), channels_last(x.mask), channels_last(x.weight)
     found = results(kernels(backend), case, x)
-    for name, last in (("out", True), ("by_input", True), ("by_offset", False), ("by_mask", True)):
+    last_of = {"out": True, "by_input": True, "by_offset": False, "by_weight": True, "by_mask": True}
+    for name, last in last_of.items():
         memory_format = torch.channels_last if last else torch.contiguous_format
         assert found[name].is_contiguous(memory_format=memory_format), name
 
@@ -551,6 +545,57 @@ def test_the_arguments_stay_as_they_are(backend, device, layout):
 
 
 @BACKENDS
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_each_choice_of_gradients(backend, device, layout, masked):
+    case = uneven(backend, device)._replace(masked=masked)
+    x = each(lambda tensor: LAYOUTS[layout](tensor.to(device)), problem(case, torch.float32))
+    expected = results(kernels(backend), case, x)
+    choices = list(product((False, True), repeat=5)) if not interpreted(backend, device) else np.eye(5, dtype=bool)
+    for wanted in choices:
+        if x.mask is None and wanted[4]:
+            continue
+        arguments = x.grad, x.input, x.offset, x.weight, x.mask, *case.numbers, [bool(want) for want in wanted]
+        found = kernels(backend).deform_conv2d_backward(*arguments)
+        for name, gradient, want in zip(GRADIENTS, found, wanted, strict=True):
+            if want:
+                assert torch.equal(gradient, expected[name]), name
+            else:
+                assert gradient.numel() == 0, name
+
+
+@BACKENDS
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_prepared_serves_other_tensors_and_holds_none(backend, device, layout):
+    module, case = kernels(backend), uneven(backend, device)
+    if interpreted(backend, device) and layout != "contiguous":
+        pytest.skip("Triton's interpreter is slow")
+
+    def arguments(seed):
+        x = each(lambda tensor: LAYOUTS[layout](tensor.to(device)), problem(case, torch.float32, seed))
+        return (
+            (module.deform_conv2d, (x.input, x.offset, x.weight, x.bias, x.mask, *case.numbers)),
+            (
+                module.deform_conv2d_backward,
+                (x.grad, x.input, x.offset, x.weight, x.mask, *case.numbers, [True] * 5),
+            ),
+        )
+
+    for i in range(2):
+        (kernel, first), (_, second) = arguments(0)[i], arguments(1)[i]
+        if not isinstance(kernel, prepared):
+            pytest.skip(f"the {backend} kernels are not prepared")
+        run = kernel.prepare(*first)
+        run(*first)
+        tensors = [weakref.ref(value) for value in first if isinstance(value, torch.Tensor)]
+        found, expected = run(*second), kernel(*second)
+        assert all(map(torch.equal, *((x if isinstance(x, tuple) else (x,)) for x in (found, expected))))
+        del first
+        gc.collect()
+        assert not [ref() for ref in tensors if ref() is not None]
+
+
+@BACKENDS
 def test_the_same_bits_every_run(backend, device):
     case = uneven(backend, device)
     x = each(lambda tensor: tensor.to(device), problem(case, torch.float32))
@@ -561,11 +606,11 @@ def test_the_same_bits_every_run(backend, device):
 
 def test_the_backward_of_the_reference_is_autograds_of_its_forward():
     x = problem(UNEVEN, torch.float64)
-    needed = [getattr(x, name).requires_grad_() for name in ("input", "offset", "mask", "weight")]
+    needed = [getattr(x, name).requires_grad_() for name in ("input", "offset", "weight", "bias", "mask")]
     out = reference.deform_conv2d(x.input, x.offset, x.weight, x.bias, x.mask, *UNEVEN.numbers)
     found = results(reference, UNEVEN, each(torch.Tensor.detach, x))
     gradients = torch.autograd.grad(out, needed, x.grad)
-    for gradient, name in zip(gradients, ("by_input", "by_offset", "by_mask", "by_weight"), strict=True):
+    for gradient, name in zip(gradients, GRADIENTS, strict=True):
         torch.testing.assert_close(found[name], gradient)
 
 

@@ -55,7 +55,7 @@ Case = Carafe | DeformConv2d | ConnectedComponents
 
 OPERATORS = {
     Carafe: ("carafe", "carafe_backward_features", "carafe_backward_masks"),
-    DeformConv2d: ("deform_conv2d", "deform_conv2d_backward_data", "deform_conv2d_backward_weight"),
+    DeformConv2d: ("deform_conv2d", "deform_conv2d_backward"),
     ConnectedComponents: ("connected_components",),
 }
 
@@ -106,8 +106,7 @@ def arguments(operator: str, case: Case, dtype: torch.dtype, seed: int = 0, devi
     numbers = [case.stride, case.padding, case.dilation]
     return {
         "deform_conv2d": [input, offset, weight, bias, mask, *numbers],
-        "deform_conv2d_backward_data": [grad, input, offset, weight, mask, *numbers],
-        "deform_conv2d_backward_weight": [grad, input, offset, mask, case.kernel_size, case.groups, *numbers],
+        "deform_conv2d_backward": [grad, input, offset, weight, mask, *numbers, [*[True] * 4, case.masked]],
     }[operator]
 
 

@@ -111,8 +111,8 @@ def test_a_sort_in_n_squared_steps() -> None:
 
 
 def in_one_cell(case: DeformConv2d) -> list[Any]:
-    """What deform_conv2d_backward_data takes, every sample in the middle of the image."""
-    given = arguments("deform_conv2d_backward_data", case, torch.float32)
+    """What deform_conv2d_backward takes, every sample in the middle of the image."""
+    given = arguments("deform_conv2d_backward", case, torch.float32)
     offset, taps = given[2], math.prod(case.kernel_size)
     y, x = torch.meshgrid(torch.arange(offset.shape[2]), torch.arange(offset.shape[3]), indexing="ij")
     for tap in range(taps):
@@ -128,4 +128,4 @@ def test_where_all_samples_meet_no_thread_of_deform_conv2d_takes_n_squared_steps
         with emulator.step_budget(int(25 * samples * math.log2(samples))):
             given = in_one_cell(DeformConv2d(1, 4, height, width, 4))
             for _ in range(4):  # in other orders of the threads
-                emulator.launched(metal.deform_conv2d_backward_data, *given)
+                emulator.launched(metal.deform_conv2d_backward, *given)

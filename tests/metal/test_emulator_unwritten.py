@@ -13,6 +13,7 @@ from problems import DeformConv2d, arguments, doubled, error
 from test_emulator import COPY, compiled
 from torch import Tensor
 
+from omniops.backends import prepared
 from omniops.backends.mps import deform_conv2d as metal
 from omniops.backends.reference import deform_conv2d as reference
 
@@ -133,10 +134,10 @@ def test_a_matrix_product_that_does_not_write_into_a_view(
     given[0] = given[0].contiguous(memory_format=torch.channels_last)
     if not bias:
         given[3] = None
-    columns = replace(metal._COLUMNS, most_bytes=1, products_into_views=into_views)
+    forward = prepared(replace(metal._COLUMNS, most_bytes=1, products_of_views=into_views).forward)
     if into_views:
         with pytest.raises(AssertionError, match=r"nothing wrote:? \d+ of \d+ elements"):
-            emulator.launched(columns.forward, *given)
+            emulator.launched(forward, *given)
     else:
-        result = emulator.launched(columns.forward, *given)
+        result = emulator.launched(forward, *given)
         assert error(result, reference.deform_conv2d(*doubled(given))) < 1e-5

@@ -20,7 +20,7 @@ def run_deform_conv2d(metal: str, case: DeformConv2d, patch: pytest.MonkeyPatch)
     """The kernels of deform_conv2d from this source, in float32, against the oracle."""
     library = emulator.compile_shader(metal)
     patch.setattr(deform_conv2d, "library", lambda name, dtype: library)
-    for operator in ("deform_conv2d", "deform_conv2d_backward_data"):
+    for operator in ("deform_conv2d", "deform_conv2d_backward"):
         given = arguments(operator, case, torch.float32)
         expected = results(getattr(reference, operator)(*doubled(given)))
         found = results(emulator.launched(getattr(deform_conv2d, operator), *given))

@@ -4,8 +4,8 @@ A column holds the samples that one position of the result sees; ``omniops.ops.d
 positions of a batch are numbered through, p = (n * H_out + i) * W_out + j, and taken in chunks, of whole images or of a
 part of one, so that the workspace has a bound whatever the batch. A backend brings two kernels:
 
-``sample(image, offset, mask, geometry, first, columns)`` fills columns, (G, P, K, C / G), with the samples of the
-positions first ... first + P - 1.
+``sample(image, offset, mask, geometry, first, columns)`` fills columns, (G, P, K * C / G), with the samples of the
+positions first ... first + P - 1, by taps.
 
 ``gradients(by_columns, image, offset, mask, geometry, first, by_image, by_offset, by_mask)`` takes the gradient of
 those columns, writes their part of by_offset and by_mask, and adds their part to by_image.
@@ -16,19 +16,22 @@ their gradients are (N, ..., H_out, W_out); mask and by_mask may be None. All ar
 for one chunk after another.
 
 Beside the columns of a chunk stand copies of what is not in that order: of the whole input, offset and mask, and in the
-backward of the whole gradient of the result; what the product makes of the chunk; and by_image, which the gradient of
-the input is copied from.
+backward of the whole gradient of the result, where the products cannot take it as it is; what the product makes of the
+chunk; and by_image, which the gradient of the input is copied from.
+
+The operators are in two steps, for ``omniops.backends.prepared``: what depends on shapes and layouts is found once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from omniops.backends import accumulator, empty, finish, memory_format
+from omniops.backends import accumulator, finish, memory_format
 
 Sample = Callable[[Tensor, Tensor, "Tensor | None", "Geometry", int, Tensor], None]
 Gradients = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Geometry", int, Tensor, Tensor, "Tensor | None"], None]
@@ -51,8 +54,8 @@ class Geometry:
         return self.kernel_size[0] * self.kernel_size[1]
 
 
-def _transpose(matrices: Tensor) -> Tensor:
-    return matrices.mT.contiguous()
+def _transpose(tensor: Tensor, sizes: tuple[int, int, int], shape: tuple[int, ...]) -> Tensor:
+    return tensor.view(sizes).mT.contiguous().view(shape)
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,14 @@ class Columns:
     """What the columns of a chunk take at most, if they are those of more than one position."""
     columns_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
     """What the columns are in, and the products with them, for each dtype of the input."""
-    transpose: Callable[[Tensor], Tensor] = _transpose
-    """(N, A, B) -> (N, B, A), contiguous."""
+    transpose: Callable[[Tensor, tuple[int, int, int], tuple[int, ...]], Tensor] = _transpose
+    """What makes of a contiguous tensor of sizes (N, A, B) one of (N, B, A), in another shape of as many elements."""
     check: Callable[[Sequence[int], Sequence[int], int, Geometry], None] = lambda *_: None
     """Raises ValueError for an input, offsets, channels of the result and a geometry that the kernels cannot take."""
     longest_sum: int | None = None
     """The most terms of a sum, and the most positions, that PyTorch's matrix products are right with."""
-    products_into_views: bool = True
-    """Whether these write into a tensor that begins within its storage."""
+    products_of_views: bool = True
+    """Whether these read and write views of any strides, from anywhere in their storage on."""
 
     def forward(
         self,
@@ -84,30 +87,36 @@ class Columns:
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
-    ) -> Tensor:
-        """The kernel of ``deform_conv2d``."""
-        groups = input.shape[1] // weight.shape[1]
-        geometry = geometry_of(offset, weight.shape[2:], groups, stride, padding, dilation)
-        self.check(input.shape, offset.shape, len(weight), geometry)
-        image, offset, mask = self._dense(input, offset, mask)
-        kernels = by_tap(weight, groups, self.columns_dtype(input.dtype))
-        out = empty((input.shape[0], weight.shape[0], *offset.shape[2:]), like=input)
-        by_group = out.view(len(out), *kernels.shape[:2], -1)
-        bias = None if bias is None else bias.view(groups, 1, -1)
-        for first, columns in self._chunks(offset, image, geometry):
-            self.sample(image, offset, mask, geometry, first, columns)
-            first_image, start = divmod(first, by_group.shape[3])
-            images = -(-columns.shape[1] // by_group.shape[3])
-            part = by_group[first_image : first_image + images, ..., start : start + columns.shape[1] // images]
-            part = part.permute(1, 0, 3, 2)  # (G, images, positions of each, C_out / G), as the product is
-            writable = self.products_into_views or part.storage_offset() == 0
-            direct = writable and part.is_contiguous() and part.dtype == columns.dtype
-            product = self._product(columns.flatten(2), kernels.mT, part.flatten(1, 2) if direct else None)
-            if bias is not None:
-                product += bias
-            if not direct:
-                part.copy_(product.view(part.shape))
-        return out
+    ) -> Callable[..., Tensor]:
+        """The kernel of ``deform_conv2d``, prepared."""
+        plan = self._plan(input, offset, weight, stride, padding, dilation)
+        channels_last = memory_format(input) == torch.channels_last
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        to_image, to_kernels = self._by_channel(input, plan.image), self._by_channel(weight, plan.kernels)
+        chunks = [(first, count, plan.part(first, count, channels_last)) for first, count in plan.chunks]
+        same_dtype = input.dtype == plan.dtype
+
+        def run(
+            input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, *_: Any
+        ) -> Tensor:
+            image, kernels = to_image(input), to_kernels(weight.to(plan.dtype)).mT
+            offset, mask = offset.contiguous(), None if mask is None else mask.contiguous()
+            out = torch.empty(plan.out, dtype=input.dtype, device=input.device, memory_format=layout)
+            bias = bias if bias is None or len(kernels) == 1 else bias.view(len(kernels), 1, -1)
+            memory = image.new_empty(plan.columns, dtype=plan.dtype)
+            for first, count, place in chunks:
+                columns = plan.columns_of(memory, count)
+                self.sample(image, offset, mask, plan.geometry, first, columns)
+                part = place.of(out)
+                direct = same_dtype and self._takes(place, part)
+                product = self._product(columns, kernels, part if direct else None)
+                if bias is not None:
+                    product += bias
+                if not direct:
+                    part.copy_(product.view(place.size))
+            return out
+
+        return run
 
     def backward(
         self,
@@ -120,143 +129,181 @@ class Columns:
         padding: Sequence[int],
         dilation: Sequence[int],
         output_mask: Sequence[bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The kernel of ``deform_conv2d_backward``."""
-        groups = input.shape[1] // weight.shape[1]
-        geometry = geometry_of(offset, weight.shape[2:], groups, stride, padding, dilation)
-        self.check(input.shape, offset.shape, len(weight), geometry)
-        image, moves, factors = self._dense(input, offset, mask)
-        grads = self._by_channel(grad).view(-1, groups, grad.shape[1] // groups)
-        of_samples, of_weight = output_mask[0] or output_mask[1] or output_mask[4], output_mask[2]
-        by_image = by_offset = by_mask = kernels = total = None
-        if of_samples:
-            kernels = by_tap(weight, groups, self.columns_dtype(input.dtype))
-            by_image = torch.zeros_like(image, dtype=accumulator(image))
-            by_offset, by_mask = torch.empty_like(moves), None if factors is None else torch.empty_like(factors)
-        if of_weight:
-            shape = (groups, grads.shape[2], geometry.taps * input.shape[1] // groups)
-            total = grads.new_zeros(shape, dtype=accumulator(grad))
-        for first, columns in self._chunks(offset, image, geometry) if of_samples or of_weight else ():
-            part = grads[first : first + columns.shape[1]].to(columns.dtype)
-            if total is not None:
-                self.sample(image, moves, factors, geometry, first, columns)
-                if total.dtype == columns.dtype:
-                    torch.baddbmm(total, part.permute(1, 2, 0), columns.flatten(2), out=total)
-                else:
-                    total += torch.bmm(part.permute(1, 2, 0), columns.flatten(2))
-            if by_image is not None and by_offset is not None and kernels is not None:
-                self._product(part.transpose(0, 1), kernels, columns.flatten(2))
-                self.gradients(columns, image, moves, factors, geometry, first, by_image, by_offset, by_mask)
-        none = grad.new_empty(0)
-        return (
-            self._by_position(by_image, input) if by_image is not None and output_mask[0] else none,
-            finish(by_offset, offset) if by_offset is not None and output_mask[1] else none,
-            none if total is None else finish(by_position(total, weight), weight),
-            grad.sum((0, 2, 3)) if output_mask[3] else none,
-            finish(by_mask, mask) if by_mask is not None and mask is not None and output_mask[4] else none,
-        )
+    ) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """The kernel of ``deform_conv2d_backward``, prepared."""
+        plan = self._plan(input, offset, weight, stride, padding, dilation)
+        to_image, to_kernels = self._by_channel(input, plan.image), self._by_channel(weight, plan.kernels)
+        to_grads, chunks = self._parts_of(grad, plan)
+        to_input, to_weight = self._by_position(input), self._by_position(weight)
+        sums = accumulator(input)
+        for_input, for_offset, for_weight, for_bias, for_mask = output_mask
+        for_samples = for_input or for_offset or for_mask
 
-    def backward_data(
+        def run(
+            grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *_: Any
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+            image, kernels, grads = to_image(input), to_kernels(weight.to(plan.dtype)), to_grads(grad)
+            moves, factors = offset.contiguous(), None if mask is None else mask.contiguous()
+            by_image, total = image.new_zeros(plan.image if for_samples else (0,), dtype=sums), None
+            by_offset, by_mask = torch.empty_like(moves), None if factors is None else torch.empty_like(factors)
+            memory = image.new_empty(plan.columns, dtype=plan.dtype)
+            for first, count, place in chunks if for_samples or for_weight else ():
+                columns = plan.columns_of(memory, count)
+                part = place.of(grads).to(plan.dtype)
+                if for_weight:
+                    self.sample(image, moves, factors, plan.geometry, first, columns)
+                    total = _plus_product(total, part.mT, columns, sums)
+                if for_samples:
+                    self._product(part, kernels, columns)
+                    self.gradients(columns, image, moves, factors, plan.geometry, first, by_image, by_offset, by_mask)
+            return (
+                to_input(by_image) if for_input else grad.new_empty(0),
+                finish(by_offset, offset) if for_offset else grad.new_empty(0),
+                grad.new_empty(0) if total is None else to_weight(total),
+                grad.sum((0, 2, 3)) if for_bias else grad.new_empty(0),
+                finish(by_mask, mask) if for_mask and mask is not None and by_mask is not None else grad.new_empty(0),
+            )
+
+        return run
+
+    def _plan(
         self,
-        grad: Tensor,
         input: Tensor,
         offset: Tensor,
         weight: Tensor,
-        mask: Tensor | None,
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The kernel of ``deform_conv2d_backward_data``."""
-        groups = input.shape[1] // weight.shape[1]
+    ) -> _Plan:
+        (n, c, h, w), c_out = input.shape, weight.shape[0]
+        groups = c // weight.shape[1]
         geometry = geometry_of(offset, weight.shape[2:], groups, stride, padding, dilation)
-        self.check(input.shape, offset.shape, len(weight), geometry)
-        image, moves, factors = self._dense(input, offset, mask)
-        kernels = by_tap(weight, groups, self.columns_dtype(input.dtype))
-        grads = self._by_channel(grad).view(-1, groups, grad.shape[1] // groups)
-        by_image = torch.zeros_like(image, dtype=accumulator(image))
-        by_offset, by_mask = torch.empty_like(moves), None if factors is None else torch.empty_like(factors)
-        for first, columns in self._chunks(offset, image, geometry):
-            part = grads[first : first + columns.shape[1]].transpose(0, 1).to(columns.dtype)
-            self._product(part, kernels, columns.flatten(2))
-            self.gradients(columns, image, moves, factors, geometry, first, by_image, by_offset, by_mask)
-        return (
-            self._by_position(by_image, input),
-            finish(by_offset, offset),
-            offset.new_empty(0) if mask is None or by_mask is None else finish(by_mask, mask),
+        self.check(input.shape, offset.shape, c_out, geometry)
+        dtype = self.columns_dtype(input.dtype)
+        most = self.most_bytes // (geometry.taps * c * dtype.itemsize)
+        most = most if self.longest_sum is None else min(most, self.longest_sum)
+        found = list(chunks(n, offset.shape[2] * offset.shape[3], max(1, most)))
+        length = geometry.taps * weight.shape[1]
+        return _Plan(
+            geometry,
+            dtype,
+            found,
+            image=(n, h, w, c),
+            kernels=(groups, c_out // groups, length),
+            columns=(groups, found[0][1], length),
+            out=(n, c_out, offset.shape[2], offset.shape[3]),
         )
 
-    def backward_weight(
-        self,
-        grad: Tensor,
-        input: Tensor,
-        offset: Tensor,
-        mask: Tensor | None,
-        kernel_size: Sequence[int],
-        groups: int,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-    ) -> Tensor:
-        """The kernel of ``deform_conv2d_backward_weight``."""
-        geometry = geometry_of(offset, kernel_size, groups, stride, padding, dilation)
-        self.check(input.shape, offset.shape, grad.shape[1], geometry)
-        image, offset, mask = self._dense(input, offset, mask)
-        per_group = grad.shape[1] // groups
-        grads = self._by_channel(grad).view(-1, groups, per_group)
-        total = grads.new_zeros(
-            (groups, per_group, geometry.taps * input.shape[1] // groups),
-            dtype=accumulator(grad),
-        )
-        for first, columns in self._chunks(offset, image, geometry):
-            self.sample(image, offset, mask, geometry, first, columns)
-            part = grads[first : first + columns.shape[1]].permute(1, 2, 0).to(columns.dtype)
-            if total.dtype == columns.dtype:
-                torch.baddbmm(total, part, columns.flatten(2), out=total)
-            else:
-                total += torch.bmm(part, columns.flatten(2))
-        by_weight: Tensor = total.view(groups * per_group, geometry.taps, -1).mT.unflatten(2, geometry.kernel_size)
-        return finish(by_weight, grad)
+    def _parts_of(self, grad: Tensor, plan: _Plan) -> tuple[Callable[[Tensor], Tensor], list[tuple[int, int, _Part]]]:
+        """What makes a dense tensor of the gradient of the result, and the chunks with their parts of it.
+
+        A part is (G, P, C_out / G): it is left where it is if it has such strides, else the whole is copied before.
+        """
+        channels_last = memory_format(grad) == torch.channels_last
+        if self.products_of_views and grad.dtype == plan.dtype and (channels_last or grad.is_contiguous()):
+            parts = [(first, count, plan.part(first, count, channels_last)) for first, count in plan.chunks]
+            if all(len(part.size) == 3 for *_, part in parts):
+                return lambda grad: grad, parts
+        n, c, h, w = plan.out
+        return self._by_channel(grad, (n, h, w, c)), [(*chunk, plan.part(*chunk, True)) for chunk in plan.chunks]
+
+    def _takes(self, place: _Part, part: Tensor) -> bool:
+        """Whether a product writes its result there."""
+        if self.products_of_views:
+            return place.dense
+        return bool(part.is_contiguous() and part.storage_offset() == 0 and len(place.size) == 3)
 
     def _product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """(G, P, K) times (G, K, M), its sums in parts that are not too long."""
-        longest = a.shape[2] if self.longest_sum is None else self.longest_sum
-        (first, second), *others = zip(a.split(longest, 2), b.split(longest, 1), strict=True)
-        if not others:
+        longest = self.longest_sum
+        if longest is None or longest >= a.shape[2]:
             return torch.bmm(a, b, out=out)
+        (first, second), *others = zip(a.split(longest, 2), b.split(longest, 1), strict=True)
         product = torch.bmm(first.contiguous(), second.contiguous(), out=out)
         for left, right in others:
             product += torch.bmm(left.contiguous(), right.contiguous())
         return product
 
-    def _dense(self, input: Tensor, offset: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the kernels take for them."""
-        return self._by_channel(input), offset.contiguous(), None if mask is None else mask.contiguous()
+    def _by_channel(self, like: Tensor, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+        """What makes (N, H, W, C), contiguous and in another shape, of tensors (N, C, H, W) like this one."""
+        if like.is_contiguous(memory_format=torch.channels_last):
+            return lambda tensor: tensor.permute(0, 2, 3, 1).contiguous().view(shape)
+        n, c, h, w = like.shape
+        sizes, transpose = (n, c, h * w), self.transpose
+        return lambda tensor: transpose(tensor.contiguous(), sizes, shape)
 
-    def _by_channel(self, tensor: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, H, W, C), contiguous."""
-        if tensor.is_contiguous(memory_format=torch.channels_last):
-            return tensor.permute(0, 2, 3, 1).contiguous()
-        transposed: Tensor = self.transpose(tensor.flatten(2)).unflatten(1, tensor.shape[2:])
-        return transposed
-
-    def _by_position(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """(N, H, W, C) -> (N, C, H, W), in the dtype and memory format of ``like``."""
-        tensor = tensor.to(like.dtype)
+    def _by_position(self, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """What makes (N, C, H, W) in the dtype and memory format of this tensor of contiguous (N, H, W, C) elements."""
+        (n, c, h, w), dtype = like.shape, like.dtype
         if memory_format(like) == torch.channels_last:
-            return finish(tensor.permute(0, 3, 1, 2), like)
-        return finish(self.transpose(tensor.flatten(1, 2)).unflatten(2, tensor.shape[1:3]), like)
+            return lambda tensor: tensor.to(dtype).view(n, h, w, c).permute(0, 3, 1, 2)
+        sizes, shape, transpose = (n, h * w, c), (n, c, h, w), self.transpose
+        return lambda tensor: transpose(tensor.to(dtype), sizes, shape)
 
-    def _chunks(self, offset: Tensor, image: Tensor, geometry: Geometry) -> Iterator[tuple[int, Tensor]]:
-        """The first position of each chunk, and memory for its columns, the same for all."""
-        shape = (geometry.taps, image.shape[3] // geometry.groups)
-        dtype = self.columns_dtype(image.dtype)
-        most = self.most_bytes // (geometry.taps * image.shape[3] * dtype.itemsize)
-        most = most if self.longest_sum is None else min(most, self.longest_sum)
-        found = list(chunks(len(offset), offset[0, 0].numel(), max(1, most)))
-        memory = image.new_empty((geometry.groups * found[0][1], *shape), dtype=dtype)
-        for first, count in found:
-            yield first, memory[: geometry.groups * count].view(geometry.groups, count, *shape)
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all calls with tensors of these shapes have in common."""
+
+    geometry: Geometry
+    dtype: torch.dtype
+    """Of the columns and of the products with them."""
+    chunks: list[tuple[int, int]]
+    image: tuple[int, int, int, int]
+    """The shape (N, H, W, C)."""
+    kernels: tuple[int, int, int]
+    """The shape (G, C_out / G, K * C / G) of the weight."""
+    columns: tuple[int, int, int]
+    """The shape (G, P, K * C / G) of the largest chunk's."""
+    out: tuple[int, int, int, int]
+    """The shape (N, C_out, H_out, W_out)."""
+
+    def columns_of(self, memory: Tensor, count: int) -> Tensor:
+        """Columns for so many positions, in the memory of the largest chunk's."""
+        groups, most, length = self.columns
+        if count == most:
+            return memory
+        return memory.view(-1, length)[: groups * count].view(groups, count, length)
+
+    def part(self, first: int, count: int, channels_last: bool) -> _Part:
+        """Where a chunk lies in a tensor of the shape ``out``."""
+        groups, channels, area = self.kernels[0], self.kernels[1], self.out[2] * self.out[3]
+        image, position = divmod(first, area)
+        images = -(-count // area)
+        by_position, by_channel = (groups * channels, 1) if channels_last else (1, area)
+        by_image, by_group = groups * channels * area, channels * by_channel
+        start, dense = image * by_image + position * by_position, channels_last or count % area == 0
+        if images == 1 or by_image == area * by_position:
+            return _Part((groups, count, channels), (by_group, by_position, by_channel), start, dense)
+        size = (groups, images, count // images, channels)
+        return _Part(size, (by_group, by_image, by_position, by_channel), start, False)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A chunk of a dense tensor (N, C_out, H_out, W_out), as (G, P, C_out / G) where it has such strides.
+
+    Else it is (G, images, P / images, C_out / G).
+    """
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+    dense: bool
+    """Whether it is of that shape and has whole images or pixels; into others products write slower than a copy is."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.start)
+
+
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a @ b, in this dtype; ``total`` itself where there is one."""
+    if total is None:
+        return torch.bmm(a, b).to(dtype)
+    if dtype == a.dtype:
+        return torch.baddbmm(total, a, b, out=total)
+    total += torch.bmm(a, b)
+    return total
 
 
 def chunks(images: int, positions: int, most: int) -> Iterator[tuple[int, int]]:
@@ -298,9 +345,3 @@ def geometry_of(
 def by_tap(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """(C_out, C / G, kh, kw) -> (G, C_out / G, K * C / G), in the order of the columns."""
     return weight.flatten(2).mT.to(dtype).reshape(groups, weight.shape[0] // groups, -1)
-
-
-def by_position(kernels: Tensor, weight: Tensor) -> Tensor:
-    """What ``by_tap`` makes of a weight, in the shape of the weight again."""
-    by_weight: Tensor = kernels.view(weight.shape[0], -1, weight.shape[1]).mT.unflatten(2, weight.shape[2:])
-    return by_weight

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import omniops._C as _C
+from omniops.backends import prepared
 from omniops.backends.columns import Columns, Geometry
 from omniops.backends.cpu._dtypes import DTYPES
 
@@ -77,12 +78,9 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _transpose(matrices: Tensor) -> Tensor:
-    n, rows, columns = matrices.shape
-    out = matrices.new_empty(n, columns, rows)
-    # One by one: PyTorch goes through a matrix block by block, but through a batch of them row by row.
-    for matrix, transposed in zip(matrices, out, strict=True):
-        transposed.copy_(matrix.mT)
+def _transpose(tensor: Tensor, sizes: tuple[int, int, int], shape: tuple[int, ...]) -> Tensor:
+    out = tensor.new_empty(shape)
+    _C.transpose(tensor.element_size(), *sizes, tensor.data_ptr(), out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -106,7 +104,5 @@ _COLUMNS = Columns(
     sample=_sample, gradients=_gradients, most_bytes=2**23, columns_dtype=_columns_dtype, transpose=_transpose
 )
 
-deform_conv2d = _COLUMNS.forward
-deform_conv2d_backward = _COLUMNS.backward
-deform_conv2d_backward_data = _COLUMNS.backward_data
-deform_conv2d_backward_weight = _COLUMNS.backward_weight
+deform_conv2d = prepared(_COLUMNS.forward)
+deform_conv2d_backward = prepared(_COLUMNS.backward)

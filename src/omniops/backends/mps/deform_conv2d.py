@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omniops.backends import prepared
 from omniops.backends.columns import Columns, Geometry
 from omniops.backends.mps._library import library
 
@@ -171,13 +172,11 @@ _COLUMNS = Columns(
     most_bytes=MOST_BYTES,
     check=check_sizes,
     longest_sum=LONGEST_SUM,
-    products_into_views=False,
+    products_of_views=False,
 )
 
-deform_conv2d = _COLUMNS.forward
-deform_conv2d_backward = _COLUMNS.backward
-deform_conv2d_backward_data = _COLUMNS.backward_data
-deform_conv2d_backward_weight = _COLUMNS.backward_weight
+deform_conv2d = prepared(_COLUMNS.forward)
+deform_conv2d_backward = prepared(_COLUMNS.backward)
 
 
 @dataclass(frozen=True)
