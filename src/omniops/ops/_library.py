@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from omniops.backends import BACKENDS, empty, prepared
+from omniops.ops import _flops
 
 _LIBRARY = torch.library.Library("omniops", "DEF")
 
@@ -41,7 +42,14 @@ class Result(NamedTuple):
     """Where it is not that of ``like``."""
 
 
-def define(schema: str, *, file: str, results: Callable[..., Sequence[Result]], autocast: bool = False) -> Any:
+def define(
+    schema: str,
+    *,
+    file: str,
+    results: Callable[..., Sequence[Result]],
+    flops: Callable[..., int],
+    autocast: bool = False,
+) -> Any:
     """Define ``omniops::<schema>`` with its kernels and fake kernel, and return the operator.
 
     Args:
@@ -49,6 +57,8 @@ def define(schema: str, *, file: str, results: Callable[..., Sequence[Result]], 
         file: the file of that name in each backend holds the kernel, a function named as the operator is.
         results: called with the operator's arguments before any kernel; raises for wrong ones and says what the
             results will be.
+        flops: called with the operator's arguments; says how many floating point operations torch.utils.flop_counter
+            counts: as for PyTorch's convolutions two for each product that is summed, and no others.
         autocast: whether autocast casts the operator's arguments. It does not those of operators that compute
             gradients: a backward has the dtypes of its forward.
     """
@@ -65,6 +75,7 @@ def define(schema: str, *, file: str, results: Callable[..., Sequence[Result]], 
     torch.library.register_fake(f"omniops::{name}", fake, lib=_LIBRARY)
     for device_type, key in AUTOCAST_KEYS.items():
         _LIBRARY.impl(name, under_autocast(operator, device_type, autocast), key)
+    _flops.register(operator, flops)
     return operator
 
 
@@ -95,10 +106,11 @@ def _kernel(
             return _one_or_all(empty(*result).zero_() for result in described)
         kernel = getattr(import_module(f"{backend.__name__}.{file}"), name)
         run: Any = kernel.prepare(*args) if isinstance(kernel, prepared) else kernel
-        with adding:
-            while len(kept) >= MOST_KEPT:
-                del kept[next(iter(kept))]
-            kept[kind] = run
+        if kind is not None:
+            with adding:
+                while len(kept) >= MOST_KEPT:
+                    del kept[next(iter(kept))]
+                kept[kind] = run
         result: Tensor | tuple[Tensor, ...] = run(*args)
         return result
 
@@ -107,23 +119,30 @@ def _kernel(
         adding = Lock()  # a thread that is not in this process may have held the other
         kept.clear()
 
-    # No kernel of the parent's is one on a GPU of the child's.
-    os.register_at_fork(after_in_child=forget)
+    if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+        # No kernel of the parent's is one on a GPU of the child's.
+        os.register_at_fork(after_in_child=forget)
     return checked
 
 
 def _kind(args: tuple[Any, ...]) -> Any:
-    """What an operator's checks and the choice of a kernel may depend on."""
-    return tuple(
-        [
-            (arg.shape, arg.stride(), arg.dtype, arg.device, arg.data_ptr() % 16)
-            if isinstance(arg, Tensor)
-            else tuple(arg)
-            if isinstance(arg, list)
-            else arg
-            for arg in args
-        ]
-    )
+    """What an operator's checks and the choice of a kernel may depend on; None where a tensor has no address.
+
+    Such are those of devices that compute later, and sparse ones, which no kernel is for.
+    """
+    try:
+        return tuple(
+            [
+                (arg.shape, arg.stride(), arg.dtype, arg.device, arg.data_ptr() % 16)
+                if isinstance(arg, Tensor)
+                else tuple(arg)
+                if isinstance(arg, list)
+                else arg
+                for arg in args
+            ]
+        )
+    except RuntimeError:
+        return None
 
 
 def differentiate(operator: Any, function: type[torch.autograd.Function]) -> None:
@@ -133,15 +152,21 @@ def differentiate(operator: Any, function: type[torch.autograd.Function]) -> Non
     ``backward`` returns a gradient for each of all these. (torch.library.register_autograd does the same with several
     layers of Python more, which take longer than the kernels of a small map.)
     """
+    name = operator._schema.name
 
     def autograd(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
+                    if torch._C._are_functorch_transforms_active():
+                        raise NotImplementedError(
+                            f"{name} has no derivative for the transforms of torch.func (grad, vjp, jacrev, ...): "
+                            f"use torch.autograd.grad or Tensor.backward"
+                        )
                     return function.apply(keyset, *args)
         return below_autograd(operator, keyset, *args)
 
-    _LIBRARY.impl(operator._schema.name.partition("::")[2], autograd, "Autograd", with_keyset=True)
+    _LIBRARY.impl(name.partition("::")[2], autograd, "Autograd", with_keyset=True)
 
 
 def below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:

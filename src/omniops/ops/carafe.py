@@ -154,10 +154,23 @@ def _backward_results(
     ]
 
 
+def _flops(features: Tensor, masks: Tensor, kernel_size: int, *_: int) -> int:
+    """Of the sums that make the result."""
+    return 2 * features.shape[1] * kernel_size**2 * masks.shape[0] * masks.shape[2] * masks.shape[3]
+
+
+def _backward_flops(
+    grad: Tensor, features: Tensor | None, masks: Tensor | None, height: int, width: int, kernel_size: int, *_: int
+) -> int:
+    """As many for each gradient that is wanted as for the result."""
+    return 2 * grad.numel() * kernel_size**2 * ((features is not None) + (masks is not None))
+
+
 _carafe = define(
     "carafe(Tensor features, Tensor masks, int kernel_size, int group_size, int scale_factor, int stride) -> Tensor",
     file="carafe",
     results=_carafe_result,
+    flops=_flops,
     autocast=True,
 )
 _carafe_backward = define(
@@ -165,6 +178,7 @@ _carafe_backward = define(
     "int kernel_size, int group_size, int scale_factor, int stride) -> (Tensor, Tensor)",
     file="carafe",
     results=_backward_results,
+    flops=_backward_flops,
 )
 """The gradients of features and masks. The former is of no elements without masks, the latter without features."""
 

@@ -138,4 +138,5 @@ _connected_components = define(
     "connected_components(Tensor mask, int connectivity) -> (Tensor labels, Tensor counts)",
     file="connected_components",
     results=_results,
+    flops=lambda *_: 0,  # of floating point
 )

@@ -269,11 +269,25 @@ def _backward_results(
     return [result if wanted else Result((0,), like=grad) for result, wanted in zip(results, output_mask, strict=True)]
 
 
+def _flops(input: Tensor, offset: Tensor, weight: Tensor, *_: Any) -> int:
+    """As many as of the convolution of the samples, which are not counted themselves, as the bias is not."""
+    return 2 * weight.numel() * offset.shape[0] * offset.shape[2] * offset.shape[3]
+
+
+def _backward_flops(
+    grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *numbers: Any
+) -> int:
+    """Those of the convolution once for the gradients of the samples, once for that of the weight, where wanted."""
+    by_input, by_offset, by_weight, _, by_mask = numbers[-1]
+    return _flops(input, offset, weight) * (bool(by_input or by_offset or by_mask) + bool(by_weight))
+
+
 _deform_conv2d = define(
     "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
     "int[] stride, int[] padding, int[] dilation) -> Tensor",
     file="deform_conv2d",
     results=_forward_results,
+    flops=_flops,
     autocast=True,
 )
 _deform_conv2d_backward = define(
@@ -281,6 +295,7 @@ _deform_conv2d_backward = define(
     "int[] stride, int[] padding, int[] dilation, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     file="deform_conv2d",
     results=_backward_results,
+    flops=_backward_flops,
 )
 """The gradients of input, offset, weight, bias and mask; those that output_mask is False for are of no elements."""
 
