@@ -24,6 +24,10 @@ cache, costs a step and nothing else. The roots are the first nodes of the compo
 
 A program owns BLOCK words of one image, in the first and the last kernel their pixels. A lane is a word, and works
 through its runs one after the other. Bits are in int64, so that neither a run's carry nor a shift leaves the number.
+
+Sizes and flags are arguments that Triton compiles nothing anew for: masks of all sizes have the same compiled kernels,
+with either connectivity. Three pointers, three numbers and BLOCK are the parameters of each kernel, used or not, as
+Triton before 3.7 has a C compiler make a launcher for each list of types.
 """
 
 from __future__ import annotations
@@ -51,12 +55,15 @@ def _first_of_run(word, column):
 
 
 @triton.jit
-def _words(height, words, BLOCK: tl.constexpr):
-    """This program's image and words, their rows and places in the rows, and whether they exist."""
-    blocks = (height * words - 1) // BLOCK + 1  # tl.cdiv's sum may be beyond 32 bits
+def _words(height, width, BLOCK: tl.constexpr):
+    """This program's image as its first row in the batch; the words of a row; the program's words, their rows and
+    places in the rows, and whether they exist."""
+    words = (width - 1) // 32 + 1  # tl.cdiv's sums may be beyond 32 bits
+    blocks = (height * words - 1) // BLOCK + 1
     program = tl.program_id(0)
+    first_row = (program // blocks).to(tl.int64) * height
     word = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    return (program // blocks).to(tl.int64), word, word // words, word % words, (word >= 0) & (word < height * words)
+    return first_row, words, word, word // words, word % words, (word >= 0) & (word < height * words)
 
 
 @triton.jit
@@ -93,31 +100,39 @@ def _unite(labels, a, b, active):
 
 
 @triton.jit
-def pack_mask(mask, bits, height, width, words, BLOCK: tl.constexpr):
-    image, word, y, k, exists = _words(height, words, BLOCK)
-    mask += image * height * width
-    bits += image * height * words
+def _packed(mask, width, y, k, exists):
     column = tl.arange(0, 32)[None, :]
     x = k[:, None] * 32 + column
     value = tl.load(mask + (y[:, None] * width + x), mask=exists[:, None] & (x < width), other=0)
-    tl.store(bits + word, tl.sum((value != 0).to(tl.int32) << column, axis=1), mask=exists)
+    return tl.sum((value != 0).to(tl.int32) << column, axis=1)
 
 
-@triton.jit
-def link_runs(bits, labels, counts, height, width, words, DIAGONALS: tl.constexpr, BLOCK: tl.constexpr):
-    image, word, y, k, exists = _words(height, words, BLOCK)
-    bits += image * height * words + word
-    labels += image * height * width - 1
-    counts += image * height * width - 1
+@triton.jit(do_not_specialize=["height", "width", "unused"])
+def pack_mask(mask, bits, counts, height, width, unused, BLOCK: tl.constexpr):
+    first_row, words, word, y, k, exists = _words(height, width, BLOCK)
+    if width % 16 == 0:
+        sixteens = width // 16 * 16  # which tells the compiler that rows are aligned: it loads several pixels at once
+        packed = _packed(mask + first_row * sixteens, sixteens, y, k, exists)
+    else:
+        packed = _packed(mask + first_row * width, width, y, k, exists)
+    tl.store(bits + first_row * words + word, packed, mask=exists)
+
+
+@triton.jit(do_not_specialize=["height", "width", "diagonals"])
+def link_runs(bits, labels, counts, height, width, diagonals, BLOCK: tl.constexpr):
+    """``diagonals`` is 1 where pixels that touch at a corner are connected, else 0."""
+    first_row, words, word, y, k, exists = _words(height, width, BLOCK)
+    bits += first_row * words + word
+    labels += first_row * width - 1
+    counts += first_row * width - 1
     has_above = exists & (y > 0)
     rest = _load(bits, exists)
     left = _load(bits - 1, exists & (k > 0))
     above = _load(bits - words, has_above)
-    around = above << 1  # bit c + 1: column c of the row above, from -1 to 32
-    above_left = tl.zeros_like(above)
-    if DIAGONALS:
-        above_left = _load(bits - words - 1, has_above & (k > 0))
-        around |= above_left >> 31 | (_load(bits - words + 1, has_above & (k + 1 < words)) & 1) << 33
+    above_left = _load(bits - words - 1, has_above & (k > 0))
+    above_right = _load(bits - words + 1, has_above & (k + 1 < words))
+    # Bit c + 1: column c of the row above, from -1 to 32.
+    around = above_left >> 31 | above << 1 | (above_right & 1) << 33
     last = tl.full((BLOCK,), 31, tl.int64)
     left_first = _first_of_run(left, last) - 32
     above_left_first = _first_of_run(above_left, last) - 32
@@ -129,10 +144,7 @@ def link_runs(bits, labels, counts, height, width, words, DIAGONALS: tl.constexp
         past = rest + low  # carries through the run to the bit after it
         first = _log2(low)
         end = _log2(past & -past)
-        if DIAGONALS:
-            touching = around & ((one << (end + 2)) - (one << first))
-        else:
-            touching = around & ((one << (end + 1)) - (one << (first + 1)))
+        touching = around & ((one << (end + 1 + diagonals)) - (one << (first + 1 - diagonals)))
         column = _log2(tl.where(touching != 0, touching & -touching, 2)) - 1
         touched = _first_of_run(above, tl.minimum(tl.maximum(column, 0), 31).to(tl.int64))
         touched = tl.where(column < 0, above_left_first, tl.where(column > 31, 32, touched))
@@ -143,12 +155,13 @@ def link_runs(bits, labels, counts, height, width, words, DIAGONALS: tl.constexp
         rest = past & (past - 1)
 
 
-@triton.jit
-def flatten_runs(bits, labels, counts, height, width, words, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    image, word, y, k, exists = _words(height, words, BLOCK)
-    labels += image * height * width - 1
-    counts += image * height * width - 1
-    rest = _load(bits + image * height * words + word, exists)
+@triton.jit(do_not_specialize=["height", "width", "count"])
+def flatten_runs(bits, labels, counts, height, width, count, BLOCK: tl.constexpr):
+    """``count`` is 1 where the runs' lengths are added up, else 0."""
+    first_row, words, word, y, k, exists = _words(height, width, BLOCK)
+    labels += first_row * width - 1
+    counts += first_row * width - 1
+    rest = _load(bits + first_row * words + word, exists)
     origin = y * width + k * 32 + 1
     while _any(rest != 0):
         active = rest != 0
@@ -164,7 +177,7 @@ def flatten_runs(bits, labels, counts, height, width, words, COUNT: tl.constexpr
             tl.store(labels + node, root, mask=moving)  # at once, for those whose way leads through here
             above = _parent(labels, root, moving)
             moving = moving & (above != root)
-        if COUNT:
+        if count != 0:
             counted = active & (root != node)
             length = tl.where(counted, _log2(past & -past) - first, 0)
             lowest = tl.min(tl.where(counted, root, 2147483647), axis=0)
@@ -176,56 +189,62 @@ def flatten_runs(bits, labels, counts, height, width, words, COUNT: tl.constexpr
         rest = past & (past - 1)
 
 
-@triton.jit
-def merge_runs(bits, labels, height, width, words, DIAGONALS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["height", "width", "diagonals"])
+def merge_runs(bits, labels, counts, height, width, diagonals, BLOCK: tl.constexpr):
     """Each two runs that touch meet here once, at the first column where they do.
 
     Not those where that is the corner at which the upper one ends and the lower one begins: link_runs has joined them.
     """
-    image, word, y, k, exists = _words(height, words, BLOCK)
-    bits += image * height * words + word
-    labels += image * height * width - 1
+    first_row, words, word, y, k, exists = _words(height, width, BLOCK)
+    bits += first_row * words + word
+    labels += first_row * width - 1
     has_above = exists & (y > 0)
+    has_right = has_above & (k + 1 < words)
     here = _load(bits, has_above)
     left = _load(bits - 1, has_above & (k > 0))
+    right = _load(bits + 1, has_right)
     above = _load(bits - words, has_above)
     above_left = _load(bits - words - 1, has_above & (k > 0))
-    origin = y * width + k * 32 + 1
+    above_right = _load(bits - words + 1, has_right)
     both = here & above
-    meetings = both & ~(both << 1 | (left & above_left) >> 31)
+    # Above on the right: the run above begins there.
+    corners = here & ~above & (above >> 1 | (above_right & 1) << 31) & ~(here >> 1 | (right & 1) << 31)
+    corners *= diagonals
+    meetings = both & ~(both << 1 | (left & above_left) >> 31) | corners
+    origin = y * width + k * 32 + 1
     while _any(meetings != 0):
         active = meetings != 0
-        column = _log2(tl.where(active, meetings & -meetings, 1)).to(tl.int64)
-        below_first = _first_of_run(here, column)
-        above_first = _first_of_run(above, column)
+        lowest = tl.where(active, meetings & -meetings, 1)
+        column = _log2(lowest)
+        below_first = _first_of_run(here, column.to(tl.int64))
+        above_first = _first_of_run(above, column.to(tl.int64))
+        above_first = tl.where((corners & lowest) != 0, column + 1, above_first)
         _unite(labels, origin + below_first, origin - width + above_first, active)
         meetings &= meetings - 1
-    if DIAGONALS:
-        right = _load(bits + 1, has_above & (k + 1 < words))
-        above_right = _load(bits - words + 1, has_above & (k + 1 < words))
-        # Above on the right: the run above begins there.
-        meetings = here & ~above & (above >> 1 | (above_right & 1) << 31) & ~(here >> 1 | (right & 1) << 31)
-        while _any(meetings != 0):
-            active = meetings != 0
-            column = _log2(tl.where(active, meetings & -meetings, 1))
-            below_first = _first_of_run(here, column.to(tl.int64))
-            _unite(labels, origin + below_first, origin - width + (column + 1), active)
-            meetings &= meetings - 1
 
 
 @triton.jit
-def write_result(bits, labels, counts, height, width, words, BLOCK: tl.constexpr):
-    image, word, y, k, exists = _words(height, words, BLOCK)
-    labels += image * height * width
-    counts += image * height * width
-    here = tl.load(bits + image * height * words + word, mask=exists, other=0)[:, None]
+def _write(labels, counts, width, here, y, k, exists):
+    """labels, counts: from the image's first pixel; here: (BLOCK, 1)."""
     column = tl.arange(0, 32)[None, :]
     pixel = y[:, None] * width + k[:, None] * 32
-    foreground = (here >> column) & 1 != 0
-    first = _first_of_run(tl.broadcast_to(here, (BLOCK, 32)), tl.broadcast_to(column, (BLOCK, 32)))
+    here, columns = tl.broadcast(here, column)
+    foreground = (here >> columns) & 1 != 0
+    first = _first_of_run(here, columns)
     # Others read what is at a run's first pixel while its own lane writes it anew: the same label, the same count.
     label = tl.load(labels + (pixel + first), mask=foreground, other=0)
     count = tl.load(counts - 1 + label, mask=foreground, other=0)
     inside = exists[:, None] & (k[:, None] * 32 + column < width)
     tl.store(labels + (pixel + column), label, mask=inside)
     tl.store(counts + (pixel + column), count, mask=inside)
+
+
+@triton.jit(do_not_specialize=["height", "width", "unused"])
+def write_result(bits, labels, counts, height, width, unused, BLOCK: tl.constexpr):
+    first_row, words, word, y, k, exists = _words(height, width, BLOCK)
+    here = tl.load(bits + first_row * words + word, mask=exists, other=0)[:, None]
+    if width % 16 == 0:
+        sixteens = width // 16 * 16  # as in pack_mask
+        _write(labels + first_row * sixteens, counts + first_row * sixteens, sixteens, here, y, k, exists)
+    else:
+        _write(labels + first_row * width, counts + first_row * width, width, here, y, k, exists)

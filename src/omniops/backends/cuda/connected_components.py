@@ -6,14 +6,15 @@ record them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from omniops.backends import as_signed, empty
+from omniops.backends import as_signed, prepared
 from omniops.backends.cuda import _connected_components as kernels
 from omniops.backends.cuda._grid import cdiv
+from omniops.backends.cuda._launch import Launch, on_device
 
 # Words of 32 pixels of a program. A lane waits for the longest way of its program, so a warp is best alone.
 _WORDS, _WARPS = 32, 1
@@ -21,28 +22,44 @@ _WORDS, _WARPS = 32, 1
 _PIXEL_WORDS, _PIXEL_WARPS = 32, 4
 
 
-def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
+@prepared
+def connected_components(mask: Tensor, connectivity: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
     """(N, 1, H, W) -> labels and counts, (N, 1, H, W), int32."""
-    n, _, height, width = mask.shape
     check_sizes(mask.shape)
-    labels, counts = (empty(mask.shape, like=mask, dtype=torch.int32) for _ in range(2))
-    mask = as_signed(mask).contiguous()
-    words = cdiv(width, 32)
-    bits = torch.empty((n, height, words), dtype=torch.int32, device=mask.device)
-    sizes = height, width, words
-    diagonals = connectivity == 8
-    grid = (n * cdiv(height * words, _WORDS),)
-    pixel_grid = (n * cdiv(height * words, _PIXEL_WORDS),)
-    by_word = {"BLOCK": _WORDS, "num_warps": _WARPS}
-    by_pixel = {"BLOCK": _PIXEL_WORDS, "num_warps": _PIXEL_WARPS}
-    with torch.cuda.device_of(mask):
-        kernels.pack_mask[pixel_grid](mask, bits, *sizes, **by_pixel)
-        kernels.link_runs[grid](bits, labels, counts, *sizes, DIAGONALS=diagonals, **by_word)
-        kernels.flatten_runs[grid](bits, labels, counts, *sizes, COUNT=False, **by_word)
-        kernels.merge_runs[grid](bits, labels, *sizes, DIAGONALS=diagonals, **by_word)
-        kernels.flatten_runs[grid](bits, labels, counts, *sizes, COUNT=True, **by_word)
-        kernels.write_result[pixel_grid](bits, labels, counts, *sizes, **by_pixel)
-    return labels, counts
+    shape = mask.shape
+    n, _, height, width = shape
+    words = height * cdiv(width, 32)
+    strides = height * width, height * width, width, 1
+    is_signed_and_contiguous = mask.dtype.is_signed and mask.is_contiguous()
+    diagonals = int(connectivity == 8)
+
+    def by_word(kernel: object, flag: int) -> Launch:
+        return Launch(kernel, (n * cdiv(words, _WORDS),), height, width, flag, BLOCK=_WORDS, num_warps=_WARPS)
+
+    def by_pixel(kernel: object) -> Launch:
+        grid = (n * cdiv(words, _PIXEL_WORDS),)
+        return Launch(kernel, grid, height, width, 0, BLOCK=_PIXEL_WORDS, num_warps=_PIXEL_WARPS)
+
+    pack, write = by_pixel(kernels.pack_mask), by_pixel(kernels.write_result)
+    link, merge = by_word(kernels.link_runs, diagonals), by_word(kernels.merge_runs, diagonals)
+    flatten, flatten_and_count = (by_word(kernels.flatten_runs, count) for count in (0, 1))
+
+    def run(mask: Tensor, _: int) -> tuple[Tensor, Tensor]:
+        if not is_signed_and_contiguous:
+            mask = as_signed(mask).contiguous()
+        labels = mask.new_empty_strided(shape, strides, dtype=torch.int32)
+        counts = torch.empty_like(labels)
+        bits = labels.new_empty((n * words,))
+        with on_device(labels) as stream:
+            pack(stream, mask, bits, counts)
+            link(stream, bits, labels, counts)
+            flatten(stream, bits, labels, counts)
+            merge(stream, bits, labels, counts)
+            flatten_and_count(stream, bits, labels, counts)
+            write(stream, bits, labels, counts)
+        return labels, counts
+
+    return run
 
 
 def check_sizes(mask: Sequence[int]) -> None:
