@@ -31,15 +31,18 @@ def blend(image, pixel, c, C, below, w00, w01, w10, w11):
     return value.to(image.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count", "width", "size"])
 def forward(
-    image, pixels, ly_plan, lx_plan, factors, weight, weight_low, bias, out,
-    first, count, width, size, C, NG, stride_n, stride_c, stride_p,
-    CD: tl.constexpr, CG: tl.constexpr, SEGMENT: tl.constexpr, K: tl.constexpr,
-    MASKED: tl.constexpr, BIASED: tl.constexpr, PRECISE: tl.constexpr,
+    image, pixels, places, weight, weight_low, bias, out,
+    first, count, width, size,
+    C: tl.constexpr, CD: tl.constexpr, CG: tl.constexpr, NG: tl.constexpr, SEGMENT: tl.constexpr, K: tl.constexpr,
+    LAST: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, PRECISE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[n, g * NG + o, p] = bias + sum over taps and channels of samples * weight[g, o, t * CG + c].
+
+    ``out`` is contiguous, or channels_last (LAST). Sizes are no constants, as they change with the map; numbers of
+    channels are, so that loads along them are wide.
 
     Grid: (blocks of output channels * blocks of positions, groups); blocks of output channels vary fastest.
     """
@@ -51,6 +54,7 @@ def forward(
     here = p < count
     of_block = tl.arange(0, BLOCK_K)
     below = (width + 2) * C
+    plane = (C // CD * K) * count.to(tl.int64)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # What is read of weights past the last is not stored.
     o_weight = tl.where(o < NG, o, 0) * (K * CG)
@@ -63,7 +67,7 @@ def forward(
         t = unit - segment * K
         of_group = segment * SEGMENT + (item - unit * STEPS) * BLOCK_K + of_block
         at = ((g * CG + segment * SEGMENT) // CD * K + t).to(tl.int64) * count + p
-        pixel, w00, w01, w10, w11 = planned(pixels, ly_plan, lx_plan, factors, at, here, MASKED)
+        pixel, w00, w01, w10, w11 = planned(pixels, places, plane, at, here, MASKED)
         a = blend(image, pixel, g * CG + of_group, C, below, w00, w01, w10, w11)
         at_weight = o_weight[None, :] + (t * CG + of_group)[:, None]
         b = tl.load(weight + at_weight)
@@ -73,9 +77,12 @@ def forward(
             total = tl.dot(a, b, total, input_precision="tf32")
     if BIASED:
         total += tl.load(bias + g * NG + o, mask=o < NG, other=0).to(tl.float32)[None, :]
-    n = (first + p) // size
-    to = n.to(tl.int64) * stride_n + (first + p - n * size).to(tl.int64) * stride_p
-    channel = (g * NG + o).to(tl.int64) * stride_c
-    tl.store(
-        out + (to[:, None] + channel[None, :]), total.to(out.dtype.element_ty), mask=here[:, None] & (o < NG)[None, :]
-    )
+    channel = g * NG + o
+    some = here[:, None] & (o < NG)[None, :]
+    if LAST:
+        to = (first + p).to(tl.int64)[:, None] * (NG * tl.num_programs(1)) + channel[None, :]
+    else:
+        n = (first + p) // size
+        place = (n.to(tl.int64) * (NG * tl.num_programs(1)) * size + (first + p - n * size))[:, None]
+        to = place + (channel.to(tl.int64) * size)[None, :]
+    tl.store(out + to, total.to(out.dtype.element_ty), mask=some)

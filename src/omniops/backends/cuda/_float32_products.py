@@ -9,12 +9,15 @@ left out, low * low, is below float32's own rounding. (An infinite factor may gi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from omniops.backends.cuda._grid import cdiv
+from omniops.backends.cuda._launch import Launch, on_device
 
 
 @triton.jit
@@ -40,13 +43,22 @@ def multiply_add(a, b_high, b_low, total):
     return total + part
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "M", "N", "K_16", "per_split", "a_batch", "a_m_16", "b_batch", "b_n_16",
+        "out_split", "out_batch", "out_m", "out_n",
+    ]
+)  # fmt: skip
 def product(
-    a, b, out, M, N, K, per_split,
-    a_batch, a_m, a_k, b_batch, b_k, b_n, out_split, out_batch, out_m, out_n,
-    PRECISE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    a, b, out, M, N, K_16, per_split,
+    a_batch, a_m_16, b_batch, b_n_16, out_split, out_batch, out_m, out_n,
+    PRECISE: tl.constexpr, OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[split, batch, m, n] = sum over the split's k of a[batch, m, k] * b[batch, k, n].
+
+    Both factors lie along k, in rows of multiples of 16, so that loads are wide: *_16 are sixteenths. Sizes are no
+    constants, as they change with the map. OUT says how the result lies: along m (0), along n (1), or along n in rows
+    of multiples of 16 (16), where its strides are sixteenths too.
 
     Grid: (blocks of n * blocks of m, batches, splits); blocks of n vary fastest.
     """
@@ -57,23 +69,29 @@ def product(
     batch = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     of_block = tl.arange(0, BLOCK_K)
-    a_rows = a + (batch * a_batch + tl.where(m < M, m, 0).to(tl.int64) * a_m)[:, None]
-    b_columns = b + (batch * b_batch + tl.where(n < N, n, 0).to(tl.int64) * b_n)[None, :]
-    end = tl.minimum((split + 1) * per_split, K)
+    # The factor 16 stands last, for the compiler to see it.
+    a_rows = a + ((batch * a_batch + tl.where(m < M, m, 0).to(tl.int64) * a_m_16) * 16)[:, None]
+    b_columns = b + ((batch * b_batch + tl.where(n < N, n, 0).to(tl.int64) * b_n_16) * 16)[None, :]
+    end = tl.minimum((split + 1) * per_split * BLOCK_K, K_16 * 16)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(split * per_split, end, BLOCK_K):
+    for start in range(split * per_split * BLOCK_K, end, BLOCK_K):
         k = start + of_block
-        at = k.to(tl.int64)
-        a_block = tl.load(a_rows + (at * a_k)[None, :], mask=(k < end)[None, :], other=0)
-        b_block = tl.load(b_columns + (at * b_k)[:, None], mask=(k < end)[:, None], other=0)
+        a_block = tl.load(a_rows + k[None, :], mask=(k < end)[None, :], other=0)
+        b_block = tl.load(b_columns + k[:, None], mask=(k < end)[:, None], other=0)
         if PRECISE:
             b_high = high_part(b_block)
             total = multiply_add(a_block, b_high, low_part(b_block, b_high), total)
         else:
             total = tl.dot(a_block, b_block, total, input_precision="tf32")
-    to = out + split.to(tl.int64) * out_split + batch * out_batch
-    to += m.to(tl.int64)[:, None] * out_m + n.to(tl.int64)[None, :] * out_n
-    tl.store(to, total, mask=(m < M)[:, None] & (n < N)[None, :])
+    to = split.to(tl.int64) * out_split + batch * out_batch
+    if OUT == 0:
+        to = (to + m)[:, None] + (n.to(tl.int64) * out_n)[None, :]
+    elif OUT == 1:
+        to = (to + m.to(tl.int64) * out_m)[:, None] + n[None, :]
+    else:
+        to = ((to + m.to(tl.int64) * out_m) * 16)[:, None] + n[None, :]
+    end_n = N // 16 * 16 if OUT == 16 else N
+    tl.store(out + to, total, mask=(m < M)[:, None] & (n < end_n)[None, :])
 
 
 def split(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,28 +100,72 @@ def split(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return high, torch.where(tensor == high, 0, tensor - high)
 
 
-def batched(a: Tensor, b: Tensor, out: Tensor, precise: bool) -> None:
-    """out = a @ b: (batch, M, K), (batch, K, N) -> (batch, M, N), all float32.
+class Product:
+    """out = a @ b for float32 tensors of given sizes and strides: (batch, M, K), (batch, K, N) -> (batch, M, N).
 
     Fastest where both factors lie along K in memory.
     """
-    # Triton makes vector loads only of rows that it knows to begin at multiples of 16, and without them cuBLAS was
-    # three times as fast. (Where the product is not precise, PyTorch's may be in TF32 too.)
-    if (a.shape[2] | a.stride(1) | b.stride(2)) % 16 != 0:
-        torch.bmm(a, b, out=out)
-        return
-    (batches, m, k), n = a.shape, b.shape[2]
-    block_m = 64 if m <= 64 else 128
-    tiles = cdiv(m, block_m) * cdiv(n, 128) * batches
-    # The GPU wants some hundreds of tiles: smaller ones, or K is cut in parts that are summed afterwards.
-    splits = max(1, min(k // 512, 1024 // tiles, 32)) if k > 4096 else 1
-    block_n = 128 if tiles * splits >= 200 else 64
-    warps = 8 if precise and block_m * block_n == 128 * 128 else 4  # two sums take twice the registers
-    partial = out[None] if splits == 1 else out.new_empty((splits, batches, m, n))
-    product[(cdiv(m, block_m) * cdiv(n, block_n), batches, splits)](
-        a, b, partial, m, n, k, cdiv(cdiv(k, splits), 32) * 32,
-        *a.stride(), *b.stride(), *partial.stride(),
-        PRECISE=precise, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=32, num_warps=warps, num_stages=3,
-    )  # fmt: skip
-    if splits > 1:
-        torch.sum(partial, 0, out=out)
+
+    def __init__(
+        self,
+        batches: int,
+        m: int,
+        k: int,
+        n: int,
+        a: Sequence[int],
+        b: Sequence[int],
+        out: Sequence[int],
+        *,
+        precise: bool,
+        ours: bool = True,
+        aligned: bool = False,
+    ) -> None:
+        """``a``, ``b`` and ``out`` are strides. Where not ``ours``, PyTorch's product serves, and any dtype does.
+        ``aligned`` says that those of out, along n, are multiples of 16, which pays where they are so whatever the size
+        of a map."""
+        self._launch: Launch | None = None
+        # Triton makes vector loads only of rows that it knows to begin at multiples of 16, and without them cuBLAS was
+        # three times as fast. (Where the product is not precise, PyTorch's may be in TF32 too.)
+        if not ours or a[2] != 1 or b[1] != 1 or (k | a[0] | a[1] | b[0] | b[2]) % 16 != 0 or 1 not in out[1:]:
+            return
+        block_m = 64 if m <= 64 else 128
+        tiles = cdiv(m, block_m) * cdiv(n, 128) * batches
+        # The GPU wants some hundreds of tiles: smaller ones, or K is cut in parts that are summed afterwards.
+        splits = max(1, min(k // 512, 1024 // tiles, 32)) if k > 4096 else 1
+        block_n = 128 if tiles * splits >= 200 else 64
+        warps = 8 if precise and block_m * block_n == 128 * 128 else 4  # two sums take twice the registers
+        layout = 16 if aligned else int(out[2] == 1)
+        self._partial = (splits, batches, m, n)
+        strides = (0, *out) if splits == 1 else (batches * m * n, m * n, n, 1)
+        if splits > 1:
+            layout = 16 if m * n % 16 == 0 and n % 16 == 0 else 1
+        self._launch = Launch(
+            product, (cdiv(m, block_m) * cdiv(n, block_n), batches, splits),
+            m, n, k // 16, cdiv(cdiv(k, splits), 32),
+            a[0] // 16, a[1] // 16, b[0] // 16, b[2] // 16,
+            *(stride // 16 if layout == 16 else stride for stride in strides[:3]), strides[3],
+            PRECISE=precise, OUT=layout, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=32, num_warps=warps, num_stages=3,
+        )  # fmt: skip
+
+    @property
+    def splits(self) -> int:
+        """In how many parts of K the product is made: more than 1 want a sum afterwards."""
+        return 1 if self._launch is None else self._partial[0]
+
+    def __call__(self, stream: int, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """``out`` may be (splits, batch, M, N), contiguous: the parts are then left in it."""
+        if self._launch is None:
+            torch.bmm(a, b, out=out)
+        elif self._partial[0] == 1 or out.dim() == 4:
+            self._launch(stream, a, b, out)
+        else:
+            partial = out.new_empty(self._partial)
+            self._launch(stream, a, b, partial)
+            torch.sum(partial, 0, out=out)
+
+
+def batched(a: Tensor, b: Tensor, out: Tensor, precise: bool) -> None:
+    """out = a @ b: (batch, M, K), (batch, K, N) -> (batch, M, N), all float32."""
+    run = Product(*a.shape, b.shape[2], a.stride(), b.stride(), out.stride(), precise=precise)
+    with on_device(a) as stream:
+        run(stream, a, b, out)

@@ -4,35 +4,34 @@ The forward with few output channels is one kernel that makes no columns (``_def
 memory and a matrix product after them were measured to be faster (docs/benchmarks.md): the weights are then read fewer
 times. Positions are taken in chunks, so that the workspace has a bound whatever the batch.
 
-The gradient of the input is a gather: the samples are sorted by the pixels that they lie between, and each pixel sums
-what it gave to the samples around it. No atomics, the same bits every run.
+One kernel makes of the gradient of the columns those of offset and mask, adds to the gradient of the input by atomics
+in float32, and leaves the columns, which the gradient of the weights is a product with. Under
+``torch.use_deterministic_algorithms`` the gradient of the input is a gather: the samples are sorted by the pixels that
+they lie between, and each pixel sums what it gave to the samples around it, with the same bits every run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from omniops.backends import accumulator, empty, finish
-from omniops.backends.columns import Geometry, by_tap, chunks, geometry_of
-from omniops.backends.cuda import _deform_columns, _deform_fused, _float32_products
-from omniops.backends.cuda._grid import cdiv, next_power_of_2
-
-MOST_BYTES = 2**29
-"""What columns and plan of a chunk of positions take at most, if they are those of more than one position.
-
-Beside it stand the input with a border; in the backward the gradient in another order, and for the gradient of the
-input one in float32, 24 to 32 bytes a sample of the chunk and 8 to 16 a pixel of its images and offset group.
-"""
+from omniops.backends import prepared
+from omniops.backends.cuda._deform_launches import Problem, layout_of, strides_like
+from omniops.backends.cuda._float32_products import Product
+from omniops.backends.cuda._grid import cdiv
+from omniops.backends.cuda._launch import Launch, on_device
 
 # Up to so many output channels of a group, the fused forward kernel is the faster one.
 _FUSED_CHANNELS = 128
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
+
+@prepared
 def deform_conv2d(
     input: Tensor,
     offset: Tensor,
@@ -42,97 +41,144 @@ def deform_conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """(N, C, H, W) -> (N, C_out, H_out, W_out)."""
-    geometry = geometry_of(offset, weight.shape[2:], input.shape[1] // weight.shape[1], stride, padding, dilation)
-    out = empty((input.shape[0], weight.shape[0], *offset.shape[2:]), like=input)
-    kernels = by_tap(weight, geometry.groups, weight.dtype)
-    with torch.cuda.device_of(input):
-        samples = _Samples.of(input, offset, mask, geometry, weight.shape[0])
-        if _is_fused(input, weight, geometry):
-            kernels, bias = kernels.contiguous(), None if bias is None else bias.contiguous()
-            high, low = _float32_products.split(kernels) if _is_precise(input) else (kernels, kernels)
-            for chunk in samples.chunks(0):
-                _fused(chunk, high, low, bias, out)
-            return out
-        for chunk in samples.chunks(geometry.taps * input.shape[1] * input.element_size()):
-            columns = chunk.columns().flatten(2)
-            for g, target in enumerate(chunk.matrices(out)):
-                rows = columns[g].unflatten(0, (len(target), -1)).mT
-                # Up to 256 channels ours is the faster product in TF32, too.
-                if _is_precise(input) or (input.dtype == torch.float32 and target.shape[1] <= 256 and _has_tf32(input)):
-                    _float32_products.batched(kernels[g].expand(len(target), -1, -1), rows, target, _is_precise(input))
-                else:
-                    torch.bmm(kernels[g].expand(len(target), -1, -1), rows, out=target)
-    return out if bias is None else out.add_(bias[:, None, None])
+    problem = Problem(input, offset, weight, mask, stride, padding, dilation)
+    if _is_fused(problem, _has_tf32(input)):
+        return _fused(problem, bias)
+    return _with_columns(problem, _has_tf32(input))
 
 
-def deform_conv2d_backward_data(
-    grad: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, C_out, H_out, W_out) -> the gradients of input, offset and mask."""
-    geometry = geometry_of(offset, weight.shape[2:], input.shape[1] // weight.shape[1], stride, padding, dilation)
-    n, c, height, width = input.shape
-    with torch.cuda.device_of(input):
-        samples = _Samples.of(input, offset, mask, geometry, weight.shape[0])
-        # Both factors lie along the axis that is summed over.
-        kernels = by_tap(weight, geometry.groups, weight.dtype).mT.contiguous().mT
-        grads = grad.new_empty((n, *grad.shape[2:], geometry.groups, grad.shape[1] // geometry.groups))
-        _relayout(grad, grads.flatten(3).permute(0, 3, 1, 2))
-        grads = grads.flatten(0, 2).transpose(0, 1)
-        by_image = torch.zeros((n, height, width, c), dtype=accumulator(input), device=input.device)
-        by_offset = torch.empty_like(samples.offset)
-        by_mask = None if samples.mask is None else torch.empty_like(samples.mask)
-        for chunk in samples.chunks(geometry.taps * c * input.element_size()):
-            by_columns = chunk.empty_columns()
-            _product(grads[:, chunk.first : chunk.first + chunk.count], kernels, by_columns.flatten(2))
-            chunk.gradients_of_place(by_columns, by_offset, by_mask)
-            chunk.gather(by_columns, by_image)
-        by_input = empty(input.shape, like=input)
-        _relayout(by_image.permute(0, 3, 1, 2), by_input)
-    return (
-        by_input,
-        finish(by_offset, offset),
-        offset.new_empty(0) if by_mask is None or mask is None else finish(by_mask, mask),
-    )
+def _fused(problem: Problem, bias: Tensor | None) -> Callable[..., Tensor]:
+    most = problem.most(0)
+    count = problem.largest(most)
+    result = (problem.n, problem.c_out, problem.rows, problem.columns)
+    is_float32, biased = problem.dtype == torch.float32, bias is not None
+    dense = bias is None or bias.is_contiguous()
+    kept: dict[bool, Iterable[tuple[Launch, Launch]]] = {}
+
+    def launches(precise: bool) -> Iterable[tuple[Launch, Launch]]:
+        def of_chunk(first: int, count: int) -> tuple[Launch, Launch]:
+            return (
+                problem.prepare(first, count, low=precise),
+                problem.fused(first, count, precise, biased),
+            )
+
+        return kept.setdefault(precise, problem.each_chunk(most, of_chunk))
+
+    def run(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, *_: Any) -> Tensor:
+        precise = is_float32 and not _is_tf32()
+        steps = kept.get(precise) or launches(precise)
+        out = input.new_empty_strided(result, problem.out_strides)
+        with on_device(input) as stream:
+            image, kernels = input.new_empty(problem.image), input.new_empty(problem.kernels)
+            low = input.new_empty(problem.kernels) if precise else kernels
+            pixels, places = problem.plan_of(input, count)
+            mask = offset if mask is None else mask
+            if bias is None:
+                bias = out
+            elif not dense:
+                bias = bias.contiguous()
+            for prepare, forward in steps:
+                prepare(
+                    stream,
+                    input,
+                    offset,
+                    mask,
+                    weight,
+                    image,
+                    pixels,
+                    places,
+                    image,
+                    kernels,
+                    low,
+                    image,
+                    image,
+                    places,
+                )
+                forward(stream, image, pixels, places, kernels, low, bias, out)
+        return out
+
+    return run
 
 
-def deform_conv2d_backward_weight(
-    grad: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    kernel_size: Sequence[int],
-    groups: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """(N, C_out, H_out, W_out) -> (C_out, C / groups, kh, kw)."""
-    shape = (grad.shape[1], input.shape[1] // groups, *kernel_size)
-    geometry = geometry_of(offset, kernel_size, groups, stride, padding, dilation)
-    with torch.cuda.device_of(input):
-        samples = _Samples.of(input, offset, mask, geometry, shape[0])
-        # Both factors lie along the axis that is summed over, the positions.
-        grads = grad.new_empty((grad.shape[1], len(input), *grad.shape[2:]))
-        _relayout(grad, grads.transpose(0, 1))
-        grads = grads.view(groups, shape[0] // groups, -1)
-        total = grad.new_zeros((groups, shape[0] // groups, geometry.taps * shape[1]), dtype=accumulator(grad))
-        product = torch.empty_like(total, dtype=grad.dtype)
-        for chunk in samples.chunks(geometry.taps * input.shape[1] * input.element_size()):
-            columns = chunk.columns(along_positions=_is_precise(grad)).flatten(2)
-            _product(grads[:, :, chunk.first : chunk.first + chunk.count], columns, product)
-            total += product
-        return finish(total.view(shape[0], geometry.taps, shape[1]).mT.unflatten(2, shape[2:]), grad)
+class _Multiply(NamedTuple):
+    """A product, and its factors and result as (size, stride, offset) of a storage."""
+
+    product: Product
+    a: tuple[Any, ...]
+    b: tuple[Any, ...]
+    out: tuple[Any, ...]
+
+    def run(self, stream: int, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """Multiply what is in these storages."""
+        self.product(stream, a.as_strided(*self.a), b.as_strided(*self.b), out.as_strided(*self.out))
 
 
+def _with_columns(problem: Problem, has_tf32: bool) -> Callable[..., Tensor]:
+    size_of_columns = problem.taps * problem.c
+    most = problem.most(size_of_columns * problem.dtype.itemsize)
+    count = problem.largest(most)
+    result = (problem.n, problem.c_out, problem.rows, problem.columns)
+    is_float32 = problem.dtype == torch.float32 and has_tf32
+    kept: dict[bool, Iterable[tuple[Launch, Launch, list[_Multiply]]]] = {}
+
+    def launches(precise: bool) -> Iterable[tuple[Launch, Launch, list[_Multiply]]]:
+        def of_chunk(first: int, count: int) -> tuple[Launch, Launch, list[_Multiply]]:
+            products = list(_products_with_columns(problem, first, count, is_float32, precise))
+            return problem.prepare(first, count), problem.sample(count), products
+
+        return kept.setdefault(precise, problem.each_chunk(most, of_chunk))
+
+    def run(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, *_: Any) -> Tensor:
+        precise = is_float32 and not _is_tf32()
+        steps = kept.get(precise) or launches(precise)
+        out = input.new_empty_strided(result, problem.out_strides)
+        with on_device(input) as stream:
+            image, kernels = input.new_empty(problem.image), input.new_empty(problem.kernels)
+            pixels, places = problem.plan_of(input, count)
+            columns = input.new_empty(size_of_columns * count)
+            mask = offset if mask is None else mask
+            for prepare, sample, products in steps:
+                prepare(
+                    stream, input, offset, mask, weight, image, pixels, places,
+                    image, kernels, kernels, image, image, places,
+                )  # fmt: skip
+                sample(stream, image, pixels, places, columns)
+                for multiply in products:
+                    multiply.run(stream, kernels, columns, out)
+            return out if bias is None else out.add_(bias[:, None, None])
+
+    return run
+
+
+def _products_with_columns(
+    problem: Problem, first: int, count: int, is_float32: bool, precise: bool
+) -> Iterator[_Multiply]:
+    """For each weight group, what the chunk makes of (N, C_out, H_out, W_out), as (matrices, C_out / G, positions)."""
+    m, k, size = problem.out_per_group, problem.kernels[2], problem.positions
+    images, (first_image, start) = cdiv(count, size), divmod(first, size)
+    if problem.channels_last:  # the images are one matrix
+        batches, n, strides = 1, count, (0, 1, problem.c_out)
+    else:
+        batches, n, strides = images, count // images, (problem.c_out * size, size, 1)
+    # Up to 256 channels ours is the faster product in TF32, too.
+    ours = is_float32 and (precise or m <= 256)
+    a, b = (0, k, 1), (n * k, 1, k)
+    for g in range(problem.groups):
+        if problem.channels_last:
+            to = first * problem.c_out + g * m
+        else:
+            to = (first_image * problem.c_out + g * m) * size + start
+        yield _Multiply(
+            Product(batches, m, k, n, a, b, strides, precise=precise, ours=ours),
+            ((batches, m, k), a, g * m * k),
+            ((batches, k, n), b, g * count * k),
+            ((batches, m, n), strides, to),
+        )
+
+
+@prepared
 def deform_conv2d_backward(
     grad: Tensor,
     input: Tensor,
@@ -143,256 +189,207 @@ def deform_conv2d_backward(
     padding: Sequence[int],
     dilation: Sequence[int],
     output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Callable[..., Gradients]:
     """The gradients of input, offset, weight, bias and mask, of no elements where ``output_mask`` is false."""
-    by_input, by_offset, by_weight, by_bias, by_mask = (grad.new_empty(0) for _ in range(5))
-    if output_mask[0] or output_mask[1] or output_mask[4]:
-        by_input, by_offset, by_mask = deform_conv2d_backward_data(
-            grad, input, offset, weight, mask, stride, padding, dilation
-        )
-    if output_mask[2]:
-        groups = input.shape[1] // weight.shape[1]
-        by_weight = deform_conv2d_backward_weight(
-            grad, input, offset, mask, weight.shape[2:], groups, stride, padding, dilation
-        )
-    if output_mask[3]:
-        by_bias = grad.sum((0, 2, 3))
-    return by_input, by_offset, by_weight, by_bias, by_mask
+    problem = Problem(input, offset, weight, mask, stride, padding, dilation)
+    strides = [strides_like(each, each.shape) for each in (input, offset, weight, offset if mask is None else mask)]
+    kept: dict[tuple[bool, bool], _Backward] = {}
+    is_float32 = input.dtype == torch.float32 and _has_tf32(input)
+    layout = tuple(grad.stride()), layout_of(grad)
+    wanted = tuple(output_mask)
+
+    def run(grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *_: Any) -> Gradients:
+        how = is_float32 and not _is_tf32(), torch.are_deterministic_algorithms_enabled()
+        backward = kept.get(how)
+        if backward is None:
+            backward = kept.setdefault(how, _Backward(problem, wanted, strides, layout, is_float32, *how))
+        return backward(grad, input, offset, weight, mask)
+
+    return run
 
 
-def check_sizes(input: Sequence[int], offset: Sequence[int], out_channels: int, geometry: Geometry) -> None:
-    """Raise ValueError for sizes that 32 bits or the axes of a grid of programs do not reach."""
-    n, c, height, width = input
-    for meaning, size in (
-        ("H * W", height * width),
-        ("C * (W + 2)", c * (width + 2)),
-        ("N * (H + 2)", n * (height + 2)),
-    ):
-        if size >= 2**31:
-            raise ValueError(f"input must have {meaning} below 2**31 on CUDA, got shape {tuple(input)}")
-    if n * offset[2] * offset[3] >= 2**31:
-        raise ValueError(f"offset must have N * H_out * W_out below 2**31 on CUDA, got shape {tuple(offset)}")
-    if c * geometry.taps >= 2**31:
-        raise ValueError(
-            f"weight must have C * kh * kw below 2**31 on CUDA, got C = {c} and a kernel of {geometry.kernel_size}"
-        )
-    # The second and the third axis of a grid.
-    for name, shape, meaning, size in (
-        ("input", input, "W + 2", cdiv(width + 2, 64)),
-        ("input", input, "C", cdiv(c, 64)),
-        ("offset", offset, "W_out", cdiv(offset[3], 64)),
-    ):
-        if size >= 2**16:
-            raise ValueError(f"{name} must have {meaning} of at most 64 * 65535 on CUDA, got shape {tuple(shape)}")
-    if cdiv(out_channels, 64) >= 2**16:
-        raise ValueError(f"weight must have C_out of at most 64 * 65535 on CUDA, got {out_channels}")
-    if geometry.taps >= 2**16:
-        raise ValueError(f"weight must have at most 65535 taps on CUDA, got a kernel of {geometry.kernel_size}")
-    if max(geometry.groups, geometry.offset_groups) >= 2**16:
-        raise ValueError(
-            f"offset and weight must have at most 65535 groups on CUDA, got {geometry.offset_groups} offset groups and "
-            f"{geometry.groups} weight groups"
-        )
+class _OfChunk(NamedTuple):
+    """What the backward does with a chunk of positions."""
 
-
-@dataclass(frozen=True)
-class _Samples:
-    """What is sampled, and where: all that the plans of chunks of positions are made from."""
-
-    image: Tensor
-    """(N, H + 2, W + 2, C) with a border of zeros."""
-    offset: Tensor
-    mask: Tensor | None
-    geometry: Geometry
-
-    @classmethod
-    def of(cls, input: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometry, out_channels: int) -> _Samples:
-        n, c, height, width = input.shape
-        check_sizes(input.shape, offset.shape, out_channels, geometry)
-        image = input.new_empty((n, height + 2, width + 2, c))
-        _relayout(input, image.permute(0, 3, 1, 2), border=1)
-        return cls(image, offset.contiguous(), None if mask is None else mask.contiguous(), geometry)
-
-    def chunks(self, bytes_of_columns: int) -> Iterator[_Chunk]:
-        """Chunks of positions, of whole images or of a part of one."""
-        n, positions = len(self.offset), self.offset[0, 0].numel()
-        sum_bytes = accumulator(self.image).itemsize
-        samples = self.geometry.offset_groups * self.geometry.taps
-        most = max(1, MOST_BYTES // (bytes_of_columns + samples * (8 + 3 * sum_bytes)))
-        # Images are the second axis of the products' grid.
-        for first, count in chunks(n, positions, min(most, (2**16 - 1) * positions)):
-            yield _Chunk.of(self, first, count)
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """The samples of the positions first ... first + count - 1, and their plan."""
-
-    samples: _Samples
     first: int
-    count: int
-    pixels: Tensor
-    places: Tensor
-    """(3, samples): ly, lx and, with a mask, the factors."""
+    positions: int
+    length: int
+    """How many positions the columns along the positions are of; those behind the last are zeros."""
+    prepare: Launch
+    by_columns: Product
+    gradients: Launch
+    gather: Launch
+    sample: Launch
+    by_weight: Product
 
-    @classmethod
-    def of(cls, samples: _Samples, first: int, count: int) -> _Chunk:
-        image, geometry = samples.image, samples.geometry
-        units = geometry.offset_groups * geometry.taps
-        index = torch.int32 if image[..., 0].numel() < 2**31 else torch.int64
-        pixels = torch.empty(units * count, dtype=index, device=image.device)
-        places = torch.empty((3, units * count), dtype=accumulator(image), device=image.device)
-        _deform_columns.plan[(units * cdiv(count, 512),)](
-            samples.offset, samples.offset if samples.mask is None else samples.mask, pixels, *places,
-            first, count, image.shape[1] - 2, image.shape[2] - 2, *samples.offset.shape[2:], geometry.offset_groups,
-            K=geometry.taps, KW=geometry.kernel_size[1],
-            STRIDE_Y=geometry.stride[0], STRIDE_X=geometry.stride[1],
-            PAD_Y=geometry.padding[0], PAD_X=geometry.padding[1],
-            STEP_Y=geometry.dilation[0], STEP_X=geometry.dilation[1],
-            MASKED=samples.mask is not None, BLOCK=512, num_warps=4,
-        )  # fmt: skip
-        return cls(samples, first, count, pixels, places)
 
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """C, D, C / D, C / G."""
-        c, geometry = self.samples.image.shape[3], self.samples.geometry
-        return c, geometry.offset_groups, c // geometry.offset_groups, c // geometry.groups
+class _Backward:
+    """The backward for arguments of one kind, in one state of PyTorch's switches."""
 
-    @property
-    def masked(self) -> bool:
-        return self.samples.mask is not None
+    def __init__(
+        self,
+        problem: Problem,
+        wanted: tuple[bool, ...],
+        strides: list[tuple[int, int, int, int]],
+        grad: tuple[Sequence[int], int],
+        ours: bool,
+        precise: bool,
+        deterministic: bool,
+    ) -> None:
+        self.problem, self.wanted, self.strides, self.grad = problem, wanted, strides, grad
+        self.ours, self.precise = ours, precise
+        self.of_samples = wanted[0] or wanted[1] or wanted[4]
+        self.gathered = wanted[0] and deterministic
+        # Where the gather does not need the gradient of the columns afterwards, these take its place.
+        self.by_the_way = self.of_samples and wanted[2] and not self.gathered
+        self.along = wanted[2] and ours
+        """Whether the product for the gradient of the weights has factors along the positions."""
+        self.grad_is_dense = grad[1] == 2
+        copies = 2 if self.along and self.of_samples else 1
+        most = problem.most(copies * problem.taps * problem.c * problem.dtype.itemsize)
+        count = problem.largest(most)
+        self.alone = count == problem.total
+        self.stride_along = cdiv(problem.total, 16) * 16 if self.alone else problem.total
+        self.length = self.stride_along if self.alone else count
+        self.count = count
+        self.chunks: Iterable[_OfChunk] = problem.each_chunk(most, self._of_chunk)
+        self.splits = 1
+        if self.alone and isinstance(self.chunks, list):
+            self.splits = self.chunks[0].by_weight.splits
+        self.finish = problem.finish(strides[0] if wanted[0] else None, strides[2] if wanted[2] else None, self.splits)
 
-    def empty_columns(self) -> Tensor:
-        """(G, P, K, C / G)."""
-        geometry, image = self.samples.geometry, self.samples.image
-        return image.new_empty((geometry.groups, self.count, geometry.taps, image.shape[3] // geometry.groups))
-
-    def matrices(self, out: Tensor) -> list[Tensor]:
-        """For each weight group, what the chunk makes of (N, C_out, H_out, W_out): (matrices, C_out / G, P)."""
-        flat = out.flatten(2)
-        first_image, start = divmod(self.first, flat.shape[2])
-        images = -(-self.count // flat.shape[2])
-        own = flat[first_image : first_image + images, :, start : start + self.count // images]
-        if own.stride(1) == 1:  # channels_last: the images are one matrix
-            own = own.permute(1, 0, 2).flatten(1)[None]
-        return list(own.unflatten(1, (self.samples.geometry.groups, -1)).unbind(1))
-
-    def columns(self, along_positions: bool = False) -> Tensor:
-        """(G, P, K, C / G), lying in memory as that or along the positions."""
-        c, d, per_offset_group, per_group = self.sizes
-        image, geometry = self.samples.image, self.samples.geometry
-        if along_positions:
-            out = image.new_empty((geometry.groups, geometry.taps, per_group, self.count)).permute(0, 3, 1, 2)
+    def _of_chunk(self, first: int, count: int) -> _OfChunk:
+        problem = self.problem
+        groups, m, k = problem.kernels
+        length = self.length if self.alone else count
+        along = length if self.along else 0
+        # The product takes positions in rows that begin at multiples of 16.
+        aligned = (first | length | self.stride_along) % 16 == 0
+        out = (2 if self.along else 1) if self.by_the_way else 0
+        if self.along:
+            a, b = (m * self.stride_along, self.stride_along, 1), (k * length, 1, length)
         else:
-            out = self.empty_columns()
-        half = image.element_size() == 2
-        block_c = _power_of_two(c, 128 if half else 256)
-        block_p = 512 // block_c if half else 4
-        _deform_columns.sample[(cdiv(self.count, block_p), cdiv(c, block_c))](
-            image, self.pixels, *self.places, out,
-            self.count, image.shape[2] - 2, c, per_offset_group, per_group, *out.stride(),
-            K=geometry.taps, MASKED=self.masked,
-            ONE_D=d == 1 or per_offset_group % block_c == 0, ONE_G=_one_group(geometry, per_group, block_c),
-            BLOCK_P=block_p, BLOCK_C=block_c, num_warps=1 if half else max(1, block_c // 64),
-        )  # fmt: skip
-        return out
-
-    def gradients_of_place(self, by_columns: Tensor, by_offset: Tensor, by_mask: Tensor | None) -> None:
-        """Write the chunk's part of the gradients of offset and mask."""
-        c, d, per_offset_group, per_group = self.sizes
-        image, geometry = self.samples.image, self.samples.geometry
-        half = image.element_size() == 2
-        block_c = _power_of_two(per_offset_group, 64)
-        # With many channels the taps of a position are walked by one program, as they share pixels.
-        many = block_c == 64
-        block_p, warps = (8, 1) if many else (512 // block_c, 4)
-        taps = (3 if half else geometry.taps) if many else 1
-        _deform_columns.gradients_of_place[(cdiv(self.count, block_p), cdiv(geometry.taps, taps), d)](
-            by_columns, image, self.pixels, *self.places, by_offset, by_offset if by_mask is None else by_mask,
-            self.first, self.count, image.shape[2] - 2, *by_offset.shape[2:], c, d, per_offset_group, per_group,
-            by_columns.stride(0), K=geometry.taps, MASKED=self.masked,
-            ONE_G=_one_group(geometry, math.gcd(per_group, per_offset_group), block_c),
-            TAPS=taps, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
-        )  # fmt: skip
-
-    def gather(self, by_columns: Tensor, by_image: Tensor) -> None:
-        """Add the chunk's part of the gradient of the image, (N, H, W, C)."""
-        c, d, per_offset_group, per_group = self.sizes
-        _, height, width, _ = by_image.shape
-        geometry = self.samples.geometry
-        positions = self.samples.offset[0, 0].numel()
-        first_image = self.first // positions
-        images = -(-self.count // positions)
-        cells = images * (height + 2) * (width + 2)
-        # Numbered through the groups; int64 where int32 does not reach.
-        index = torch.int32 if d * cells < 2**31 else torch.int64
-        keys = self.pixels.view(d, -1)
-        if first_image > 0:
-            keys = keys - first_image * (height + 2) * (width + 2)
-        keys = keys.to(index)
-        if d > 1:
-            keys = keys + torch.arange(0, d * cells, cells, dtype=index, device=keys.device)[:, None]
-        in_order, order = torch.sort(keys.flatten(), stable=True)
-        every_cell = torch.arange(d * cells + 1, dtype=index, device=keys.device)
-        starts = torch.searchsorted(in_order, every_cell, out_int32=len(in_order) < 2**31)
-        block_c = _power_of_two(per_offset_group, 512)
-        block_x = 1 if block_c >= 256 else min(32, 512 // block_c)
-        grid = (images * cdiv(height * width, block_x), d, cdiv(per_offset_group, block_c))
-        _deform_columns.gather[grid](
-            by_columns, order, starts, *self.places, by_image,
-            self.count, first_image, height, width, c, d, per_offset_group, per_group, by_columns.stride(0),
-            K=geometry.taps, MASKED=self.masked,
-            ONE_G=_one_group(geometry, math.gcd(per_group, per_offset_group), block_c),
-            BLOCK_X=block_x, BLOCK_E=2 if block_c >= 256 else 8, BLOCK_C=block_c, num_warps=1 if block_c >= 256 else 2,
+            a, b = (m, 1, problem.c_out), (count * k, k, 1)
+        return _OfChunk(
+            first,
+            count,
+            length,
+            problem.prepare(
+                first,
+                count,
+                kernels=self.of_samples,
+                grad=self.grad,
+                grads=not self.grad_is_dense and (self.of_samples or not self.along),
+                along=self.stride_along if self.along else 0,
+                zeros=self.wanted[0],
+            ),
+            Product(
+                groups, count, m, k, (m, problem.c_out, 1), (m * k, 1, m), (count * k, k, 1),
+                precise=self.precise, ours=self.ours, aligned=k % 16 == 0,
+            ),
+            problem.gradients(
+                first, count, along if out == 2 else 0, self.strides[1], self.strides[3],
+                add=self.wanted[0] and not self.gathered, out=out,
+            ),
+            problem.gather(first, count),
+            problem.sample(count, along),
+            Product(
+                groups, m, length if self.along else count, k, a, b, (m * k, k, 1),
+                precise=self.precise, ours=self.along and aligned, aligned=k % 16 == 0,
+            ),
         )  # fmt: skip
 
+    def __call__(self, grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None) -> Gradients:
+        problem, wanted = self.problem, self.wanted
+        nothing = grad.new_empty(0)
+        by_bias = grad.sum((0, 2, 3)) if wanted[3] else nothing
+        if not (self.of_samples or wanted[2]):
+            return nothing, nothing, nothing, by_bias, nothing
+        new, groups, (_, m, k) = input.new_empty, problem.groups, problem.kernels
+        with on_device(input) as stream:
+            image = new(problem.image)
+            pixels, places = problem.plan_of(input, self.count)
+            kernels = input.new_empty_strided(problem.kernels, (m * k, 1, m)) if self.of_samples else image
+            size, stride = (groups, problem.total, m), (m, problem.c_out, 1)
+            # A gradient that lies channels last is taken as it is.
+            grads = grad.as_strided(size, stride) if self.grad_is_dense else input.new_empty_strided(size, stride)
+            along = new((groups, m, self.stride_along)) if self.along else grads
+            columns = new(groups * self.count * k) if self.of_samples or not self.along else image
+            samples = new(groups * self.length * k) if self.along else columns
+            by_image = new(problem.image, dtype=problem.sums) if wanted[0] else places
+            by_offset = input.new_empty_strided(offset.shape, self.strides[1]) if self.of_samples else nothing
+            by_mask = by_offset if mask is None else nothing
+            if mask is not None and self.of_samples:
+                by_mask = input.new_empty_strided(mask.shape, self.strides[3])
+            total = self._total(input)
+            moves = offset, offset if mask is None else mask
+            for chunk in self.chunks:
+                chunk.prepare(
+                    stream, input, *moves, weight, grad, pixels, places, image, kernels, kernels, grads, along, by_image
+                )
+                if self.of_samples:
+                    by_columns = columns[: groups * chunk.positions * k].view(groups, chunk.positions, k)
+                    chunk.by_columns(stream, grads[:, chunk.first : chunk.first + chunk.positions], kernels, by_columns)
+                    chunk.gradients(stream, columns, image, pixels, places, by_offset, by_mask, by_image, samples)
+                    if self.gathered:
+                        order, starts = problem.sorted(chunk.first, chunk.positions, pixels)
+                        chunk.gather(stream, columns, order, starts, places, by_image)
+                if wanted[2]:
+                    if not self.by_the_way:
+                        chunk.sample(stream, image, pixels, places, samples)
+                    self._by_weight(stream, chunk, grads, along, samples, total)
+            by_input = input.new_empty_strided(input.shape, self.strides[0]) if wanted[0] else nothing
+            by_weight = input.new_empty_strided(weight.shape, self.strides[2]) if wanted[2] else nothing
+            if wanted[0] or wanted[2]:
+                self.finish(
+                    stream, by_image, total, by_input if wanted[0] else image, by_weight if wanted[2] else image
+                )
+        return (
+            by_input,
+            by_offset if wanted[1] else nothing,
+            by_weight,
+            by_bias,
+            by_mask if wanted[4] else nothing,
+        )
 
-def _fused(chunk: _Chunk, high: Tensor, low: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    c, _, per_offset_group, per_group = chunk.sizes
-    image, geometry = chunk.samples.image, chunk.samples.geometry
-    precise = _is_precise(image)
-    per_output_group = high.shape[1]
-    segment = math.gcd(per_offset_group, per_group)
-    block_n = max(16, _power_of_two(per_output_group, 128))
-    half = image.element_size() == 2
-    block_m = 128 if half or (precise and block_n <= 64) else 64
-    block_k = math.gcd(segment, 64 if half else 32)
-    blocks = cdiv(chunk.count, block_m) * cdiv(per_output_group, block_n)
-    _deform_fused.forward[(blocks, geometry.groups)](
-        image, chunk.pixels, *chunk.places, high, low, out if bias is None else bias, out,
-        chunk.first, chunk.count, image.shape[2] - 2, out.shape[2] * out.shape[3], c, per_output_group,
-        out.stride(0), out.stride(1), out.stride(3),
-        CD=per_offset_group, CG=per_group, SEGMENT=segment, K=geometry.taps,
-        MASKED=chunk.masked, BIASED=bias is not None, PRECISE=precise,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    def _total(self, input: Tensor) -> Tensor:
+        """Memory for the gradient of the weights by tap: the parts of the only chunk's, or the sum of all chunks'."""
+        problem = self.problem
+        if not self.alone:
+            return input.new_zeros((1, *problem.kernels), dtype=problem.sums)
+        return input.new_empty((self.splits, *problem.kernels) if self.wanted[2] else 0)
+
+    def _by_weight(
+        self, stream: int, chunk: _OfChunk, grads: Tensor, along: Tensor, columns: Tensor, total: Tensor
+    ) -> None:
+        groups, _, k = self.problem.kernels
+        first, count, length = chunk.first, chunk.positions, chunk.length
+        if self.along:
+            a = along[..., first : first + length]
+            b = columns[: groups * length * k].view(groups, k, length).mT
+        else:
+            a = grads[:, first : first + count].mT
+            b = columns[: groups * count * k].view(groups, count, k)
+        if not self.alone:
+            part = a.new_empty(self.problem.kernels)
+            chunk.by_weight(stream, a, b, part)
+            total += part
+        elif self.splits > 1:
+            chunk.by_weight(stream, a, b, total)
+        else:
+            chunk.by_weight(stream, a, b, total[0])
 
 
-def _is_fused(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether ``_fused`` serves, and is the faster: tensor cores take 16 channels of one offset group at a time, and
-    its offsets within the weights of a group are 32 bits."""
-    segment = math.gcd(input.shape[1] // geometry.offset_groups, weight.shape[1])
+def _is_fused(problem: Problem, has_tf32: bool) -> bool:
+    """Whether the fused kernel serves, and is the faster: tensor cores take 16 channels of one offset group at a time,
+    and its offsets within the weights of a group are 32 bits."""
     return (
-        segment % 16 == 0
-        and weight.shape[0] // geometry.groups <= _FUSED_CHANNELS
-        and weight.numel() // geometry.groups < 2**31
-        and input.dtype != torch.float64
-        and (input.dtype != torch.float32 or _has_tf32(input))
+        math.gcd(problem.per_offset_group, problem.per_group) % 16 == 0
+        and problem.out_per_group <= _FUSED_CHANNELS
+        and problem.out_per_group * problem.taps * problem.per_group < 2**31
+        and problem.dtype != torch.float64
+        and (problem.dtype != torch.float32 or has_tf32)
     )
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b for each of a batch."""
-    if _is_precise(a):
-        _float32_products.batched(a, b, out, precise=True)
-    else:
-        torch.bmm(a, b, out=out)
-
-
-def _is_precise(tensor: Tensor) -> bool:
-    """Whether products are float32 and shall be, and the GPU has tensor cores to take them on in three parts."""
-    return tensor.dtype == torch.float32 and not _is_tf32() and _has_tf32(tensor)
 
 
 def _has_tf32(tensor: Tensor) -> bool:
@@ -404,21 +401,3 @@ def _is_tf32() -> bool:
     """Whether PyTorch's matrix products of float32 may round their factors to TF32."""
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # since torch 2.9
     return bool(torch.backends.cuda.matmul.allow_tf32) if precision is None else precision == "tf32"
-
-
-def _relayout(source: Tensor, target: Tensor, border: int = 0) -> None:
-    """Copy (N, C, H, W) between memory layouts and dtypes, into a target that has a border of zeros."""
-    n, c, height, width = target.shape
-    block_c, block_x = _power_of_two(c, 64), _power_of_two(width, 64)
-    _deform_columns.relayout[(n * height, cdiv(width, block_x), cdiv(c, block_c))](
-        source, target, height, width, c, *source.stride(), *target.stride(),
-        BORDER=border, BLOCK_X=block_x, BLOCK_C=block_c, num_warps=4,
-    )  # fmt: skip
-
-
-def _one_group(geometry: Geometry, per_group: int, block_c: int) -> bool:
-    return geometry.groups == 1 or per_group % block_c == 0
-
-
-def _power_of_two(size: int, most: int) -> int:
-    return min(most, next_power_of_2(size))
