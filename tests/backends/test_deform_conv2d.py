@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 
 import omniops.ops.deform_conv2d  # noqa: F401  registers the operator
 from omniops.backends import cpu, prepared
-from omniops.backends.columns import Columns, Geometry, chunks, geometry_of
+from omniops.backends.columns import Columns, Geometry, chunks
 from omniops.backends.reference import deform_conv2d as reference
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -456,38 +456,32 @@ def in_cuda_chunks(patch, positions):
 
     Returns a list that gets the number of positions of each chunk.
     """
-    module, counts = kernels("cuda"), []
-    samples_type, chunk_type = module._Samples, module._Chunk
-    chunks_of, chunk_of = samples_type.chunks, chunk_type.of
+    kernels("cuda")
+    launches, counts = import_module("omniops.backends.cuda._deform_launches"), []
+    most_of, prepare_of = launches.Problem.most, launches.Problem.prepare
+    # Where these kernels have the plan and the columns among their tensors.
+    workspaces = {"prepare": (5, 6), "sample": (1, 2, 3), "gradients": (0, 2, 3, 7)}
 
-    def limited(samples, bytes_of_columns):
+    def most(problem, bytes_of_columns):
         # A plan has the pixel and three numbers for each sample.
-        bytes_of_plan = (8 + 3 * 4) * samples.geometry.offset_groups * samples.geometry.taps
-        patch.setattr(module, "MOST_BYTES", positions * (bytes_of_columns + bytes_of_plan))
-        return chunks_of(samples, bytes_of_columns)
+        bytes_of_plan = (4 + (3 if problem.masked else 2) * problem.sums.itemsize) * problem.units
+        patch.setattr(launches, "MOST_BYTES", positions * (bytes_of_columns + bytes_of_plan))
+        return most_of(problem, bytes_of_columns)
 
-    def check(chunk, columns_bytes=0):
-        taken = chunk.pixels.nbytes + chunk.places.nbytes + columns_bytes
-        assert chunk.count == 1 or taken <= module.MOST_BYTES
-
-    def made(cls, samples, first, count):
-        chunk = chunk_of(samples, first, count)
-        check(chunk)
+    def prepare(problem, first, count, **more):
         counts.append(count)
-        return chunk
+        return prepare_of(problem, first, count, **more)
 
-    def watched(method):
-        def call(chunk, *args, **kwargs):
-            columns = method(chunk, *args, **kwargs)
-            check(chunk, columns.nbytes)
-            return columns
+    class Watched(launches.Launch):
+        def __call__(self, stream, *tensors):
+            places = workspaces.get(self._kernel.__name__, ())
+            taken = {tensors[i].data_ptr(): tensors[i].untyped_storage().nbytes() for i in places}
+            assert counts[-1] == 1 or sum(taken.values()) <= launches.MOST_BYTES
+            super().__call__(stream, *tensors)
 
-        return call
-
-    patch.setattr(samples_type, "chunks", limited)
-    patch.setattr(chunk_type, "of", classmethod(made))
-    for name in ("columns", "empty_columns"):
-        patch.setattr(chunk_type, name, watched(getattr(chunk_type, name)))
+    patch.setattr(launches.Problem, "most", most)
+    patch.setattr(launches.Problem, "prepare", prepare)
+    patch.setattr(launches, "Launch", Watched)
     return counts
 
 
@@ -718,14 +712,13 @@ def test_half_precision_goes_into_the_kernels_as_it_is(dtype, multiplies_bfloat1
     module, seen = kernels("cpu"), set()
 
     def spied(function):
-        def call(geometry, dtype, columns_dtype, *rest):
+        def call(dtype, columns_dtype, *rest):
             seen.add((str(dtype).split(".")[-1], str(columns_dtype).split(".")[-1]))
-            return function(geometry, dtype, columns_dtype, *rest)
+            return function(dtype, columns_dtype, *rest)
 
         return call
 
-    for name in ("deform_conv2d_sample", "deform_conv2d_gradients"):
-        monkeypatch.setattr(module._C, name, spied(getattr(module._C, name)))
+    monkeypatch.setattr(module._C, "DeformConv2d", spied(module._C.DeformConv2d))
     monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: multiplies_bfloat16)
     for case in EVERY_WIDTH:
         assert_right(in_chunks(module, 20_000), "cpu", case, problem(case, dtype))
@@ -762,9 +755,10 @@ def columns_and_gradients(case, x):
     image = x.input.permute(0, 2, 3, 1).contiguous()
     taps, positions = geometry.taps, case.n * case.out_size[0] * case.out_size[1]
     columns = image.new_full((case.groups, positions, taps, case.c // case.groups), float("nan"))
-    module._sample(image, x.offset, x.mask, geometry, 0, columns)
+    call = module._call(geometry, image.shape, x.offset.shape, image.dtype, columns.dtype)
+    module._sample(image, x.offset, x.mask, call, 0, columns)
     by_image, by_offset, by_mask = torch.zeros_like(image), torch.empty_like(x.offset), torch.empty_like(x.mask)
-    module._gradients(columns, image, x.offset, x.mask, geometry, 0, by_image, by_offset, by_mask)
+    module._gradients(columns, image, x.offset, x.mask, call, 0, by_image, by_offset, by_mask)
     return columns, by_image, by_offset, by_mask
 
 
@@ -820,14 +814,16 @@ def test_a_forked_child_computes_too(set_num_threads):
         [torch.from_numpy(np.zeros(like.shape, np.float32)) for like in (image, x.offset, x.mask)] for _ in range(2)
     ]
 
+    call = module._call(geometry, image.shape, x.offset.shape, torch.float32, torch.float32)
+
     def compute(which):
-        module._sample(image, x.offset, x.mask, geometry, 0, columns[which])
-        module._gradients(columns[which], image, x.offset, x.mask, geometry, 0, *gradients[which])
+        module._sample(image, x.offset, x.mask, call, 0, columns[which])
+        module._gradients(columns[which], image, x.offset, x.mask, call, 0, *gradients[which])
 
     compute(0)
     busy = threading.Event()
     spare = torch.empty_like(columns[0])
-    sample = partial(module._sample, image, x.offset, x.mask, geometry, 0, spare)
+    sample = partial(module._sample, image, x.offset, x.mask, call, 0, spare)
     other = threading.Thread(target=lambda: [sample() for _ in range(2000) if not busy.is_set()])
     other.start()  # so that the fork falls into a call
     try:
@@ -849,10 +845,11 @@ def test_maps_of_too_many_rows_are_refused():
     geometry = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1, 1)
     image = torch.zeros(1).expand(1, 2**30, 1, 1)
     offset, columns = torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, 1)
+    call = module._call(geometry, image.shape, offset.shape, torch.float32, torch.float32)
     with pytest.raises(ValueError, match=r"input must have fewer than 2\*\*30 rows and columns"):
-        module._sample(image, offset, None, geometry, 0, columns)
+        module._sample(image, offset, None, call, 0, columns)
     with pytest.raises(ValueError, match=r"input must have fewer than 2\*\*30 rows and columns"):
-        module._gradients(columns, image, offset, None, geometry, 0, image, offset, None)
+        module._gradients(columns, image, offset, None, call, 0, image, offset, None)
 
 
 @needs_cpu
@@ -873,9 +870,10 @@ def test_a_map_beyond_two_to_the_31():
     offset[0, 0, 1:] = -stride
     offset[0, 0, 0] = (rows - 1) * stride
     samples = torch.empty(1, rows * columns, 1, 1)
-    kernels("cpu")._sample(image, offset, None, geometry, 0, samples)
+    call = kernels("cpu")._call(geometry, image.shape, offset.shape, torch.float32, torch.float32)
+    kernels("cpu")._sample(image, offset, None, call, 0, samples)
     assert torch.equal(samples.view(rows, columns), values.roll(1, 0))
-    kernels("cpu")._gradients(samples, image, offset, None, geometry, 0, by_image, torch.empty_like(offset), None)
+    kernels("cpu")._gradients(samples, image, offset, None, call, 0, by_image, torch.empty_like(offset), None)
     assert torch.equal(by_image[0, ::stride, ::stride, 0], values)
 
 
@@ -891,11 +889,15 @@ FUSED_CASES = [
 ]
 
 
+def is_fused(x, case):
+    module = kernels("cuda")
+    return module._is_fused(module.Problem(x.input, x.offset, x.weight, x.mask, *case.numbers), has_tf32=True)
+
+
 def assert_fused_is_right(case, dtype, tolerance=None):
     module, tensors = kernels("cuda"), problem(case, dtype)
     x = each(lambda tensor: tensor.to(TRITON_DEVICE), tensors)
-    geometry = geometry_of(x.offset, case.kernel_size, case.groups, *case.numbers)
-    assert module._is_fused(x.input, x.weight, geometry)
+    assert is_fused(x, case)
     out = module.deform_conv2d(x.input, x.offset, x.weight, x.bias, x.mask, *case.numbers)
     tensors = each(torch.Tensor.double, tensors)
     expected = reference.deform_conv2d(
@@ -936,39 +938,117 @@ def matmul():
 
 @needs_triton
 def test_pytorchs_switches_of_tf32_are_honoured(matmul, monkeypatch):
-    module, tensor = kernels("cuda"), torch.zeros(1)
-
-    def is_tf32():
-        found = module._is_tf32()
-        # A tensor that is on no GPU is taken for one on a GPU with tensor cores.
-        assert module._is_precise(tensor) == (not found)
-        assert not any(module._is_precise(tensor.to(dtype)) for dtype in TOLERANCES if dtype != torch.float32)
-        return found
-
+    module = kernels("cuda")
     for allowed in (True, False, True):
         matmul.allow_tf32 = allowed
-        assert is_tf32() == allowed
+        assert module._is_tf32() == allowed
     for precision, allowed in (("highest", False), ("high", True), ("highest", False), ("medium", True)):
         torch.set_float32_matmul_precision(precision)
-        assert is_tf32() == allowed
+        assert module._is_tf32() == allowed
     if hasattr(matmul, "fp32_precision"):  # since torch 2.9
         for precision in ("ieee", "tf32", "none"):
             matmul.fp32_precision = precision
-            assert is_tf32() == (precision == "tf32")
+            assert module._is_tf32() == (precision == "tf32")
     for allowed in (True, False):  # before torch 2.9
         monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
-        assert is_tf32() == allowed
-    monkeypatch.setattr(module, "_has_tf32", lambda tensor: False)
-    assert not module._is_precise(tensor)
+        assert module._is_tf32() == allowed
+
+
+@pytest.fixture
+def precisions(monkeypatch):
+    """Whether products are of float32 and not of TF32: for each launch of a kernel that has them, as they come."""
+    found = []
+    for name in ("_deform_launches", "_float32_products"):
+        module = import_module(f"omniops.backends.cuda.{name}")
+
+        class Watched(module.Launch):
+            def __call__(self, stream, *tensors):
+                if "PRECISE" in self._constants:
+                    found.append(self._constants["PRECISE"])
+                super().__call__(stream, *tensors)
+
+        monkeypatch.setattr(module, "Launch", Watched)
+    return found
 
 
 @needs_triton
-def test_the_fused_forward_in_tf32(matmul, monkeypatch):
+def test_the_switch_of_tf32_is_asked_at_each_call(matmul, precisions):
+    module, case = kernels("cuda"), FUSED
+    x = each(lambda tensor: tensor.to(TRITON_DEVICE), problem(case, torch.float32))
+    numbers = *case.numbers, [True] * 5
+    forward = module.deform_conv2d.prepare(x.input, x.offset, x.weight, x.bias, x.mask, *case.numbers)
+    backward = module.deform_conv2d_backward.prepare(x.grad, x.input, x.offset, x.weight, x.mask, *numbers)
+    expected = results(reference, case, each(torch.Tensor.double, x))
+    for allowed, tolerance in ((False, 1e-5), (True, 2e-3), (False, 1e-5)):
+        matmul.allow_tf32 = allowed
+        precisions.clear()
+        out = forward(x.input, x.offset, x.weight, x.bias, x.mask)
+        assert precisions == [not allowed]
+        gradients = backward(x.grad, x.input, x.offset, x.weight, x.mask)
+        assert set(precisions) <= {not allowed}
+        for result, wanted in zip((out, *gradients), expected.values(), strict=True):
+            assert (result - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+@needs_triton
+def test_without_tensor_cores_products_are_pytorchs(precisions, monkeypatch):
+    module, case = kernels("cuda"), FUSED._replace(c_out=32)
+    monkeypatch.setattr(module, "_has_tf32", lambda tensor: False)
+    assert_right(module, TRITON_DEVICE, case, problem(case, torch.float32))
+    assert not precisions
+
+
+@needs_triton
+def test_the_fused_forward_in_tf32(matmul, precisions):
     matmul.allow_tf32 = True
-    split = []
-    monkeypatch.setattr(kernels("cuda")._float32_products, "split", split.append)
     assert_fused_is_right(FUSED, torch.float32, tolerance=2e-3)
-    assert not split
+    assert precisions == [False]
+
+
+@pytest.fixture
+def deterministic():
+    """PyTorch's deterministic algorithms, which are afterwards as they were."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would want its environment variable set before
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Deterministic behavior")
+@pytest.mark.parametrize(
+    ("case", "positions"),
+    [
+        (UNEVEN._replace(h=3, w=4), None),
+        (UNEVEN._replace(h=3, w=4), 4),
+        (FUSED, 9),
+        (Case(2, 300, 2, 2, 2, (1, 1), padding=(0, 0)), None),
+    ],
+    ids=str,
+)
+def test_deterministic_gradients(case, positions, deterministic, monkeypatch):
+    module, tensors = kernels("cuda"), problem(case, torch.float32)
+    if positions is not None:
+        in_cuda_chunks(monkeypatch, positions)
+    first, second = (assert_right(module, TRITON_DEVICE, case, tensors) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@needs_triton
+def test_deterministic_algorithms_are_asked_for_at_each_call(deterministic, monkeypatch):
+    module, case = kernels("cuda"), UNEVEN._replace(h=3, w=4)
+    gathers, gather = [], module.Problem.sorted
+    monkeypatch.setattr(module.Problem, "sorted", lambda *args: gathers.append(1) or gather(*args))
+    x = each(lambda tensor: tensor.to(TRITON_DEVICE), problem(case, torch.float32))
+    arguments = x.grad, x.input, x.offset, x.weight, x.mask
+    run = module.deform_conv2d_backward.prepare(*arguments, *case.numbers, [True] * 5)
+    gathered = run(*arguments)
+    assert len(gathers) == 1
+    torch.use_deterministic_algorithms(False)
+    added = run(*arguments)
+    assert len(gathers) == 1
+    torch.testing.assert_close(added, gathered, rtol=1e-5, atol=1e-5)
 
 
 def on_meta(case):
@@ -994,14 +1074,17 @@ POINT = Case(1, 1, 1, 1, 1, (1, 1), padding=(0, 0))
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (POINT._replace(h=2**16, w=2**15, stride=(2**16, 1)), r"input must have H \* W below 2\*\*31"),
-        (POINT._replace(c=2**20, w=2**11 - 2), r"input must have C \* \(W \+ 2\) below 2\*\*31"),
-        (POINT._replace(n=2**16, h=2**15 - 2, stride=(2**15, 1)), r"input must have N \* \(H \+ 2\) below 2\*\*31"),
-        (POINT._replace(n=2, padding=(2**14, 2**14)), r"offset must have N \* H_out \* W_out below 2\*\*31"),
-        (POINT._replace(w=2**22 - 65), r"input must have W \+ 2 of at most 64 \* 65535"),
-        (POINT._replace(c=2**22 - 63), r"input must have C of at most 64 \* 65535"),
-        (POINT._replace(padding=(0, 2**21)), r"offset must have W_out of at most 64 \* 65535"),
-        (POINT._replace(c_out=2**22 - 63), r"weight must have C_out of at most 64 \* 65535 on CUDA, got 4194241"),
+        (
+            POINT._replace(h=2**16 - 2, w=2**15 - 2, stride=(2**16, 1)),
+            r"input must have \(H \+ 2\) \* \(W \+ 2\) below 2",
+        ),
+        (POINT._replace(c=2**20, w=2**11 - 2), r"input must have C \* \(W \+ 2\) below 2\*\*31 on CUDA"),
+        (POINT._replace(n=2**16, h=2**15 - 2, stride=(2**15, 1)), r"input must have N \* \(H \+ 2\) below 2\*\*31 on"),
+        (
+            POINT._replace(n=2, padding=(2**14, 2**14)),
+            r"offset must have N \* H_out \* W_out below 2\*\*31 - 512 on CUDA",
+        ),
+        (POINT._replace(c=2**22 - 63), r"input must have C below 2\*\*22 - 63 on CUDA"),
         (
             POINT._replace(c=2**20, kernel_size=(64, 32), padding=(32, 16)),
             r"weight must have C \* kh \* kw below 2\*\*31 on CUDA, got C = 1048576 and a kernel of \(64, 32\)",
@@ -1018,22 +1101,18 @@ POINT = Case(1, 1, 1, 1, 1, (1, 1), padding=(0, 0))
 def test_sizes_that_the_triton_kernels_cannot_index_are_refused_by_name(case, message):
     module, x = kernels("cuda"), on_meta(case)
     with pytest.raises(ValueError, match=message):
-        module.deform_conv2d(x.input, x.offset, x.weight, x.bias, x.mask, *case.numbers)
+        module.deform_conv2d.prepare(x.input, x.offset, x.weight, x.bias, x.mask, *case.numbers)
+    numbers = *case.numbers, [True] * 5
     with pytest.raises(ValueError, match=message):
-        module.deform_conv2d_backward_data(x.grad, x.input, x.offset, x.weight, x.mask, *case.numbers)
-    with pytest.raises(ValueError, match=message):
-        module.deform_conv2d_backward_weight(
-            x.grad, x.input, x.offset, x.mask, case.kernel_size, case.groups, *case.numbers
-        )
+        module.deform_conv2d_backward.prepare(x.grad, x.input, x.offset, x.weight, x.mask, *numbers)
 
 
 @needs_triton
 def test_weights_beyond_32_bits_are_not_for_the_fused_kernel():
     case = POINT._replace(c=2**21, kernel_size=(4, 4), padding=(2, 2), groups=2)
     for per_group, fused in ((127, True), (128, False)):
-        x = on_meta(case._replace(c_out=2 * per_group))
-        geometry = geometry_of(x.offset, case.kernel_size, case.groups, *case.numbers)
-        assert kernels("cuda")._is_fused(x.input, x.weight, geometry) == fused
+        case = case._replace(c_out=2 * per_group)
+        assert is_fused(on_meta(case), case) == fused
 
 
 if __name__ == "__main__":
