@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -119,6 +120,7 @@ def _kernel(
         adding = Lock()  # a thread that is not in this process may have held the other
         kept.clear()
 
+    atexit.register(kept.clear)  # what it holds of compiled modules must not outlive them
     if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
         # No kernel of the parent's is one on a GPU of the child's.
         os.register_at_fork(after_in_child=forget)
