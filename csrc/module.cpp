@@ -37,45 +37,58 @@ void define_carafe(nb::module_& module, const char* name) {
 
 using Pair = std::array<std::int64_t, 2>;  // vertical, horizontal
 
-struct DeformConv2dGeometry : omniops::DeformConv2dSizes {
-  DeformConv2dGeometry(std::int64_t channels, Pair size, Pair out_size, Pair kernel_size, Pair stride, Pair padding,
-                       Pair dilation, std::int64_t groups, std::int64_t offset_groups, std::int64_t first,
-                       std::int64_t count)
-      : DeformConv2dSizes{channels,       size[0],   size[1],    out_size[0], out_size[1], kernel_size[0],
-                          kernel_size[1], stride[0], stride[1],  padding[0],  padding[1],  dilation[0],
-                          dilation[1],    groups,    offset_groups, first,    count} {}
+// What the calls of a kind have in common, made once: a conversion of so many arguments takes longer than a small map.
+struct DeformConv2d {
+  omniops::Dtype dtype, columns_dtype;
+  omniops::DeformConv2dSizes sizes;
+
+  DeformConv2d(omniops::Dtype dtype, omniops::Dtype columns_dtype, std::int64_t channels, Pair size, Pair out_size,
+               Pair kernel_size, Pair stride, Pair padding, Pair dilation, std::int64_t groups,
+               std::int64_t offset_groups)
+      : dtype(dtype),
+        columns_dtype(columns_dtype),
+        sizes{channels,  size[0],    size[1],    out_size[0], out_size[1], kernel_size[0], kernel_size[1], stride[0],
+              stride[1], padding[0], padding[1], dilation[0], dilation[1], groups,         offset_groups,  0,
+              0} {}
+
+  omniops::DeformConv2dSizes of(std::int64_t first, std::int64_t count) const {
+    omniops::DeformConv2dSizes part = sizes;
+    part.first = first;
+    part.count = count;
+    return part;
+  }
 };
 
-void deform_conv2d_sample(const DeformConv2dGeometry& geometry, omniops::Dtype dtype, omniops::Dtype columns_dtype,
-                          std::uintptr_t image, std::uintptr_t offset, std::uintptr_t mask, std::uintptr_t columns,
-                          std::int64_t threads) {
-  omniops::deform_conv2d_sample(dtype, columns_dtype, geometry, reinterpret_cast<const void*>(image),
-                                reinterpret_cast<const void*>(offset), reinterpret_cast<const void*>(mask),
-                                reinterpret_cast<void*>(columns), threads);
+void deform_conv2d_sample(const DeformConv2d& call, std::int64_t first, std::int64_t count, std::uintptr_t image,
+                          std::uintptr_t offset, std::uintptr_t mask, std::uintptr_t columns, std::int64_t threads) {
+  omniops::deform_conv2d_sample(call.dtype, call.columns_dtype, call.of(first, count),
+                                reinterpret_cast<const void*>(image), reinterpret_cast<const void*>(offset),
+                                reinterpret_cast<const void*>(mask), reinterpret_cast<void*>(columns), threads);
 }
 
-void deform_conv2d_gradients(const DeformConv2dGeometry& geometry, omniops::Dtype dtype, omniops::Dtype columns_dtype,
+void deform_conv2d_gradients(const DeformConv2d& call, std::int64_t first, std::int64_t count,
                              std::uintptr_t by_columns, std::uintptr_t image, std::uintptr_t offset,
                              std::uintptr_t mask, std::uintptr_t by_image, std::uintptr_t by_offset,
                              std::uintptr_t by_mask, std::int64_t threads) {
-  omniops::deform_conv2d_gradients(dtype, columns_dtype, geometry, reinterpret_cast<const void*>(by_columns),
-                                   reinterpret_cast<const void*>(image), reinterpret_cast<const void*>(offset),
-                                   reinterpret_cast<const void*>(mask), reinterpret_cast<void*>(by_image),
-                                   reinterpret_cast<void*>(by_offset), reinterpret_cast<void*>(by_mask), threads);
+  omniops::deform_conv2d_gradients(call.dtype, call.columns_dtype, call.of(first, count),
+                                   reinterpret_cast<const void*>(by_columns), reinterpret_cast<const void*>(image),
+                                   reinterpret_cast<const void*>(offset), reinterpret_cast<const void*>(mask),
+                                   reinterpret_cast<void*>(by_image), reinterpret_cast<void*>(by_offset),
+                                   reinterpret_cast<void*>(by_mask), threads);
 }
 
 void define_deform_conv2d(nb::module_& module) {
-  nb::class_<DeformConv2dGeometry>(module, "DeformConv2dGeometry")
-      .def(nb::init<std::int64_t, Pair, Pair, Pair, Pair, Pair, Pair, std::int64_t, std::int64_t, std::int64_t,
+  nb::class_<DeformConv2d>(module, "DeformConv2d")
+      .def(nb::init<omniops::Dtype, omniops::Dtype, std::int64_t, Pair, Pair, Pair, Pair, Pair, Pair, std::int64_t,
                     std::int64_t>(),
-           nb::arg("channels"), nb::arg("size"), nb::arg("out_size"), nb::arg("kernel_size"), nb::arg("stride"),
-           nb::arg("padding"), nb::arg("dilation"), nb::arg("groups"), nb::arg("offset_groups"), nb::arg("first"),
-           nb::arg("count"));
-  module.def("deform_conv2d_sample", deform_conv2d_sample, nb::call_guard<nb::gil_scoped_release>(),
-             nb::arg("geometry"), nb::arg("dtype"), nb::arg("columns_dtype"), nb::arg("image"), nb::arg("offset"),
-             nb::arg("mask"), nb::arg("columns"), nb::arg("threads"));
+           nb::arg("dtype"), nb::arg("columns_dtype"), nb::arg("channels"), nb::arg("size"), nb::arg("out_size"),
+           nb::arg("kernel_size"), nb::arg("stride"), nb::arg("padding"), nb::arg("dilation"), nb::arg("groups"),
+           nb::arg("offset_groups"));
+  module.def("deform_conv2d_sample", deform_conv2d_sample, nb::call_guard<nb::gil_scoped_release>(), nb::arg("call"),
+             nb::arg("first"), nb::arg("count"), nb::arg("image"), nb::arg("offset"), nb::arg("mask"),
+             nb::arg("columns"), nb::arg("threads"));
   module.def("deform_conv2d_gradients", deform_conv2d_gradients, nb::call_guard<nb::gil_scoped_release>(),
-             nb::arg("geometry"), nb::arg("dtype"), nb::arg("columns_dtype"), nb::arg("by_columns"), nb::arg("image"),
+             nb::arg("call"), nb::arg("first"), nb::arg("count"), nb::arg("by_columns"), nb::arg("image"),
              nb::arg("offset"), nb::arg("mask"), nb::arg("by_image"), nb::arg("by_offset"), nb::arg("by_mask"),
              nb::arg("threads"));
 }
@@ -98,6 +111,8 @@ void transpose(std::int64_t item_size, std::int64_t batch, std::int64_t rows, st
 
 NB_MODULE(_C, module) {
   module.doc() = "The CPU kernels of omniops.";
+  // What is kept for a kind of call is kept until the process ends, which is no leak.
+  nb::set_leak_warnings(false);
   nb::enum_<omniops::Dtype>(module, "Dtype")
       .value("float64", omniops::Dtype::float64)
       .value("float32", omniops::Dtype::float32)

@@ -4,15 +4,16 @@ A column holds the samples that one position of the result sees; ``omniops.ops.d
 positions of a batch are numbered through, p = (n * H_out + i) * W_out + j, and taken in chunks, of whole images or of a
 part of one, so that the workspace has a bound whatever the batch. A backend brings two kernels:
 
-``sample(image, offset, mask, geometry, first, columns)`` fills columns, (G, P, K * C / G), with the samples of the
+``sample(image, offset, mask, call, first, columns)`` fills columns, (G, P, K * C / G), with the samples of the
 positions first ... first + P - 1, by taps.
 
-``gradients(by_columns, image, offset, mask, geometry, first, by_image, by_offset, by_mask)`` takes the gradient of
+``gradients(by_columns, image, offset, mask, call, first, by_image, by_offset, by_mask)`` takes the gradient of
 those columns, writes their part of by_offset and by_mask, and adds their part to by_image.
 
 There image is (N, H, W, C), as channels that lie together are sampled at one position; by_image is (N, H, W, C) in the
 dtype that sums are kept in, columns are in one that the backend chooses, all else is in the input's; offset, mask and
-their gradients are (N, ..., H_out, W_out); mask and by_mask may be None. All are contiguous. ``gradients`` is called
+their gradients are (N, ..., H_out, W_out); mask and by_mask may be None. All are contiguous. ``call`` is the geometry,
+or what the backend makes of it once for a kind of call. ``gradients`` is called
 for one chunk after another.
 
 Beside the columns of a chunk stand copies of what is not in that order: of the whole input, offset and mask, and in the
@@ -33,8 +34,8 @@ from torch import Tensor
 
 from omniops.backends import accumulator, finish, memory_format
 
-Sample = Callable[[Tensor, Tensor, "Tensor | None", "Geometry", int, Tensor], None]
-Gradients = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Geometry", int, Tensor, Tensor, "Tensor | None"], None]
+Sample = Callable[[Tensor, Tensor, "Tensor | None", Any, int, Tensor], None]
+Gradients = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Any, int, Tensor, Tensor, "Tensor | None"], None]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class Columns:
     gradients: Gradients
     most_bytes: int
     """What the columns of a chunk take at most, if they are those of more than one position."""
+    call: Callable[[Geometry, Sequence[int], Sequence[int], torch.dtype, torch.dtype], Any] = lambda geometry, *_: (
+        geometry
+    )
+    """What the kernels get of a geometry, the shapes of image and offset, and the dtypes of these and of columns."""
     columns_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
     """What the columns are in, and the products with them, for each dtype of the input."""
     transpose: Callable[[Tensor, tuple[int, int, int], tuple[int, ...]], Tensor] = _transpose
@@ -106,7 +111,7 @@ class Columns:
             memory = image.new_empty(plan.columns, dtype=plan.dtype)
             for first, count, place in chunks:
                 columns = plan.columns_of(memory, count)
-                self.sample(image, offset, mask, plan.geometry, first, columns)
+                self.sample(image, offset, mask, plan.call, first, columns)
                 part = place.of(out)
                 direct = same_dtype and self._takes(place, part)
                 product = self._product(columns, kernels, part if direct else None)
@@ -151,11 +156,11 @@ class Columns:
                 columns = plan.columns_of(memory, count)
                 part = place.of(grads).to(plan.dtype)
                 if for_weight:
-                    self.sample(image, moves, factors, plan.geometry, first, columns)
+                    self.sample(image, moves, factors, plan.call, first, columns)
                     total = _plus_product(total, part.mT, columns, sums)
                 if for_samples:
                     self._product(part, kernels, columns)
-                    self.gradients(columns, image, moves, factors, plan.geometry, first, by_image, by_offset, by_mask)
+                    self.gradients(columns, image, moves, factors, plan.call, first, by_image, by_offset, by_mask)
             return (
                 to_input(by_image) if for_input else grad.new_empty(0),
                 finish(by_offset, offset) if for_offset else grad.new_empty(0),
@@ -185,7 +190,7 @@ class Columns:
         found = list(chunks(n, offset.shape[2] * offset.shape[3], max(1, most)))
         length = geometry.taps * weight.shape[1]
         return _Plan(
-            geometry,
+            self.call(geometry, (n, h, w, c), offset.shape, input.dtype, dtype),
             dtype,
             found,
             image=(n, h, w, c),
@@ -245,7 +250,8 @@ class Columns:
 class _Plan:
     """What all calls with tensors of these shapes have in common."""
 
-    geometry: Geometry
+    call: Any
+    """What the kernels take."""
     dtype: torch.dtype
     """Of the columns and of the products with them."""
     chunks: list[tuple[int, int]]

@@ -4,6 +4,7 @@ contract.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -15,16 +16,38 @@ from omniops.backends.columns import Columns, Geometry
 from omniops.backends.cpu._dtypes import DTYPES
 
 
+def _call(
+    geometry: Geometry,
+    image: Sequence[int],
+    offset: Sequence[int],
+    dtype: torch.dtype,
+    columns_dtype: torch.dtype,
+) -> _C.DeformConv2d:
+    return _C.DeformConv2d(
+        DTYPES[dtype],
+        DTYPES[columns_dtype],
+        image[3],
+        image[1:3],
+        offset[2:],
+        geometry.kernel_size,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups,
+        geometry.offset_groups,
+    )
+
+
 def _sample(
-    image: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometry, first: int, columns: Tensor
+    image: Tensor, offset: Tensor, mask: Tensor | None, call: _C.DeformConv2d, first: int, columns: Tensor
 ) -> None:
     _C.deform_conv2d_sample(
-        _geometry(image, offset, geometry, first, columns),
-        DTYPES[image.dtype],
-        DTYPES[columns.dtype],
+        call,
+        first,
+        columns.shape[1],
         image.data_ptr(),
         offset.data_ptr(),
-        _address(mask),
+        0 if mask is None else mask.data_ptr(),
         columns.data_ptr(),
         torch.get_num_threads(),
     )
@@ -35,47 +58,25 @@ def _gradients(
     image: Tensor,
     offset: Tensor,
     mask: Tensor | None,
-    geometry: Geometry,
+    call: _C.DeformConv2d,
     first: int,
     by_image: Tensor,
     by_offset: Tensor,
     by_mask: Tensor | None,
 ) -> None:
     _C.deform_conv2d_gradients(
-        _geometry(image, offset, geometry, first, by_columns),
-        DTYPES[image.dtype],
-        DTYPES[by_columns.dtype],
+        call,
+        first,
+        by_columns.shape[1],
         by_columns.data_ptr(),
         image.data_ptr(),
         offset.data_ptr(),
-        _address(mask),
+        0 if mask is None else mask.data_ptr(),
         by_image.data_ptr(),
         by_offset.data_ptr(),
-        _address(by_mask),
+        0 if by_mask is None else by_mask.data_ptr(),
         torch.get_num_threads(),
     )
-
-
-def _geometry(
-    image: Tensor, offset: Tensor, geometry: Geometry, first: int, columns: Tensor
-) -> _C.DeformConv2dGeometry:
-    return _C.DeformConv2dGeometry(
-        image.shape[3],
-        image.shape[1:3],
-        offset.shape[2:],
-        geometry.kernel_size,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.groups,
-        geometry.offset_groups,
-        first,
-        columns.shape[1],
-    )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _transpose(tensor: Tensor, sizes: tuple[int, int, int], shape: tuple[int, ...]) -> Tensor:
@@ -101,7 +102,12 @@ def _multiplies_bfloat16() -> bool:
 
 # Columns of 8 MiB: kernels and products find each other's in the caches, and there are few turns between them.
 _COLUMNS = Columns(
-    sample=_sample, gradients=_gradients, most_bytes=2**23, columns_dtype=_columns_dtype, transpose=_transpose
+    sample=_sample,
+    gradients=_gradients,
+    most_bytes=2**23,
+    call=_call,
+    columns_dtype=_columns_dtype,
+    transpose=_transpose,
 )
 
 deform_conv2d = prepared(_COLUMNS.forward)
