@@ -74,6 +74,8 @@ def boolean(**arguments: Any) -> list[bool]:
 
 def pair(name: str, value: Any) -> list[int]:
     """An int or two as two, also in an array of one dimension; TypeError for anything else."""
+    if type(value) is int and -(2**31) < value < 2**31:  # first, as it nearly always is
+        return [value, value]
     if isinstance(value, (Tensor, np.ndarray)) and tuple(value.shape) == (2,):
         given = value.tolist()
     else:
@@ -92,7 +94,7 @@ def pair(name: str, value: Any) -> list[int]:
 
 def _int(value: Any) -> int | None:
     """What ``operator.index`` gives, but None of what is no integer, and of bools and of arrays with dimensions."""
-    if type(value) is int:  # first, as it is nearly always
+    if type(value) is int:  # first, as it nearly always is
         return value
     if isinstance(value, (bool, np.bool_)):  # NumPy 1 gives its bools an __index__
         return None

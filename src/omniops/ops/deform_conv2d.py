@@ -73,9 +73,10 @@ def deform_conv2d(
         ValueError: for a wrong shape, number or device. C is at least 1, and so are H and W unless N is 0.
     """
     _checks.tensor(input=input, offset=offset, weight=weight)
-    for name, value in (("bias", bias), ("mask", mask)):
-        if value is not None:
-            _checks.tensor(**{name: value})
+    if bias is not None:
+        _checks.tensor(bias=bias)
+    if mask is not None:
+        _checks.tensor(mask=mask)
     strides, dilations = _checks.pair("stride", stride), _checks.pair("dilation", dilation)
     if isinstance(padding, str):
         input, paddings = _named_padding(input, weight, padding, strides, dilations)
