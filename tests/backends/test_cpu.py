@@ -3,6 +3,7 @@ holds them against the reference; run as a program, this file does so briefly fo
 """
 
 import ctypes
+import gc
 import math
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -172,6 +174,43 @@ def test_many_python_threads_at_once(set_num_threads):
         assert torch.equal(result, wanted)
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("operator", (*OPERATORS, "carafe_backward"))
+def test_what_is_prepared_serves_other_tensors_and_holds_none(operator, memory_format):
+    def given(seed):
+        if operator != "carafe_backward":
+            return arguments(operator, (2, 6, 5, 7), (3, 2, 2, 1), memory_format=memory_format, seed=seed)
+        grad, masks, *sizes = arguments(
+            OPERATORS[1], (2, 6, 5, 7), (3, 2, 2, 1), memory_format=memory_format, seed=seed
+        )
+        return (grad, torch.randn(2, 6, 5, 7).contiguous(memory_format=memory_format), masks, *sizes)
+
+    kernel, first, second = getattr(cpu, operator), given(0), given(1)
+    run = kernel.prepare(*first)
+    run(*first)
+    found, expected = run(*second), kernel(*second)
+    if operator != "carafe_backward":
+        found, expected = (found,), (expected,)
+    assert all(map(torch.equal, found, expected))
+    tensors = [weakref.ref(value) for value in first if isinstance(value, torch.Tensor)]
+    del first
+    gc.collect()
+    assert [ref() for ref in tensors] == [None] * len(tensors)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_both_gradients_or_one(memory_format):
+    settings = (3, 2, 2, 1)
+    grad, masks, h, w, *sizes = arguments(OPERATORS[1], (2, 6, 5, 7), settings, memory_format=memory_format)
+    grad, features, *_ = arguments(OPERATORS[2], (2, 6, 5, 7), settings, memory_format=memory_format)
+    by_features = cpu.carafe_backward_features(grad, masks, h, w, *sizes)
+    by_masks = cpu.carafe_backward_masks(grad, features, *sizes)
+    for given in ((features, masks), (features, None), (None, masks)):
+        found = cpu.carafe_backward(grad, *given, h, w, *sizes)
+        assert torch.equal(found[0], by_features if given[1] is not None else grad.new_empty(0))
+        assert torch.equal(found[1], by_masks if given[0] is not None else grad.new_empty(0))
+
+
 def longest_wait(call):
     """For how much of a call in another thread this one stood still at most: its longest gap, over the call's time."""
     times = {}
@@ -310,7 +349,7 @@ def test_features_beyond_two_to_the_31(channels_last):
     assert features.numel() > 2**31
     features[0, 0, ::stride, ::stride] = torch.arange(1, 16 * 9 + 1).reshape(16, 9)
     masks = torch.full((1, 1, 16, 9), 2.0, dtype=torch.float16)
-    out = cpu._run(_C.carafe, features, masks, torch.empty_like(masks), (1, 1, height, width, 1, 1, 1, stride))
+    out = cpu.carafe(features, masks, 1, 1, 1, stride)
     assert torch.equal(out, 2 * features[:, :, ::stride, ::stride])
 
 
