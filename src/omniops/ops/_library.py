@@ -172,8 +172,11 @@ def differentiate(operator: Any, function: type[torch.autograd.Function]) -> Non
 
 
 def below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
-    """Call the operator as the dispatcher does once autograd has been served: modes and subclasses come next."""
-    with torch._C._AutoDispatchBelowAutograd():
+    """Call the operator as the dispatcher does once autograd has been served: modes and subclasses come next.
+
+    A kernel may return a view of its own memory. Nobody is told, so that a result can be changed in place.
+    """
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
