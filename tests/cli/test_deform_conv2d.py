@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from omniops.backends.columns import geometry_of
 from omniops.cli import bench, bench_plot, selftest, timing
 from omniops.cli.cases import deform_conv2d as case
 from omniops.cli.cases._types import BOTH, FORWARD, OURS
@@ -34,14 +33,13 @@ def test_selftest_checks_every_result_with_and_without_mask_and_bias():
 
 def test_selftest_reaches_both_forward_kernels_of_cuda():
     pytest.importorskip("triton", reason="Triton is not installed")
-    from omniops.backends.cuda.deform_conv2d import _is_fused
+    from omniops.backends.cuda.deform_conv2d import Problem, _is_fused
 
     found = {}
     for check in case.checks():
-        input, offset, weight = (check.inputs[name].half() for name in INPUTS[:3])
-        geometry = geometry_of(offset, weight.shape[2:], input.shape[1] // weight.shape[1], (1, 1), (1, 1), (1, 1))
-        groups = geometry.groups, geometry.offset_groups
-        found.setdefault(_is_fused(input, weight, geometry), set()).add(groups)
+        inputs = (check.inputs[name].half() for name in INPUTS[:3])
+        problem = Problem(*inputs, None, (1, 1), (1, 1), (1, 1))
+        found.setdefault(_is_fused(problem, has_tf32=True), set()).add((problem.groups, problem.offset_groups))
     assert found[True] >= {(2, 2), (2, 3)}
     assert found[False]
 
