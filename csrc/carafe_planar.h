@@ -102,25 +102,44 @@ OMNIOPS_INLINE void with_constant_scale(Index scale, const Body& body) {
   }
 }
 
-// A row of features, seen from the centres x0 ... x0 + columns - 1. `widened` has room for the features they see.
+// The numbers begin ... end - 1 of a part of a row laid out that lie on the map, before they are repeated.
+struct PartRange {
+  Index begin, end;
+};
+
+// A row of features as the centres x0 ... x0 + columns - 1 see it. Its ranges are found once for many rows, as
+// divisions take long.
+template <class A>
+struct Row {
+  Index first;      // of the features, which may lie outside of the map
+  Index low, high;  // of those that lie on it
+  PartRange* ranges;
+
+  Row(const CarafeSizes& sizes, const Line<A>& line, Index x0, Index columns, PartRange* memory)
+      : first(x0 * sizes.stride - sizes.kernel / 2), low(larger(first, 0)), ranges(memory) {
+    const Index t = sizes.stride, count = columns + line.reach;
+    high = smaller(first + count * t, sizes.width);
+    for (Index part = 0; part < line.parts; ++part) {
+      const Index begin = smaller(larger(divide_up(low - first - part, t), 0), count);
+      ranges[part] = {begin, larger(smaller(divide_up(high - first - part, t), count), begin)};
+    }
+  }
+};
+
+// `widened` has room for the features of the row.
 template <class T, class A = Accumulator<T>>
-void lay_out_row(const CarafeSizes& sizes, const Line<A>& line, const T* row, Index x0, Index columns, A* widened,
-                 A* target) {
+void lay_out_row(const CarafeSizes& sizes, const Line<A>& line, const Row<A>& of, const T* row, A* widened, A* target) {
   const Index s = sizes.scale, t = sizes.stride;
-  const Index first = x0 * t - sizes.kernel / 2;
-  const Index count = columns + line.reach;
-  const Index low = larger(first, 0), high = smaller(first + count * t, sizes.width);
   const A* source;  // of feature `low`
   if constexpr (sizeof(T) == sizeof(A)) {
-    source = row + low;
+    source = row + of.low;
   } else {
-    widen_row(row + low, high - low, widened);
+    widen_row(row + of.low, of.high - of.low, widened);
     source = widened;
   }
   for (Index part = 0; part < line.parts; ++part, target += line.part) {
-    const Index begin = smaller(larger(divide_up(low - first - part, t), 0), count);
-    const Index end = larger(smaller(divide_up(high - first - part, t), count), begin);
-    const A* from = source + (first + part - low) + begin * t;
+    const Index begin = of.ranges[part].begin, end = of.ranges[part].end;
+    const A* from = source + (of.first + part - of.low) + begin * t;
     A* to = target + begin * s;
     fill_zero(target, begin * s);
     with_constant_scale(s, [&](auto scale) {
@@ -135,11 +154,11 @@ void lay_out_row(const CarafeSizes& sizes, const Line<A>& line, const T* row, In
 
 // Rows y0 ... y1 - 1 of the features of one channel, some of which may lie outside of the map.
 template <class T, class A = Accumulator<T>>
-void lay_out_features(const CarafeSizes& sizes, const Line<A>& line, const T* features, Index y0, Index y1, Index x0,
-                      Index columns, A* widened, A* target) {
+void lay_out_features(const CarafeSizes& sizes, const Line<A>& line, const Row<A>& row, const T* features, Index y0,
+                      Index y1, A* widened, A* target) {
   for (Index y = y0; y < y1; ++y, target += line.length) {
     if (y >= 0 && y < sizes.height) {
-      lay_out_row<T>(sizes, line, features + y * sizes.width, x0, columns, widened, target);
+      lay_out_row<T>(sizes, line, row, features + y * sizes.width, widened, target);
     } else {
       fill_zero(target, line.length);
     }
@@ -201,6 +220,7 @@ struct ForwardBuffers {
   A* features;
   A* widened;
   Index* offset;
+  PartRange* ranges;
 
   ForwardBuffers(const CarafeSizes& sizes, const CarafeTiling& tiling, void* memory)
       : line(sizes, tiling.columns),
@@ -210,7 +230,8 @@ struct ForwardBuffers {
         masks(scratch.take<A>(tiling.rows * sizes.scale * line.vectors * sizes.kernel * sizes.kernel * kLanes<A>)),
         features(scratch.take<A>(kChannelBlock<1> * channel_stride)),
         widened(scratch.take<A>(smaller((tiling.columns + line.reach) * sizes.stride, sizes.width))),
-        offset(scratch.take<Index>(sizes.kernel)) {}
+        offset(scratch.take<Index>(sizes.kernel)),
+        ranges(scratch.take<PartRange>(line.parts)) {}
 };
 
 // `channels` channels of `rows` rows of results, from features and masks laid out.
@@ -263,14 +284,15 @@ struct Forward {
     T* out = static_cast<T*>(out_address) + group * sizes.channels * out_channel;
 
     tap_offsets(sizes, buffers.line, buffers.offset);
+    const Row<A> row(sizes, buffers.line, tile.x0, tile.x1 - tile.x0, buffers.ranges);
     lay_out_masks(sizes, buffers, tile, masks);
     for (Index c = tile.c0; c < tile.c1;) {
       const Index block = tile.c1 - c >= kChannelBlock<2> ? kChannelBlock<2> : 1;
       for (Index i = 0; i < block; ++i) {
         const Index y = tile.y0 * sizes.stride - sizes.kernel / 2;
-        lay_out_features<T>(sizes, buffers.line, features + (c + i) * sizes.height * sizes.width, y,
-                            y + (tile.y1 - tile.y0 - 1) * sizes.stride + sizes.kernel, tile.x0, tile.x1 - tile.x0,
-                            buffers.widened, buffers.features + i * buffers.channel_stride);
+        lay_out_features<T>(sizes, buffers.line, row, features + (c + i) * sizes.height * sizes.width, y,
+                            y + (tile.y1 - tile.y0 - 1) * sizes.stride + sizes.kernel, buffers.widened,
+                            buffers.features + i * buffers.channel_stride);
       }
       T* block_out = out + c * out_channel + tile.x0 * s;
       if (block > 1) {
@@ -328,6 +350,7 @@ struct BackwardMasksBuffers {
   A* grads;
   A* widened;
   Index* offset;
+  PartRange* ranges;
 
   BackwardMasksBuffers(const CarafeSizes& sizes, const CarafeTiling& tiling, void* memory)
       : line(sizes, tiling.columns),
@@ -339,7 +362,8 @@ struct BackwardMasksBuffers {
         features(scratch.take<A>(kReductionBlock * feature_stride)),
         grads(scratch.take<A>(kReductionBlock * grad_stride)),
         widened(scratch.take<A>(smaller((tiling.columns + line.reach) * sizes.stride, sizes.width))),
-        offset(scratch.take<Index>(sizes.kernel)) {}
+        offset(scratch.take<Index>(sizes.kernel)),
+        ranges(scratch.take<PartRange>(line.parts)) {}
 };
 
 // Adds to the sums of `taps` taps and `rows` rows the products of `channels` channels of features and gradients.
@@ -391,13 +415,14 @@ struct BackwardMasks {
     T* out = static_cast<T*>(out_address) + group * taps * plane;
 
     tap_offsets(sizes, buffers.line, buffers.offset);
+    const Row<A> row(sizes, buffers.line, tile.x0, tile.x1 - tile.x0, buffers.ranges);
     fill_zero(buffers.sums, (tile.y1 - tile.y0) * s * buffers.grad_row * taps);
     for (Index c = 0; c < sizes.channels; c += kReductionBlock) {
       const Index channels = smaller(kReductionBlock, sizes.channels - c);
       for (Index i = 0; i < channels; ++i) {
-        lay_out_features<T>(sizes, buffers.line, features + (c + i) * sizes.height * sizes.width, y,
-                            y + (tile.y1 - tile.y0 - 1) * sizes.stride + sizes.kernel, tile.x0, tile.x1 - tile.x0,
-                            buffers.widened, buffers.features + i * buffers.feature_stride);
+        lay_out_features<T>(sizes, buffers.line, row, features + (c + i) * sizes.height * sizes.width, y,
+                            y + (tile.y1 - tile.y0 - 1) * sizes.stride + sizes.kernel, buffers.widened,
+                            buffers.features + i * buffers.feature_stride);
         lay_out_grads(sizes, buffers, tile, grads + (c + i) * plane, buffers.grads + i * buffers.grad_stride);
       }
       correlate_tile(sizes, buffers, tile, channels);

@@ -175,7 +175,7 @@ def test_many_python_threads_at_once(set_num_threads):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("operator", (*OPERATORS, "carafe_backward"))
+@pytest.mark.parametrize("operator", [*OPERATORS, "carafe_backward"])
 def test_what_is_prepared_serves_other_tensors_and_holds_none(operator, memory_format):
     def given(seed):
         if operator != "carafe_backward":

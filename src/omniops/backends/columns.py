@@ -67,9 +67,7 @@ class Columns:
     gradients: Gradients
     most_bytes: int
     """What the columns of a chunk take at most, if they are those of more than one position."""
-    call: Callable[[Geometry, Sequence[int], Sequence[int], torch.dtype, torch.dtype], Any] = lambda geometry, *_: (
-        geometry
-    )
+    call: Callable[[Geometry, Sequence[int], Sequence[int], torch.dtype, torch.dtype], Any] = lambda *given: given[0]
     """What the kernels get of a geometry, the shapes of image and offset, and the dtypes of these and of columns."""
     columns_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
     """What the columns are in, and the products with them, for each dtype of the input."""
