@@ -139,3 +139,25 @@ def test_float32_products_on_tensor_cores(shape, precise):
     error = (out.cpu() - right).abs().max() / right.abs().max()
     assert error < (1e-6 if precise else 2e-3)
     assert torch.equal(storage[..., ::2].cpu(), torch.full((batch, m, n + 1), 7.0))
+
+
+@pytest.mark.parametrize("n", [48, 40])
+def test_float32_products_with_a_bias(n):
+    """In rows of multiples of 16 and others, of one part and of several."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from omniops.backends.cuda import _float32_products
+    from omniops.backends.cuda._launch import on_device
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(5, generator=generator)
+    for k in (32, 4128, 40):
+        a, b = torch.randn(2, 5, k, generator=generator), torch.randn(2, n, k, generator=generator).mT
+        out = torch.empty(2, 5, n, device=device)
+        run = _float32_products.Product(
+            2, 5, k, n, a.stride(), b.stride(), out.stride(), precise=True, biased=True, aligned=n % 16 == 0
+        )
+        with on_device(out) as stream:
+            run(stream, a.to(device), b.mT.to(device).mT, out, bias.to(device))
+        right = a.double() @ b.double() + bias[:, None]
+        assert (out.cpu() - right).abs().max() <= 1e-6 * right.abs().max()

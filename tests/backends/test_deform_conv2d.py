@@ -460,13 +460,11 @@ def in_cuda_chunks(patch, positions):
     launches, counts = import_module("omniops.backends.cuda._deform_launches"), []
     most_of, prepare_of = launches.Problem.most, launches.Problem.prepare
     # Where these kernels have the plan and the columns among their tensors.
-    workspaces = {"prepare": (5, 6), "sample": (1, 2, 3), "gradients": (0, 2, 3, 7)}
+    workspaces = {"prepare": (5, 6), "sample": (3,), "gradients": (0, 7)}
 
-    def most(problem, bytes_of_columns):
-        # A plan has the pixel and three numbers for each sample.
-        bytes_of_plan = (4 + (3 if problem.masked else 2) * problem.sums.itemsize) * problem.units
-        patch.setattr(launches, "MOST_BYTES", positions * (bytes_of_columns + bytes_of_plan))
-        return most_of(problem, bytes_of_columns)
+    def most(problem, size):
+        patch.setattr(launches, "MOST_BYTES", positions * size)
+        return most_of(problem, size)
 
     def prepare(problem, first, count, **more):
         counts.append(count)
@@ -475,7 +473,8 @@ def in_cuda_chunks(patch, positions):
     class Watched(launches.Launch):
         def __call__(self, stream, *tensors):
             places = workspaces.get(self._kernel.__name__, ())
-            taken = {tensors[i].data_ptr(): tensors[i].untyped_storage().nbytes() for i in places}
+            # Each is rounded up to 512 bytes.
+            taken = {tensors[i].data_ptr(): tensors[i].nbytes - 511 for i in places}
             assert counts[-1] == 1 or sum(taken.values()) <= launches.MOST_BYTES
             super().__call__(stream, *tensors)
 

@@ -20,6 +20,16 @@ import triton.language as tl
 
 
 @triton.jit
+def placed(y, x, height, width):
+    """Of samples at (y, x): row and column of their upper left pixel in the image, ly and lx."""
+    outside = (y < -1) | (y >= height) | (x < -1) | (x >= width)
+    far = outside | (y != y) | (x != x)
+    upper = tl.floor(tl.where(far, -1, y)).to(tl.int32) + 1
+    left = tl.floor(tl.where(far, width, x)).to(tl.int32) + 1
+    return upper, left, tl.where(outside, 0, y - tl.floor(y)), tl.where(outside, 0, x - tl.floor(x))
+
+
+@triton.jit
 def plan(
     offset, mask, pixels, places, block, first, count, height, width, rows, columns,
     offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
@@ -47,15 +57,12 @@ def plan(
     x = tl.load(offset + at + offset_c, mask=some, other=0).to(dtype)
     y += (i * STRIDE_Y - PAD_Y + t // KW * STEP_Y).to(dtype)
     x += (j * STRIDE_X - PAD_X + t % KW * STEP_X).to(dtype)
-    outside = (y < -1) | (y >= height) | (x < -1) | (x >= width)
-    far = outside | (y != y) | (x != x)
-    upper = tl.floor(tl.where(far, -1, y)).to(tl.int32) + 1
-    left = tl.floor(tl.where(far, width, x)).to(tl.int32) + 1
+    upper, left, ly, lx = placed(y, x, height, width)
     to = unit.to(tl.int64) * count + p
     plane = (D * K) * count.to(tl.int64)
     tl.store(pixels + to, (n.to(pixels.dtype.element_ty) * (height + 2) + upper) * (width + 2) + left, mask=some)
-    tl.store(places + to, tl.where(outside, 0, y - tl.floor(y)), mask=some)
-    tl.store(places + plane + to, tl.where(outside, 0, x - tl.floor(x)), mask=some)
+    tl.store(places + to, ly, mask=some)
+    tl.store(places + plane + to, lx, mask=some)
     if MASKED:
         at = n.to(tl.int64) * mask_n + unit.to(tl.int64) * mask_c + i.to(tl.int64) * mask_y + j.to(tl.int64) * mask_x
         tl.store(places + 2 * plane + to, tl.load(mask + at, mask=some, other=0).to(dtype), mask=some)
@@ -84,57 +91,67 @@ def channels_of(first, stride_g, stride_c, CG: tl.constexpr, ONE_G: tl.constexpr
     return g.to(tl.int64) * stride_g + (c - g * CG).to(tl.int64) * stride_c
 
 
-@triton.jit(do_not_specialize=["count", "width", "along"])
-def sample(
-    image, pixels, places, out, count, width, along,
-    C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr, ALONG: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Columns: out[g, p, t, c] = factor * interpolated image; ALONG: out[g, t, c, p], p < along, zero from count on.
-
-    Grid: (blocks of positions, blocks of channels). A program walks the taps, as those of a position share pixels.
-    """
+@triton.jit
+def block_of(
+    start,
+    stride_g,
+    stride_c,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """A block of channels from ``start`` on, of a block of offset groups, as (groups, channels): the channels, which of
+    them there are, and where they lie in columns, as ``channels_of`` says."""
     CD: tl.constexpr = C // D
     CG: tl.constexpr = C // G
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    more = (c < C)[None, :]
-    here = (p < count)[:, None]
-    stored = here & more
-    if ALONG:
-        stored = (p < along)[:, None] & more
-        to = (
-            p[:, None]
-            + channels_of(
-                tl.program_id(1) * BLOCK_C, (K * CG) * along.to(tl.int64), along, CG, CG % BLOCK_C == 0, BLOCK_C
-            )[None, :]
-        )
-        step = CG * along.to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    of_group = start + tl.arange(0, BLOCK_C)
+    c = d[:, None] * CD + of_group[None, :]
+    if G == 1:
+        column = c.to(tl.int64) * stride_c
+    elif BLOCK_D == 1 and CG % BLOCK_C == 0 and CD % BLOCK_C == 0:
+        g = (tl.program_id(1) * CD + start) // CG
+        column = g.to(tl.int64) * stride_g + (c - g * CG).to(tl.int64) * stride_c
     else:
-        channels = channels_of(
-            tl.program_id(1) * BLOCK_C, count.to(tl.int64) * (K * CG), 1, CG, G == 1 or CG % BLOCK_C == 0, BLOCK_C
-        )
-        to = (p.to(tl.int64) * (K * CG))[:, None] + channels[None, :]
-        step = CG
-    plane = (D * K) * count.to(tl.int64)
-    for t in range(K):
-        if D == 1 or CD % BLOCK_C == 0:
-            at = (((tl.program_id(1) * BLOCK_C // CD) * K + t).to(tl.int64) * count + p)[:, None]
-            some = here
-        else:
-            at = ((c // CD) * K + t).to(tl.int64)[None, :] * count + p[:, None]
-            some = here & more
-        pixel, w00, w01, w10, w11 = planned(pixels, places, plane, at, some, MASKED)
-        dtype = w00.dtype
-        upper = image + (pixel.to(tl.int64) * C + c[None, :])
-        lower = upper + (width + 2) * C
-        value = w00 * tl.load(upper, mask=more, other=0).to(dtype)
-        value += w01 * tl.load(upper + C, mask=more, other=0).to(dtype)
-        value += w10 * tl.load(lower, mask=more, other=0).to(dtype)
-        value += w11 * tl.load(lower + C, mask=more, other=0).to(dtype)
-        if ALONG:
-            value = tl.where(here, value, 0)
-        tl.store(out + to + t * step, value.to(out.dtype.element_ty), mask=stored)
+        g = c // CG
+        column = g.to(tl.int64) * stride_g + (c - g * CG).to(tl.int64) * stride_c
+    return c, (d < D)[:, None] & (of_group < CD)[None, :], column
+
+
+@triton.jit
+def samples_of(
+    offset, mask, p, some, t, first, height, width, rows, columns,
+    offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
+    D: tl.constexpr, K: tl.constexpr, KW: tl.constexpr,
+    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """What a plan says of the samples of positions and a block of offset groups, as (positions, groups, 1): the pixel,
+    whether it has a corner in the map, ly, lx, the factor."""
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    some = some[:, None] & (d < D)[None, :]
+    unit = (d * K + t).to(tl.int64)
+    n = (first + p) // (rows * columns)
+    place = first + p - n * (rows * columns)
+    i = place // columns
+    j = place - i * columns
+    at = n.to(tl.int64) * offset_n + i.to(tl.int64) * offset_y + j.to(tl.int64) * offset_x
+    at = at[:, None] + (unit * 2 * offset_c)[None, :]
+    y = tl.load(offset + at, mask=some, other=0).to(DTYPE)
+    x = tl.load(offset + at + offset_c, mask=some, other=0).to(DTYPE)
+    y += (i * STRIDE_Y - PAD_Y + t // KW * STEP_Y).to(DTYPE)[:, None]
+    x += (j * STRIDE_X - PAD_X + t % KW * STEP_X).to(DTYPE)[:, None]
+    upper, left, ly, lx = placed(y, x, height, width)
+    pixel = (n.to(tl.int64)[:, None] * (height + 2) + upper) * (width + 2) + left
+    near = some & (left <= width)
+    if MASKED:
+        at = n.to(tl.int64) * mask_n + i.to(tl.int64) * mask_y + j.to(tl.int64) * mask_x
+        factor = tl.load(mask + (at[:, None] + (unit * mask_c)[None, :]), mask=some, other=0).to(DTYPE)
+    else:
+        factor = tl.full(ly.shape, 1, DTYPE)
+    return pixel[:, :, None], near[:, :, None], ly[:, :, None], lx[:, :, None], factor[:, :, None]
 
 
 @triton.jit(
@@ -143,12 +160,68 @@ def sample(
         "offset_n", "offset_c", "offset_y", "offset_x", "mask_n", "mask_c", "mask_y", "mask_x",
     ]
 )  # fmt: skip
+def sample(
+    image, offset, mask, out, first, count, height, width, rows, columns, along,
+    offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
+    C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KW: tl.constexpr,
+    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, MASKED: tl.constexpr, ALONG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Columns: out[g, p, t, c] = factor * interpolated image; ALONG: out[g, t, c, p], p < along, zero from count on.
+
+    Grid: (blocks of positions, blocks of offset groups, blocks of their channels). A program walks the taps, as those
+    of a position share pixels.
+    """
+    CG: tl.constexpr = C // G
+    dtype: tl.constexpr = tl.float64 if image.dtype.element_ty == tl.float64 else tl.float32
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    some = p < count
+    if ALONG:
+        step = CG * along.to(tl.int64)
+        c, more, column = block_of(tl.program_id(2) * BLOCK_C, step * K, along, C, D, G, BLOCK_D, BLOCK_C)
+        to = p[:, None, None] + column[None, :, :]
+        stored = (p < along)[:, None, None] & more[None, :, :]
+    else:
+        step = tl.full([], CG, tl.int64)
+        c, more, column = block_of(
+            tl.program_id(2) * BLOCK_C, count.to(tl.int64) * (K * CG), 1, C, D, G, BLOCK_D, BLOCK_C
+        )
+        to = (p.to(tl.int64) * (K * CG))[:, None, None] + column[None, :, :]
+        stored = some[:, None, None] & more[None, :, :]
+    below = (width + 2) * C
+    for t in range(K):
+        pixel, _near, ly, lx, factor = samples_of(
+            offset, mask, p, some, t, first, height, width, rows, columns,
+            offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
+            D, K, KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X, MASKED, BLOCK_D, dtype,
+        )  # fmt: skip
+        corner = image + (pixel * C + c[None, :, :])
+        value = (1 - ly) * factor * (1 - lx) * tl.load(corner, mask=more[None, :, :], other=0).to(dtype)
+        value += (1 - ly) * factor * lx * tl.load(corner + C, mask=more[None, :, :], other=0).to(dtype)
+        value += ly * factor * (1 - lx) * tl.load(corner + below, mask=more[None, :, :], other=0).to(dtype)
+        value += ly * factor * lx * tl.load(corner + below + C, mask=more[None, :, :], other=0).to(dtype)
+        if ALONG:
+            value = tl.where(some[:, None, None], value, 0)
+        tl.store(out + to + t * step, value.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first", "count", "height", "width", "rows", "columns", "along",
+        "offset_n", "offset_c", "offset_y", "offset_x", "mask_n", "mask_c", "mask_y", "mask_x",
+        "by_offset_n", "by_offset_c", "by_offset_y", "by_offset_x", "by_mask_n", "by_mask_c", "by_mask_y", "by_mask_x",
+    ]
+)  # fmt: skip
 def gradients(
-    by_columns, image, pixels, places, by_offset, by_mask, by_image, out,
+    by_columns, image, offset, mask, by_offset, by_mask, by_image, out,
     first, count, height, width, rows, columns, along,
     offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
-    C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr,
-    ADD: tl.constexpr, OUT: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    by_offset_n, by_offset_c, by_offset_y, by_offset_x, by_mask_n, by_mask_c, by_mask_y, by_mask_x,
+    C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KW: tl.constexpr,
+    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
+    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, MASKED: tl.constexpr, ADD: tl.constexpr, OUT: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradients of offset and mask; with ADD that of the image, and with OUT the columns, too.
 
@@ -157,44 +230,36 @@ def gradients(
     weighted by_columns are added at the corners. OUT: out gets the columns, as by_columns lie (1), which may be their
     place, or as out[g, t, c, p] with p < along, zero from count on (2).
 
-    Grid: (blocks of positions, blocks of TAPS taps, offset groups).
+    Grid: (blocks of positions, blocks of offset groups, blocks of TAPS taps).
     """
-    CD: tl.constexpr = C // D
     CG: tl.constexpr = C // G
-    # Of equal channels of a weight group and an offset group.
-    ONE_G: tl.constexpr = G == 1 or (CG % BLOCK_C == 0 and CD % BLOCK_C == 0)
+    dtype: tl.constexpr = tl.float64 if image.dtype.element_ty == tl.float64 else tl.float32
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    d = tl.program_id(2)
     some = p < count
-    dtype = places.dtype.element_ty
-    size = rows * columns
-    n = (first + p) // size
-    place = first + p - n * size
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = (first + p) // (rows * columns)
+    place = first + p - n * (rows * columns)
     i = place // columns
     j = (place - i * columns).to(tl.int64)
-    to_offset = n.to(tl.int64) * offset_n + i.to(tl.int64) * offset_y + j * offset_x
-    to_mask = n.to(tl.int64) * mask_n + i.to(tl.int64) * mask_y + j * mask_x
-    # What has no corner in the map, whose plan says this, adds nothing.
-    far = n.to(pixels.dtype.element_ty) * ((height + 2) * (width + 2)) + width + 1
-    plane = (D * K) * count.to(tl.int64)
-    for t in range(tl.program_id(1) * TAPS, tl.minimum(tl.program_id(1) * TAPS + TAPS, K)):
-        at = (d * K + t).to(tl.int64) * count + p
-        pixel, w00, w01, w10, w11 = planned(pixels, places, plane, at, some, MASKED)
-        near = some & (pixel != far)
-        ly = tl.load(places + at, mask=some, other=0)[:, None]
-        lx = tl.load(places + plane + at, mask=some, other=0)[:, None]
-        by_y = tl.zeros([BLOCK_P, BLOCK_C], dtype)
-        by_x = tl.zeros([BLOCK_P, BLOCK_C], dtype)
-        by_factor = tl.zeros([BLOCK_P, BLOCK_C], dtype)
-        for start in range(0, CD, BLOCK_C):
-            of_group = start + tl.arange(0, BLOCK_C)
-            c = d * CD + of_group
-            more = (of_group < CD)[None, :]
-            column = channels_of(d * CD + start, count.to(tl.int64) * (K * CG), 1, CG, ONE_G, BLOCK_C)
-            column_at = ((p.to(tl.int64) * K + t) * CG)[:, None] + column[None, :]
-            by_column = tl.load(by_columns + column_at, mask=some[:, None] & more, other=0).to(dtype)
-            corner = (pixel.to(tl.int64) * C)[:, None] + c[None, :]
-            below = (width + 2) * C
+    to_offset = (n.to(tl.int64) * by_offset_n + i.to(tl.int64) * by_offset_y + j * by_offset_x)[:, None]
+    to_mask = (n.to(tl.int64) * by_mask_n + i.to(tl.int64) * by_mask_y + j * by_mask_x)[:, None]
+    stored = some[:, None] & (d < D)[None, :]
+    below = (width + 2) * C
+    for t in range(tl.program_id(2) * TAPS, tl.minimum(tl.program_id(2) * TAPS + TAPS, K)):
+        pixel, near, ly, lx, factor = samples_of(
+            offset, mask, p, some, t, first, height, width, rows, columns,
+            offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
+            D, K, KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X, MASKED, BLOCK_D, dtype,
+        )  # fmt: skip
+        by_y = tl.zeros([BLOCK_P, BLOCK_D, BLOCK_C], dtype)
+        by_x = tl.zeros([BLOCK_P, BLOCK_D, BLOCK_C], dtype)
+        by_factor = tl.zeros([BLOCK_P, BLOCK_D, BLOCK_C], dtype)
+        for start in range(0, C // D, BLOCK_C):
+            c, more, column = block_of(start, count.to(tl.int64) * (K * CG), 1, C, D, G, BLOCK_D, BLOCK_C)
+            more = more[None, :, :]
+            column_at = ((p.to(tl.int64) * K + t) * CG)[:, None, None] + column[None, :, :]
+            by_column = tl.load(by_columns + column_at, mask=some[:, None, None] & more, other=0).to(dtype)
+            corner = pixel * C + c[None, :, :]
             v00 = tl.load(image + corner, mask=more, other=0).to(dtype)
             v01 = tl.load(image + corner + C, mask=more, other=0).to(dtype)
             v10 = tl.load(image + corner + below, mask=more, other=0).to(dtype)
@@ -206,39 +271,38 @@ def gradients(
             if MASKED:
                 by_factor += by_column * ((1 - ly) * upper + ly * lower)
             if OUT > 0:
-                value = w00[:, None] * v00
-                value += w01[:, None] * v01
-                value += w10[:, None] * v10
-                value += w11[:, None] * v11
+                value = (1 - ly) * factor * (1 - lx) * v00
+                value += (1 - ly) * factor * lx * v01
+                value += ly * factor * (1 - lx) * v10
+                value += ly * factor * lx * v11
                 if OUT == 1:
-                    tl.store(out + column_at, value.to(out.dtype.element_ty), mask=some[:, None] & more)
+                    tl.store(out + column_at, value.to(out.dtype.element_ty), mask=some[:, None, None] & more)
                 else:
-                    to = channels_of(d * CD + start, (K * CG) * along.to(tl.int64), along, CG, ONE_G, BLOCK_C)
-                    to = p[:, None] + to[None, :] + t * (CG * along.to(tl.int64))
-                    value = tl.where(some[:, None], value, 0)
-                    tl.store(out + to, value.to(out.dtype.element_ty), mask=(p < along)[:, None] & more)
+                    step = CG * along.to(tl.int64)
+                    c, more, to = block_of(start, step * K, along, C, D, G, BLOCK_D, BLOCK_C)
+                    to = p[:, None, None] + to[None, :, :] + t * step
+                    value = tl.where(some[:, None, None], value, 0)
+                    more = more[None, :, :]
+                    tl.store(out + to, value.to(out.dtype.element_ty), mask=(p < along)[:, None, None] & more)
             if ADD:
-                add(by_image + corner, w00, by_column, near, more)
-                add(by_image + corner + C, w01, by_column, near, more)
-                add(by_image + corner + below, w10, by_column, near, more)
-                add(by_image + corner + below + C, w11, by_column, near, more)
-        of_y = tl.sum(by_y, 1)
-        of_x = tl.sum(by_x, 1)
+                add(by_image + corner, (1 - ly) * factor * (1 - lx), by_column, near, more)
+                add(by_image + corner + C, (1 - ly) * factor * lx, by_column, near, more)
+                add(by_image + corner + below, ly * factor * (1 - lx), by_column, near, more)
+                add(by_image + corner + below + C, ly * factor * lx, by_column, near, more)
+        factor = tl.reshape(factor, [BLOCK_P, BLOCK_D])
+        unit = (d * K + t).to(tl.int64)
+        to = by_offset + (to_offset + (unit * 2 * by_offset_c)[None, :])
+        tl.store(to, (factor * tl.sum(by_y, 2)).to(by_offset.dtype.element_ty), mask=stored)
+        tl.store(to + by_offset_c, (factor * tl.sum(by_x, 2)).to(by_offset.dtype.element_ty), mask=stored)
         if MASKED:
-            factor = tl.load(places + 2 * plane + at, mask=some, other=0)
-            of_y *= factor
-            of_x *= factor
-            to = by_mask + (to_mask + (d * K + t).to(tl.int64) * mask_c)
-            tl.store(to, tl.sum(by_factor, 1).to(by_mask.dtype.element_ty), mask=some)
-        to = by_offset + (to_offset + (d * K + t).to(tl.int64) * 2 * offset_c)
-        tl.store(to, of_y.to(by_offset.dtype.element_ty), mask=some)
-        tl.store(to + offset_c, of_x.to(by_offset.dtype.element_ty), mask=some)
+            to = by_mask + (to_mask + (unit * by_mask_c)[None, :])
+            tl.store(to, tl.sum(by_factor, 2).to(by_mask.dtype.element_ty), mask=stored)
 
 
 @triton.jit
 def add(to, weight, values, some, more):
-    """Add weight * values, (positions, channels), where the weight is not 0, as three corners' are at whole places."""
-    tl.atomic_add(to, weight[:, None] * values, mask=(some & (weight != 0))[:, None] & more, sem="relaxed")
+    """Add weight * values where the weight is not 0, as three corners' are at whole places."""
+    tl.atomic_add(to, weight * values, mask=some & (weight != 0) & more, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["count", "first_image", "height", "width"])

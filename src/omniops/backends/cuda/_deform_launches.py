@@ -90,6 +90,23 @@ class Remade:
         return self._elements()
 
 
+class Scratch:
+    """Memory of a call that is none of its results: allocated at once, and cut in pieces."""
+
+    def __init__(self, dtype: torch.dtype, pieces: Sequence[tuple[int, torch.dtype]]) -> None:
+        """``pieces`` are numbers of elements, and what they are; most of ``dtype``."""
+        self._sizes = [cdiv(number * each.itemsize, 512) * 512 // dtype.itemsize for number, each in pieces]
+        self._total = sum(self._sizes)
+        self._others = [(i, each) for i, (_, each) in enumerate(pieces) if each != dtype]
+
+    def __call__(self, like: Tensor) -> list[Tensor]:
+        """The pieces, flat, of the dtype of ``like`` and on its device."""
+        pieces = list(like.new_empty(self._total).split_with_sizes(self._sizes))
+        for i, dtype in self._others:
+            pieces[i] = pieces[i].view(dtype)
+        return pieces
+
+
 class Problem:
     """Sizes and layouts of a call, and launches for them. It holds no tensor."""
 
@@ -127,12 +144,26 @@ class Problem:
         self._strides = input.stride(), offset.stride(), (offset if mask is None else mask).stride()
         self._weight_strides = weight.stride()
         self._layout = layout_of(input)
-        self._constants = {"C": self.c, "D": self.offset_groups, "G": groups, "K": self.taps}
+        self._sizes = self.height, self.width, self.rows, self.columns
+        self._constants = {"C": self.c, "D": self.offset_groups, "G": groups, "K": self.taps, "MASKED": self.masked}
+        self._places = {
+            "KW": geometry.kernel_size[1],
+            "STRIDE_Y": geometry.stride[0],
+            "STRIDE_X": geometry.stride[1],
+            "PAD_Y": geometry.padding[0],
+            "PAD_X": geometry.padding[1],
+            "STEP_Y": geometry.dilation[0],
+            "STEP_X": geometry.dilation[1],
+        }
 
-    def most(self, bytes_of_columns: int) -> int:
-        """The most positions of a chunk, with so many bytes of columns for each."""
-        plan = (self.index.itemsize + (3 if self.masked else 2) * self.sums.itemsize) * self.units
-        return max(1, MOST_BYTES // (plan + bytes_of_columns))
+    @property
+    def bytes_of_plan(self) -> int:
+        """What the plan of a position takes."""
+        return (self.index.itemsize + (3 if self.masked else 2) * self.sums.itemsize) * self.units
+
+    def most(self, size: int) -> int:
+        """The most positions of a chunk, with so many bytes of columns and plan for each."""
+        return max(1, MOST_BYTES // size)
 
     def largest(self, most: int) -> int:
         """The positions of the largest chunk."""
@@ -145,19 +176,17 @@ class Problem:
             return [launches(*chunk) for chunk in found()]
         return Remade(lambda: (launches(*chunk) for chunk in found()))
 
-    def plan_of(self, input: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Memory for pixels and places of so many positions."""
+    def plan(self, count: int) -> list[tuple[int, torch.dtype]]:
+        """Pieces of memory for pixels and places of so many positions."""
         samples = self.units * count
-        return (
-            input.new_empty(samples, dtype=self.index),
-            input.new_empty((3 if self.masked else 2) * samples, dtype=self.sums),
-        )
+        return [(samples, self.index), ((3 if self.masked else 2) * samples, self.sums)]
 
     def prepare(
         self,
         first: int,
         count: int,
         *,
+        plan: bool = False,
         kernels: bool = True,
         grad: tuple[Sequence[int], int] | None = None,
         grads: bool = False,
@@ -165,11 +194,10 @@ class Problem:
         zeros: bool = False,
         low: bool = False,
     ) -> Launch:
-        """The plan of a chunk; with the first one also the input with a border, the weights by tap, and what else is
-        asked for. ``grad`` are strides and layout of the gradient of the result, and tell the backward: its weights lie
-        along the output channels."""
-        geometry = self.geometry
-        programs = [self.units * cdiv(count, POSITIONS), 0, 0, 0, 0, 0]
+        """What is asked for: the plan of each chunk, the rest with the first, and the input with a border always.
+        ``grad`` are strides and layout of the gradient of the result, and tell the backward: its weights lie along the
+        output channels."""
+        programs = [self.units * cdiv(count, POSITIONS) if plan else 0, 0, 0, 0, 0, 0]
         if first == 0:
             blocks_out = cdiv(self.c_out, CHANNELS)
             if kernels:
@@ -183,15 +211,10 @@ class Problem:
         by_tap = (1, self.out_per_group) if grad is not None else (self.taps * self.per_group, 1)
         return Launch(
             _deform_prepare.prepare, (ends[5],),
-            *ends[:5], first, count, self.n, self.height, self.width, self.rows, self.columns,
+            *ends[:5], first, count, self.n, *self._sizes,
             *self._strides[0], *self._strides[1], *self._strides[2], *self._weight_strides, *grad_strides,
             *by_tap, int(low), along,
-            C=self.c, D=self.offset_groups, G=self.groups, NG=self.out_per_group,
-            K=self.taps, KW=geometry.kernel_size[1],
-            STRIDE_Y=geometry.stride[0], STRIDE_X=geometry.stride[1],
-            PAD_Y=geometry.padding[0], PAD_X=geometry.padding[1],
-            STEP_Y=geometry.dilation[0], STEP_X=geometry.dilation[1], MASKED=self.masked,
-            LAYOUT=self._layout, LAYOUT_GRAD=grad_layout,
+            **self._constants, **self._places, NG=self.out_per_group, LAYOUT=self._layout, LAYOUT_GRAD=grad_layout,
             PIXELS=PIXELS, CHANNELS=CHANNELS, POSITIONS=POSITIONS, ZEROS=ZEROS, num_warps=4,
         )  # fmt: skip
 
@@ -209,15 +232,21 @@ class Problem:
             num_warps=4, num_stages=3,
         )  # fmt: skip
 
-    def sample(self, count: int, along: int = 0) -> Launch:
+    def sample(self, first: int, count: int, along: int = 0) -> Launch:
         """The columns, along the channels, or along so many positions."""
-        block_c = _power_of_two(self.c, 128 if self.half else 256)
-        block_p = 512 // block_c if self.half else 4
+        block_c = _power_of_two(self.per_offset_group, 128 if self.half else 256)
+        block_d = _power_of_two(self.offset_groups, max(1, 64 // block_c))
+        block_p = max(1, (512 if self.half else 1024) // (block_c * block_d))
+        grid = (
+            cdiv(along or count, block_p),
+            cdiv(self.offset_groups, block_d),
+            cdiv(self.per_offset_group, block_c),
+        )
         return Launch(
-            _deform_columns.sample, (cdiv(along or count, block_p), cdiv(self.c, block_c)),
-            count, self.width, along,
-            **self._constants, MASKED=self.masked, ALONG=along > 0,
-            BLOCK_P=block_p, BLOCK_C=block_c, num_warps=1 if self.half else max(1, block_c // 64),
+            _deform_columns.sample, grid,
+            first, count, *self._sizes, along, *self._strides[1], *self._strides[2],
+            **self._constants, **self._places, ALONG=along > 0,
+            BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_C=block_c, num_warps=1 if self.half else 4,
         )  # fmt: skip
 
     def gradients(
@@ -225,16 +254,16 @@ class Problem:
     ) -> Launch:
         """The gradients of offset and mask, of these strides, and what the kernel gives with them."""
         block_c = _power_of_two(self.per_offset_group, 64)
+        block_d = _power_of_two(self.offset_groups, 64 // block_c)
+        block_p = 8
         # With many channels the taps of a position are walked by one program, as they share pixels.
-        many = block_c == 64
-        block_p, warps = (8, 1) if many else (512 // block_c, 4)
-        taps = (3 if self.half else self.taps) if many else 1
-        grid = (cdiv(along or count, block_p), cdiv(self.taps, taps), self.offset_groups)
+        taps = (3 if self.half else self.taps) if self.offset_groups == 1 else 1
+        grid = (cdiv(along or count, block_p), cdiv(self.offset_groups, block_d), cdiv(self.taps, taps))
         return Launch(
             _deform_columns.gradients, grid,
-            first, count, self.height, self.width, self.rows, self.columns, along, *offset, *mask,
-            **self._constants, MASKED=self.masked, ADD=add, OUT=out,
-            TAPS=taps, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
+            first, count, *self._sizes, along, *self._strides[1], *self._strides[2], *offset, *mask,
+            **self._constants, **self._places, ADD=add, OUT=out,
+            TAPS=taps, BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_C=block_c, num_warps=2,
         )  # fmt: skip
 
     def gather(self, first: int, count: int) -> Launch:
@@ -247,7 +276,7 @@ class Problem:
             _deform_columns.gather,
             (images * pixels, self.offset_groups, cdiv(self.per_offset_group, block_c)),
             count, first // self.positions, self.height, self.width,
-            **self._constants, MASKED=self.masked,
+            **self._constants,
             BLOCK_X=block_x, BLOCK_E=2 if block_c >= 256 else 8, BLOCK_C=block_c, num_warps=1 if block_c >= 256 else 2,
         )  # fmt: skip
 

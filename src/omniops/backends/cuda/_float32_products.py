@@ -50,11 +50,13 @@ def multiply_add(a, b_high, b_low, total):
     ]
 )  # fmt: skip
 def product(
-    a, b, out, M, N, K_16, per_split,
+    a, b, bias, out, M, N, K_16, per_split,
     a_batch, a_m_16, b_batch, b_n_16, out_split, out_batch, out_m, out_n,
-    PRECISE: tl.constexpr, OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISE: tl.constexpr, BIASED: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[split, batch, m, n] = sum over the split's k of a[batch, m, k] * b[batch, k, n].
+    """out[split, batch, m, n] = sum over the split's k of a[batch, m, k] * b[batch, k, n]; bias[m] is added to that
+    of the first split.
 
     Both factors lie along k, in rows of multiples of 16, so that loads are wide: *_16 are sixteenths. Sizes are no
     constants, as they change with the map. OUT says how the result lies: along m (0), along n (1), or along n in rows
@@ -83,6 +85,8 @@ def product(
             total = multiply_add(a_block, b_high, low_part(b_block, b_high), total)
         else:
             total = tl.dot(a_block, b_block, total, input_precision="tf32")
+    if BIASED:
+        total += tl.where(split == 0, tl.load(bias + m, mask=m < M, other=0), 0)[:, None]
     to = split.to(tl.int64) * out_split + batch * out_batch
     if OUT == 0:
         to = (to + m)[:, None] + (n.to(tl.int64) * out_n)[None, :]
@@ -118,9 +122,11 @@ class Product:
         *,
         precise: bool,
         ours: bool = True,
+        biased: bool = False,
         aligned: bool = False,
     ) -> None:
         """``a``, ``b`` and ``out`` are strides. Where not ``ours``, PyTorch's product serves, and any dtype does.
+        ``biased``: bias[m] is added.
         ``aligned`` says that those of out, along n, are multiples of 16, which pays where they are so whatever the size
         of a map."""
         self._launch: Launch | None = None
@@ -144,7 +150,8 @@ class Product:
             m, n, k // 16, cdiv(cdiv(k, splits), 32),
             a[0] // 16, a[1] // 16, b[0] // 16, b[2] // 16,
             *(stride // 16 if layout == 16 else stride for stride in strides[:3]), strides[3],
-            PRECISE=precise, OUT=layout, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=32, num_warps=warps, num_stages=3,
+            PRECISE=precise, BIASED=biased, OUT=layout,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=32, num_warps=warps, num_stages=3,
         )  # fmt: skip
 
     @property
@@ -152,15 +159,23 @@ class Product:
         """In how many parts of K the product is made: more than 1 want a sum afterwards."""
         return 1 if self._launch is None else self._partial[0]
 
-    def __call__(self, stream: int, a: Tensor, b: Tensor, out: Tensor) -> None:
+    @property
+    def in_one_launch(self) -> bool:
+        """Whether the tensors may be of any shape, as only where they begin is looked at."""
+        return self._launch is not None and self._partial[0] == 1
+
+    def __call__(self, stream: int, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
         """``out`` may be (splits, batch, M, N), contiguous: the parts are then left in it."""
         if self._launch is None:
-            torch.bmm(a, b, out=out)
+            if bias is None:
+                torch.bmm(a, b, out=out)
+            else:
+                torch.baddbmm(bias[:, None], a, b, out=out)
         elif self._partial[0] == 1 or out.dim() == 4:
-            self._launch(stream, a, b, out)
+            self._launch(stream, a, b, a if bias is None else bias, out)
         else:
             partial = out.new_empty(self._partial)
-            self._launch(stream, a, b, partial)
+            self._launch(stream, a, b, a if bias is None else bias, partial)
             torch.sum(partial, 0, out=out)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from omniops.backends import prepared
-from omniops.backends.cuda._deform_launches import Problem, layout_of, strides_like
+from omniops.backends.cuda._deform_launches import Problem, Scratch, layout_of, strides_like
 from omniops.backends.cuda._float32_products import Product
 from omniops.backends.cuda._grid import cdiv
 from omniops.backends.cuda._launch import Launch, on_device
@@ -46,23 +46,21 @@ def deform_conv2d(
     problem = Problem(input, offset, weight, mask, stride, padding, dilation)
     if _is_fused(problem, _has_tf32(input)):
         return _fused(problem, bias)
-    return _with_columns(problem, _has_tf32(input))
+    return _with_columns(problem, bias, _has_tf32(input))
 
 
 def _fused(problem: Problem, bias: Tensor | None) -> Callable[..., Tensor]:
-    most = problem.most(0)
-    count = problem.largest(most)
+    most = problem.most(problem.bytes_of_plan)
     result = (problem.n, problem.c_out, problem.rows, problem.columns)
-    is_float32, biased = problem.dtype == torch.float32, bias is not None
-    dense = bias is None or bias.is_contiguous()
+    is_float32, biased, dense = problem.dtype == torch.float32, bias is not None, bias is None or bias.is_contiguous()
+    sizes = [math.prod(problem.image), math.prod(problem.kernels), math.prod(problem.kernels) if is_float32 else 0]
+    scratch = Scratch(problem.dtype, [*((size, problem.dtype) for size in sizes), *problem.plan(problem.largest(most))])
     kept: dict[bool, Iterable[tuple[Launch, Launch]]] = {}
 
     def launches(precise: bool) -> Iterable[tuple[Launch, Launch]]:
         def of_chunk(first: int, count: int) -> tuple[Launch, Launch]:
-            return (
-                problem.prepare(first, count, low=precise),
-                problem.fused(first, count, precise, biased),
-            )
+            prepare = problem.prepare(first, count, plan=True, low=precise)
+            return prepare, problem.fused(first, count, precise, biased)
 
         return kept.setdefault(precise, problem.each_chunk(most, of_chunk))
 
@@ -71,9 +69,7 @@ def _fused(problem: Problem, bias: Tensor | None) -> Callable[..., Tensor]:
         steps = kept.get(precise) or launches(precise)
         out = input.new_empty_strided(result, problem.out_strides)
         with on_device(input) as stream:
-            image, kernels = input.new_empty(problem.image), input.new_empty(problem.kernels)
-            low = input.new_empty(problem.kernels) if precise else kernels
-            pixels, places = problem.plan_of(input, count)
+            image, kernels, low, pixels, places = scratch(input)
             mask = offset if mask is None else mask
             if bias is None:
                 bias = out
@@ -103,30 +99,45 @@ def _fused(problem: Problem, bias: Tensor | None) -> Callable[..., Tensor]:
 
 
 class _Multiply(NamedTuple):
-    """A product, and its factors and result as (size, stride, offset) of a storage."""
+    """A product, and its factors and result as (size, stride, offset) of given tensors; the bias from an offset on."""
 
     product: Product
-    a: tuple[Any, ...]
-    b: tuple[Any, ...]
-    out: tuple[Any, ...]
+    a: tuple[Any, Any, int]
+    b: tuple[Any, Any, int]
+    out: tuple[Any, Any, int]
+    bias: int
 
-    def run(self, stream: int, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """Multiply what is in these storages."""
-        self.product(stream, a.as_strided(*self.a), b.as_strided(*self.b), out.as_strided(*self.out))
+    def run(self, stream: int, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None) -> None:
+        """Multiply what is in these tensors."""
+        if self.bias and bias is not None:
+            bias = bias[self.bias :]
+        if not self.product.in_one_launch:
+            bias = bias if bias is None else bias[: self.a[0][1]]
+            a, b, out = _view(a, *self.a), _view(b, *self.b), _view(out, *self.out)
+        elif self.a[2] or self.b[2] or self.out[2]:
+            a, b, out = (_view(*each) for each in ((a, *self.a), (b, *self.b), (out, *self.out)))
+        self.product(stream, a, b, out, bias)
 
 
-def _with_columns(problem: Problem, has_tf32: bool) -> Callable[..., Tensor]:
+def _view(tensor: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
+    return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
+
+
+def _with_columns(problem: Problem, bias: Tensor | None, has_tf32: bool) -> Callable[..., Tensor]:
     size_of_columns = problem.taps * problem.c
     most = problem.most(size_of_columns * problem.dtype.itemsize)
-    count = problem.largest(most)
     result = (problem.n, problem.c_out, problem.rows, problem.columns)
-    is_float32 = problem.dtype == torch.float32 and has_tf32
+    is_float32, biased, dense = problem.dtype == torch.float32, bias is not None, bias is None or bias.is_contiguous()
+    sizes = [math.prod(problem.image), math.prod(problem.kernels), size_of_columns * problem.largest(most)]
+    scratch = Scratch(
+        problem.dtype, [*((size, problem.dtype) for size in sizes), (0, problem.index), (0, problem.sums)]
+    )
     kept: dict[bool, Iterable[tuple[Launch, Launch, list[_Multiply]]]] = {}
 
     def launches(precise: bool) -> Iterable[tuple[Launch, Launch, list[_Multiply]]]:
         def of_chunk(first: int, count: int) -> tuple[Launch, Launch, list[_Multiply]]:
-            products = list(_products_with_columns(problem, first, count, is_float32, precise))
-            return problem.prepare(first, count), problem.sample(count), products
+            products = list(_products_with_columns(problem, first, count, biased, is_float32 and has_tf32, precise))
+            return problem.prepare(first, count), problem.sample(first, count), products
 
         return kept.setdefault(precise, problem.each_chunk(most, of_chunk))
 
@@ -135,25 +146,25 @@ def _with_columns(problem: Problem, has_tf32: bool) -> Callable[..., Tensor]:
         steps = kept.get(precise) or launches(precise)
         out = input.new_empty_strided(result, problem.out_strides)
         with on_device(input) as stream:
-            image, kernels = input.new_empty(problem.image), input.new_empty(problem.kernels)
-            pixels, places = problem.plan_of(input, count)
-            columns = input.new_empty(size_of_columns * count)
+            image, kernels, columns, pixels, places = scratch(input)
             mask = offset if mask is None else mask
+            if not (dense or bias is None):
+                bias = bias.contiguous()
             for prepare, sample, products in steps:
                 prepare(
                     stream, input, offset, mask, weight, image, pixels, places,
                     image, kernels, kernels, image, image, places,
                 )  # fmt: skip
-                sample(stream, image, pixels, places, columns)
+                sample(stream, image, offset, mask, columns)
                 for multiply in products:
-                    multiply.run(stream, kernels, columns, out)
-            return out if bias is None else out.add_(bias[:, None, None])
+                    multiply.run(stream, kernels, columns, out, bias)
+        return out
 
     return run
 
 
 def _products_with_columns(
-    problem: Problem, first: int, count: int, is_float32: bool, precise: bool
+    problem: Problem, first: int, count: int, biased: bool, is_float32: bool, precise: bool
 ) -> Iterator[_Multiply]:
     """For each weight group, what the chunk makes of (N, C_out, H_out, W_out), as (matrices, C_out / G, positions)."""
     m, k, size = problem.out_per_group, problem.kernels[2], problem.positions
@@ -171,10 +182,11 @@ def _products_with_columns(
         else:
             to = (first_image * problem.c_out + g * m) * size + start
         yield _Multiply(
-            Product(batches, m, k, n, a, b, strides, precise=precise, ours=ours),
+            Product(batches, m, k, n, a, b, strides, precise=precise, ours=ours, biased=biased),
             ((batches, m, k), a, g * m * k),
             ((batches, k, n), b, g * count * k),
             ((batches, m, n), strides, to),
+            g * m,
         )
 
 
@@ -246,17 +258,40 @@ class _Backward:
         """Whether the product for the gradient of the weights has factors along the positions."""
         self.grad_is_dense = grad[1] == 2
         copies = 2 if self.along and self.of_samples else 1
-        most = problem.most(copies * problem.taps * problem.c * problem.dtype.itemsize)
+        size = copies * problem.taps * problem.c * problem.dtype.itemsize
+        most = problem.most(size + (problem.bytes_of_plan if self.gathered else 0))
         count = problem.largest(most)
         self.alone = count == problem.total
         self.stride_along = cdiv(problem.total, 16) * 16 if self.alone else problem.total
         self.length = self.stride_along if self.alone else count
         self.count = count
         self.chunks: Iterable[_OfChunk] = problem.each_chunk(most, self._of_chunk)
-        self.splits = 1
-        if self.alone and isinstance(self.chunks, list):
-            self.splits = self.chunks[0].by_weight.splits
+        self.splits = self.chunks[0].by_weight.splits if self.alone and isinstance(self.chunks, list) else 1
         self.finish = problem.finish(strides[0] if wanted[0] else None, strides[2] if wanted[2] else None, self.splits)
+        self.scratch = self._scratch()
+
+    def _scratch(self) -> Scratch:
+        problem, sizes = self.problem, [0] * 8
+        groups, m, k = problem.kernels
+        pixels = math.prod(problem.image)
+        sizes[0] = pixels
+        if self.of_samples:
+            sizes[1] = groups * m * k
+        if not self.grad_is_dense and (self.of_samples or not self.along):
+            sizes[2] = problem.total * problem.c_out
+        if self.along:
+            sizes[3] = self.stride_along * problem.c_out
+            sizes[5] = self.length * groups * k
+        if self.of_samples or not self.along:
+            sizes[4] = self.count * groups * k
+        if self.wanted[2]:
+            sizes[6] = self.splits * groups * m * k
+        sizes[7] = pixels if self.wanted[0] else 0
+        dtypes = [problem.dtype] * 6 + [problem.dtype if self.alone else problem.sums, problem.sums]
+        return Scratch(
+            problem.dtype,
+            [*zip(sizes, dtypes, strict=True), *problem.plan(self.count if self.gathered else 0)],
+        )
 
     def _of_chunk(self, first: int, count: int) -> _OfChunk:
         problem = self.problem
@@ -277,6 +312,7 @@ class _Backward:
             problem.prepare(
                 first,
                 count,
+                plan=self.gathered,
                 kernels=self.of_samples,
                 grad=self.grad,
                 grads=not self.grad_is_dense and (self.of_samples or not self.along),
@@ -292,7 +328,7 @@ class _Backward:
                 add=self.wanted[0] and not self.gathered, out=out,
             ),
             problem.gather(first, count),
-            problem.sample(count, along),
+            problem.sample(first, count, along),
             Product(
                 groups, m, length if self.along else count, k, a, b, (m * k, k, 1),
                 precise=self.precise, ours=self.along and aligned, aligned=k % 16 == 0,
@@ -300,46 +336,39 @@ class _Backward:
         )  # fmt: skip
 
     def __call__(self, grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None) -> Gradients:
-        problem, wanted = self.problem, self.wanted
-        nothing = grad.new_empty(0)
+        wanted, new, strides = self.wanted, input.new_empty_strided, self.strides
+        nothing = grad if all(wanted) else grad.new_empty(0)
         by_bias = grad.sum((0, 2, 3)) if wanted[3] else nothing
         if not (self.of_samples or wanted[2]):
             return nothing, nothing, nothing, by_bias, nothing
-        new, groups, (_, m, k) = input.new_empty, problem.groups, problem.kernels
+        by_input = new(input.shape, strides[0]) if wanted[0] else nothing
+        by_offset = new(offset.shape, strides[1]) if self.of_samples else nothing
+        by_weight = new(weight.shape, strides[2]) if wanted[2] else nothing
+        by_mask = by_offset if mask is None or not self.of_samples else new(mask.shape, strides[3])
+        mask = offset if mask is None else mask
         with on_device(input) as stream:
-            image = new(problem.image)
-            pixels, places = problem.plan_of(input, self.count)
-            kernels = input.new_empty_strided(problem.kernels, (m * k, 1, m)) if self.of_samples else image
-            size, stride = (groups, problem.total, m), (m, problem.c_out, 1)
-            # A gradient that lies channels last is taken as it is.
-            grads = grad.as_strided(size, stride) if self.grad_is_dense else input.new_empty_strided(size, stride)
-            along = new((groups, m, self.stride_along)) if self.along else grads
-            columns = new(groups * self.count * k) if self.of_samples or not self.along else image
-            samples = new(groups * self.length * k) if self.along else columns
-            by_image = new(problem.image, dtype=problem.sums) if wanted[0] else places
-            by_offset = input.new_empty_strided(offset.shape, self.strides[1]) if self.of_samples else nothing
-            by_mask = by_offset if mask is None else nothing
-            if mask is not None and self.of_samples:
-                by_mask = input.new_empty_strided(mask.shape, self.strides[3])
-            total = self._total(input)
-            moves = offset, offset if mask is None else mask
+            image, kernels, grads, along, columns, samples, total, by_image, pixels, places = self.scratch(input)
+            if self.grad_is_dense:
+                grads = grad
+            if not self.along:
+                samples = columns
+            if not self.alone:
+                total.zero_()
             for chunk in self.chunks:
                 chunk.prepare(
-                    stream, input, *moves, weight, grad, pixels, places, image, kernels, kernels, grads, along, by_image
-                )
+                    stream, input, offset, mask, weight, grad, pixels, places,
+                    image, kernels, kernels, grads, along, by_image,
+                )  # fmt: skip
                 if self.of_samples:
-                    by_columns = columns[: groups * chunk.positions * k].view(groups, chunk.positions, k)
-                    chunk.by_columns(stream, grads[:, chunk.first : chunk.first + chunk.positions], kernels, by_columns)
-                    chunk.gradients(stream, columns, image, pixels, places, by_offset, by_mask, by_image, samples)
+                    self._by_columns(stream, chunk, grads, kernels, columns)
+                    chunk.gradients(stream, columns, image, offset, mask, by_offset, by_mask, by_image, samples)
                     if self.gathered:
-                        order, starts = problem.sorted(chunk.first, chunk.positions, pixels)
+                        order, starts = self.problem.sorted(chunk.first, chunk.positions, pixels)
                         chunk.gather(stream, columns, order, starts, places, by_image)
                 if wanted[2]:
                     if not self.by_the_way:
-                        chunk.sample(stream, image, pixels, places, samples)
+                        chunk.sample(stream, image, offset, mask, samples)
                     self._by_weight(stream, chunk, grads, along, samples, total)
-            by_input = input.new_empty_strided(input.shape, self.strides[0]) if wanted[0] else nothing
-            by_weight = input.new_empty_strided(weight.shape, self.strides[2]) if wanted[2] else nothing
             if wanted[0] or wanted[2]:
                 self.finish(
                     stream, by_image, total, by_input if wanted[0] else image, by_weight if wanted[2] else image
@@ -352,32 +381,39 @@ class _Backward:
             by_mask if wanted[4] else nothing,
         )
 
-    def _total(self, input: Tensor) -> Tensor:
-        """Memory for the gradient of the weights by tap: the parts of the only chunk's, or the sum of all chunks'."""
-        problem = self.problem
-        if not self.alone:
-            return input.new_zeros((1, *problem.kernels), dtype=problem.sums)
-        return input.new_empty((self.splits, *problem.kernels) if self.wanted[2] else 0)
+    def _by_columns(self, stream: int, chunk: _OfChunk, grads: Tensor, kernels: Tensor, columns: Tensor) -> None:
+        """The gradient of a chunk's columns, (G, P, K * C / G), from that of the result, (G, P, C_out / G)."""
+        if not (chunk.by_columns.in_one_launch and chunk.first == 0):
+            groups, m, k = self.problem.kernels
+            shape, c_out = (groups, chunk.positions, m), self.problem.c_out
+            grads = _view(grads, shape, (m, c_out, 1), chunk.first * c_out)
+            kernels = _view(kernels, (groups, m, k), (m * k, 1, m), 0)
+            columns = _view(columns, (groups, chunk.positions, k), (chunk.positions * k, k, 1), 0)
+        chunk.by_columns(stream, grads, kernels, columns)
 
     def _by_weight(
         self, stream: int, chunk: _OfChunk, grads: Tensor, along: Tensor, columns: Tensor, total: Tensor
     ) -> None:
-        groups, _, k = self.problem.kernels
-        first, count, length = chunk.first, chunk.positions, chunk.length
-        if self.along:
-            a = along[..., first : first + length]
-            b = columns[: groups * length * k].view(groups, k, length).mT
+        """The gradient of the weights by tap, in parts, of the only chunk, or added to that of the others."""
+        a = along if self.along else grads
+        if not (self.alone and chunk.by_weight.in_one_launch):
+            groups, m, k = self.problem.kernels
+            first, count, length, stride = chunk.first, chunk.positions, chunk.length, self.stride_along
+            if self.along:
+                a = _view(a, (groups, m, length), (m * stride, stride, 1), first)
+                columns = _view(columns, (groups, length, k), (length * k, 1, length), 0)
+            else:
+                c_out = self.problem.c_out
+                a = _view(a, (groups, m, count), (m, 1, c_out), first * c_out)
+                columns = _view(columns, (groups, count, k), (count * k, k, 1), 0)
+            shape = (groups, m, k) if self.splits == 1 else (self.splits, groups, m, k)
+            total = total[: math.prod(shape)].view(shape)
+        if self.alone:
+            chunk.by_weight(stream, a, columns, total)
         else:
-            a = grads[:, first : first + count].mT
-            b = columns[: groups * count * k].view(groups, count, k)
-        if not self.alone:
             part = a.new_empty(self.problem.kernels)
-            chunk.by_weight(stream, a, b, part)
+            chunk.by_weight(stream, a, columns, part)
             total += part
-        elif self.splits > 1:
-            chunk.by_weight(stream, a, b, total)
-        else:
-            chunk.by_weight(stream, a, b, total[0])
 
 
 def _is_fused(problem: Problem, has_tf32: bool) -> bool:
