@@ -37,11 +37,12 @@ class Launch:
             run(*[tensor.data_ptr() for tensor in tensors], *others, stream=stream)
 
     def _first(self, tensors: tuple[Tensor, ...]) -> None:
+        names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
+        # The compiled kernel knows no defaults.
+        others = *self._numbers, *(self._constants[name] for name in names)
         compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
         if compiled is not None:  # None from Triton's interpreter
-            names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
-            # In one step, as another thread may be here too.
-            self._kept = compiled[self._grid], (*self._numbers, *(self._constants[name] for name in names))
+            self._kept = compiled[self._grid], others  # in one step, as another thread may be here too
 
 
 class on_device:  # noqa: N801  # a context manager
