@@ -193,25 +193,27 @@ class Problem:
         along: int = 0,
         zeros: bool = False,
         low: bool = False,
+        sums: bool = False,
     ) -> Launch:
         """What is asked for: the plan of each chunk, the rest with the first, and the input with a border always.
         ``grad`` are strides and layout of the gradient of the result, and tell the backward: its weights lie along the
         output channels."""
-        programs = [self.units * cdiv(count, POSITIONS) if plan else 0, 0, 0, 0, 0, 0]
+        programs = [0, self.units * cdiv(count, POSITIONS) if plan else 0, 0, 0, 0, 0, 0]
         if first == 0:
             blocks_out = cdiv(self.c_out, CHANNELS)
             if kernels:
-                programs[2] = self.groups * cdiv(self.out_per_group, 16) * self.taps * cdiv(self.per_group, 64)
-            programs[1] = self.n * cdiv((self.height + 2) * (self.width + 2), PIXELS) * cdiv(self.c, CHANNELS)
-            programs[3] = self.n * cdiv(self.positions, PIXELS) * blocks_out if grads else 0
-            programs[4] = self.n * cdiv(self.positions + 15, PIXELS) * blocks_out if along else 0
-            programs[5] = cdiv(math.prod(self.image), ZEROS) if zeros else 0
-        ends = [sum(programs[: i + 1]) for i in range(6)]
+                programs[3] = self.groups * cdiv(self.out_per_group, 16) * self.taps * cdiv(self.per_group, 64)
+            programs[0] = self.c_out if sums else 0
+            programs[2] = self.n * cdiv((self.height + 2) * (self.width + 2), PIXELS) * cdiv(self.c, CHANNELS)
+            programs[4] = self.n * cdiv(self.positions, PIXELS) * blocks_out if grads else 0
+            programs[5] = self.n * cdiv(self.positions + 15, PIXELS) * blocks_out if along else 0
+            programs[6] = cdiv(math.prod(self.image), ZEROS) if zeros else 0
+        ends = [sum(programs[: i + 1]) for i in range(7)]
         grad_strides, grad_layout = (self.out_strides, 2 if self.channels_last else 1) if grad is None else grad
         by_tap = (1, self.out_per_group) if grad is not None else (self.taps * self.per_group, 1)
         return Launch(
-            _deform_prepare.prepare, (ends[5],),
-            *ends[:5], first, count, self.n, *self._sizes,
+            _deform_prepare.prepare, (ends[6],),
+            *ends[:6], first, count, self.n, *self._sizes,
             *self._strides[0], *self._strides[1], *self._strides[2], *self._weight_strides, *grad_strides,
             *by_tap, int(low), along,
             **self._constants, **self._places, NG=self.out_per_group, LAYOUT=self._layout, LAYOUT_GRAD=grad_layout,

@@ -119,17 +119,37 @@ def by_tap(
     tl.store(kernels + to, value, mask=some)
 
 
+@triton.jit
+def sum_of(grad, by_bias, c, images, height, width, at_n, at_c, at_y, at_x, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
+    """by_bias[c] = sum over images and pixels of grad[n, c]."""
+    dtype: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros([BLOCK], dtype)
+    for n in range(images):
+        for start in range(0, height * width, BLOCK):
+            pixel = start + tl.arange(0, BLOCK)
+            y = pixel // width
+            if LAYOUT == 1:
+                at = y.to(tl.int64) * at_y + (pixel - y * width)
+            else:
+                at = y.to(tl.int64) * at_y + (pixel - y * width).to(tl.int64) * at_x
+            at += tl.cast(n, tl.int64) * at_n + tl.cast(c, tl.int64) * at_c
+            total += tl.load(grad + at, mask=pixel < height * width, other=0).to(dtype)
+    tl.store(by_bias + c, tl.sum(total, 0).to(by_bias.dtype.element_ty))
+
+
 @triton.jit(
     do_not_specialize=[
-        "end_plan", "end_image", "end_weight", "end_grads", "end_along", "first", "count", "images", "height", "width",
-        "rows", "columns", "input_n", "input_c", "input_y", "input_x", "offset_n", "offset_c", "offset_y", "offset_x",
-        "mask_n", "mask_c", "mask_y", "mask_x", "weight_o", "weight_c", "weight_v", "weight_u",
-        "grad_n", "grad_c", "grad_y", "grad_x", "to_o", "to_k", "low", "along",
+        "end_sums", "end_plan", "end_image", "end_weight", "end_grads", "end_along", "first", "count", "images",
+        "height", "width", "rows", "columns", "input_n", "input_c", "input_y", "input_x",
+        "offset_n", "offset_c", "offset_y", "offset_x", "mask_n", "mask_c", "mask_y", "mask_x",
+        "weight_o", "weight_c", "weight_v", "weight_u", "grad_n", "grad_c", "grad_y", "grad_x",
+        "to_o", "to_k", "low", "along",
     ]
 )  # fmt: skip
 def prepare(
-    input, offset, mask, weight, grad, pixels, places, image, kernels, kernels_low, grads, grads_along, by_image,
-    end_plan, end_image, end_weight, end_grads, end_along, first, count, images, height, width, rows, columns,
+    input, offset, mask, weight, grad, by_bias, pixels, places, image, kernels, kernels_low,
+    grads, grads_along, by_image,
+    end_sums, end_plan, end_image, end_weight, end_grads, end_along, first, count, images, height, width, rows, columns,
     input_n, input_c, input_y, input_x, offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
     weight_o, weight_c, weight_v, weight_u, grad_n, grad_c, grad_y, grad_x, to_o, to_k, low, along,
     C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, NG: tl.constexpr, K: tl.constexpr, KW: tl.constexpr,
@@ -138,15 +158,18 @@ def prepare(
     LAYOUT: tl.constexpr, LAYOUT_GRAD: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
-    """Pixels and places: the plan of the chunk's samples. Image: the input with a border, channels last. Kernels: the
-    weights by tap. Grads: the gradient of the result, channels last, and along the positions. By_image: zeros.
+    """By_bias: the sums of grad. Pixels and places: the plan of the chunk's samples. Image: the input with a border,
+    channels last. Kernels: the weights by tap. Grads: the gradient of the result, channels last, and along the
+    positions. By_image: zeros.
 
     Grid: (programs of all jobs).
     """
     block = tl.program_id(0)
-    if block < end_plan:
+    if block < end_sums:
+        sum_of(grad, by_bias, block, images, rows, columns, grad_n, grad_c, grad_y, grad_x, LAYOUT_GRAD, ZEROS)
+    elif block < end_plan:
         plan(
-            offset, mask, pixels, places, block, first, count, height, width, rows, columns,
+            offset, mask, pixels, places, block - end_sums, first, count, height, width, rows, columns,
             offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
             D, K, KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X, MASKED, POSITIONS,
         )  # fmt: skip

@@ -77,21 +77,9 @@ def _fused(problem: Problem, bias: Tensor | None) -> Callable[..., Tensor]:
                 bias = bias.contiguous()
             for prepare, forward in steps:
                 prepare(
-                    stream,
-                    input,
-                    offset,
-                    mask,
-                    weight,
-                    image,
-                    pixels,
-                    places,
-                    image,
-                    kernels,
-                    low,
-                    image,
-                    image,
-                    places,
-                )
+                    stream, input, offset, mask, weight, image, image, pixels, places,
+                    image, kernels, low, image, image, places,
+                )  # fmt: skip
                 forward(stream, image, pixels, places, kernels, low, bias, out)
         return out
 
@@ -152,7 +140,7 @@ def _with_columns(problem: Problem, bias: Tensor | None, has_tf32: bool) -> Call
                 bias = bias.contiguous()
             for prepare, sample, products in steps:
                 prepare(
-                    stream, input, offset, mask, weight, image, pixels, places,
+                    stream, input, offset, mask, weight, image, image, pixels, places,
                     image, kernels, kernels, image, image, places,
                 )  # fmt: skip
                 sample(stream, image, offset, mask, columns)
@@ -257,6 +245,7 @@ class _Backward:
         self.along = wanted[2] and ours
         """Whether the product for the gradient of the weights has factors along the positions."""
         self.grad_is_dense = grad[1] == 2
+        self.sums = wanted[3] and grad[1] == 1
         copies = 2 if self.along and self.of_samples else 1
         size = copies * problem.taps * problem.c * problem.dtype.itemsize
         most = problem.most(size + (problem.bytes_of_plan if self.gathered else 0))
@@ -318,6 +307,7 @@ class _Backward:
                 grads=not self.grad_is_dense and (self.of_samples or not self.along),
                 along=self.stride_along if self.along else 0,
                 zeros=self.wanted[0],
+                sums=self.sums,
             ),
             Product(
                 groups, count, m, k, (m, problem.c_out, 1), (m * k, 1, m), (count * k, k, 1),
@@ -338,8 +328,12 @@ class _Backward:
     def __call__(self, grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None) -> Gradients:
         wanted, new, strides = self.wanted, input.new_empty_strided, self.strides
         nothing = grad if all(wanted) else grad.new_empty(0)
-        by_bias = grad.sum((0, 2, 3)) if wanted[3] else nothing
-        if not (self.of_samples or wanted[2]):
+        if wanted[3]:
+            # A gradient that lies channels last is better summed by PyTorch, many channels at once.
+            by_bias = new((self.problem.c_out,), (1,)) if self.sums else grad.sum((0, 2, 3))
+        else:
+            by_bias = nothing
+        if not (self.of_samples or wanted[2] or self.sums):
             return nothing, nothing, nothing, by_bias, nothing
         by_input = new(input.shape, strides[0]) if wanted[0] else nothing
         by_offset = new(offset.shape, strides[1]) if self.of_samples else nothing
@@ -348,6 +342,7 @@ class _Backward:
         mask = offset if mask is None else mask
         with on_device(input) as stream:
             image, kernels, grads, along, columns, samples, total, by_image, pixels, places = self.scratch(input)
+            sums = by_bias if self.sums else image
             if self.grad_is_dense:
                 grads = grad
             if not self.along:
@@ -356,7 +351,7 @@ class _Backward:
                 total.zero_()
             for chunk in self.chunks:
                 chunk.prepare(
-                    stream, input, offset, mask, weight, grad, pixels, places,
+                    stream, input, offset, mask, weight, grad, sums, pixels, places,
                     image, kernels, kernels, grads, along, by_image,
                 )  # fmt: skip
                 if self.of_samples:
