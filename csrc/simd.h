@@ -252,10 +252,51 @@ OMNIOPS_INLINE V loaded(V v) {
   return v;
 }
 
+// Of a vector the first `count` numbers alone, by instructions that touch no memory beyond them.
+#if OMNIOPS_VECTOR_EXTENSION && defined(__AVX512F__)
+#define OMNIOPS_MASKED 1
+OMNIOPS_INLINE __mmask16 first_lanes(std::int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+OMNIOPS_INLINE Vector<float> load_part(const float* source, std::int64_t count) {
+  return (Vector<float>)_mm512_maskz_loadu_ps(first_lanes(count), source);
+}
+OMNIOPS_INLINE Vector<double> load_part(const double* source, std::int64_t count) {
+  return (Vector<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes(count)), source);
+}
+OMNIOPS_INLINE void store_part(float* target, Vector<float> v, std::int64_t count) {
+  _mm512_mask_storeu_ps(target, first_lanes(count), (__m512)v);
+}
+OMNIOPS_INLINE void store_part(double* target, Vector<double> v, std::int64_t count) {
+  _mm512_mask_storeu_pd(target, static_cast<__mmask8>(first_lanes(count)), (__m512d)v);
+}
+#elif OMNIOPS_VECTOR_EXTENSION && defined(__AVX2__)
+#define OMNIOPS_MASKED 1
+OMNIOPS_INLINE __m256i first_of_8(std::int64_t count) {
+  return (__m256i)(Vector<std::int32_t, 8>{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<std::int32_t>(count));
+}
+OMNIOPS_INLINE __m256i first_of_4(std::int64_t count) { return (__m256i)(Vector<std::int64_t, 4>{0, 1, 2, 3} < count); }
+OMNIOPS_INLINE Vector<float> load_part(const float* source, std::int64_t count) {
+  return (Vector<float>)_mm256_maskload_ps(source, first_of_8(count));
+}
+OMNIOPS_INLINE Vector<double> load_part(const double* source, std::int64_t count) {
+  return (Vector<double>)_mm256_maskload_pd(source, first_of_4(count));
+}
+OMNIOPS_INLINE void store_part(float* target, Vector<float> v, std::int64_t count) {
+  _mm256_maskstore_ps(target, first_of_8(count), (__m256)v);
+}
+OMNIOPS_INLINE void store_part(double* target, Vector<double> v, std::int64_t count) {
+  _mm256_maskstore_pd(target, first_of_4(count), (__m256d)v);
+}
+#else
+#define OMNIOPS_MASKED 0
+#endif
+
 // `count` numbers and zeros after them.
 template <class T>
 OMNIOPS_INLINE Vector<Accumulator<T>> load(const T* source, std::int64_t count) {
   if (count >= kLanes<Accumulator<T>>) return load(source);
+#if OMNIOPS_MASKED
+  if constexpr (sizeof(T) == sizeof(Accumulator<T>)) return load_part(source, count);
+#endif
   T part[kLanes<Accumulator<T>>] = {};
   for (std::int64_t i = 0; i < count; ++i) part[i] = source[i];
   return load(part);
@@ -264,6 +305,9 @@ OMNIOPS_INLINE Vector<Accumulator<T>> load(const T* source, std::int64_t count) 
 template <class T>
 OMNIOPS_INLINE void store(T* target, Vector<Accumulator<T>> v, std::int64_t count) {
   if (count >= kLanes<Accumulator<T>>) return store(target, v);
+#if OMNIOPS_MASKED
+  if constexpr (sizeof(T) == sizeof(Accumulator<T>)) return store_part(target, v, count);
+#endif
   T part[kLanes<Accumulator<T>>];
   store(part, v);
   for (std::int64_t i = 0; i < count; ++i) target[i] = part[i];
