@@ -328,11 +328,10 @@ class _Backward:
     def __call__(self, grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None) -> Gradients:
         wanted, new, strides = self.wanted, input.new_empty_strided, self.strides
         nothing = grad if all(wanted) else grad.new_empty(0)
+        by_bias = nothing
         if wanted[3]:
             # A gradient that lies channels last is better summed by PyTorch, many channels at once.
             by_bias = new((self.problem.c_out,), (1,)) if self.sums else grad.sum((0, 2, 3))
-        else:
-            by_bias = nothing
         if not (self.of_samples or wanted[2] or self.sums):
             return nothing, nothing, nothing, by_bias, nothing
         by_input = new(input.shape, strides[0]) if wanted[0] else nothing
