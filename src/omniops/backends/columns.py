@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omniops.backends import accumulator, finish, memory_format
+from omniops.backends import accumulator, memory_format
 
 Sample = Callable[[Tensor, Tensor, "Tensor | None", Any, int, Tensor], None]
 Gradients = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Any, int, Tensor, Tensor, "Tensor | None"], None]
@@ -55,8 +55,8 @@ class Geometry:
         return self.kernel_size[0] * self.kernel_size[1]
 
 
-def _transpose(tensor: Tensor, sizes: tuple[int, int, int], shape: tuple[int, ...]) -> Tensor:
-    return tensor.view(sizes).mT.contiguous().view(shape)
+def _transpose(sizes: tuple[int, int, int], shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.view(sizes).mT.contiguous().view(shape)
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Columns:
     """What the kernels get of a geometry, the shapes of image and offset, and the dtypes of these and of columns."""
     columns_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
     """What the columns are in, and the products with them, for each dtype of the input."""
-    transpose: Callable[[Tensor, tuple[int, int, int], tuple[int, ...]], Tensor] = _transpose
-    """What makes of a contiguous tensor of sizes (N, A, B) one of (N, B, A), in another shape of as many elements."""
+    transpose: Callable[[tuple[int, int, int], tuple[int, ...]], Callable[[Tensor], Tensor]] = _transpose
+    """What makes of contiguous tensors of sizes (N, A, B) such of (N, B, A), in another shape of as many elements."""
     check: Callable[[Sequence[int], Sequence[int], int, Geometry], None] = lambda *_: None
     """Raises ValueError for an input, offsets, channels of the result and a geometry that the kernels cannot take."""
     longest_sum: int | None = None
@@ -94,18 +94,19 @@ class Columns:
         """The kernel of ``deform_conv2d``, prepared."""
         plan = self._plan(input, offset, weight, stride, padding, dilation)
         channels_last = memory_format(input) == torch.channels_last
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        to_image, to_kernels = self._by_channel(input, plan.image), self._by_channel(weight, plan.kernels)
+        strides = torch.empty(plan.out, device="meta", memory_format=memory_format(input)).stride()
+        to_image, to_kernels = self._by_channel(input, plan.image), self._by_channel(weight, plan.kernels, plan.dtype)
+        groups = plan.kernels[0]
         chunks = [(first, count, plan.part(first, count, channels_last)) for first, count in plan.chunks]
         same_dtype = input.dtype == plan.dtype
 
         def run(
             input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, *_: Any
         ) -> Tensor:
-            image, kernels = to_image(input), to_kernels(weight.to(plan.dtype)).mT
+            image, kernels = to_image(input), to_kernels(weight).mT
             offset, mask = offset.contiguous(), None if mask is None else mask.contiguous()
-            out = torch.empty(plan.out, dtype=input.dtype, device=input.device, memory_format=layout)
-            bias = bias if bias is None or len(kernels) == 1 else bias.view(len(kernels), 1, -1)
+            out = input.new_empty_strided(plan.out, strides)
+            bias = bias if bias is None or groups == 1 else bias.view(groups, 1, -1)
             memory = image.new_empty(plan.columns, dtype=plan.dtype)
             for first, count, place in chunks:
                 columns = plan.columns_of(memory, count)
@@ -135,24 +136,25 @@ class Columns:
     ) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
         """The kernel of ``deform_conv2d_backward``, prepared."""
         plan = self._plan(input, offset, weight, stride, padding, dilation)
-        to_image, to_kernels = self._by_channel(input, plan.image), self._by_channel(weight, plan.kernels)
+        to_image, to_kernels = self._by_channel(input, plan.image), self._by_channel(weight, plan.kernels, plan.dtype)
         to_grads, chunks = self._parts_of(grad, plan)
-        to_input, to_weight = self._by_position(input), self._by_position(weight)
-        sums = accumulator(input)
+        sums, same_dtype = accumulator(input), grad.dtype == plan.dtype
+        to_input, to_weight = self._by_position(input, sums), self._by_position(weight, sums)
+        of_offset, of_mask = memory_format(offset), memory_format(offset if mask is None else mask)
         for_input, for_offset, for_weight, for_bias, for_mask = output_mask
         for_samples = for_input or for_offset or for_mask
 
         def run(
             grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *_: Any
         ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-            image, kernels, grads = to_image(input), to_kernels(weight.to(plan.dtype)), to_grads(grad)
+            image, kernels, grads = to_image(input), to_kernels(weight), to_grads(grad)
             moves, factors = offset.contiguous(), None if mask is None else mask.contiguous()
             by_image, total = image.new_zeros(plan.image if for_samples else (0,), dtype=sums), None
             by_offset, by_mask = torch.empty_like(moves), None if factors is None else torch.empty_like(factors)
             memory = image.new_empty(plan.columns, dtype=plan.dtype)
             for first, count, place in chunks if for_samples or for_weight else ():
                 columns = plan.columns_of(memory, count)
-                part = place.of(grads).to(plan.dtype)
+                part = place.of(grads) if same_dtype else place.of(grads).to(plan.dtype)
                 if for_weight:
                     self.sample(image, moves, factors, plan.call, first, columns)
                     total = _plus_product(total, part.mT, columns, sums)
@@ -161,10 +163,10 @@ class Columns:
                     self.gradients(columns, image, moves, factors, plan.call, first, by_image, by_offset, by_mask)
             return (
                 to_input(by_image) if for_input else grad.new_empty(0),
-                finish(by_offset, offset) if for_offset else grad.new_empty(0),
+                by_offset.contiguous(memory_format=of_offset) if for_offset else grad.new_empty(0),
                 grad.new_empty(0) if total is None else to_weight(total),
                 grad.sum((0, 2, 3)) if for_bias else grad.new_empty(0),
-                finish(by_mask, mask) if for_mask and mask is not None and by_mask is not None else grad.new_empty(0),
+                by_mask.contiguous(memory_format=of_mask) if for_mask and by_mask is not None else grad.new_empty(0),
             )
 
         return run
@@ -227,21 +229,30 @@ class Columns:
             product += torch.bmm(left.contiguous(), right.contiguous())
         return product
 
-    def _by_channel(self, like: Tensor, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        """What makes (N, H, W, C), contiguous and in another shape, of tensors (N, C, H, W) like this one."""
+    def _by_channel(
+        self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """What makes (N, H, W, C), contiguous and in another shape and dtype, of tensors (N, C, H, W) like this one."""
+        if dtype is not None and like.dtype != dtype:
+            same_dtype = self._by_channel(like, shape)
+            return lambda tensor: same_dtype(tensor.to(dtype))
         if like.is_contiguous(memory_format=torch.channels_last):
             return lambda tensor: tensor.permute(0, 2, 3, 1).contiguous().view(shape)
         n, c, h, w = like.shape
-        sizes, transpose = (n, c, h * w), self.transpose
-        return lambda tensor: transpose(tensor.contiguous(), sizes, shape)
+        transpose = self.transpose((n, c, h * w), shape)
+        return lambda tensor: transpose(tensor.contiguous())
 
-    def _by_position(self, like: Tensor) -> Callable[[Tensor], Tensor]:
-        """What makes (N, C, H, W) in the dtype and memory format of this tensor of contiguous (N, H, W, C) elements."""
-        (n, c, h, w), dtype = like.shape, like.dtype
-        if memory_format(like) == torch.channels_last:
-            return lambda tensor: tensor.to(dtype).view(n, h, w, c).permute(0, 3, 1, 2)
-        sizes, shape, transpose = (n, h * w, c), (n, c, h, w), self.transpose
-        return lambda tensor: transpose(tensor.to(dtype), sizes, shape)
+    def _by_position(self, like: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """What makes a tensor like this one, (N, C, H, W), of contiguous (N, H, W, C) elements of a dtype."""
+        n, c, h, w = like.shape
+        channels_last, final = memory_format(like) == torch.channels_last, like.dtype
+        transpose = self.transpose((n, h * w, c), (n, c, h, w))
+
+        def run(tensor: Tensor) -> Tensor:
+            tensor = tensor if dtype == final else tensor.to(final)
+            return tensor.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else transpose(tensor)
+
+        return run
 
 
 @dataclass(frozen=True)

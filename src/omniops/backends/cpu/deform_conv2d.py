@@ -4,7 +4,7 @@ contract.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -79,10 +79,15 @@ def _gradients(
     )
 
 
-def _transpose(tensor: Tensor, sizes: tuple[int, int, int], shape: tuple[int, ...]) -> Tensor:
-    out = tensor.new_empty(shape)
-    _C.transpose(tensor.element_size(), *sizes, tensor.data_ptr(), out.data_ptr(), torch.get_num_threads())
-    return out
+def _transpose(sizes: tuple[int, int, int], shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    strides = torch.empty(shape, device="meta").stride()
+
+    def run(tensor: Tensor) -> Tensor:
+        out = tensor.new_empty_strided(shape, strides)
+        _C.transpose(tensor.element_size(), *sizes, tensor.data_ptr(), out.data_ptr(), torch.get_num_threads())
+        return out
+
+    return run
 
 
 def _columns_dtype(dtype: torch.dtype) -> torch.dtype:
