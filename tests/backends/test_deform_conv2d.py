@@ -460,7 +460,7 @@ def in_cuda_chunks(patch, positions):
     launches, counts = import_module("omniops.backends.cuda._deform_launches"), []
     most_of, prepare_of = launches.Problem.most, launches.Problem.prepare
     # Where these kernels have the plan and the columns among their tensors.
-    workspaces = {"prepare": (6, 7), "sample": (3,), "gradients": (0, 7)}
+    workspaces = {"prepare": (6, 7), "sample": (5,), "gradients": (0, 9)}
 
     def most(problem, size):
         patch.setattr(launches, "MOST_BYTES", positions * size)

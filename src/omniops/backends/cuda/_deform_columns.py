@@ -122,14 +122,15 @@ def block_of(
 
 @triton.jit
 def samples_of(
-    offset, mask, p, some, t, first, height, width, rows, columns,
+    offset, mask, pixels, places, p, some, t, first, count, height, width, rows, columns,
     offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
     D: tl.constexpr, K: tl.constexpr, KW: tl.constexpr,
     STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
-    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, MASKED: tl.constexpr, PLANNED: tl.constexpr,
+    BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """What a plan says of the samples of positions and a block of offset groups, as (positions, groups, 1): the pixel,
-    whether it has a corner in the map, ly, lx, the factor."""
+    """Of the samples of positions and a block of offset groups, as (positions, groups, 1): the pixel, whether it has a
+    corner in the map, ly, lx, the factor; from the plan where there is one (PLANNED)."""
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     some = some[:, None] & (d < D)[None, :]
     unit = (d * K + t).to(tl.int64)
@@ -137,20 +138,31 @@ def samples_of(
     place = first + p - n * (rows * columns)
     i = place // columns
     j = place - i * columns
-    at = n.to(tl.int64) * offset_n + i.to(tl.int64) * offset_y + j.to(tl.int64) * offset_x
-    at = at[:, None] + (unit * 2 * offset_c)[None, :]
-    y = tl.load(offset + at, mask=some, other=0).to(DTYPE)
-    x = tl.load(offset + at + offset_c, mask=some, other=0).to(DTYPE)
-    y += (i * STRIDE_Y - PAD_Y + t // KW * STEP_Y).to(DTYPE)[:, None]
-    x += (j * STRIDE_X - PAD_X + t % KW * STEP_X).to(DTYPE)[:, None]
-    upper, left, ly, lx = placed(y, x, height, width)
-    pixel = (n.to(tl.int64)[:, None] * (height + 2) + upper) * (width + 2) + left
-    near = some & (left <= width)
-    if MASKED:
-        at = n.to(tl.int64) * mask_n + i.to(tl.int64) * mask_y + j.to(tl.int64) * mask_x
-        factor = tl.load(mask + (at[:, None] + (unit * mask_c)[None, :]), mask=some, other=0).to(DTYPE)
+    factor = tl.full(some.shape, 1, DTYPE)
+    if PLANNED:
+        plane = (D * K) * count.to(tl.int64)
+        at = p[:, None] + (unit * count)[None, :]
+        pixel = tl.load(pixels + at, mask=some, other=0).to(tl.int64)
+        # What the plan says of samples without a corner in the map.
+        far = n.to(tl.int64) * (height + 2) * (width + 2) + width + 1
+        near = some & (pixel != far[:, None])
+        ly = tl.load(places + at, mask=some, other=0)
+        lx = tl.load(places + plane + at, mask=some, other=0)
+        if MASKED:
+            factor = tl.load(places + 2 * plane + at, mask=some, other=0)
     else:
-        factor = tl.full(ly.shape, 1, DTYPE)
+        at = n.to(tl.int64) * offset_n + i.to(tl.int64) * offset_y + j.to(tl.int64) * offset_x
+        at = at[:, None] + (unit * 2 * offset_c)[None, :]
+        y = tl.load(offset + at, mask=some, other=0).to(DTYPE)
+        x = tl.load(offset + at + offset_c, mask=some, other=0).to(DTYPE)
+        y += (i * STRIDE_Y - PAD_Y + t // KW * STEP_Y).to(DTYPE)[:, None]
+        x += (j * STRIDE_X - PAD_X + t % KW * STEP_X).to(DTYPE)[:, None]
+        upper, left, ly, lx = placed(y, x, height, width)
+        pixel = (n.to(tl.int64)[:, None] * (height + 2) + upper) * (width + 2) + left
+        near = some & (left <= width)
+        if MASKED:
+            at = n.to(tl.int64) * mask_n + i.to(tl.int64) * mask_y + j.to(tl.int64) * mask_x
+            factor = tl.load(mask + (at[:, None] + (unit * mask_c)[None, :]), mask=some, other=0).to(DTYPE)
     return pixel[:, :, None], near[:, :, None], ly[:, :, None], lx[:, :, None], factor[:, :, None]
 
 
@@ -161,11 +173,11 @@ def samples_of(
     ]
 )  # fmt: skip
 def sample(
-    image, offset, mask, out, first, count, height, width, rows, columns, along,
+    image, offset, mask, pixels, places, out, first, count, height, width, rows, columns, along,
     offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
     C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KW: tl.constexpr,
     STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
-    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, MASKED: tl.constexpr, ALONG: tl.constexpr,
+    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, MASKED: tl.constexpr, PLANNED: tl.constexpr, ALONG: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Columns: out[g, p, t, c] = factor * interpolated image; ALONG: out[g, t, c, p], p < along, zero from count on.
@@ -192,9 +204,9 @@ def sample(
     below = (width + 2) * C
     for t in range(K):
         pixel, _near, ly, lx, factor = samples_of(
-            offset, mask, p, some, t, first, height, width, rows, columns,
+            offset, mask, pixels, places, p, some, t, first, count, height, width, rows, columns,
             offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
-            D, K, KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X, MASKED, BLOCK_D, dtype,
+            D, K, KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X, MASKED, PLANNED, BLOCK_D, dtype,
         )  # fmt: skip
         corner = image + (pixel * C + c[None, :, :])
         value = (1 - ly) * factor * (1 - lx) * tl.load(corner, mask=more[None, :, :], other=0).to(dtype)
@@ -209,19 +221,19 @@ def sample(
 @triton.jit(
     do_not_specialize=[
         "first", "count", "height", "width", "rows", "columns", "along",
-        "offset_n", "offset_c", "offset_y", "offset_x", "mask_n", "mask_c", "mask_y", "mask_x",
+        "offset_n", "offset_c", "offset_y", "offset_x", "mask_n", "mask_c", "mask_y", "mask_x", "taps",
         "by_offset_n", "by_offset_c", "by_offset_y", "by_offset_x", "by_mask_n", "by_mask_c", "by_mask_y", "by_mask_x",
     ]
 )  # fmt: skip
 def gradients(
-    by_columns, image, offset, mask, by_offset, by_mask, by_image, out,
-    first, count, height, width, rows, columns, along,
+    by_columns, image, offset, mask, pixels, places, by_offset, by_mask, by_image, out,
+    first, count, height, width, rows, columns, along, taps,
     offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
     by_offset_n, by_offset_c, by_offset_y, by_offset_x, by_mask_n, by_mask_c, by_mask_y, by_mask_x,
     C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KW: tl.constexpr,
     STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
-    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, MASKED: tl.constexpr, ADD: tl.constexpr, OUT: tl.constexpr,
-    TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, MASKED: tl.constexpr, PLANNED: tl.constexpr,
+    ADD: tl.constexpr, OUT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradients of offset and mask; with ADD that of the image, and with OUT the columns, too.
 
@@ -230,7 +242,7 @@ def gradients(
     weighted by_columns are added at the corners. OUT: out gets the columns, as by_columns lie (1), which may be their
     place, or as out[g, t, c, p] with p < along, zero from count on (2).
 
-    Grid: (blocks of positions, blocks of offset groups, blocks of TAPS taps).
+    Grid: (blocks of positions, blocks of offset groups, blocks of ``taps`` taps).
     """
     CG: tl.constexpr = C // G
     dtype: tl.constexpr = tl.float64 if image.dtype.element_ty == tl.float64 else tl.float32
@@ -245,11 +257,11 @@ def gradients(
     to_mask = (n.to(tl.int64) * by_mask_n + i.to(tl.int64) * by_mask_y + j * by_mask_x)[:, None]
     stored = some[:, None] & (d < D)[None, :]
     below = (width + 2) * C
-    for t in range(tl.program_id(2) * TAPS, tl.minimum(tl.program_id(2) * TAPS + TAPS, K)):
+    for t in range(tl.program_id(2) * taps, tl.minimum(tl.program_id(2) * taps + taps, K)):
         pixel, near, ly, lx, factor = samples_of(
-            offset, mask, p, some, t, first, height, width, rows, columns,
+            offset, mask, pixels, places, p, some, t, first, count, height, width, rows, columns,
             offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
-            D, K, KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X, MASKED, BLOCK_D, dtype,
+            D, K, KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X, MASKED, PLANNED, BLOCK_D, dtype,
         )  # fmt: skip
         by_y = tl.zeros([BLOCK_P, BLOCK_D, BLOCK_C], dtype)
         by_x = tl.zeros([BLOCK_P, BLOCK_D, BLOCK_C], dtype)

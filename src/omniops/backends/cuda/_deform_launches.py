@@ -132,6 +132,8 @@ class Problem:
         self.per_group, self.out_per_group = weight.shape[1], weight.shape[0] // groups
         """C / G and C_out / G."""
         self.per_offset_group = self.c // self.offset_groups
+        # A plan is worth its memory where many channels share a sample.
+        self.planned = self.per_offset_group >= 32
         self.positions = self.rows * self.columns
         self.total = self.n * self.positions
         self.units = self.offset_groups * self.taps
@@ -247,7 +249,7 @@ class Problem:
         return Launch(
             _deform_columns.sample, grid,
             first, count, *self._sizes, along, *self._strides[1], *self._strides[2],
-            **self._constants, **self._places, ALONG=along > 0,
+            **self._constants, **self._places, PLANNED=self.planned, ALONG=along > 0,
             BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_C=block_c, num_warps=1 if self.half else 4,
         )  # fmt: skip
 
@@ -258,14 +260,15 @@ class Problem:
         block_c = _power_of_two(self.per_offset_group, 64)
         block_d = _power_of_two(self.offset_groups, 64 // block_c)
         block_p = 8
-        # With many channels the taps of a position are walked by one program, as they share pixels.
-        taps = (3 if self.half else self.taps) if self.offset_groups == 1 else 1
+        blocks = cdiv(along or count, block_p) * cdiv(self.offset_groups, block_d)
+        # A program walks all taps of its positions, as they share pixels, where there are programs enough.
+        taps = min(self.taps, cdiv(self.taps * blocks, 2048))
         grid = (cdiv(along or count, block_p), cdiv(self.offset_groups, block_d), cdiv(self.taps, taps))
         return Launch(
             _deform_columns.gradients, grid,
-            first, count, *self._sizes, along, *self._strides[1], *self._strides[2], *offset, *mask,
-            **self._constants, **self._places, ADD=add, OUT=out,
-            TAPS=taps, BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_C=block_c, num_warps=2,
+            first, count, *self._sizes, along, taps, *self._strides[1], *self._strides[2], *offset, *mask,
+            **self._constants, **self._places, PLANNED=self.planned, ADD=add, OUT=out,
+            BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
 
     def gather(self, first: int, count: int) -> Launch:

@@ -44,9 +44,10 @@ def deform_conv2d(
 ) -> Callable[..., Tensor]:
     """(N, C, H, W) -> (N, C_out, H_out, W_out)."""
     problem = Problem(input, offset, weight, mask, stride, padding, dilation)
-    if _is_fused(problem, _has_tf32(input)):
+    has_tf32 = _has_tf32(input)
+    if _is_fused(problem, has_tf32):
         return _fused(problem, bias)
-    return _with_columns(problem, bias, _has_tf32(input))
+    return _with_columns(problem, bias, has_tf32)
 
 
 def _fused(problem: Problem, bias: Tensor | None) -> Callable[..., Tensor]:
@@ -113,19 +114,19 @@ def _view(tensor: Tensor, size: Sequence[int], stride: Sequence[int], offset: in
 
 def _with_columns(problem: Problem, bias: Tensor | None, has_tf32: bool) -> Callable[..., Tensor]:
     size_of_columns = problem.taps * problem.c
-    most = problem.most(size_of_columns * problem.dtype.itemsize)
+    size = size_of_columns * problem.dtype.itemsize
+    most = problem.most(size + (problem.bytes_of_plan if problem.planned else 0))
     result = (problem.n, problem.c_out, problem.rows, problem.columns)
     is_float32, biased, dense = problem.dtype == torch.float32, bias is not None, bias is None or bias.is_contiguous()
     sizes = [math.prod(problem.image), math.prod(problem.kernels), size_of_columns * problem.largest(most)]
-    scratch = Scratch(
-        problem.dtype, [*((size, problem.dtype) for size in sizes), (0, problem.index), (0, problem.sums)]
-    )
+    plan = problem.plan(problem.largest(most) if problem.planned else 0)
+    scratch = Scratch(problem.dtype, [*((size, problem.dtype) for size in sizes), *plan])
     kept: dict[bool, Iterable[tuple[Launch, Launch, list[_Multiply]]]] = {}
 
     def launches(precise: bool) -> Iterable[tuple[Launch, Launch, list[_Multiply]]]:
         def of_chunk(first: int, count: int) -> tuple[Launch, Launch, list[_Multiply]]:
             products = list(_products_with_columns(problem, first, count, biased, is_float32 and has_tf32, precise))
-            return problem.prepare(first, count), problem.sample(first, count), products
+            return problem.prepare(first, count, plan=problem.planned), problem.sample(first, count), products
 
         return kept.setdefault(precise, problem.each_chunk(most, of_chunk))
 
@@ -143,7 +144,7 @@ def _with_columns(problem: Problem, bias: Tensor | None, has_tf32: bool) -> Call
                     stream, input, offset, mask, weight, image, image, pixels, places,
                     image, kernels, kernels, image, image, places,
                 )  # fmt: skip
-                sample(stream, image, offset, mask, columns)
+                sample(stream, image, offset, mask, pixels, places, columns)
                 for multiply in products:
                     multiply.run(stream, kernels, columns, out, bias)
         return out
@@ -240,6 +241,7 @@ class _Backward:
         self.ours, self.precise = ours, precise
         self.of_samples = wanted[0] or wanted[1] or wanted[4]
         self.gathered = wanted[0] and deterministic
+        self.planned = problem.planned or self.gathered
         # Where the gather does not need the gradient of the columns afterwards, these take its place.
         self.by_the_way = self.of_samples and wanted[2] and not self.gathered
         self.along = wanted[2] and ours
@@ -248,7 +250,7 @@ class _Backward:
         self.sums = wanted[3] and grad[1] == 1
         copies = 2 if self.along and self.of_samples else 1
         size = copies * problem.taps * problem.c * problem.dtype.itemsize
-        most = problem.most(size + (problem.bytes_of_plan if self.gathered else 0))
+        most = problem.most(size + (problem.bytes_of_plan if self.planned else 0))
         count = problem.largest(most)
         self.alone = count == problem.total
         self.stride_along = cdiv(problem.total, 16) * 16 if self.alone else problem.total
@@ -279,7 +281,7 @@ class _Backward:
         dtypes = [problem.dtype] * 6 + [problem.dtype if self.alone else problem.sums, problem.sums]
         return Scratch(
             problem.dtype,
-            [*zip(sizes, dtypes, strict=True), *problem.plan(self.count if self.gathered else 0)],
+            [*zip(sizes, dtypes, strict=True), *problem.plan(self.count if self.planned else 0)],
         )
 
     def _of_chunk(self, first: int, count: int) -> _OfChunk:
@@ -301,7 +303,7 @@ class _Backward:
             problem.prepare(
                 first,
                 count,
-                plan=self.gathered,
+                plan=self.planned,
                 kernels=self.of_samples,
                 grad=self.grad,
                 grads=not self.grad_is_dense and (self.of_samples or not self.along),
@@ -355,13 +357,15 @@ class _Backward:
                 )  # fmt: skip
                 if self.of_samples:
                     self._by_columns(stream, chunk, grads, kernels, columns)
-                    chunk.gradients(stream, columns, image, offset, mask, by_offset, by_mask, by_image, samples)
+                    chunk.gradients(
+                        stream, columns, image, offset, mask, pixels, places, by_offset, by_mask, by_image, samples
+                    )
                     if self.gathered:
                         order, starts = self.problem.sorted(chunk.first, chunk.positions, pixels)
                         chunk.gather(stream, columns, order, starts, places, by_image)
                 if wanted[2]:
                     if not self.by_the_way:
-                        chunk.sample(stream, image, offset, mask, samples)
+                        chunk.sample(stream, image, offset, mask, pixels, places, samples)
                     self._by_weight(stream, chunk, grads, along, samples, total)
             if wanted[0] or wanted[2]:
                 self.finish(
