@@ -331,6 +331,33 @@ def test_wrong_arguments_raise_on_each_call_though_their_likes_passed(name):
             getattr(omniops, name)(*change(arguments))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_does_not_grow_over_thousands_of_shapes(name):
+    """By more than the kinds that are kept take, which are full before it is measured."""
+    operator = getattr(omniops, name)
+
+    def called(first, last):
+        for i in range(first, last):
+            size = 100 + i
+            if name == "carafe":
+                operator(torch.ones(1, 1, 1, size), torch.ones(1, 1, 1, size), 1, 1, 1)
+            elif name == "deform_conv2d":
+                operator(torch.ones(1, 1, 1, size), torch.ones(1, 2, 1, size), torch.ones(1, 1, 1, 1))
+            else:
+                operator(torch.ones(1, 1, 1, size, dtype=torch.bool))
+        gc.collect()
+
+    tracemalloc.start()
+    try:
+        called(0, MOST_KEPT)
+        full = tracemalloc.get_traced_memory()[0]
+        called(MOST_KEPT, MOST_KEPT + 1000)
+        assert tracemalloc.get_traced_memory()[0] < 1.1 * full
+        assert full < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_first_calls_of_many_threads(name):
     """In a process of its own nothing would be imported; here nothing is kept, as no shape was there before."""
