@@ -4,9 +4,11 @@
 
 Tiles are (C, LANE): channels of a group by pixels. Results that share what they load (the s*s results of a centre, the
 taps of a weight gradient) are the elements of a tuple, unrolled at compile time, so that whatever the layout the
-compiler gives a tile, they meet in the same thread. Tensors come with their strides; Triton specialises a stride of 1
-and lays the threads along that axis. ``pad`` = k // 2 comes as an unspecialised number for the opposite reason: were
-some taps known to be better aligned than others, each would be loaded in a layout of its own and then be rearranged.
+compiler gives a tile, they meet in the same thread. Tensors come with their strides and their order, which says which
+stride is 1, for the compiler to lay the threads along that axis (``carafe._order``). No number that depends on the size
+of the map is specialised: that would be a kernel for each size with a stride of 1, or of a multiple of 16. Nor is
+``pad`` = k // 2: were some taps known to be better aligned than others, each would be loaded in a layout of its own and
+then be rearranged.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from omniops.backends.cuda._carafe_tiles import decode, load, wide, zeros
+from omniops.backends.cuda._carafe_tiles import decode, known, load, zeros
 
+# All that depends on the size of the map, and the padding.
+_SIZES = ["pad", "height", "width", "rows", "columns", *(f"{t}_s{axis}" for t in "fgmo" for axis in "nchw")]
 # Taps of a row are unrolled at compile time up to this kernel size.
 _UNROLLED = tl.constexpr(7)
 
@@ -56,21 +60,22 @@ def _forward_taps(
     return acc
 
 
-@triton.jit(do_not_specialize=["pad"])
+@triton.jit(do_not_specialize=_SIZES)
 def forward(
     features, masks, out, groups, channels, height, width, rows, columns, pad,
     f_sn, f_sc, f_sh, f_sw, m_sn, m_sc, m_sh, m_sw, o_sn, o_sc, o_sh, o_sw,
     K: tl.constexpr, S: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, EVEN_C: tl.constexpr, PAIRS: tl.constexpr,
-    WIDE: tl.constexpr,
+    F_ORDER: tl.constexpr, M_ORDER: tl.constexpr, O_ORDER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program: CHUNK channels of a group at TILE_Y x TILE_X centres, BLOCK_C at a time.
 
     It computes ROWS of the s rows of results. A feature is loaded once for its centre's ROWS * s results, a weight once
     for the thread's channels.
     """
-    if WIDE:
-        f_sh, m_sc, m_sh = wide(f_sh), wide(m_sc), wide(m_sh)
+    f_sn, f_sc, f_sh, f_sw = known(f_sn, f_sc, f_sh, f_sw, F_ORDER, WIDE)
+    m_sn, m_sc, m_sh, m_sw = known(m_sn, m_sc, m_sh, m_sw, M_ORDER, WIDE)
+    o_sn, o_sc, o_sh, o_sw = known(o_sn, o_sc, o_sh, o_sw, O_ORDER, WIDE)
     TILE: tl.constexpr = TILE_Y * TILE_X
     chunks = tl.cdiv(channels, CHUNK)
     part, tile_y, tile_x, group, n = decode(
@@ -158,13 +163,13 @@ def _features_tap(
     return sums
 
 
-@triton.jit(do_not_specialize=["pad"])
+@triton.jit(do_not_specialize=_SIZES)
 def backward_features(
     grad, masks, out, groups, channels, height, width, rows, columns, pad,
     g_sn, g_sc, g_sh, g_sw, m_sn, m_sc, m_sh, m_sw, o_sn, o_sc, o_sh, o_sw,
     K: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, EVEN_C: tl.constexpr,
-    WIDE: tl.constexpr,
+    G_ORDER: tl.constexpr, M_ORDER: tl.constexpr, O_ORDER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program: CHUNK channels of a group at TILE_Y*R x TILE_X pixels, BLOCK_C at a time.
 
@@ -172,8 +177,9 @@ def backward_features(
     order (SP is s padded to a power of two); b is summed at the end. A gradient is loaded once for the R pixels above
     each other that it reaches, a weight once for the thread's channels.
     """
-    if WIDE:
-        m_sc = wide(m_sc)
+    g_sn, g_sc, g_sh, g_sw = known(g_sn, g_sc, g_sh, g_sw, G_ORDER, WIDE)
+    m_sn, m_sc, m_sh, m_sw = known(m_sn, m_sc, m_sh, m_sw, M_ORDER, WIDE)
+    o_sn, o_sc, o_sh, o_sw = known(o_sn, o_sc, o_sh, o_sw, O_ORDER, WIDE)
     LANES: tl.constexpr = TILE_Y * TILE_X * SP
     chunk, tile_y, tile_x, group, n = decode(
         tl.cdiv(channels, CHUNK), tl.cdiv(height, TILE_Y * R), tl.cdiv(width, TILE_X), groups
@@ -240,21 +246,22 @@ def _masks_channels(
     return sums
 
 
-@triton.jit(do_not_specialize=["pad"])
+@triton.jit(do_not_specialize=_SIZES)
 def backward_masks(
     grad, features, out, groups, channels, height, width, rows, columns, pad,
     g_sn, g_sc, g_sh, g_sw, f_sn, f_sc, f_sh, f_sw, o_sn, o_sc, o_sh, o_sw,
     K: tl.constexpr, S: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_J: tl.constexpr, EVEN_C: tl.constexpr,
-    WIDE: tl.constexpr,
+    G_ORDER: tl.constexpr, F_ORDER: tl.constexpr, O_ORDER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program: TAPS taps at TILE_Y rows of centres x TILE_J columns of results, ROWS of the s rows of results.
 
     A lane is a column of results. A gradient is loaded once for the taps, a feature once for the ROWS. The channels are
     summed in steps of BLOCK_C, whose own sum comes last.
     """
-    if WIDE:
-        f_sh, g_sh, o_sc, o_sh = wide(f_sh), wide(g_sh), wide(o_sc), wide(o_sh)
+    g_sn, g_sc, g_sh, g_sw = known(g_sn, g_sc, g_sh, g_sw, G_ORDER, WIDE)
+    f_sn, f_sc, f_sh, f_sw = known(f_sn, f_sc, f_sh, f_sw, F_ORDER, WIDE)
+    o_sn, o_sc, o_sh, o_sw = known(o_sn, o_sc, o_sh, o_sw, O_ORDER, WIDE)
     LANES: tl.constexpr = TILE_Y * TILE_J
     parts = tl.cdiv(K * K, TAPS)
     part, tile_y, tile_j, group, n = decode(

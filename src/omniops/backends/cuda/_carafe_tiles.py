@@ -27,6 +27,22 @@ def wide(stride):
 
 
 @triton.jit
+def known(sn, sc, sh, sw, ORDER: tl.constexpr, WIDE: tl.constexpr):
+    """The strides as the compiler is to know them: ``carafe._order`` explains ORDER. WIDE: offsets need 64 bits.
+
+    Those along a row do not, nor do those of an image's channels where the channels are the neighbours.
+    """
+    if WIDE:
+        sc, sh = wide(sc), wide(sh)
+    if ORDER == -1:
+        return sn, sc, sh, tl.full((), 1, tl.int32)
+    elif ORDER > 0:  # noqa: RET505 - only so are the other branches, of other types, left out
+        return sn // ORDER * ORDER, tl.full((), 1, tl.int32), sh // ORDER * ORDER, sw // ORDER * ORDER
+    else:
+        return sn, sc, sh, sw
+
+
+@triton.jit
 def zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr, dtype: tl.constexpr):
     """COUNT tiles of zeros, in float64 for float64 and else in float32."""
     tiles = ()
