@@ -18,26 +18,30 @@ def launches():
     return carafe
 
 
-def test_pairs_serve_only_what_is_aligned(launches):
-    def pairs(features, masks, result):
-        return launches._in_pairs(5, 2, 1, fine=(features,), coarse=(masks, result))
+def test_pairs_serve_what_is_stored_row_by_row(launches):
+    def served(features, masks, result):
+        tensors = {"fine": (features,), "coarse": (masks, result)}
+        if not launches._in_pairs(5, 2, 1, **tensors):
+            return "by others"
+        return "in vectors" if launches._in_vectors(**tensors) else "in pairs"
 
-    shapes = (1, 4, 3, 6), (1, 25, 6, 12), (1, 4, 6, 12)
-    aligned = [torch.zeros(shape) for shape in shapes]
-    assert pairs(*aligned)
-    for i, shape in enumerate(shapes):
-        one_off = torch.zeros(aligned[i].numel() + 1)[1:].view(shape)
-        others = {
-            "the first element lies between vectors": one_off,
-            "the rows end within a vector": torch.zeros(*shape[:3], shape[3] - 1),
-            "the rows start within vectors": torch.zeros(*shape[:3], shape[3] + 1)[..., :-1],
-            "a row is not contiguous": torch.zeros(*shape[:2], shape[3], shape[2]).mT,
-        }
-        for reason, other in others.items():
-            assert not pairs(*aligned[:i], other, *aligned[i + 1 :]), reason
-    assert not launches._in_pairs(5, 2, 2, fine=aligned[:1], coarse=aligned[1:])
-    assert not launches._in_pairs(5, 3, 1, fine=aligned[:1], coarse=aligned[1:])
-    assert not launches._in_pairs(9, 2, 1, fine=aligned[:1], coarse=aligned[1:])
+    def problem(width):
+        return [torch.zeros(shape) for shape in ((1, 4, 3, width), (1, 25, 6, 2 * width), (1, 4, 6, 2 * width))]
+
+    even = problem(6)
+    assert served(*even) == "in vectors"
+    assert served(*problem(7)) == "in pairs"
+    for i, tensor in enumerate(even):
+        *shape, width = tensor.shape
+        for reason, other, kernels in (
+            ("two beside a row", torch.zeros(*shape, width + 2)[..., :-2], "in pairs" if i else "in vectors"),
+            ("one beside a row", torch.zeros(*shape, width + 1)[..., :-1], "by others" if i else "in pairs"),
+            ("rows that are not contiguous", torch.zeros(*shape[:2], width, shape[2]).mT, "by others"),
+        ):
+            assert served(*even[:i], other, *even[i + 1 :]) == kernels, reason
+    assert not launches._in_pairs(5, 2, 2, fine=even[:1], coarse=even[1:])
+    assert not launches._in_pairs(5, 3, 1, fine=even[:1], coarse=even[1:])
+    assert not launches._in_pairs(9, 2, 1, fine=even[:1], coarse=even[1:])
 
 
 def test_a_row_beyond_32_bits_is_copied(launches):
@@ -45,11 +49,48 @@ def test_a_row_beyond_32_bits_is_copied(launches):
     memory = torch.from_numpy(np.zeros(2**30 + 1, dtype=np.float16))
     memory[0], memory[-1] = 1, 2
     apart = memory.as_strided((1, 1, 1, 2), (1, 1, 1, 2**30))
-    copied = launches._addressable(apart)
+    copied = launches._dense(apart)
     assert copied.stride(3) == 1
     assert torch.equal(copied, apart)
     near = memory.as_strided((1, 1, 1, 2), (1, 1, 1, 2**30 - 1))
-    assert launches._addressable(near) is near
+    assert launches._dense(near) is near
+
+
+def test_the_gradient_of_a_sum_is_copied(launches):
+    """It repeats one element, for which other kernels would be compiled."""
+    expanded = torch.ones(()).expand(1, 2, 3, 4)
+    assert launches._dense(expanded).is_contiguous()
+    one_column = torch.ones(1, 2, 3, 1).as_strided((1, 2, 3, 1), (6, 3, 1, 0))
+    assert launches._dense(one_column) is one_column
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 40), (1, 33)])
+def test_pairs_in_tiles_of_any_shape(launches, size):
+    """A tile of 32 pairs is as wide as the map, up to a limit."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    h, w = size
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 3, h, w), (1, 9, 2 * h, 2 * w), (1, 3, 2 * h, 2 * w)
+    features, masks, grad = (torch.randn(shape, generator=generator) for shape in shapes)
+    given = [tensor.to(device) for tensor in (features, masks, grad)]
+    out = launches.carafe(*given[:2], 3, 1, 2, 1)
+    torch.testing.assert_close(out.cpu(), reference.carafe(features, masks, 3, 1, 2, 1))
+    by_features, by_masks = launches.carafe_backward(given[2], *given[:2], h, w, 3, 1, 2, 1)
+    torch.testing.assert_close(by_features.cpu(), reference.carafe_backward_features(grad, masks, h, w, 3, 1, 2, 1))
+    torch.testing.assert_close(by_masks.cpu(), reference.carafe_backward_masks(grad, features, 3, 1, 2, 1))
+
+
+def test_only_the_gradients_that_are_wanted(launches):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = (1, 2, 2, 4), (1, 9, 4, 8), (1, 2, 4, 8)
+    features, masks, grad = (torch.randn(shape, device=device) for shape in shapes)
+    both = launches.carafe_backward(grad, features, masks, 2, 4, 3, 1, 2, 1)
+    by_features, nothing = launches.carafe_backward(grad, None, masks, 2, 4, 3, 1, 2, 1)
+    assert torch.equal(by_features, both[0])
+    assert nothing.shape == (0,)
+    nothing, by_masks = launches.carafe_backward(grad, features, None, 2, 4, 3, 1, 2, 1)
+    assert torch.equal(by_masks, both[1])
+    assert nothing.shape == (0,)
 
 
 @NEEDS_A_GPU
@@ -93,11 +134,11 @@ def test_more_than_two_to_the_31_elements(layout, width):
     end = reference.carafe_backward_features(
         result[:, :, -2 * rows :], masks[:, :, -2 * rows :], rows, width, 3, 1, 2, 1
     )
-    by_features = torch.ops.omniops.carafe_backward_features(result, masks, height, width, 3, 1, 2, 1)
+    by_features, _ = torch.ops.omniops.carafe_backward(result, None, masks, height, width, 3, 1, 2, 1)
     torch.testing.assert_close(by_features[:, :, -2:], end[:, :, -2:], rtol=1e-2, atol=0.1)
     del by_features, masks
     end = reference.carafe_backward_masks(result[:, :, -2 * rows :], features[:, :, -rows:], 3, 1, 2, 1)
-    by_masks = torch.ops.omniops.carafe_backward_masks(result, features, 3, 1, 2, 1)
+    _, by_masks = torch.ops.omniops.carafe_backward(result, features, None, height, width, 3, 1, 2, 1)
     torch.testing.assert_close(by_masks[:, :, -2:], end[:, :, -2:], rtol=1e-2, atol=0.1)
 
 
