@@ -124,22 +124,22 @@ class Product:
         ours: bool = True,
         biased: bool = False,
         aligned: bool = False,
+        small: bool = False,
     ) -> None:
         """``a``, ``b`` and ``out`` are strides. Where not ``ours``, PyTorch's product serves, and any dtype does.
-        ``biased``: bias[m] is added.
-        ``aligned`` says that those of out, along n, are multiples of 16, which pays where they are so whatever the size
-        of a map."""
+        ``biased``: bias[m] is added. ``aligned``: the strides of out, along n, are multiples of 16 whatever the size of
+        a map; ``small``: M is so at most 64.
+        """
         self._launch: Launch | None = None
         # Triton makes vector loads only of rows that it knows to begin at multiples of 16, and without them cuBLAS was
         # three times as fast. (Where the product is not precise, PyTorch's may be in TF32 too.)
         if not ours or a[2] != 1 or b[1] != 1 or (k | a[0] | a[1] | b[0] | b[2]) % 16 != 0 or 1 not in out[1:]:
             return
-        block_m = 64 if m <= 64 else 128
-        tiles = cdiv(m, block_m) * cdiv(n, 128) * batches
-        # The GPU wants some hundreds of tiles: smaller ones, or K is cut in parts that are summed afterwards.
-        splits = max(1, min(k // 512, 1024 // tiles, 32)) if k > 4096 else 1
-        block_n = 128 if tiles * splits >= 200 else 64
-        warps = 8 if precise and block_m * block_n == 128 * 128 else 4  # two sums take twice the registers
+        # Tiles are of one size for maps of any size, so that none is compiled for.
+        block_m, block_n = 64 if small else 128, 64 if precise else 128  # two sums take twice the registers
+        tiles = cdiv(m, block_m) * cdiv(n, block_n) * batches
+        # The GPU wants some hundreds of tiles: K is cut in parts that are summed afterwards.
+        splits = max(1, min(k // 512, 512 // tiles, 32)) if k > 4096 else 1
         layout = 16 if aligned else int(out[2] == 1)
         self._partial = (splits, batches, m, n)
         strides = (0, *out) if splits == 1 else (batches * m * n, m * n, n, 1)
@@ -151,7 +151,7 @@ class Product:
             a[0] // 16, a[1] // 16, b[0] // 16, b[2] // 16,
             *(stride // 16 if layout == 16 else stride for stride in strides[:3]), strides[3],
             PRECISE=precise, BIASED=biased, OUT=layout,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=32, num_warps=warps, num_stages=3,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=32, num_warps=4, num_stages=3,
         )  # fmt: skip
 
     @property

@@ -171,7 +171,7 @@ def _products_with_columns(
         else:
             to = (first_image * problem.c_out + g * m) * size + start
         yield _Multiply(
-            Product(batches, m, k, n, a, b, strides, precise=precise, ours=ours, biased=biased),
+            Product(batches, m, k, n, a, b, strides, precise=precise, ours=ours, biased=biased, small=m <= 64),
             ((batches, m, k), a, g * m * k),
             ((batches, k, n), b, g * count * k),
             ((batches, m, n), strides, to),
@@ -323,7 +323,7 @@ class _Backward:
             problem.sample(first, count, along),
             Product(
                 groups, m, length if self.along else count, k, a, b, (m * k, k, 1),
-                precise=self.precise, ours=self.along and aligned, aligned=k % 16 == 0,
+                precise=self.precise, ours=self.along and aligned, aligned=k % 16 == 0, small=m <= 64,
             ),
         )  # fmt: skip
 
