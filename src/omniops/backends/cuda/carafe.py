@@ -162,7 +162,8 @@ def _backward_features(
             _in_vectors(fine=(out,), coarse=(grad, masks)),
             *grad.stride()[:3], *masks.stride()[:3], *out.stride()[:3],
             K=kernel_size, WARPS=warps, CHANNELS=block_c, TILE=_PAIRS, EVEN_C=channels % block_c == 0,
-            WIDE=_wide(grad, masks, out), num_warps=warps, maxnreg=168,
+            WIDE=_wide(grad, masks, out), num_warps=warps,
+            maxnreg=128 if grad.element_size() == 2 and kernel_size <= 5 else 168,
         )  # fmt: skip
     sp = next_power_of_2(scale_factor)
     by_channel = out.stride(1) == 1
