@@ -551,15 +551,28 @@ def test_each_choice_of_gradients(backend, device, layout, masked):
         arguments = x.grad, x.input, x.offset, x.weight, x.mask, *case.numbers, [bool(want) for want in wanted]
         found = kernels(backend).deform_conv2d_backward(*arguments)
         for name, gradient, want in zip(GRADIENTS, found, wanted, strict=True):
-            if want:
-                assert torch.equal(gradient, expected[name]), name
-            else:
+            if not want:
                 assert gradient.numel() == 0, name
+            elif backend == "cuda":  # by atomics, and the columns from one kernel or another
+                scale = expected[name].abs().max()
+                assert (gradient - expected[name]).abs().max() <= 1e-5 * scale, name
+            else:
+                assert torch.equal(gradient, expected[name]), name
+
+
+@pytest.fixture
+def deterministic():
+    """PyTorch's deterministic algorithms, which are afterwards as they were."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would want its environment variable set before
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @BACKENDS
+@pytest.mark.filterwarnings("ignore:Deterministic behavior")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_prepared_serves_other_tensors_and_holds_none(backend, device, layout):
+def test_what_is_prepared_serves_other_tensors_and_holds_none(backend, device, layout, deterministic):
     module, case = kernels(backend), uneven(backend, device)
     if interpreted(backend, device) and layout != "contiguous":
         pytest.skip("Triton's interpreter is slow")
@@ -589,7 +602,8 @@ def test_what_is_prepared_serves_other_tensors_and_holds_none(backend, device, l
 
 
 @BACKENDS
-def test_the_same_bits_every_run(backend, device):
+@pytest.mark.filterwarnings("ignore:Deterministic behavior")
+def test_the_same_bits_every_run(backend, device, deterministic):
     case = uneven(backend, device)
     x = each(lambda tensor: tensor.to(device), problem(case, torch.float32))
     first, second = (results(kernels(backend), case, x) for _ in range(2))
@@ -1014,15 +1028,6 @@ def test_the_fused_forward_in_tf32(matmul, precisions):
     assert precisions == [False]
 
 
-@pytest.fixture
-def deterministic():
-    """PyTorch's deterministic algorithms, which are afterwards as they were."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would want its environment variable set before
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
 @needs_triton
 @pytest.mark.filterwarnings("ignore:Deterministic behavior")
 @pytest.mark.parametrize(
@@ -1057,7 +1062,8 @@ def test_deterministic_algorithms_are_asked_for_at_each_call(deterministic, monk
     torch.use_deterministic_algorithms(False)
     added = run(*arguments)
     assert len(gathers) == 1
-    torch.testing.assert_close(added, gathered, rtol=1e-5, atol=1e-5)
+    for one, other in zip(added, gathered, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
 def on_meta(case):
