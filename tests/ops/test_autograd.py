@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from differentiable import assert_close
+from differentiable import assert_close, assert_same
 from torch.utils.checkpoint import checkpoint
 
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -177,9 +177,9 @@ def test_saved_tensors_go_through_hooks(problem, device):
         assert not unpacked
         found = torch.autograd.grad(result, there.tensors, there.grad)
     assert len(unpacked) == len(packed) == len(needed)
-    assert all(map(torch.equal, found, expected[1:]))
+    assert_same(found, expected[1:])
     with torch.autograd.graph.save_on_cpu():
-        assert all(map(torch.equal, there.gradients(), expected))
+        assert_same(there.gradients(), expected)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -203,7 +203,7 @@ def test_checkpointing_computes_it_again(problem, device, use_reentrant):
     else:
         found = there.gradients(checkpointed)
     assert len(calls) == 2
-    assert all(map(torch.equal, found, expected))
+    assert_same(found, expected)
 
 
 def test_in_deterministic_mode(problem, device):

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from differentiable import assert_close
+from differentiable import assert_close, assert_same
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses import FakeTensorMode
@@ -59,7 +59,7 @@ def test_a_mode_sees_each_operator_once(problem, device, mode):
         with mode() as recorded:
             found = there.gradients()
         assert ours(recorded.seen) == names
-        assert all(map(torch.equal, found, expected))
+        assert_same(found, expected)
     with mode() as recorded, torch.no_grad():
         there.function(*there.tensors)
     assert ours(recorded.seen) == names_of(problem)[:1]
@@ -103,7 +103,7 @@ def test_a_subclass_that_sees_functions(problem, device):
             assert type(result) is Named
             assert ours(Named.seen) == names_of(problem)[:1]
             found = torch.autograd.grad(result, given, there.grad)
-            assert all(map(torch.equal, found, expected[1:]))
+            assert_same(found, expected[1:])
 
 
 class Wrapper(torch.Tensor):
@@ -142,7 +142,7 @@ def test_a_subclass_that_sees_operators(problem, device):
             # The backward operator gets all but the bias.
             assert ours(Wrapper.seen) == names_of(problem)[: 2 if given[i].dim() == 4 else 1]
             found = [x.inner if isinstance(x, Wrapper) else x for x in found]
-            assert all(map(torch.equal, found, expected[1:]))
+            assert_same(found, expected[1:])
 
 
 @LAYOUTS
