@@ -202,3 +202,105 @@ def test_float32_products_with_a_bias(n):
             run(stream, a.to(device), b.mT.to(device).mT, out, bias.to(device))
         right = a.double() @ b.double() + bias[:, None]
         assert (out.cpu() - right).abs().max() <= 1e-6 * right.abs().max()
+
+
+DEFORMED = {
+    # n, c, c_out, kernel, groups, offset_groups, stride, masked, biased, memory format
+    "narrow": (
+        (2, 64, 20, (2, 2), 1, 16, (1, 1), True, True, torch.contiguous_format),
+        (1, 64, 6, (2, 2), 2, 8, (2, 1), False, True, torch.channels_last),  # eight channels a group, blocks within one
+        (1, 16, 4, (3, 3), 1, 16, (1, 2), True, False, torch.contiguous_format),
+        (1, 32, 40, (1, 2), 2, 16, (1, 1), True, True, torch.contiguous_format),
+    ),
+    "in_parts": (
+        (2, 128, 140, (2, 1), 1, 1, (1, 1), True, True, torch.contiguous_format),
+        (1, 128, 260, (1, 2), 2, 1, (2, 1), False, True, torch.channels_last),  # blocks end with weight groups,
+        (1, 128, 130, (2, 1), 1, 2, (1, 2), True, False, torch.contiguous_format),  # and with offset groups
+    ),
+}
+
+
+def deformed(case, dtype):
+    """Arguments of deform_conv2d, with positions that are far away, infinite and none."""
+    n, c, c_out, kernel, groups, offset_groups, stride, masked, biased, layout = case
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    rows, columns = (7 - kernel[0]) // stride[0] + 1, (9 - kernel[1]) // stride[1] + 1
+    samples = kernel[0] * kernel[1] * offset_groups
+    offset = random(n, 2 * samples, rows, columns)
+    offset[0, :3, 0, 0] = torch.tensor([float("inf"), -float("inf"), 1e4])
+    tensors = (
+        random(n, c, 5, 7).to(memory_format=layout),
+        offset,
+        random(c_out, c // groups, *kernel),
+        random(c_out) if biased else None,
+        random(n, samples, rows, columns) if masked else None,
+    )
+    return tensors, (list(stride), [1, 1], [1, 1])
+
+
+def assert_deformed(name, case, tensors, numbers, tolerance, monkeypatch, tf32=False):
+    from omniops.backends.cuda import _deform_forwards
+    from omniops.backends.cuda import deform_conv2d as module
+    from omniops.backends.reference import deform_conv2d as reference
+
+    called = []
+    served = getattr(_deform_forwards, name)
+    monkeypatch.setattr(module, name, lambda *arguments: called.append(name) or served(*arguments))
+    monkeypatch.setattr(module, "_is_tf32", lambda: tf32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    moved = [None if tensor is None else tensor.to(device) for tensor in tensors]
+    out = module.deform_conv2d(*moved, *numbers)
+    assert called == [name]
+    assert out.is_contiguous(memory_format=case[-1])
+    right = reference.deform_conv2d(*(None if tensor is None else tensor.double() for tensor in tensors), *numbers)
+    scale = right.abs().amax((0, 2, 3), keepdim=True)
+    assert ((out.cpu() - right).abs() <= tolerance * scale).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "dtype", "tf32", "tolerance"),
+    [
+        (name, case, dtype, tf32, tolerance)
+        for name, cases in DEFORMED.items()
+        for case in cases
+        for dtype, tf32, tolerance in (
+            (torch.float32, False, 1e-5),
+            (torch.float32, True, 2e-3),
+            (torch.float16, False, 2e-3),
+            (torch.bfloat16, False, 2e-2),
+        )
+        if name == "narrow" or dtype == torch.float32
+    ],
+    ids=str,
+)
+def test_other_forwards_of_deform_conv2d(name, case, dtype, tf32, tolerance, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert_deformed(name, case, *deformed(case, dtype), tolerance, monkeypatch, tf32)
+
+
+@pytest.mark.parametrize("name", DEFORMED)
+@pytest.mark.parametrize("scale", [1e-30, 1, 1e30])
+def test_parts_of_float16_have_the_range_of_float32(name, scale, monkeypatch):
+    """Images, output channels and positions of very different sizes, each right to its own scale; and zeros."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    case = DEFORMED[name][0]
+    (input, offset, weight, _, mask), numbers = deformed(case, torch.float32)
+    mask[0] *= 1e-6
+    mask[1, :, :, 0] = 0
+    weight *= torch.logspace(-4, 4, len(weight))[:, None, None, None]
+    weight[0] = 0
+    input = torch.stack((input[0] * 0, input[1] * scale))
+    assert_deformed(name, case, (input, offset, weight, None, mask), numbers, 1e-5, monkeypatch)
+
+
+def test_chunks_of_columns_in_parts(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from omniops.backends.cuda import _deform_launches
+
+    case = DEFORMED["in_parts"][0]
+    monkeypatch.setattr(_deform_launches, "MOST_BYTES", 20 * 2 * 128 * 4 + 200)  # 20 of 54 positions
+    assert_deformed("in_parts", case, *deformed(case, torch.float32), 1e-5, monkeypatch)

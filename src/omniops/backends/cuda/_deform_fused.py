@@ -31,6 +31,20 @@ def blend(image, pixel, c, C, below, w00, w01, w10, w11):
     return value.to(image.dtype.element_ty)
 
 
+@triton.jit
+def store(out, total, first, p, count, size, g, o, NG: tl.constexpr, LAST: tl.constexpr):
+    """out[n, g * NG + o, place] = total of the chunk's positions p < count, in an out as ``forward`` has it."""
+    channel = g * NG + o
+    some = (p < count)[:, None] & (o < NG)[None, :]
+    if LAST:
+        to = (first + p).to(tl.int64)[:, None] * (NG * tl.num_programs(1)) + channel[None, :]
+    else:
+        n = (first + p) // size
+        place = (n.to(tl.int64) * (NG * tl.num_programs(1)) * size + (first + p - n * size))[:, None]
+        to = place + (channel.to(tl.int64) * size)[None, :]
+    tl.store(out + to, total.to(out.dtype.element_ty), mask=some)
+
+
 @triton.jit(do_not_specialize=["first", "count", "width", "size"])
 def forward(
     image, pixels, places, weight, weight_low, bias, out,
@@ -77,12 +91,4 @@ def forward(
             total = tl.dot(a, b, total, input_precision="tf32")
     if BIASED:
         total += tl.load(bias + g * NG + o, mask=o < NG, other=0).to(tl.float32)[None, :]
-    channel = g * NG + o
-    some = here[:, None] & (o < NG)[None, :]
-    if LAST:
-        to = (first + p).to(tl.int64)[:, None] * (NG * tl.num_programs(1)) + channel[None, :]
-    else:
-        n = (first + p) // size
-        place = (n.to(tl.int64) * (NG * tl.num_programs(1)) * size + (first + p - n * size))[:, None]
-        to = place + (channel.to(tl.int64) * size)[None, :]
-    tl.store(out + to, total.to(out.dtype.element_ty), mask=some)
+    store(out, total, first, p, count, size, g, o, NG, LAST)

@@ -1,8 +1,9 @@
 """Deformable convolution in Triton: launches the kernels; ``omniops.ops.deform_conv2d`` has the formula.
 
-The forward with few output channels is one kernel that makes no columns (``_deform_fused``). Elsewhere columns in
-memory and a matrix product after them were measured to be faster (docs/benchmarks.md): the weights are then read fewer
-times. Positions are taken in chunks, so that the workspace has a bound whatever the batch.
+The forward with few output channels is one kernel that makes no columns (``_deform_fused``, and ``_deform_narrow`` for
+many offset groups). Elsewhere columns in memory and a matrix product after them were measured to be faster
+(docs/benchmarks.md): the weights are then read fewer times. Those of float32 are in parts of float16 where channels
+allow it (``_deform_parts``). Positions are taken in chunks, so that the workspace has a bound whatever the batch.
 
 One kernel makes of the gradient of the columns those of offset and mask, adds to the gradient of the input by atomics
 in float32, and leaves the columns, which the gradient of the weights is a product with. Under
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from omniops.backends import prepared
+from omniops.backends.cuda._deform_forwards import in_parts, is_in_parts, is_narrow, narrow
 from omniops.backends.cuda._deform_launches import Problem, Scratch, layout_of, strides_like
 from omniops.backends.cuda._float32_products import Product
 from omniops.backends.cuda._grid import cdiv
@@ -45,8 +47,12 @@ def deform_conv2d(
     """(N, C, H, W) -> (N, C_out, H_out, W_out)."""
     problem = Problem(input, offset, weight, mask, stride, padding, dilation)
     has_tf32 = _has_tf32(input)
+    if is_in_parts(problem, has_tf32):
+        return in_parts(problem, offset, weight, bias, mask, _is_tf32)
     if _is_fused(problem, has_tf32):
         return _fused(problem, bias)
+    if is_narrow(problem, has_tf32):
+        return narrow(problem, offset, weight, bias, mask, _is_tf32)
     return _with_columns(problem, bias, has_tf32)
 
 

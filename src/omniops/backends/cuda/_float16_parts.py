@@ -1,0 +1,79 @@
+# mypy: ignore-errors
+# (Triton's language, not Python's)
+"""Matrix products of float32 in Triton, in parts of float16, which tensor cores multiply at twice the rate of TF32.
+
+A row of a factor is multiplied by a power of two that brings its largest number between 2**14 and 2**15, and is then
+high + low: high is the nearest float16, low that of the rest. The product is high * high + high * low + low * high, and
+what is left out is below float32's own rounding. High alone has the 11 bits of TF32. Of a number that is smaller than
+the row's largest one 22 bits are kept down to 2**-16 of that, fewer below, none at 2**-39.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def bits_of(value):
+    """The bits of float32 numbers without their signs: integers in the order of the numbers, and above them NaN."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def powers(most):
+    """2**-s and 2**s, where the largest number times 2**s is below 2**15, of the bits of the largest numbers."""
+    # An exponent of 15 or less would have a 2**s that is infinite or a 2**-s that is zero.
+    exponent = tl.maximum(most >> 23, 15)
+    return ((exponent - 14) << 23).to(tl.float32, bitcast=True), ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def low_part(value, high):
+    """What float16 dropped of a float32."""
+    return tl.where(value == high.to(tl.float32), 0, value - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def multiply_add(a, b_high, b_low, total, PRECISE: tl.constexpr):
+    """total + a @ (b_high + b_low), with the rows of a in parts as they come. Where not PRECISE, b_low is not read."""
+    down, up = powers(tl.max(bits_of(a), 1))
+    a *= up[:, None]
+    a_high = a.to(tl.float16)
+    # Tensor cores cut what they add to a sum, not round it: a sum of its own for each block keeps that small.
+    if PRECISE:
+        part = tl.dot(low_part(a, a_high), b_high)
+        part = tl.dot(a_high, b_low, part)
+        part = tl.dot(a_high, b_high, part)
+    else:
+        part = tl.dot(a_high, b_high)
+    return total + part * down[:, None]
+
+
+@triton.jit(do_not_specialize=["weight_o", "weight_c", "weight_v", "weight_u"])
+def split_weights(
+    weight, high, low, scales, weight_o, weight_c, weight_v, weight_u,
+    CG: tl.constexpr, K: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(high + low)[o, t * CG + c] * scales[o] = weight[o, c, t], whose strides are given.
+
+    Grid: (output channels).
+    """
+    o = tl.program_id(0).to(tl.int64)
+    weight += o * weight_o
+    most = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, K * CG, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        t = i % K
+        at = (i // K).to(tl.int64) * weight_c + (t // KW).to(tl.int64) * weight_v + (t % KW).to(tl.int64) * weight_u
+        most = tl.maximum(most, bits_of(tl.load(weight + at, mask=i < K * CG, other=0)))
+    down, up = powers(tl.max(most, 0))
+    tl.store(scales + o, down)
+    for start in range(0, K * CG, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        t = i // CG
+        at = (i % CG).to(tl.int64) * weight_c + (t // KW).to(tl.int64) * weight_v + (t % KW).to(tl.int64) * weight_u
+        value = tl.load(weight + at, mask=i < K * CG, other=0) * up
+        value_high = value.to(tl.float16)
+        tl.store(high + (o * (K * CG) + i), value_high, mask=i < K * CG)
+        tl.store(low + (o * (K * CG) + i), low_part(value, value_high), mask=i < K * CG)
