@@ -1,5 +1,7 @@
 """The operator as PyTorch sees it: schema, fake kernel, autograd, autocast, compile, export, empty inputs, errors."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,24 @@ def test_opcheck(device, optional, layout):
         tensors[3:] = None, None
     for name, arguments in operator_of(tensors, grad).items():
         torch.library.opcheck(getattr(torch.ops.omniops, name).default, arguments)
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_opcheck_of_each_subset_of_gradients(device, layout):
+    """But for the traces of the derivative, which take long."""
+    *tensors, grad = (
+        (x.contiguous(memory_format=layout) if x.dim() == 4 else x).detach().requires_grad_() for x in problem(device)
+    )
+    arguments = operator_of(tensors, grad)["deform_conv2d_backward"][:-1]
+    for wanted in itertools.product((False, True), repeat=5):
+        torch.library.opcheck(
+            torch.ops.omniops.deform_conv2d_backward.default,
+            (*arguments, list(wanted)),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
+        results = torch.ops.omniops.deform_conv2d_backward(*arguments, list(wanted))
+        assert [x.numel() > 0 for x in results] == list(wanted)
 
 
 @IN_FLOAT64
