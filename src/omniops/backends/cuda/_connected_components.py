@@ -8,26 +8,29 @@ it is known by the node of its first pixel, 1 + y * W + x, which is what its lab
 ``counts`` there its length; the other pixels are not touched before the end. So there is no memory besides the results
 and the bitmap, 4 bytes for up to 32 pixels of a row. The kernels, each over all words of all images:
 
-    pack_mask     the bitmap
-    link_runs     each run's parent: the run that it continues from the word on the left, else the first run that it
-                  touches above, else itself. No two threads write one parent, so there are no atomics; most links are
-                  made here
-    flatten_runs  each run's parent becomes the root. All runs jump at once to their parents' parents, so a chain of
-                  length n takes about log n steps
+    link_runs     the bitmap, and each run's parent: the run that it continues from the word on the left, else the first
+                  run that it touches above, else itself. No two threads write one parent, so there are no atomics; most
+                  links are made here
     merge_runs    the other touching runs: the later of two roots is pointed to the earlier one by atomic_min. If that
-                  one had got another parent meanwhile, this parent is merged too (Komura 2015, Playne and Hawick 2018)
-    flatten_runs  again, and each run adds its length to the count of its root
+                  one had got another parent meanwhile, this parent is merged too (Komura 2015, Playne and Hawick 2018).
+                  On the way to a root the parent of where it began becomes each run that it passes; as all runs do so
+                  at once, a chain of length n takes about log n steps
+    count_runs    each run's parent becomes the root, and each run adds its length to the count of its root
     write_result  labels and counts of every pixel
 
 Parents only ever become smaller, and those of a component are of that component: a value read late, from whatever
-cache, costs a step and nothing else. The roots are the first nodes of the components, so the result is canonical.
+cache, costs a step and nothing else. A parent that such a value replaces may be one that atomic_min has just put there,
+but never the only link: whoever put it there saw by what it replaced that this was no root, and goes on from that. The
+roots are the first nodes of the components, so the result is canonical.
 
-A program owns BLOCK words of one image, in the first and the last kernel their pixels. A lane is a word, and works
-through its runs one after the other. Bits are in int64, so that neither a run's carry nor a shift leaves the number.
+A program owns BLOCK words of one image, in the last kernel their pixels. A lane is a word, and works through its runs
+one after the other. Bits are in int64, so that neither a run's carry nor a shift leaves the number.
 
-Sizes and flags are arguments that Triton compiles nothing anew for: masks of all sizes have the same compiled kernels,
-with either connectivity. Three pointers, three numbers and BLOCK are the parameters of each kernel, used or not, as
-Triton before 3.7 has a C compiler make a launcher for each list of types.
+The mask is of bytes, in rows of a multiple of 8 that begin at a multiple of 8, so that 8 pixels are loaded at once.
+``stride`` is the number of such eights in a row. pad_rows makes such a mask of any other, a byte for each pixel.
+``diagonals`` is 1 where pixels that touch at a corner are connected, else 0. Triton compiles a kernel anew neither for
+these numbers nor for the sizes or the mask's alignment. All kernels have the same parameters, used or not, as Triton
+before 3.7 has a C compiler make a launcher for each list of types.
 """
 
 from __future__ import annotations
@@ -77,62 +80,84 @@ def _parent(labels, node, active):
 
 
 @triton.jit
-def _root(labels, node, active):
-    parent = _parent(labels, node, active)
-    moving = active & (parent != node)
-    while _any(moving):
-        node = tl.where(moving, parent, node)
-        parent = _parent(labels, node, moving)
-        moving = moving & (parent != node)
-    return node
+def _unite(labels, a, b, active, b_is_alone):
+    """Make one component of the runs a and b.
 
-
-@triton.jit
-def _unite(labels, a, b, active):
+    The ways to both roots are one loop, so that their loads are in flight together. Where b is the parent of a, they
+    are one already, and the way is gone for the sake of those that lead through a; that from b is left to the lane that
+    has b below another run, unless ``b_is_alone``: there may be no such lane.
+    """
     while _any(active):
-        a = _root(labels, a, active)
-        b = _root(labels, b, active)
-        active = active & (a != b)
-        later = tl.maximum(a, b)
-        b = tl.minimum(a, b)
+        root_of_a = _parent(labels, a, active)
+        apart = active & ((root_of_a != b) | b_is_alone)
+        root_of_b = _parent(labels, b, apart)
+        above_a = _parent(labels, root_of_a, active)
+        above_b = _parent(labels, root_of_b, apart)
+        a_moves = active & (above_a != root_of_a)
+        b_moves = apart & (above_b != root_of_b)
+        while _any(a_moves | b_moves):
+            root_of_a = tl.where(a_moves, above_a, root_of_a)
+            root_of_b = tl.where(b_moves, above_b, root_of_b)
+            tl.store(labels + a, root_of_a, mask=a_moves)
+            tl.store(labels + b, root_of_b, mask=b_moves)
+            above_a = _parent(labels, root_of_a, a_moves)
+            above_b = _parent(labels, root_of_b, b_moves)
+            a_moves = a_moves & (above_a != root_of_a)
+            b_moves = b_moves & (above_b != root_of_b)
+        active = apart & (root_of_a != root_of_b)
+        later = tl.maximum(root_of_a, root_of_b)
+        b = tl.minimum(root_of_a, root_of_b)
         a = tl.atomic_min(labels + later, b, mask=active, sem="relaxed")
         active = active & (a != later)
 
 
 @triton.jit
-def _packed(mask, width, y, k, exists):
-    column = tl.arange(0, 32)[None, :]
-    x = k[:, None] * 32 + column
-    value = tl.load(mask + (y[:, None] * width + x), mask=exists[:, None] & (x < width), other=0)
-    return tl.sum((value != 0).to(tl.int32) << column, axis=1)
+def _packed(eights, row, k, stride, exists):
+    """Word k of a row of the batch."""
+    word = tl.zeros(k.shape, tl.int64)
+    for i in tl.static_range(4):
+        place = k * 4 + i
+        pixels = tl.load(eights + row * stride + place, mask=exists & (place < stride), other=0)
+        # The highest bit of each byte that is not 0; then these 8 side by side.
+        pixels = (((pixels & 0x7F7F7F7F7F7F7F7F) + 0x7F7F7F7F7F7F7F7F) | pixels) >> 7 & 0x0101010101010101
+        word |= ((pixels * 0x0102040810204080) >> 56 & 0xFF) << (8 * i)
+    return word
 
 
-@triton.jit(do_not_specialize=["height", "width", "unused"])
-def pack_mask(mask, bits, counts, height, width, unused, BLOCK: tl.constexpr):
-    first_row, words, word, y, k, exists = _words(height, width, BLOCK)
-    if width % 16 == 0:
-        sixteens = width // 16 * 16  # which tells the compiler that rows are aligned: it loads several pixels at once
-        packed = _packed(mask + first_row * sixteens, sixteens, y, k, exists)
-    else:
-        packed = _packed(mask + first_row * width, width, y, k, exists)
-    tl.store(bits + first_row * words + word, packed, mask=exists)
+_NOT_COMPILED_FOR = ("height", "width", "stride", "diagonals")
 
 
-@triton.jit(do_not_specialize=["height", "width", "diagonals"])
-def link_runs(bits, labels, counts, height, width, diagonals, BLOCK: tl.constexpr):
-    """``diagonals`` is 1 where pixels that touch at a corner are connected, else 0."""
+@triton.jit(do_not_specialize=_NOT_COMPILED_FOR, do_not_specialize_on_alignment=("mask",))
+def pad_rows(mask, rows, labels, counts, height, width, stride, diagonals, BLOCK: tl.constexpr):
+    first_row, _, _, y, k, exists = _words(height, width, BLOCK)
+    row = (first_row + y)[:, None]
+    x = k[:, None] * 32 + tl.arange(0, 32)[None, :]
+    exists = exists[:, None]
+    value = tl.load(mask + row * width + x, mask=exists & (x < width), other=0)
+    length = stride * 8
+    # Beyond the image too, where link_runs looks for no end of the row.
+    tl.store(rows + row * length + x, (value != 0).to(tl.int8), mask=exists & (x < length))
+
+
+@triton.jit(do_not_specialize=_NOT_COMPILED_FOR, do_not_specialize_on_alignment=("mask",))
+def link_runs(mask, bits, labels, counts, height, width, stride, diagonals, BLOCK: tl.constexpr):
     first_row, words, word, y, k, exists = _words(height, width, BLOCK)
     bits += first_row * words + word
     labels += first_row * width - 1
     counts += first_row * width - 1
+    row = first_row + y
+    has_left = exists & (k > 0)
     has_above = exists & (y > 0)
-    rest = _load(bits, exists)
-    left = _load(bits - 1, exists & (k > 0))
-    above = _load(bits - words, has_above)
-    above_left = _load(bits - words - 1, has_above & (k > 0))
-    above_right = _load(bits - words + 1, has_above & (k + 1 < words))
+    eights = mask.to(tl.pointer_type(tl.int64))
+    rest = _packed(eights, row, k, stride, exists)
+    left = _packed(eights, row, k - 1, stride, has_left)
+    above = _packed(eights, row - 1, k, stride, has_above)
+    above_left = _packed(eights, row - 1, k - 1, stride, has_above & has_left)
+    right = k * 32 + 32
+    above_right = tl.load(mask + ((row - 1) * stride * 8 + right), mask=has_above & (right < width), other=0) != 0
+    tl.store(bits, rest.to(tl.int32), mask=exists)
     # Bit c + 1: column c of the row above, from -1 to 32.
-    around = above_left >> 31 | above << 1 | (above_right & 1) << 33
+    around = above_left >> 31 | above << 1 | above_right.to(tl.int64) << 33
     last = tl.full((BLOCK,), 31, tl.int64)
     left_first = _first_of_run(left, last) - 32
     above_left_first = _first_of_run(above_left, last) - 32
@@ -155,9 +180,8 @@ def link_runs(bits, labels, counts, height, width, diagonals, BLOCK: tl.constexp
         rest = past & (past - 1)
 
 
-@triton.jit(do_not_specialize=["height", "width", "count"])
-def flatten_runs(bits, labels, counts, height, width, count, BLOCK: tl.constexpr):
-    """``count`` is 1 where the runs' lengths are added up, else 0."""
+@triton.jit(do_not_specialize=_NOT_COMPILED_FOR, do_not_specialize_on_alignment=("mask",))
+def count_runs(mask, bits, labels, counts, height, width, stride, diagonals, BLOCK: tl.constexpr):
     first_row, words, word, y, k, exists = _words(height, width, BLOCK)
     labels += first_row * width - 1
     counts += first_row * width - 1
@@ -177,20 +201,19 @@ def flatten_runs(bits, labels, counts, height, width, count, BLOCK: tl.constexpr
             tl.store(labels + node, root, mask=moving)  # at once, for those whose way leads through here
             above = _parent(labels, root, moving)
             moving = moving & (above != root)
-        if count != 0:
-            counted = active & (root != node)
-            length = tl.where(counted, _log2(past & -past) - first, 0)
-            lowest = tl.min(tl.where(counted, root, 2147483647), axis=0)
-            if lowest == tl.max(tl.where(counted, root, 0), axis=0):
-                # One component, as inside of a large one, whose pixels would else all add to one address.
-                tl.atomic_add(counts + lowest, tl.sum(length, axis=0), sem="relaxed")
-            else:
-                tl.atomic_add(counts + root, length, mask=counted, sem="relaxed")
+        counted = active & (root != node)
+        length = tl.where(counted, _log2(past & -past) - first, 0)
+        lowest = tl.min(tl.where(counted, root, 2147483647), axis=0)
+        if lowest == tl.max(tl.where(counted, root, 0), axis=0):
+            # One component, as inside of a large one, whose pixels would else all add to one address.
+            tl.atomic_add(counts + lowest, tl.sum(length, axis=0), sem="relaxed")
+        else:
+            tl.atomic_add(counts + root, length, mask=counted, sem="relaxed")
         rest = past & (past - 1)
 
 
-@triton.jit(do_not_specialize=["height", "width", "diagonals"])
-def merge_runs(bits, labels, counts, height, width, diagonals, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=_NOT_COMPILED_FOR, do_not_specialize_on_alignment=("mask",))
+def merge_runs(mask, bits, labels, counts, height, width, stride, diagonals, BLOCK: tl.constexpr):
     """Each two runs that touch meet here once, at the first column where they do.
 
     Not those where that is the corner at which the upper one ends and the lower one begins: link_runs has joined them.
@@ -219,32 +242,34 @@ def merge_runs(bits, labels, counts, height, width, diagonals, BLOCK: tl.constex
         below_first = _first_of_run(here, column.to(tl.int64))
         above_first = _first_of_run(above, column.to(tl.int64))
         above_first = tl.where((corners & lowest) != 0, column + 1, above_first)
-        _unite(labels, origin + below_first, origin - width + above_first, active)
+        # It continues a run on the left, and may touch nothing above.
+        continues = (above_first == 0) & (above_left >> 31 != 0)
+        _unite(labels, origin + below_first, origin - width + above_first, active, continues)
         meetings &= meetings - 1
 
 
-@triton.jit
-def _write(labels, counts, width, here, y, k, exists):
-    """labels, counts: from the image's first pixel; here: (BLOCK, 1)."""
-    column = tl.arange(0, 32)[None, :]
-    pixel = y[:, None] * width + k[:, None] * 32
-    here, columns = tl.broadcast(here, column)
-    foreground = (here >> columns) & 1 != 0
-    first = _first_of_run(here, columns)
-    # Others read what is at a run's first pixel while its own lane writes it anew: the same label, the same count.
-    label = tl.load(labels + (pixel + first), mask=foreground, other=0)
-    count = tl.load(counts - 1 + label, mask=foreground, other=0)
-    inside = exists[:, None] & (k[:, None] * 32 + column < width)
-    tl.store(labels + (pixel + column), label, mask=inside)
-    tl.store(counts + (pixel + column), count, mask=inside)
-
-
-@triton.jit(do_not_specialize=["height", "width", "unused"])
-def write_result(bits, labels, counts, height, width, unused, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=_NOT_COMPILED_FOR, do_not_specialize_on_alignment=("mask",))
+def write_result(mask, bits, labels, counts, height, width, stride, diagonals, BLOCK: tl.constexpr):
     first_row, words, word, y, k, exists = _words(height, width, BLOCK)
-    here = tl.load(bits + first_row * words + word, mask=exists, other=0)[:, None]
-    if width % 16 == 0:
-        sixteens = width // 16 * 16  # as in pack_mask
-        _write(labels + first_row * sixteens, counts + first_row * sixteens, sixteens, here, y, k, exists)
+    here = tl.load(bits + first_row * words + word, mask=exists, other=0)
+    column = tl.arange(0, 32)[None, :]
+    here, columns = tl.broadcast(here[:, None], column)
+    foreground = (here >> columns) & 1 != 0
+    y = y[:, None]
+    x = k[:, None] * 32
+    image = first_row * width
+    first = y * width + x + _first_of_run(here, columns)
+    # Others read what is at a run's first pixel while its own lane writes it anew: the same label, the same count.
+    label = tl.load(labels + image + first, mask=foreground, other=0)
+    count = tl.load(counts + image - 1 + label, mask=foreground, other=0)
+    if width % 4 == 0:
+        fours = width // 4 * 4  # which tells the compiler that rows are aligned: it stores several pixels at once
+        pixel = first_row * fours + (y * fours + x + column)
+        inside = exists[:, None] & (x + column < fours)
+        tl.store(labels + pixel, label, mask=inside)
+        tl.store(counts + pixel, count, mask=inside)
     else:
-        _write(labels + first_row * width, counts + first_row * width, width, here, y, k, exists)
+        pixel = image + (y * width + x + column)
+        inside = exists[:, None] & (x + column < width)
+        tl.store(labels + pixel, label, mask=inside)
+        tl.store(counts + pixel, count, mask=inside)

@@ -1,7 +1,7 @@
 """Connected components in Triton: launches the kernels; ``omniops.ops.connected_components`` says what they compute.
 
-Six launches whatever the masks hold, and no look at a result in between: the host never waits, and a CUDA graph can
-record them.
+Four launches whatever the masks hold, five where their rows have to be padded, and no look at a result in between: the
+host never waits, and a CUDA graph can record them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from omniops.backends.cuda._launch import Launch, on_device
 
 # Words of 32 pixels of a program. A lane waits for the longest way of its program, so a warp is best alone.
 _WORDS, _WARPS = 32, 1
-# And of the two kernels that see every pixel.
-_PIXEL_WORDS, _PIXEL_WARPS = 32, 4
+# And of the kernels that see every pixel.
+_PIXEL_WORDS, _PIXEL_WARPS = 16, 2
 
 
 @prepared
@@ -30,33 +30,32 @@ def connected_components(mask: Tensor, connectivity: int) -> Callable[[Tensor, i
     n, _, height, width = shape
     words = height * cdiv(width, 32)
     strides = height * width, height * width, width, 1
-    is_signed_and_contiguous = mask.dtype.is_signed and mask.is_contiguous()
-    diagonals = int(connectivity == 8)
+    eights = cdiv(width, 8)
+    is_in_eights = mask.element_size() == 1 and mask.is_contiguous() and width % 8 == 0 and mask.data_ptr() % 8 == 0
+    sizes = height, width, eights, int(connectivity == 8)
 
-    def by_word(kernel: object, flag: int) -> Launch:
-        return Launch(kernel, (n * cdiv(words, _WORDS),), height, width, flag, BLOCK=_WORDS, num_warps=_WARPS)
+    def launch(kernel: object, words_of_a_program: int, warps: int) -> Launch:
+        grid = (n * cdiv(words, words_of_a_program),)
+        return Launch(kernel, grid, *sizes, BLOCK=words_of_a_program, num_warps=warps)
 
-    def by_pixel(kernel: object) -> Launch:
-        grid = (n * cdiv(words, _PIXEL_WORDS),)
-        return Launch(kernel, grid, height, width, 0, BLOCK=_PIXEL_WORDS, num_warps=_PIXEL_WARPS)
-
-    pack, write = by_pixel(kernels.pack_mask), by_pixel(kernels.write_result)
-    link, merge = by_word(kernels.link_runs, diagonals), by_word(kernels.merge_runs, diagonals)
-    flatten, flatten_and_count = (by_word(kernels.flatten_runs, count) for count in (0, 1))
+    runs = (kernels.link_runs, kernels.merge_runs, kernels.count_runs)
+    link, merge, count = (launch(each, _WORDS, _WARPS) for each in runs)
+    pad, write = (launch(each, _PIXEL_WORDS, _PIXEL_WARPS) for each in (kernels.pad_rows, kernels.write_result))
 
     def run(mask: Tensor, _: int) -> tuple[Tensor, Tensor]:
-        if not is_signed_and_contiguous:
-            mask = as_signed(mask).contiguous()
+        mask = mask.view(torch.int8) if is_in_eights else as_signed(mask).contiguous()
         labels = mask.new_empty_strided(shape, strides, dtype=torch.int32)
         counts = torch.empty_like(labels)
         bits = labels.new_empty((n * words,))
         with on_device(labels) as stream:
-            pack(stream, mask, bits, counts)
-            link(stream, bits, labels, counts)
-            flatten(stream, bits, labels, counts)
-            merge(stream, bits, labels, counts)
-            flatten_and_count(stream, bits, labels, counts)
-            write(stream, bits, labels, counts)
+            if not is_in_eights:
+                rows = mask.new_empty((n * height * eights * 8,), dtype=torch.int8)
+                pad(stream, mask, rows, labels, counts)
+                mask = rows
+            link(stream, mask, bits, labels, counts)
+            merge(stream, mask, bits, labels, counts)
+            count(stream, mask, bits, labels, counts)
+            write(stream, mask, bits, labels, counts)
         return labels, counts
 
     return run
