@@ -215,23 +215,20 @@ def forward(
 
 @triton.jit
 def _features_step(
-    acc, grad, masks, step, tap, row, j, height, width, has_channel, m_sc,
-    K: tl.constexpr, R: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr, TILE: tl.constexpr,
-    EVEN_C: tl.constexpr, UNROLLED: tl.constexpr,
+    acc, grad, masks, step: tl.constexpr, tap, row, j, height, width, has_channel, m_sc,
+    K: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr, TILE: tl.constexpr, EVEN_C: tl.constexpr,
 ):  # fmt: skip
-    """Add what a row of results gives to R rows of pixels, from the centres ``step`` pairs beside them.
+    """Add what a row of results gives to ROWS rows of pixels, from the pairs of centres ``step`` beside them.
 
-    A centre h of these pairs sees pixel p through tap v = p - h + K // 2 - 2 * step. UNROLLED says that the compiler
-    knows ``step``, and so which of the three taps there are.
+    Of these pairs centre h sees pixel p through tap v = p - h + K // 2 - 2 * step, which are three taps where all are.
     """
     dtype: tl.constexpr = acc[0].dtype
     inside = (row >= 0) & (row < height) & (j + 4 * step >= 0) & (j + 4 * step < 2 * width)
     loaded = ()  # weights before gradients: in the other order the kernel is a tenth slower
-    for r in tl.static_range(R):
+    for r in tl.static_range(ROWS):
+        seen = inside & (tap + r >= 0) & (tap + r < K)
         for d in tl.static_range(3):
-            if not UNROLLED or (K // 2 - 2 * step + d - 1 >= 0 and K // 2 - 2 * step + d - 1 < K):
-                v = tap * 0 + (K // 2 - 2 * step + d - 1)  # lanes, as the interpreter's `&` needs them
-                seen = inside & (tap + r >= 0) & (tap + r < K) & (v >= 0) & (v < K)
+            if K // 2 - 2 * step + d > 0 and K // 2 - 2 * step + d <= K:
                 pointers = masks + ((r * K + K // 2 - 2 * step + d - 1) * m_sc + 4 * step)
                 weights = tl.load(pointers, mask=seen[None, :, :], other=0.0)
                 loaded = loaded + (_for_channels(weights, CHANNELS, WARPS, 4 * TILE, dtype),)
@@ -239,11 +236,11 @@ def _features_step(
                 loaded = loaded + (acc[0],)  # never used
     values = _split_quads(_load(grad + 4 * step, inside, has_channel, EVEN_C, dtype), CHANNELS, TILE)
     sums = ()
-    for r in tl.static_range(R):
+    for r in tl.static_range(ROWS):
         first = acc[2 * r]
         second = acc[2 * r + 1]
         for d in tl.static_range(3):
-            if not UNROLLED or (K // 2 - 2 * step + d - 1 >= 0 and K // 2 - 2 * step + d - 1 < K):
+            if K // 2 - 2 * step + d > 0 and K // 2 - 2 * step + d <= K:
                 weights = _split_quads(loaded[3 * r + d], CHANNELS, TILE)
                 for b in tl.static_range(2):
                     if d == 0:
@@ -258,12 +255,28 @@ def _features_step(
 
 
 @triton.jit
+def _features_tap(
+    acc, grad, masks, u, v, inside, has_channel, m_sc,
+    K: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr, TILE: tl.constexpr, EVEN_C: tl.constexpr,
+):  # fmt: skip
+    """Add what one tap of a row of results gives to ROWS rows of pixels, for each column of results apart."""
+    dtype: tl.constexpr = acc[0].dtype
+    value = _load(grad, inside, has_channel, EVEN_C, dtype)
+    sums = ()
+    for r in tl.static_range(ROWS):
+        tap = inside.to(tl.int32) * 0 + (u + r)  # lanes, as the interpreter's `&` needs them
+        seen = inside & (tap >= 0) & (tap < K)
+        weights = tl.load(masks + ((u + r) * K + v) * m_sc, mask=seen[None, :, :], other=0.0)
+        sums = sums + (tl.fma(value, _for_channels(weights, CHANNELS, WARPS, 4 * TILE, dtype), acc[r]),)
+    return sums
+
+
+@triton.jit
 def _backward_features(
     grad, masks, out, groups, channels, height, width, shift, g_sn, g_sc, g_sh, m_sn, m_sc, m_sh, o_sn, o_sc, o_sh,
     K: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, EVEN_C: tl.constexpr,
     WIDE: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    R: tl.constexpr = ROWS
     PAIR: tl.constexpr = 2 if VECTORS else 1
     QUAD: tl.constexpr = 4 if VECTORS else 2
     REACH: tl.constexpr = (K // 2 + 1) // 2  # pairs of centres to either side
@@ -274,10 +287,10 @@ def _backward_features(
     tile_x = 1 << shift  # a power of two
     tile_y = TILE >> shift
     chunk, top, left, group, n = decode(
-        tl.cdiv(channels, CHANNELS), tl.cdiv(height, tile_y * R), tl.cdiv(width, 2 * tile_x), groups
+        tl.cdiv(channels, CHANNELS), tl.cdiv(height, tile_y * ROWS), tl.cdiv(width, 2 * tile_x), groups
     )
     row, j = _places(top * tile_y, left * tile_x, shift, 4, TILE)
-    row = row * R + K // 2
+    row = row * ROWS + K // 2
     channel = tl.arange(0, CHANNELS)[:, None]
     has_channel = chunk * CHANNELS + channel < channels
     of_warp = channel % WARPS
@@ -285,34 +298,44 @@ def _backward_features(
     c = (group * channels + chunk * CHANNELS).to(tl.int64)
     grad += (n * g_sn + c * g_sc) // QUAD * QUAD + (j + of_warp * g_sc)
     masks += (n * m_sn + (group * K * K).to(tl.int64) * m_sc) // QUAD * QUAD + _for_warps(j, WARPS)
-    acc = zeros(2 * R, (CHANNELS, TILE), out.dtype.element_ty)
-    STEPS: tl.constexpr = 1 if VECTORS else 2 * REACH + 1
-    for part in range(2 * (K + R - 1) * STEPS):
-        # The centre row that sees row y through tap row u sees row y + r through tap row u + r.
-        u = part // STEPS // 2 + 1 - R
-        i = (2 * (row - u) + part // STEPS % 2).to(tl.int64)
-        grads = grad + i * g_sh + block * g_sc
-        weights = masks + (i * m_sh + u * K * m_sc)[None, :, :]
-        if VECTORS:
+    # The centre row that sees row y through tap row u sees row y + r through tap row u + r.
+    if VECTORS:
+        acc = zeros(2 * ROWS, (CHANNELS, TILE), out.dtype.element_ty)
+        for part in range(2 * (K + ROWS - 1)):
+            u = part // 2 + 1 - ROWS
+            i = (2 * (row - u) + part % 2).to(tl.int64)
+            grads = grad + i * g_sh + block * g_sc
+            weights = masks + (i * m_sh + u * K * m_sc)[None, :, :]
             for step in tl.static_range(2 * REACH + 1):
                 acc = _features_step(
                     acc, grads, weights, step - REACH, row * 0 + u, row - u, j, height, width, has_channel, m_sc,
-                    K, R, CHANNELS, WARPS, TILE, EVEN_C, True,
+                    K, CHANNELS, WARPS, TILE, EVEN_C,
                 )  # fmt: skip
-        else:
-            acc = _features_step(
-                acc, grads, weights, part % STEPS - REACH, row * 0 + u, row - u, j, height, width, has_channel, m_sc,
-                K, R, CHANNELS, WARPS, TILE, EVEN_C, False,
+    else:
+        acc = zeros(ROWS, (CHANNELS, 4 * TILE), out.dtype.element_ty)
+        for part in range(2 * (K + ROWS - 1) * K):
+            u = part // (2 * K) + 1 - ROWS
+            v = part % K
+            away = 2 * (K // 2 - v)  # from the pixels' own columns of results
+            i = (2 * (row - u) + part // K % 2).to(tl.int64)
+            inside = (row - u >= 0) & (row - u < height) & (j + away >= 0) & (j + away < 2 * width)
+            acc = _features_tap(
+                acc, grad + (i * g_sh + away) + block * g_sc, masks + (i * m_sh + away)[None, :, :], u, v, inside,
+                has_channel, m_sc, K, CHANNELS, WARPS, TILE, EVEN_C,
             )  # fmt: skip
     y, x = _places(top * tile_y, left * tile_x, shift, 2, TILE)
-    y = y * R
+    y = y * ROWS
     out += (n * o_sn + c * o_sc) // PAIR * PAIR + (y.to(tl.int64) * o_sh + x + of_warp * o_sc) + block * o_sc
-    for r in tl.static_range(R):
-        pairs = tl.reshape(tl.join(acc[2 * r], acc[2 * r + 1]), (CHANNELS, 2 * TILE))
+    for r in tl.static_range(ROWS):
+        if VECTORS:
+            pairs = tl.join(acc[2 * r], acc[2 * r + 1])
+        else:
+            even, odd = tl.split(tl.reshape(acc[r], (CHANNELS, TILE, 2, 2)))
+            pairs = even + odd
         stored = (y + r < height) & (x < width)
         if not EVEN_C:
             stored = stored & has_channel
-        tl.store(out + r * o_sh, pairs.to(out.dtype.element_ty), mask=stored)
+        tl.store(out + r * o_sh, tl.reshape(pairs, (CHANNELS, 2 * TILE)).to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=_SIZES)
