@@ -339,7 +339,7 @@ def arguments_of_kernels(name, device):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
 def test_what_is_prepared_holds_no_tensor(backend, name):
-    """On CUDA's kernels the interpreter runs where there is no GPU."""
+    """Triton's interpreter runs CUDA's where there is no GPU, once, as it takes long."""
     if backend == "cuda":
         pytest.importorskip("triton", reason="Triton is not installed")
     device = "cuda" if backend == "cuda" and torch.cuda.is_available() else "cpu"
@@ -354,6 +354,8 @@ def test_what_is_prepared_holds_no_tensor(backend, name):
         del arguments, results
         gc.collect()
         assert [x() for x in died] == [None] * len(died)
+        if backend == "cuda" != device:
+            continue
         again = arguments_of_kernels(name, device)[operator]  # others of their kind
         for one, numbers in zip(_tuple(run(*again)), expected, strict=True):
             torch.testing.assert_close(one, torch.tensor(numbers, dtype=one.dtype, device=device))
