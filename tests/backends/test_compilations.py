@@ -24,7 +24,14 @@ def compilations(operator, dtype, folder):
     return [int(line) for line in subprocess.check_output(command, env=environment, text=True).split()]
 
 
-@pytest.mark.parametrize(("operator", "dtype"), [("connected_components", "uint8")])
+@pytest.mark.parametrize(
+    ("operator", "dtype"),
+    [
+        *((operator, dtype) for operator in ("carafe", "deform_conv2d") for dtype in ("float32", "float16")),
+        ("connected_components", "uint8"),
+        ("connected_components", "int64"),
+    ],
+)
 def test_sizes_are_not_compiled_for(operator, dtype, tmp_path):
     counts = compilations(operator, dtype, tmp_path)
     assert 1 <= counts[-1] <= MOST
