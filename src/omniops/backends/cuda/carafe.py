@@ -131,7 +131,7 @@ def _forward(
             WIDE=_wide(features, masks, out), num_warps=warps, maxnreg=168,
         )  # fmt: skip
     lines = scale_factor if scale_factor <= 4 else 1
-    by_channel = out.stride(1) == 1  # channels_last
+    by_channel = _order(out) > 0
     warps, lanes, sums = (4, 4, 16) if by_channel else (2, 32, 32)
     tile_y, tile_x = _tile(lanes)
     block_c = _block(channels, sums * 32 * warps // (lanes * next_power_of_2(lines * scale_factor)))
@@ -166,7 +166,7 @@ def _backward_features(
             maxnreg=128 if grad.element_size() == 2 and kernel_size <= 5 else 168,
         )  # fmt: skip
     sp = next_power_of_2(scale_factor)
-    by_channel = out.stride(1) == 1
+    by_channel = _order(out) > 0
     warps, lanes = (2, 4) if by_channel else (4, 64)
     tile_y, tile_x = _tile(max(1, lanes // sp))
     block_c = _block(channels, 128 if by_channel else 16)
@@ -199,7 +199,7 @@ def _backward_masks(
         )  # fmt: skip
     lines = scale_factor if scale_factor <= 4 else 1
     taps = min(kernel_size**2, max(1, 10 // lines))
-    by_channel = grad.stride(1) == 1
+    by_channel = _order(grad) > 0
     tile_y, tile_j = _tile(4 if by_channel else 32)
     block_c = _block(channels, 32) if by_channel else 1
     parts = cdiv(kernel_size**2, taps) * (scale_factor // lines)
