@@ -44,11 +44,13 @@ def second_derivatives(problem, function, wanted, cotangents):
 
 
 def test_second_derivatives_of_each_subset_of_the_first(problem):
-    """With gradients wanted by each subset of the tensors and the result's cotangent, against the oracle's."""
+    """Of one alone and of all, by each subset of the tensors and the result's cotangent, against the oracle's."""
     wide = problem.to(torch.float64)
     compared = 0
     for wanted in itertools.product((False, True), repeat=len(wide.tensors) + 1):
         for cotangents in subsets(sum(wanted[:-1])):
+            if 1 < sum(cotangents) < len(cotangents):
+                continue
             found = second_derivatives(wide, wide.function, wanted, cotangents)
             expected = second_derivatives(wide, wide.oracle, wanted, cotangents)
             for one, other in zip(found, expected, strict=True):
