@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import omniops.ops.deform_conv2d  # noqa: F401  registers the operator
 from omniops.backends import cpu, prepared
@@ -737,6 +738,35 @@ def test_half_precision_goes_into_the_kernels_as_it_is(dtype, multiplies_bfloat1
         assert_right(in_chunks(module, 20_000), "cpu", case, problem(case, dtype))
     name = str(dtype).removeprefix("torch.")
     assert seen == {(name, name if dtype == torch.bfloat16 and multiplies_bfloat16 else "float32")}
+
+
+class Products(TorchDispatchMode):
+    """Keeps whether what matrix products write is contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.contiguous = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            self.contiguous.append(result.is_contiguous())
+        return result
+
+
+@needs_cpu
+@pytest.mark.parametrize(("dtype", "copied"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_products_of_bfloat16_write_no_transposed_view(dtype, copied, monkeypatch):
+    """PyTorch takes seconds for what takes it a millisecond otherwise."""
+    module, case = kernels("cpu"), Case(1, 8, 5, 6, 4)
+    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: True)
+    x = problem(case, dtype)
+    with Products() as seen:
+        module.deform_conv2d(x.input, x.offset, x.weight, x.bias, x.mask, *case.numbers)
+    assert seen.contiguous == [copied]
+    with Products() as seen:
+        module.deform_conv2d_backward(x.grad, x.input, x.offset, x.weight, x.mask, *case.numbers, [True] * 5)
+    assert seen.contiguous == [True] * 2
 
 
 @pytest.fixture

@@ -99,6 +99,7 @@ class Columns:
         groups = plan.kernels[0]
         chunks = [(first, count, plan.part(first, count, channels_last)) for first, count in plan.chunks]
         same_dtype = input.dtype == plan.dtype
+        fused_bias = same_dtype and plan.of_views and self.longest_sum is None
 
         def run(
             input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, *_: Any
@@ -112,11 +113,14 @@ class Columns:
                 columns = plan.columns_of(memory, count)
                 self.sample(image, offset, mask, plan.call, first, columns)
                 part = place.of(out)
-                direct = same_dtype and self._takes(place, part)
-                product = self._product(columns, kernels, part if direct else None)
-                if bias is not None:
-                    product += bias
-                if not direct:
+                target = part if same_dtype and self._takes(plan, place, part) else None
+                if bias is not None and fused_bias:
+                    product = torch.baddbmm(bias, columns, kernels, out=target)
+                else:
+                    product = self._product(columns, kernels, target)
+                    if bias is not None:
+                        product += bias
+                if target is None:
                     part.copy_(product.view(place.size))
             return out
 
@@ -192,6 +196,8 @@ class Columns:
         return _Plan(
             self.call(geometry, (n, h, w, c), offset.shape, input.dtype, dtype),
             dtype,
+            # Those of bfloat16 go element by element through views that are not contiguous.
+            self.products_of_views and dtype != torch.bfloat16,
             found,
             image=(n, h, w, c),
             kernels=(groups, c_out // groups, length),
@@ -205,18 +211,19 @@ class Columns:
         A part is (G, P, C_out / G): it is left where it is if it has such strides, else the whole is copied before.
         """
         channels_last = memory_format(grad) == torch.channels_last
-        if self.products_of_views and grad.dtype == plan.dtype and (channels_last or grad.is_contiguous()):
+        if plan.of_views and grad.dtype == plan.dtype and (channels_last or grad.is_contiguous()):
             parts = [(first, count, plan.part(first, count, channels_last)) for first, count in plan.chunks]
             if all(len(part.size) == 3 for *_, part in parts):
                 return lambda grad: grad, parts
         n, c, h, w = plan.out
         return self._by_channel(grad, (n, h, w, c)), [(*chunk, plan.part(*chunk, True)) for chunk in plan.chunks]
 
-    def _takes(self, place: _Part, part: Tensor) -> bool:
+    def _takes(self, plan: _Plan, place: _Part, part: Tensor) -> bool:
         """Whether a product writes its result there."""
-        if self.products_of_views:
+        if plan.of_views:
             return place.dense
-        return bool(part.is_contiguous() and part.storage_offset() == 0 and len(place.size) == 3)
+        begins = self.products_of_views or part.storage_offset() == 0
+        return bool(begins and part.is_contiguous() and len(place.size) == 3)
 
     def _product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """(G, P, K) times (G, K, M), its sums in parts that are not too long."""
@@ -263,6 +270,8 @@ class _Plan:
     """What the kernels take."""
     dtype: torch.dtype
     """Of the columns and of the products with them."""
+    of_views: bool
+    """Whether these products read and write views of any strides as fast as contiguous tensors."""
     chunks: list[tuple[int, int]]
     image: tuple[int, int, int, int]
     """The shape (N, H, W, C)."""
