@@ -111,7 +111,7 @@ def block_of(
     c = d[:, None] * CD + of_group[None, :]
     if G == 1:
         column = c.to(tl.int64) * stride_c
-    elif BLOCK_D == 1 and CG % BLOCK_C == 0 and CD % BLOCK_C == 0:
+    elif BLOCK_D == 1 and (CG % BLOCK_C == 0 and CD % BLOCK_C == 0):
         g = (tl.program_id(1) * CD + start) // CG
         column = g.to(tl.int64) * stride_g + (c - g * CG).to(tl.int64) * stride_c
     else:
