@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omniops.backends.cuda import _deform_narrow, _deform_parts, _float16_parts
+from omniops.backends.cuda import _deform_narrow, _deform_parts
 from omniops.backends.cuda._deform_launches import Problem, Scratch
 from omniops.backends.cuda._grid import cdiv, next_power_of_2
 from omniops.backends.cuda._launch import Launch, on_device
@@ -73,13 +73,6 @@ def _no_plan(problem: Problem) -> list[tuple[int, torch.dtype]]:
     return [(0, problem.index), (0, problem.sums)]
 
 
-def _split_weights(problem: Problem, weight: Tensor) -> Launch:
-    return Launch(
-        _float16_parts.split_weights, (problem.c_out,), *weight.stride(),
-        CG=problem.per_group, K=problem.taps, KW=problem.geometry.kernel_size[1], BLOCK=1024, num_warps=4,
-    )  # fmt: skip
-
-
 def narrow(
     problem: Problem,
     offset: Tensor,
@@ -92,16 +85,14 @@ def narrow(
     is_float32, result = problem.dtype == torch.float32, (problem.n, problem.c_out, problem.rows, problem.columns)
     biased, dense = bias is not None, bias is None or bias.is_contiguous()
     weights, strides = math.prod(problem.kernels), _strides(offset, mask)
-    half = (weights, torch.float16)
     scratch = Scratch(
         problem.dtype,
         [
             (math.prod(problem.image), problem.dtype), *_no_plan(problem),
-            *([half, half, (problem.c_out, torch.float32)] if is_float32 else [(weights, problem.dtype)]),
+            (weights, problem.dtype), (problem.c_out if is_float32 else 0, problem.dtype),
         ],
     )  # fmt: skip
-    prepare = problem.prepare(0, problem.total, kernels=not is_float32)
-    split = _split_weights(problem, weight)
+    prepare = problem.prepare(0, problem.total, parts=is_float32)
 
     def launch(precise: bool) -> Launch:
         return Launch(
@@ -119,21 +110,17 @@ def narrow(
         forward = forwards[is_float32 and not is_tf32()]
         out = input.new_empty_strided(result, problem.out_strides)
         with on_device(input) as stream:
-            image, pixels, places, *parts = scratch(input)
-            kernels, low, scales = parts if is_float32 else parts * 3
+            image, pixels, places, kernels, scales = scratch(input)
             mask = offset if mask is None else mask
             if bias is None:
                 bias = out
             elif not dense:
                 bias = bias.contiguous()
-            others = image if is_float32 else kernels
             prepare(
                 stream, input, offset, mask, weight, image, image, pixels, places,
-                image, others, others, image, image, places,
+                image, scales if is_float32 else kernels, kernels, image, image, places,
             )  # fmt: skip
-            if is_float32:
-                split(stream, weight, kernels, low, scales)
-            forward(stream, image, offset, mask, kernels, low, scales, bias, out)
+            forward(stream, image, offset, mask, kernels, scales, bias, out)
         return out
 
     return run
@@ -158,11 +145,10 @@ def in_parts(
         torch.float32,
         [
             (sizes[0], torch.float32), *_no_plan(problem),
-            (sizes[1], half), (sizes[1], half), (problem.c_out, torch.float32),
+            (sizes[1], torch.float32), (problem.c_out, torch.float32),
             (count * row, half), (count * row, half), (count * row // UNIT, torch.float32),
         ],
     )  # fmt: skip
-    split = _split_weights(problem, weight)
     block_c = math.gcd(problem.per_offset_group, problem.per_group, 256)
     kept: dict[bool, Iterable[tuple[Launch, Launch, Launch]]] = {}
 
@@ -185,7 +171,7 @@ def in_parts(
                 NG=problem.out_per_group, ROW=problem.kernels[2], LAST=problem.channels_last, BIASED=biased,
                 PRECISE=precise, UNIT=UNIT, BLOCK_M=block_m, BLOCK_N=128, num_warps=warps, num_stages=3,
             )  # fmt: skip
-            return problem.prepare(first, count, kernels=False), sample, product
+            return problem.prepare(first, count, parts=True), sample, product
 
         return kept.setdefault(precise, problem.each_chunk(most, of_chunk))
 
@@ -194,20 +180,19 @@ def in_parts(
         steps = kept.get(precise) or launches(precise)
         out = input.new_empty_strided(result, problem.out_strides)
         with on_device(input) as stream:
-            image, pixels, places, weight_high, weight_low, weight_scales, high, low, scales = scratch(input)
+            image, pixels, places, weights, weight_scales, high, low, scales = scratch(input)
             mask = offset if mask is None else mask
             if bias is None:
                 bias = out
             elif not dense:
                 bias = bias.contiguous()
-            split(stream, weight, weight_high, weight_low, weight_scales)
             for prepare, sample, product in steps:
                 prepare(
                     stream, input, offset, mask, weight, image, image, pixels, places,
-                    image, image, image, image, image, places,
+                    image, weight_scales, weights, image, image, places,
                 )  # fmt: skip
                 sample(stream, image, offset, mask, high, low, scales)
-                product(stream, high, low, scales, weight_high, weight_low, weight_scales, bias, out)
+                product(stream, high, low, scales, weights, weight_scales, bias, out)
         return out
 
     return run

@@ -195,16 +195,19 @@ class Problem:
         along: int = 0,
         zeros: bool = False,
         low: bool = False,
+        parts: bool = False,
         sums: bool = False,
     ) -> Launch:
         """What is asked for: the plan of each chunk, the rest with the first, and the input with a border always.
         ``grad`` are strides and layout of the gradient of the result, and tell the backward: its weights lie along the
-        output channels."""
+        output channels. ``low`` and ``parts`` say how weights of float32 are split, for TF32 or float16."""
         programs = [0, self.units * cdiv(count, POSITIONS) if plan else 0, 0, 0, 0, 0, 0]
         if first == 0:
             blocks_out = cdiv(self.c_out, CHANNELS)
             if kernels:
                 programs[3] = self.groups * cdiv(self.out_per_group, 16) * self.taps * cdiv(self.per_group, 64)
+            if parts:
+                programs[3] = self.c_out
             programs[0] = self.c_out if sums else 0
             programs[2] = self.n * cdiv((self.height + 2) * (self.width + 2), PIXELS) * cdiv(self.c, CHANNELS)
             programs[4] = self.n * cdiv(self.positions, PIXELS) * blocks_out if grads else 0
@@ -217,7 +220,7 @@ class Problem:
             _deform_prepare.prepare, (ends[6],),
             *ends[:6], first, count, self.n, *self._sizes,
             *self._strides[0], *self._strides[1], *self._strides[2], *self._weight_strides, *grad_strides,
-            *by_tap, int(low), along,
+            *by_tap, 2 if parts else int(low), along,
             **self._constants, **self._places, NG=self.out_per_group, LAYOUT=self._layout, LAYOUT_GRAD=grad_layout,
             PIXELS=PIXELS, CHANNELS=CHANNELS, POSITIONS=POSITIONS, ZEROS=ZEROS, num_warps=4,
         )  # fmt: skip

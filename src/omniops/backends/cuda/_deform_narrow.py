@@ -14,7 +14,7 @@ import triton.language as tl
 
 from omniops.backends.cuda._deform_columns import placed
 from omniops.backends.cuda._deform_fused import store
-from omniops.backends.cuda._float16_parts import multiply_add
+from omniops.backends.cuda._float16_parts import multiply_add, weights_in
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def corners_of(
     ]
 )  # fmt: skip
 def forward(
-    image, offset, mask, weight, weight_low, weight_scales, bias, out, count, height, width, rows, columns,
+    image, offset, mask, weight, weight_scales, bias, out, count, height, width, rows, columns,
     offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
     C: tl.constexpr, CD: tl.constexpr, CG: tl.constexpr, NG: tl.constexpr, K: tl.constexpr, KW: tl.constexpr,
     STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
@@ -98,8 +98,10 @@ def forward(
     of_mask = n * mask_n + i.to(tl.int64) * mask_y + j.to(tl.int64) * mask_x
     # What is read of weights past the last is not stored.
     at_weight = (tl.where(o < NG, o, 0) * (K * CG))[None, :] + tl.arange(0, BLOCK_K)[:, None]
+    if image.dtype.element_ty == tl.float32:
+        weight, weight_low = weights_in(weight, tl.num_programs(1).to(tl.int64) * (NG * K * CG))
+        weight_low += g.to(tl.int64) * (NG * K * CG)
     weight += g.to(tl.int64) * (NG * K * CG)
-    weight_low += g.to(tl.int64) * (NG * K * CG)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     LAST_ITEM: tl.constexpr = CG // BLOCK_K * K - 1
     y, x, factor = moves_of(0, offset, mask, of_offset, of_mask, here, g, offset_c, mask_c, CD, CG, K, MASKED, BLOCK_K)

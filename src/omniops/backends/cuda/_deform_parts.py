@@ -14,7 +14,7 @@ import triton.language as tl
 
 from omniops.backends.cuda._deform_columns import placed
 from omniops.backends.cuda._deform_fused import store
-from omniops.backends.cuda._float16_parts import bits_of, low_part, powers
+from omniops.backends.cuda._float16_parts import bits_of, low_part, powers, weights_in
 
 
 @triton.jit(
@@ -92,7 +92,7 @@ def sample(
 
 @triton.jit(do_not_specialize=["first", "count", "size"])
 def product(
-    high, low, scales, weight, weight_low, weight_scales, bias, out, first, count, size,
+    high, low, scales, parts, weight_scales, bias, out, first, count, size,
     NG: tl.constexpr, ROW: tl.constexpr, LAST: tl.constexpr, BIASED: tl.constexpr, PRECISE: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -110,6 +110,7 @@ def product(
     k = tl.arange(0, UNIT)
     at_a = ((g.to(tl.int64) * count + position) * ROW)[:, None] + k[None, :]
     at_b = (tl.where(o < NG, o, 0) * ROW)[None, :] + k[:, None]
+    weight, weight_low = weights_in(parts, tl.num_programs(1).to(tl.int64) * (NG * ROW))
     weight += g.to(tl.int64) * (NG * ROW)
     weight_low += g.to(tl.int64) * (NG * ROW)
     scales += (g * (ROW // UNIT)).to(tl.int64) * count + position

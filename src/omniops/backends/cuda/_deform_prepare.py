@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from omniops.backends.cuda._deform_columns import plan
+from omniops.backends.cuda._float16_parts import split_weights
 
 PIXELS = 64
 CHANNELS = 64
@@ -159,8 +160,8 @@ def prepare(
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     """By_bias: the sums of grad. Pixels and places: the plan of the chunk's samples. Image: the input with a border,
-    channels last. Kernels: the weights by tap. Grads: the gradient of the result, channels last, and along the
-    positions. By_image: zeros.
+    channels last. Kernels: the weights by tap. Where ``low`` is 2, kernels_low are their parts of float16, and kernels
+    the scales. Grads: the gradient of the result, channels last, and along the positions. By_image: zeros.
 
     Grid: (programs of all jobs).
     """
@@ -179,10 +180,22 @@ def prepare(
             C, 1, LAYOUT, PIXELS, CHANNELS,
         )  # fmt: skip
     elif block < end_weight:
-        by_tap(
-            weight, kernels, kernels_low, block - end_image, weight_o, weight_c, weight_v, weight_u, to_o, to_k, low,
-            G, NG, C // G, K, KW,
-        )  # fmt: skip
+        if kernels.dtype.element_ty == tl.float32:
+            if low == 2:
+                split_weights(
+                    weight, kernels, kernels_low, block - end_image, weight_o, weight_c, weight_v, weight_u,
+                    G * NG, C // G, K, KW, 1024,
+                )  # fmt: skip
+            else:
+                by_tap(
+                    weight, kernels, kernels_low, block - end_image, weight_o, weight_c, weight_v, weight_u,
+                    to_o, to_k, low, G, NG, C // G, K, KW,
+                )  # fmt: skip
+        else:
+            by_tap(
+                weight, kernels, kernels_low, block - end_image, weight_o, weight_c, weight_v, weight_u,
+                to_o, to_k, low, G, NG, C // G, K, KW,
+            )  # fmt: skip
     elif block < end_grads:
         border(
             grad, grads, block - end_weight, rows, columns, grad_n, grad_c, grad_y, grad_x,

@@ -50,16 +50,21 @@ def multiply_add(a, b_high, b_low, total, PRECISE: tl.constexpr):
     return total + part * down[:, None]
 
 
-@triton.jit(do_not_specialize=["weight_o", "weight_c", "weight_v", "weight_u"])
-def split_weights(
-    weight, high, low, scales, weight_o, weight_c, weight_v, weight_u,
-    CG: tl.constexpr, K: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """(high + low)[o, t * CG + c] * scales[o] = weight[o, c, t], whose strides are given.
+@triton.jit
+def weights_in(memory, numbers):
+    """Where the high and the low parts of so many weights are, in memory that is called float32."""
+    high = memory.to(tl.pointer_type(tl.float16), bitcast=True)
+    return high, high + numbers
 
-    Grid: (output channels).
-    """
-    o = tl.program_id(0).to(tl.int64)
+
+@triton.jit
+def split_weights(
+    weight, scales, parts, o, weight_o, weight_c, weight_v, weight_u,
+    C_OUT: tl.constexpr, CG: tl.constexpr, K: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(high + low)[o, t * CG + c] * scales[o] = weight[o, c, t], whose strides are given, for an o."""
+    o = o.to(tl.int64)
+    high, low = weights_in(parts, tl.full([], C_OUT, tl.int64) * (K * CG))
     weight += o * weight_o
     most = tl.zeros([BLOCK], tl.int32)
     for start in range(0, K * CG, BLOCK):
