@@ -108,7 +108,7 @@ class Columns:
             offset, mask = offset.contiguous(), None if mask is None else mask.contiguous()
             out = input.new_empty_strided(plan.out, strides)
             bias = bias if bias is None or groups == 1 else bias.view(groups, 1, -1)
-            memory = image.new_empty(plan.columns, dtype=plan.dtype)
+            memory = plan.memory(image)
             for first, count, place in chunks:
                 columns = plan.columns_of(memory, count)
                 self.sample(image, offset, mask, plan.call, first, columns)
@@ -155,7 +155,7 @@ class Columns:
             moves, factors = offset.contiguous(), None if mask is None else mask.contiguous()
             by_image, total = image.new_zeros(plan.image if for_samples else (0,), dtype=sums), None
             by_offset, by_mask = torch.empty_like(moves), None if factors is None else torch.empty_like(factors)
-            memory = image.new_empty(plan.columns, dtype=plan.dtype)
+            memory = plan.memory(image)
             for first, count, place in chunks if for_samples or for_weight else ():
                 columns = plan.columns_of(memory, count)
                 part = place.of(grads) if same_dtype else place.of(grads).to(plan.dtype)
@@ -281,6 +281,11 @@ class _Plan:
     """The shape (G, P, K * C / G) of the largest chunk's."""
     out: tuple[int, int, int, int]
     """The shape (N, C_out, H_out, W_out)."""
+
+    def memory(self, like: Tensor) -> Tensor:
+        """New, for the columns of the largest chunk."""
+        _, most, length = self.columns
+        return like.new_empty_strided(self.columns, (most * length, length, 1), dtype=self.dtype)
 
     def columns_of(self, memory: Tensor, count: int) -> Tensor:
         """Columns for so many positions, in the memory of the largest chunk's."""
