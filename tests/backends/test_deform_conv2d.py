@@ -526,6 +526,20 @@ def test_the_results_have_the_memory_formats_of_their_arguments(backend, device)
 
 
 @BACKENDS
+def test_the_results_have_the_strides_of_new_tensors(backend, device):
+    """As the fake kernel says, whatever those of the arguments are where a dimension is 1."""
+    case = uneven(backend, device)._replace(n=1)
+    x = each(lambda tensor: tensor.to(device), problem(case, torch.float32))
+    x = each(
+        lambda tensor: tensor if tensor.dim() == 1 else tensor.as_strided(tensor.shape, (7, *tensor.stride()[1:])), x
+    )
+    assert x.mask.is_contiguous()
+    assert x.mask.stride(0) == 7
+    for name, result in results(kernels(backend), case, x).items():
+        assert result.stride() == torch.empty(result.shape).stride(), name
+
+
+@BACKENDS
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_arguments_stay_as_they_are(backend, device, layout):
     case = uneven(backend, device)

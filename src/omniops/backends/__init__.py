@@ -42,6 +42,11 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
+def strides(shape: Sequence[int], layout: torch.memory_format = torch.contiguous_format) -> tuple[int, ...]:
+    """Those of a new tensor of this shape and memory format."""
+    return torch.empty(tuple(shape), device="meta", memory_format=layout).stride()
+
+
 def finish(result: Tensor, like: Tensor) -> Tensor:
     """The result in the dtype and memory format of ``like``; itself where it has them."""
     return result.to(like.dtype).contiguous(memory_format=memory_format(like))

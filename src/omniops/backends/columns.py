@@ -13,8 +13,7 @@ those columns, writes their part of by_offset and by_mask, and adds their part t
 There image is (N, H, W, C), as channels that lie together are sampled at one position; by_image is (N, H, W, C) in the
 dtype that sums are kept in, columns are in one that the backend chooses, all else is in the input's; offset, mask and
 their gradients are (N, ..., H_out, W_out); mask and by_mask may be None. All are contiguous. ``call`` is the geometry,
-or what the backend makes of it once for a kind of call. ``gradients`` is called
-for one chunk after another.
+or what the backend makes of it once for a kind of call. ``gradients`` is called for one chunk after another.
 
 Beside the columns of a chunk stand copies of what is not in that order: of the whole input, offset and mask, and in the
 backward of the whole gradient of the result, where the products cannot take it as it is; what the product makes of the
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omniops.backends import accumulator, memory_format
+from omniops.backends import accumulator, memory_format, strides
 
 Sample = Callable[[Tensor, Tensor, "Tensor | None", Any, int, Tensor], None]
 Gradients = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Any, int, Tensor, Tensor, "Tensor | None"], None]
@@ -94,7 +93,7 @@ class Columns:
         """The kernel of ``deform_conv2d``, prepared."""
         plan = self._plan(input, offset, weight, stride, padding, dilation)
         channels_last = memory_format(input) == torch.channels_last
-        strides = torch.empty(plan.out, device="meta", memory_format=memory_format(input)).stride()
+        of_out = strides(plan.out, memory_format(input))
         to_image, to_kernels = self._by_channel(input, plan.image), self._by_channel(weight, plan.kernels, plan.dtype)
         groups = plan.kernels[0]
         chunks = [(first, count, plan.part(first, count, channels_last)) for first, count in plan.chunks]
@@ -106,7 +105,7 @@ class Columns:
         ) -> Tensor:
             image, kernels = to_image(input), to_kernels(weight).mT
             offset, mask = offset.contiguous(), None if mask is None else mask.contiguous()
-            out = input.new_empty_strided(plan.out, strides)
+            out = input.new_empty_strided(plan.out, of_out)
             bias = bias if bias is None or groups == 1 else bias.view(groups, 1, -1)
             memory = plan.memory(image)
             for first, count, place in chunks:
@@ -145,6 +144,8 @@ class Columns:
         sums, same_dtype = accumulator(input), grad.dtype == plan.dtype
         to_input, to_weight = self._by_position(input, sums), self._by_position(weight, sums)
         of_offset, of_mask = memory_format(offset), memory_format(offset if mask is None else mask)
+        # Those of a contiguous tensor may differ where a dimension is 1.
+        dense_offset, dense_mask = strides(offset.shape), () if mask is None else strides(mask.shape)
         for_input, for_offset, for_weight, for_bias, for_mask = output_mask
         for_samples = for_input or for_offset or for_mask
 
@@ -154,7 +155,8 @@ class Columns:
             image, kernels, grads = to_image(input), to_kernels(weight), to_grads(grad)
             moves, factors = offset.contiguous(), None if mask is None else mask.contiguous()
             by_image, total = image.new_zeros(plan.image if for_samples else (0,), dtype=sums), None
-            by_offset, by_mask = torch.empty_like(moves), None if factors is None else torch.empty_like(factors)
+            by_offset = offset.new_empty_strided(offset.shape, dense_offset)
+            by_mask = None if mask is None else mask.new_empty_strided(mask.shape, dense_mask)
             memory = plan.memory(image)
             for first, count, place in chunks if for_samples or for_weight else ():
                 columns = plan.columns_of(memory, count)
@@ -369,8 +371,3 @@ def geometry_of(
         groups,
         offset.shape[1] // (2 * rows * columns),
     )
-
-
-def by_tap(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """(C_out, C / G, kh, kw) -> (G, C_out / G, K * C / G), in the order of the columns."""
-    return weight.flatten(2).mT.to(dtype).reshape(groups, weight.shape[0] // groups, -1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import omniops._C as _C
-from omniops.backends import memory_format, prepared
+from omniops.backends import memory_format, prepared, strides
 from omniops.backends.cpu._dtypes import DTYPES
 
 Run = Callable[..., Tensor]
@@ -69,11 +69,11 @@ def carafe_backward_masks(
 def _prepare(kernel: Callable[..., None], first: Tensor, shape: tuple[int, ...], sizes: tuple[int, ...]) -> Run:
     """Call ``kernel`` with both arguments dense in the memory format of the first, which the result has too."""
     layout = memory_format(first)
-    strides = torch.empty(shape, device="meta", memory_format=layout).stride()
+    of_out = strides(shape, layout)
     given = (DTYPES[first.dtype], layout == torch.channels_last, *sizes)
 
     def run(first: Tensor, second: Tensor, *_: Any) -> Tensor:
-        out = first.new_empty_strided(shape, strides)
+        out = first.new_empty_strided(shape, of_out)
         first, second = first.contiguous(memory_format=layout), second.contiguous(memory_format=layout)
         kernel(first.data_ptr(), second.data_ptr(), out.data_ptr(), *given, torch.get_num_threads())
         return out

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import omniops._C as _C
-from omniops.backends import prepared
+from omniops.backends import prepared, strides
 from omniops.backends.columns import Columns, Geometry
 from omniops.backends.cpu._dtypes import DTYPES
 
@@ -80,10 +80,10 @@ def _gradients(
 
 
 def _transpose(sizes: tuple[int, int, int], shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    strides = torch.empty(shape, device="meta").stride()
+    of_out = strides(shape)
 
     def run(tensor: Tensor) -> Tensor:
-        out = tensor.new_empty_strided(shape, strides)
+        out = tensor.new_empty_strided(shape, of_out)
         _C.transpose(tensor.element_size(), *sizes, tensor.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out
 
