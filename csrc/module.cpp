@@ -111,8 +111,6 @@ void transpose(std::int64_t item_size, std::int64_t batch, std::int64_t rows, st
 
 NB_MODULE(_C, module) {
   module.doc() = "The CPU kernels of omniops.";
-  // What is kept for a kind of call is kept until the process ends, which is no leak.
-  nb::set_leak_warnings(false);
   nb::enum_<omniops::Dtype>(module, "Dtype")
       .value("float64", omniops::Dtype::float64)
       .value("float32", omniops::Dtype::float32)
