@@ -2,8 +2,8 @@
 
 A folder says in its ``__init__`` which dispatch key it serves (DISPATCH_KEY), in which dtypes (DTYPES), what it is
 (TITLE), whether it can serve on this machine (AVAILABLE) and, where it cannot, what would change that (REMEDY). Its
-kernels get checked arguments that are not empty, return new tensors made with ``empty``, and are imported when first
-called. A kernel is a function, or one in two steps (``prepared``).
+kernels get checked arguments that are not empty, return new tensors with the strides that ``empty`` gives, and are
+imported when first called. A kernel is a function, or one in two steps (``prepared``).
 """
 
 from collections.abc import Callable, Sequence
