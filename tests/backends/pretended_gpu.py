@@ -37,6 +37,8 @@ class Driver:
             def __call__(self, x, y, z, stream, function, packed_metadata, launch_metadata, enter, leave, *args):
                 if enter is not None:
                     enter(launch_metadata)
+                if leave is not None:
+                    leave(launch_metadata)
                 addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
                 driver.launched.append(((x, y, z), stream, function, packed_metadata, tuple(addresses)))
 
@@ -106,6 +108,12 @@ def call_the_hooks_of_profilers(driver):
     assert called == [("scale", 9)]
     launch(7, x, x)
     assert len(called) == 1
+    for hook in (getattr(owner, f"launch_{end}_hook", None) for end in ("enter", "exit")):
+        if hasattr(hook, "add"):  # a chain of hooks, from Triton 3.4 on
+            hook.add(count := lambda metadata: called.append(metadata.get()["name"]))
+            launch(9, x, x)
+            hook.remove(count)
+    assert called[1:] == (["scale"] * 2 if hasattr(triton, "knobs") else [])
 
 
 if __name__ == "__main__":

@@ -100,11 +100,13 @@ class Kernel:
         return compile_and_launch
 
     class Compiled:
+        function, packed_metadata = 1000, None
+
         def __init__(self, kernel):
             self.kernel = kernel
 
-        def __getitem__(self, grid):
-            return lambda *args, stream: self.kernel.launched.append((grid, *args))
+        def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+            self.kernel.launched.append(((x, y, z), *args))
 
 
 def test_first_launches_of_several_threads():

@@ -180,6 +180,18 @@ def below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
+def gradients(operator: Any, *args: Any) -> Any:
+    """Call a backward operator within a backward, past the keys for autograd where no graph of it is made.
+
+    In the thread of a backward, whose caches are cold, their kernel in Python takes as long as two launches.
+    (torch.compile, which has no such cost, cannot trace the guard.)
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return operator(*args)
+
+
 def _one_or_all(tensors: Iterable[Tensor]) -> Tensor | tuple[Tensor, ...]:
     """As PyTorch wants what a kernel returns: a tensor alone, or a tuple of several."""
     made = tuple(tensors)

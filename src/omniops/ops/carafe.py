@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from omniops.ops import _checks
-from omniops.ops._library import Result, below_autograd, define, differentiate, without_autocast
+from omniops.ops._library import Result, below_autograd, define, differentiate, gradients, without_autocast
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
@@ -199,7 +199,7 @@ class Carafe(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Give the gradients of features and masks."""
         features, masks = ctx.saved_tensors
-        by_features, by_masks = _carafe_backward(grad, features, masks, *ctx.numbers)
+        by_features, by_masks = gradients(_carafe_backward, grad, features, masks, *ctx.numbers)
         return (
             None,
             None if masks is None else by_features,

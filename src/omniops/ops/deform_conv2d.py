@@ -25,7 +25,7 @@ from torch import Tensor
 
 from omniops.backends.reference import deform_conv2d as reference
 from omniops.ops import _checks
-from omniops.ops._library import Result, below_autograd, define, differentiate, without_autocast
+from omniops.ops._library import Result, below_autograd, define, differentiate, gradients, without_autocast
 
 
 def deform_conv2d(
@@ -325,12 +325,9 @@ class DeformConv2d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Give the gradients of input, offset, weight, bias and mask."""
         wanted = ctx.needs_input_grad[1:6]
-        gradients = _deform_conv2d_backward(grad, *ctx.saved_tensors, *ctx.numbers, wanted)
-        return (
-            None,
-            *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
-            *(None,) * 3,
-        )
+        found = gradients(_deform_conv2d_backward, grad, *ctx.saved_tensors, *ctx.numbers, wanted)
+        of_tensors = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
+        return None, *of_tensors, None, None, None
 
 
 class DeformConv2dBackward(torch.autograd.Function):

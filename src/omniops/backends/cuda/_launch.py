@@ -9,13 +9,16 @@ import torch
 import triton
 from torch import Tensor
 
+# Where Triton has the hooks that are called around launches, which its profiler sets: Triton 3.3 has no knobs.
+_HOOKS: Any = triton.knobs.runtime if hasattr(triton, "knobs") else triton.compiler.CompiledKernel
+
 
 class Launch:
     """A kernel with all that a launch of it needs but the tensors, which are the kernel's first parameters.
 
     It is for tensors of equal dtypes, alignment to 16 bytes and device alone: the first call has Triton find or compile
-    the kernel for these, later ones launch what it found. (``kernel[grid](...)`` looks at every argument each time,
-    which takes longer than the launch.)
+    the kernel for these, later ones launch what it found. (``kernel[grid](...)`` looks at every argument each time, and
+    ``compiled[grid](...)`` prepares for hooks that are seldom set: both take longer than the launch.)
     """
 
     __slots__ = ("_constants", "_grid", "_kept", "_kernel", "_numbers")
@@ -26,15 +29,19 @@ class Launch:
         self._grid = (*grid, 1, 1)[:3]
         self._numbers = numbers
         self._constants = constants
-        self._kept: tuple[Any, tuple[Any, ...]] | None = None
+        self._kept: tuple[Any, Any, Any, tuple[Any, ...]] | None = None
 
     def __call__(self, stream: int, *tensors: Tensor) -> None:
         kept = self._kept
         if kept is None:
             self._first(tensors)
         else:
-            run, others = kept
-            run(*[tensor.data_ptr() for tensor in tensors], *others, stream=stream)
+            compiled, function, metadata, others = kept
+            addresses = [tensor.data_ptr() for tensor in tensors]
+            if _is_set(_HOOKS.launch_enter_hook) or _is_set(_HOOKS.launch_exit_hook):
+                compiled[self._grid](*addresses, *others, stream=stream)
+            else:
+                compiled.run(*self._grid, stream, function, metadata, None, None, None, *addresses, *others)
 
     def _first(self, tensors: tuple[Tensor, ...]) -> None:
         names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
@@ -42,7 +49,13 @@ class Launch:
         others = *self._numbers, *(self._constants[name] for name in names)
         compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
         if compiled is not None:  # None from Triton's interpreter
-            self._kept = compiled[self._grid], others  # in one step, as another thread may be here too
+            # In one step, as another thread may be here too.
+            self._kept = compiled, compiled.function, compiled.packed_metadata, others
+
+
+def _is_set(hook: Any) -> bool:
+    """Whether there is a hook: from Triton 3.4 on there is always a chain of them, which may be empty."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 class on_device:  # noqa: N801  # a context manager
