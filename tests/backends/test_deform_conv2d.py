@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -731,6 +732,24 @@ def check_every_kernel():
         kernels("cpu")._multiplies_bfloat16 = partial(bool, multiplies_bfloat16)
         for case in EVERY_WIDTH:
             assert_right(kernels("cpu"), "cpu", case, problem(case, dtype))
+
+
+@needs_cpu
+def test_what_is_prepared_for_many_chunks_takes_little_memory():
+    """A thousand kinds of calls are kept. (The tensors are of one number each, as none is read.)"""
+    module, numbers = kernels("cpu"), ([1, 1], [1, 1], [1, 1])
+    x, offset, mask = (torch.zeros(1).expand(8, channels, 100, 152) for channels in (512, 18, 9))
+    weight = torch.zeros(1).expand(512, 512, 3, 3)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        kept = (
+            module.deform_conv2d.prepare(x, offset, weight, None, mask, *numbers),
+            module.deform_conv2d_backward.prepare(x, x, offset, weight, mask, *numbers, [True] * 5),
+        )
+        assert tracemalloc.get_traced_memory()[0] - before < 16 * 1024 * len(kept)
+    finally:
+        tracemalloc.stop()
 
 
 @needs_cpu

@@ -24,8 +24,9 @@ The operators are in two steps, for ``omniops.backends.prepared``: what depends 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ from omniops.backends import accumulator, memory_format, strides
 
 Sample = Callable[[Tensor, Tensor, "Tensor | None", Any, int, Tensor], None]
 Gradients = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Any, int, Tensor, Tensor, "Tensor | None"], None]
+
+KEPT_CHUNKS = 8
+"""How many are kept for a kind of call; more are made anew each time, which takes little beside their work."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Columns:
         of_out = strides(plan.out, memory_format(input))
         to_image, to_kernels = self._by_channel(input, plan.image), self._by_channel(weight, plan.kernels, plan.dtype)
         groups = plan.kernels[0]
-        chunks = [(first, count, plan.part(first, count, channels_last)) for first, count in plan.chunks]
+        chunks = plan.chunks(channels_last)
         same_dtype = input.dtype == plan.dtype
         fused_bias = same_dtype and plan.of_views and self.longest_sum is None
 
@@ -193,32 +197,34 @@ class Columns:
         dtype = self.columns_dtype(input.dtype)
         most = self.most_bytes // (geometry.taps * c * dtype.itemsize)
         most = most if self.longest_sum is None else min(most, self.longest_sum)
-        found = list(chunks(n, offset.shape[2] * offset.shape[3], max(1, most)))
+        _, largest = next(chunks(n, offset.shape[2] * offset.shape[3], max(1, most)))
         length = geometry.taps * weight.shape[1]
         return _Plan(
             self.call(geometry, (n, h, w, c), offset.shape, input.dtype, dtype),
             dtype,
             # Those of bfloat16 go element by element through views that are not contiguous.
             self.products_of_views and dtype != torch.bfloat16,
-            found,
+            max(1, most),
             image=(n, h, w, c),
             kernels=(groups, c_out // groups, length),
-            columns=(groups, found[0][1], length),
+            columns=(groups, largest, length),
             out=(n, c_out, offset.shape[2], offset.shape[3]),
         )
 
-    def _parts_of(self, grad: Tensor, plan: _Plan) -> tuple[Callable[[Tensor], Tensor], list[tuple[int, int, _Part]]]:
+    def _parts_of(
+        self, grad: Tensor, plan: _Plan
+    ) -> tuple[Callable[[Tensor], Tensor], Iterable[tuple[int, int, _Part]]]:
         """What makes a dense tensor of the gradient of the result, and the chunks with their parts of it.
 
         A part is (G, P, C_out / G): it is left where it is if it has such strides, else the whole is copied before.
         """
         channels_last = memory_format(grad) == torch.channels_last
         if plan.of_views and grad.dtype == plan.dtype and (channels_last or grad.is_contiguous()):
-            parts = [(first, count, plan.part(first, count, channels_last)) for first, count in plan.chunks]
-            if all(len(part.size) == 3 for *_, part in parts):
-                return lambda grad: grad, parts
+            found = plan.chunks(channels_last)
+            if all(len(part.size) == 3 for *_, part in found):
+                return lambda grad: grad, found
         n, c, h, w = plan.out
-        return self._by_channel(grad, (n, h, w, c)), [(*chunk, plan.part(*chunk, True)) for chunk in plan.chunks]
+        return self._by_channel(grad, (n, h, w, c)), plan.chunks(True)
 
     def _takes(self, plan: _Plan, place: _Part, part: Tensor) -> bool:
         """Whether a product writes its result there."""
@@ -274,7 +280,8 @@ class _Plan:
     """Of the columns and of the products with them."""
     of_views: bool
     """Whether these products read and write views of any strides as fast as contiguous tensors."""
-    chunks: list[tuple[int, int]]
+    most: int
+    """How many positions a chunk has at most."""
     image: tuple[int, int, int, int]
     """The shape (N, H, W, C)."""
     kernels: tuple[int, int, int]
@@ -296,6 +303,12 @@ class _Plan:
             return memory
         return memory.view(-1, length)[: groups * count].view(groups, count, length)
 
+    def chunks(self, channels_last: bool) -> Iterable[tuple[int, int, _Part]]:
+        """Each chunk's first position, number of positions and part of a tensor of the shape ``out``."""
+        found = _Chunks(self, channels_last)
+        few = list(islice(found, KEPT_CHUNKS + 1))
+        return few if len(few) <= KEPT_CHUNKS else found
+
     def part(self, first: int, count: int, channels_last: bool) -> _Part:
         """Where a chunk lies in a tensor of the shape ``out``."""
         groups, channels, area = self.kernels[0], self.kernels[1], self.out[2] * self.out[3]
@@ -308,6 +321,19 @@ class _Plan:
             return _Part((groups, count, channels), (by_group, by_position, by_channel), start, dense)
         size = (groups, images, count // images, channels)
         return _Part(size, (by_group, by_image, by_position, by_channel), start, False)
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """The chunks of a plan, made anew each time."""
+
+    plan: _Plan
+    channels_last: bool
+
+    def __iter__(self) -> Iterator[tuple[int, int, _Part]]:
+        n, _, height, width = self.plan.out
+        for first, count in chunks(n, height * width, self.plan.most):
+            yield first, count, self.plan.part(first, count, self.channels_last)
 
 
 @dataclass(frozen=True)
