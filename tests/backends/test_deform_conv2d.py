@@ -1160,7 +1160,7 @@ POINT = Case(1, 1, 1, 1, 1, (1, 1), padding=(0, 0))
         (POINT._replace(n=2**16, h=2**15 - 2, stride=(2**15, 1)), r"input must have N \* \(H \+ 2\) below 2\*\*31 on"),
         (
             POINT._replace(n=2, padding=(2**14, 2**14)),
-            r"offset must have N \* H_out \* W_out below 2\*\*31 - 512 on CUDA",
+            r"offset must have N \* H_out \* W_out below 2\*\*31 - 4096 on CUDA",
         ),
         (POINT._replace(c=2**22 - 63), r"input must have C below 2\*\*22 - 63 on CUDA"),
         (

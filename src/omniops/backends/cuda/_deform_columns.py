@@ -132,10 +132,12 @@ def samples_of(
     """Of the samples of positions and a block of offset groups, as (positions, groups, 1): the pixel, whether it has a
     corner in the map, ly, lx, the factor; from the plan where there is one (PLANNED)."""
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # Positions past the last read where the first does.
+    position = first + tl.where(some, p, 0)
     some = some[:, None] & (d < D)[None, :]
     unit = (d * K + t).to(tl.int64)
-    n = (first + p) // (rows * columns)
-    place = first + p - n * (rows * columns)
+    n = position // (rows * columns)
+    place = position - n * (rows * columns)
     i = place // columns
     j = place - i * columns
     factor = tl.full(some.shape, 1, DTYPE)

@@ -154,6 +154,8 @@ def in_parts(
 
     def launches(precise: bool) -> Iterable[tuple[Launch, Launch, Launch]]:
         block_m, warps = (128, 8) if precise else (64, 4)
+        # Without a limit fewer programs run at once.
+        fewer = {} if precise else {"maxnreg": 168}
 
         def of_chunk(first: int, count: int) -> tuple[Launch, Launch, Launch]:
             sizes = problem.height, problem.width, problem.rows, problem.columns
@@ -169,7 +171,7 @@ def in_parts(
                 _deform_parts.product, (cdiv(count, block_m) * cdiv(problem.out_per_group, 128), problem.groups),
                 first, count, problem.positions,
                 NG=problem.out_per_group, ROW=problem.kernels[2], LAST=problem.channels_last, BIASED=biased,
-                PRECISE=precise, UNIT=UNIT, BLOCK_M=block_m, BLOCK_N=128, num_warps=warps, num_stages=3,
+                PRECISE=precise, UNIT=UNIT, BLOCK_M=block_m, BLOCK_N=128, num_warps=warps, num_stages=3, **fewer,
             )  # fmt: skip
             return problem.prepare(first, count, parts=True), sample, product
 

@@ -41,9 +41,9 @@ def check_sizes(input: Sequence[int], offset: Sequence[int], geometry: Geometry)
     ):
         if size >= most:
             raise ValueError(f"input must have {meaning} below {_power(most)} on CUDA, got shape {tuple(input)}")
-    if n * offset[2] * offset[3] >= 2**31 - POSITIONS:
+    if n * offset[2] * offset[3] >= 2**31 - ZEROS:
         raise ValueError(
-            f"offset must have N * H_out * W_out below {_power(2**31 - POSITIONS)} on CUDA, got shape {tuple(offset)}"
+            f"offset must have N * H_out * W_out below {_power(2**31 - ZEROS)} on CUDA, got shape {tuple(offset)}"
         )
     if c * geometry.taps >= 2**31:
         raise ValueError(
@@ -271,7 +271,7 @@ class Problem:
             _deform_columns.gradients, grid,
             first, count, *self._sizes, along, taps, *self._strides[1], *self._strides[2], *offset, *mask,
             **self._constants, **self._places, PLANNED=self.planned, ADD=add, OUT=out,
-            BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_C=block_c, num_warps=4,
+            BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_C=block_c, num_warps=2 if self.half else 4,
         )  # fmt: skip
 
     def gather(self, first: int, count: int) -> Launch:

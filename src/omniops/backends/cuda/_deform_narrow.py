@@ -25,7 +25,7 @@ def moves_of(
     """Offsets and factors of an item, a tap of a block of channels, as in memory: (offset groups, positions)."""
     d = (g * CG + item // K * BLOCK_K) // CD + tl.arange(0, BLOCK_K // CD)
     unit = (d * K + item % K).to(tl.int64)[:, None]
-    at = offset + (unit * (2 * offset_c) + of_offset[None, :])
+    at = offset + (unit * 2 * offset_c + of_offset[None, :])
     y = tl.load(at, mask=here[None, :], other=0)
     x = tl.load(at + offset_c, mask=here[None, :], other=0)
     factor = y

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from omniops.backends.cuda._deform_columns import placed
 from omniops.backends.cuda._deform_fused import store
-from omniops.backends.cuda._float16_parts import bits_of, low_part, powers, weights_in
+from omniops.backends.cuda._float16_parts import bits_of, low_part, powers, scales_of_sums, weights_in
 
 
 @triton.jit(
@@ -41,8 +41,10 @@ def sample(
     UNITS: tl.constexpr = BLOCK_C // UNIT
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     some = p < count
-    n = (first + p) // (rows * columns)
-    place = first + p - n * (rows * columns)
+    # Positions past the last read where the first does.
+    position = first + tl.where(some, p, 0)
+    n = position // (rows * columns)
+    place = position - n * (rows * columns)
     i = place // columns
     j = place - i * columns
     n = n.to(tl.int64)
@@ -125,7 +127,7 @@ def product(
             part = tl.dot(a, b, part)
         else:
             part = tl.dot(a, b)
-        total += part * tl.load(scales + (start // UNIT) * tl.cast(count, tl.int64))[:, None]
+        total += part * scales_of_sums(tl.load(scales + (start // UNIT) * tl.cast(count, tl.int64)))[:, None]
     total *= tl.load(weight_scales + g * NG + o, mask=o < NG, other=0)[None, :]
     if BIASED:
         total += tl.load(bias + g * NG + o, mask=o < NG, other=0)[None, :]

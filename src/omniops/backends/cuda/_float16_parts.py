@@ -20,12 +20,23 @@ def bits_of(value):
     return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
+_SCALED = tl.constexpr(2.0**14)
+_OF_SUMS = tl.constexpr(2.0**-14)
+
+
 @triton.jit
 def powers(most):
     """2**-s and 2**s, where the largest number times 2**s is below 2**15, of the bits of the largest numbers."""
     # An exponent of 15 or less would have a 2**s that is infinite or a 2**-s that is zero.
     exponent = tl.maximum(most >> 23, 15)
     return ((exponent - 14) << 23).to(tl.float32, bitcast=True), ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scales_of_sums(down):
+    """What a product of rows with scaled weights is multiplied by before the weights' scales: 2**-s * 2**-14, the 2**14
+    being in those. So the sum over rows is as large as that of the rows' own numbers, and overflows where they do."""
+    return down * _OF_SUMS
 
 
 @triton.jit
@@ -47,7 +58,7 @@ def multiply_add(a, b_high, b_low, total, PRECISE: tl.constexpr):
         part = tl.dot(a_high, b_high, part)
     else:
         part = tl.dot(a_high, b_high)
-    return total + part * down[:, None]
+    return total + part * scales_of_sums(down)[:, None]
 
 
 @triton.jit
@@ -62,7 +73,7 @@ def split_weights(
     weight, scales, parts, o, weight_o, weight_c, weight_v, weight_u,
     C_OUT: tl.constexpr, CG: tl.constexpr, K: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(high + low)[o, t * CG + c] * scales[o] = weight[o, c, t], whose strides are given, for an o."""
+    """(high + low)[o, t * CG + c] * scales[o] = 2**14 * weight[o, c, t], whose strides are given, for an o."""
     o = o.to(tl.int64)
     high, low = weights_in(parts, tl.full([], C_OUT, tl.int64) * (K * CG))
     weight += o * weight_o
@@ -73,7 +84,7 @@ def split_weights(
         at = (i // K).to(tl.int64) * weight_c + (t // KW).to(tl.int64) * weight_v + (t % KW).to(tl.int64) * weight_u
         most = tl.maximum(most, bits_of(tl.load(weight + at, mask=i < K * CG, other=0)))
     down, up = powers(tl.max(most, 0))
-    tl.store(scales + o, down)
+    tl.store(scales + o, down * _SCALED)
     for start in range(0, K * CG, BLOCK):
         i = start + tl.arange(0, BLOCK)
         t = i // CG

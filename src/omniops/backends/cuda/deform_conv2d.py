@@ -253,7 +253,8 @@ class _Backward:
         self.along = wanted[2] and ours
         """Whether the product for the gradient of the weights has factors along the positions."""
         self.grad_is_dense = grad[1] == 2
-        self.sums = wanted[3] and grad[1] == 1
+        # The sum alone is not worth the launch that prepares all.
+        self.sums = wanted[3] and grad[1] == 1 and (self.of_samples or wanted[2])
         copies = 2 if self.along and self.of_samples else 1
         size = copies * problem.taps * problem.c * problem.dtype.itemsize
         most = problem.most(size + (problem.bytes_of_plan if self.planned else 0))
@@ -340,7 +341,7 @@ class _Backward:
         if wanted[3]:
             # A gradient that lies channels last is better summed by PyTorch, many channels at once.
             by_bias = new((self.problem.c_out,), (1,)) if self.sums else grad.sum((0, 2, 3))
-        if not (self.of_samples or wanted[2] or self.sums):
+        if not (self.of_samples or wanted[2]):
             return nothing, nothing, nothing, by_bias, nothing
         by_input = new(input.shape, strides[0]) if wanted[0] else nothing
         by_offset = new(offset.shape, strides[1]) if self.of_samples else nothing
