@@ -45,6 +45,8 @@ def deform_conv2d(
 
     Differentiable in every tensor, to any order; beyond the first order memory grows with the batch, to some hundreds
     of times the input for 3x3 taps. At infinite offsets the gradient of the offset is 0 (on CPUs torchvision's is NaN).
+    On NVIDIA GPUs the gradient of ``input`` is summed in any order, in a fixed one under
+    ``torch.use_deterministic_algorithms(True)``.
 
     The numbers of groups follow from the shapes: G = C / weight.shape[1] weight groups, and
     D = offset.shape[1] / (2 * kh * kw) offset groups. G divides C and C_out, D divides C.
