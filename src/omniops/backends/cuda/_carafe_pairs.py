@@ -12,7 +12,7 @@ within a thread. The warps of a program work on the same pixels, for different c
 cache what the first of them read.
 
 Triton's time grows with the operations of a kernel, and faster than they do. So a thread's channels are rows of the
-same tensor, and what the size of the map decides is no constant: a kernel is compiled once, in a third of a second.
+same tensor, and what the size of the map decides is no constant: a kernel is compiled once for all of them.
 Where ``vectors`` is given, what is read lies aligned in memory, and each pair or quad is one load; elsewhere (maps of
 odd width) the taps are a loop with a small body. Sizes and strides are not specialised, as one that happened to be 1 or
 a multiple of 16 would be a compilation of its own. Channels and groups are: they are the same for all maps of a model.
@@ -162,8 +162,9 @@ def _forward(
     block = channel - of_warp  # the same in all threads: no addresses of their own
     c = (group * channels).to(tl.int64)
     features += (n * f_sn + c * f_sc) // PAIR * PAIR + (y.to(tl.int64) * f_sh + x + of_warp * f_sc)
-    # What is no result is computed from any weights, and not stored: so no load needs a mask.
-    weight = tl.where(has_result, i * m_sh + j, tl.arange(0, 4 * TILE)[None, :] % 4)
+    # What is no result is computed from the first weights, as many as any row has, and not stored: so no load of
+    # weights needs a mask.
+    weight = tl.where(has_result, i * m_sh + j, tl.arange(0, 4 * TILE)[None, :] % QUAD)
     masks += (n * m_sn + (group * K * K).to(tl.int64) * m_sc) // QUAD * QUAD + _for_warps(weight, WARPS)
     out += (n * o_sn + c * o_sc) // QUAD * QUAD + (i * o_sh + j + of_warp * o_sc)
     first_channel = chunk * (BLOCKS * CHANNELS)
