@@ -166,6 +166,7 @@ PRODUCTS = (
 def test_float32_products_on_tensor_cores(shape, precise):
     pytest.importorskip("triton", reason="Triton is not installed")
     from omniops.backends.cuda import _float32_products
+    from omniops.backends.cuda._launch import on_device
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch, m, k, n = shape
@@ -176,7 +177,10 @@ def test_float32_products_on_tensor_cores(shape, precise):
     # Between others' elements, and with a stride: what is not the product's stays as it was.
     storage = torch.full((batch, m, 2 * n + 1), 7.0, device=device)
     out = storage[..., 1::2]
-    _float32_products.batched(a.to(device), b.to(device), out, precise)
+    a, b = a.to(device), b.mT.to(device).mT
+    run = _float32_products.Product(*a.shape, n, a.stride(), b.stride(), out.stride(), precise=precise)
+    with on_device(out) as stream:
+        run(stream, a, b, out)
     error = (out.cpu() - right).abs().max() / right.abs().max()
     assert error < (1e-6 if precise else 2e-3)
     assert torch.equal(storage[..., ::2].cpu(), torch.full((batch, m, n + 1), 7.0))
@@ -243,22 +247,25 @@ def deformed(case, dtype):
 
 
 def assert_deformed(name, case, tensors, numbers, tolerance, monkeypatch, tf32=False):
-    from omniops.backends.cuda import _deform_forwards
+    from omniops.backends.cuda import _deform_forward
     from omniops.backends.cuda import deform_conv2d as module
     from omniops.backends.reference import deform_conv2d as reference
 
     called = []
-    served = getattr(_deform_forwards, name)
-    monkeypatch.setattr(module, name, lambda *arguments: called.append(name) or served(*arguments))
-    monkeypatch.setattr(module, "_is_tf32", lambda: tf32)
+    served = getattr(_deform_forward, name)
+    monkeypatch.setattr(_deform_forward, name, lambda *arguments: called.append(name) or served(*arguments))
+    monkeypatch.setattr(_deform_forward, "is_tf32", lambda: tf32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     moved = [None if tensor is None else tensor.to(device) for tensor in tensors]
     out = module.deform_conv2d(*moved, *numbers)
     assert called == [name]
     assert out.is_contiguous(memory_format=case[-1])
     right = reference.deform_conv2d(*(None if tensor is None else tensor.double() for tensor in tensors), *numbers)
-    scale = right.abs().amax((0, 2, 3), keepdim=True)
-    assert ((out.cpu() - right).abs() <= tolerance * scale).all()
+    # An infinite factor may give a NaN where an infinity was due.
+    finite = right.abs() <= torch.finfo(out.dtype).max
+    assert torch.equal(out.isfinite().cpu(), finite)
+    scale = right.where(finite, 0).abs().amax((0, 2, 3), keepdim=True)
+    assert ((out.cpu() - right).abs() <= tolerance * scale)[finite].all()
 
 
 @pytest.mark.parametrize(
@@ -295,6 +302,28 @@ def test_parts_of_float16_have_the_range_of_float32(name, scale, monkeypatch):
     weight[0] = 0
     input = torch.stack((input[0] * 0, input[1] * scale))
     assert_deformed(name, case, (input, offset, weight, None, mask), numbers, 1e-5, monkeypatch)
+
+
+@pytest.mark.parametrize("name", DEFORMED)
+@pytest.mark.parametrize("scales", [(1e36, 1), (1, 1e36), (1e36, 1e-40), (1e-30, 1e30), (1e-37, 1)], ids=str)
+def test_parts_of_float16_at_the_ends_of_the_range(name, scales, monkeypatch):
+    """Factors near the largest and the smallest float32, and weights that are subnormal numbers."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    case = DEFORMED[name][0]
+    (input, offset, weight, _, mask), numbers = deformed(case, torch.float32)
+    tensors = input * scales[0], offset, weight * scales[1], None, mask
+    assert_deformed(name, case, tensors, numbers, 1e-5, monkeypatch)
+
+
+@pytest.mark.parametrize("name", DEFORMED)
+def test_parts_of_float16_leave_what_is_not_finite_where_it_is_sampled(name, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    case = DEFORMED[name][0]
+    (input, offset, weight, bias, mask), numbers = deformed(case, torch.float32)
+    input[0, 3, 2, 2], input[1, -2, -1, -1] = float("inf"), float("nan")
+    # The infinities of 1e30 * 1e30, beside numbers that stay.
+    input[1, 5, 1, 1], weight[2] = 1e30, weight[2] * 1e30
+    assert_deformed(name, case, (input, offset, weight, bias, mask), numbers, 1e-5, monkeypatch)
 
 
 def test_chunks_of_columns_in_parts(monkeypatch):

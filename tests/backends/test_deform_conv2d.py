@@ -976,8 +976,8 @@ FUSED_CASES = [
 
 
 def is_fused(x, case):
-    module = kernels("cuda")
-    return module._is_fused(module.Problem(x.input, x.offset, x.weight, x.mask, *case.numbers), has_tf32=True)
+    problem = kernels("cuda").Problem(x.input, x.offset, x.weight, x.mask, *case.numbers)
+    return import_module("omniops.backends.cuda._deform_forward").is_fused(problem, has_tf32=True)
 
 
 def assert_fused_is_right(case, dtype, tolerance=None):
@@ -1027,17 +1027,17 @@ def test_pytorchs_switches_of_tf32_are_honoured(matmul, monkeypatch):
     module = kernels("cuda")
     for allowed in (True, False, True):
         matmul.allow_tf32 = allowed
-        assert module._is_tf32() == allowed
+        assert module.is_tf32() == allowed
     for precision, allowed in (("highest", False), ("high", True), ("highest", False), ("medium", True)):
         torch.set_float32_matmul_precision(precision)
-        assert module._is_tf32() == allowed
+        assert module.is_tf32() == allowed
     if hasattr(matmul, "fp32_precision"):  # since torch 2.9
         for precision in ("ieee", "tf32", "none"):
             matmul.fp32_precision = precision
-            assert module._is_tf32() == (precision == "tf32")
+            assert module.is_tf32() == (precision == "tf32")
     for allowed in (True, False):  # before torch 2.9
         monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
-        assert module._is_tf32() == allowed
+        assert module.is_tf32() == allowed
 
 
 @pytest.fixture
@@ -1079,7 +1079,7 @@ def test_the_switch_of_tf32_is_asked_at_each_call(matmul, precisions):
 @needs_triton
 def test_without_tensor_cores_products_are_pytorchs(precisions, monkeypatch):
     module, case = kernels("cuda"), FUSED._replace(c_out=32)
-    monkeypatch.setattr(module, "_has_tf32", lambda tensor: False)
+    monkeypatch.setattr(module, "has_tf32", lambda tensor: False)
     assert_right(module, TRITON_DEVICE, case, problem(case, torch.float32))
     assert not precisions
 

@@ -33,13 +33,14 @@ def test_selftest_checks_every_result_with_and_without_mask_and_bias():
 
 def test_selftest_reaches_both_forward_kernels_of_cuda():
     pytest.importorskip("triton", reason="Triton is not installed")
-    from omniops.backends.cuda.deform_conv2d import Problem, _is_fused
+    from omniops.backends.cuda._deform_forward import is_fused
+    from omniops.backends.cuda._deform_launches import Problem
 
     found = {}
     for check in case.checks():
         inputs = (check.inputs[name].half() for name in INPUTS[:3])
         problem = Problem(*inputs, None, (1, 1), (1, 1), (1, 1))
-        found.setdefault(_is_fused(problem, has_tf32=True), set()).add((problem.groups, problem.offset_groups))
+        found.setdefault(is_fused(problem, has_tf32=True), set()).add((problem.groups, problem.offset_groups))
     assert found[True] >= {(2, 2), (2, 3)}
     assert found[False]
 

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from omniops.backends import accumulator, memory_format
 from omniops.backends.columns import Geometry, chunks, geometry_of
-from omniops.backends.cuda import _deform_columns, _deform_fused, _deform_prepare
+from omniops.backends.cuda import (
+    _deform_columns,
+    _deform_float16_columns,
+    _deform_fused,
+    _deform_fused_narrow,
+    _deform_prepare,
+)
+from omniops.backends.cuda._deform_float16_columns import UNIT
 from omniops.backends.cuda._deform_prepare import CHANNELS, PIXELS, POSITIONS, ZEROS
 from omniops.backends.cuda._grid import cdiv, next_power_of_2
 from omniops.backends.cuda._launch import Launch
@@ -107,6 +114,11 @@ class Scratch:
         return pieces
 
 
+def view(tensor: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
+    """The tensor's memory from ``offset`` on, of a size and strides."""
+    return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
+
+
 class Problem:
     """Sizes and layouts of a call, and launches for them. It holds no tensor."""
 
@@ -143,12 +155,12 @@ class Problem:
         self.kernels = (groups, self.out_per_group, self.taps * self.per_group)
         self.out_strides = strides_like(input, (self.n, self.c_out, self.rows, self.columns))
         self.channels_last = memory_format(input) == torch.channels_last
-        self._strides = input.stride(), offset.stride(), (offset if mask is None else mask).stride()
+        self.strides = input.stride(), offset.stride(), (offset if mask is None else mask).stride()
         self._weight_strides = weight.stride()
         self._layout = layout_of(input)
-        self._sizes = self.height, self.width, self.rows, self.columns
-        self._constants = {"C": self.c, "D": self.offset_groups, "G": groups, "K": self.taps, "MASKED": self.masked}
-        self._places = {
+        self.sizes = self.height, self.width, self.rows, self.columns
+        self.constants = {"C": self.c, "D": self.offset_groups, "G": groups, "K": self.taps, "MASKED": self.masked}
+        self.places = {
             "KW": geometry.kernel_size[1],
             "STRIDE_Y": geometry.stride[0],
             "STRIDE_X": geometry.stride[1],
@@ -218,10 +230,10 @@ class Problem:
         by_tap = (1, self.out_per_group) if grad is not None else (self.taps * self.per_group, 1)
         return Launch(
             _deform_prepare.prepare, (ends[6],),
-            *ends[:6], first, count, self.n, *self._sizes,
-            *self._strides[0], *self._strides[1], *self._strides[2], *self._weight_strides, *grad_strides,
+            *ends[:6], first, count, self.n, *self.sizes,
+            *self.strides[0], *self.strides[1], *self.strides[2], *self._weight_strides, *grad_strides,
             *by_tap, 2 if parts else int(low), along,
-            **self._constants, **self._places, NG=self.out_per_group, LAYOUT=self._layout, LAYOUT_GRAD=grad_layout,
+            **self.constants, **self.places, NG=self.out_per_group, LAYOUT=self._layout, LAYOUT_GRAD=grad_layout,
             PIXELS=PIXELS, CHANNELS=CHANNELS, POSITIONS=POSITIONS, ZEROS=ZEROS, num_warps=4,
         )  # fmt: skip
 
@@ -239,6 +251,40 @@ class Problem:
             num_warps=4, num_stages=3,
         )  # fmt: skip
 
+    def fused_narrow(self, precise: bool, biased: bool) -> Launch:
+        """The forward without columns for offset groups of few channels, of all positions."""
+        return Launch(
+            _deform_fused_narrow.forward, (cdiv(self.total, 64), self.groups),
+            self.total, *self.sizes, *self.strides[1], *self.strides[2],
+            C=self.c, CD=self.per_offset_group, CG=self.per_group, NG=self.out_per_group, K=self.taps, **self.places,
+            LAST=self.channels_last, MASKED=self.masked, BIASED=biased, PRECISE=precise,
+            BLOCK_M=64, BLOCK_N=max(16, next_power_of_2(self.out_per_group)), BLOCK_K=math.gcd(self.per_group, 32),
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
+
+    def sample_float16(self, first: int, count: int, precise: bool) -> Launch:
+        """The columns in parts of float16."""
+        block_c = math.gcd(self.per_offset_group, self.per_group, 256)
+        grid = cdiv(count * block_c, 1024), self.offset_groups, self.per_offset_group // block_c
+        return Launch(
+            _deform_float16_columns.sample, grid,
+            first, count, *self.sizes, *self.strides[1], *self.strides[2],
+            **self.constants, **self.places, PRECISE=precise,
+            UNIT=UNIT, BLOCK_P=1024 // block_c, BLOCK_C=block_c, num_warps=4,
+        )  # fmt: skip
+
+    def multiply_float16(self, first: int, count: int, precise: bool, biased: bool) -> Launch:
+        """The result from columns in parts of float16."""
+        block_m, warps = (128, 8) if precise else (64, 4)
+        # With more registers for each, fewer programs run at once.
+        limit = {} if precise else {"maxnreg": 168}
+        return Launch(
+            _deform_float16_columns.product, (cdiv(count, block_m) * cdiv(self.out_per_group, 128), self.groups),
+            first, count, self.positions,
+            NG=self.out_per_group, ROW=self.kernels[2], LAST=self.channels_last, BIASED=biased, PRECISE=precise,
+            UNIT=UNIT, BLOCK_M=block_m, BLOCK_N=128, num_warps=warps, num_stages=3, **limit,
+        )  # fmt: skip
+
     def sample(self, first: int, count: int, along: int = 0) -> Launch:
         """The columns, along the channels, or along so many positions."""
         block_c = _power_of_two(self.per_offset_group, 128 if self.half else 256)
@@ -251,8 +297,8 @@ class Problem:
         )
         return Launch(
             _deform_columns.sample, grid,
-            first, count, *self._sizes, along, *self._strides[1], *self._strides[2],
-            **self._constants, **self._places, PLANNED=self.planned, ALONG=along > 0,
+            first, count, *self.sizes, along, *self.strides[1], *self.strides[2],
+            **self.constants, **self.places, PLANNED=self.planned, ALONG=along > 0,
             BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_C=block_c, num_warps=1 if self.half else 4,
         )  # fmt: skip
 
@@ -269,8 +315,8 @@ class Problem:
         grid = (cdiv(along or count, block_p), cdiv(self.offset_groups, block_d), cdiv(self.taps, taps))
         return Launch(
             _deform_columns.gradients, grid,
-            first, count, *self._sizes, along, taps, *self._strides[1], *self._strides[2], *offset, *mask,
-            **self._constants, **self._places, PLANNED=self.planned, ADD=add, OUT=out,
+            first, count, *self.sizes, along, taps, *self.strides[1], *self.strides[2], *offset, *mask,
+            **self.constants, **self.places, PLANNED=self.planned, ADD=add, OUT=out,
             BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_C=block_c, num_warps=2 if self.half else 4,
         )  # fmt: skip
 
@@ -284,7 +330,7 @@ class Problem:
             _deform_columns.gather,
             (images * pixels, self.offset_groups, cdiv(self.per_offset_group, block_c)),
             count, first // self.positions, self.height, self.width,
-            **self._constants,
+            **self.constants,
             BLOCK_X=block_x, BLOCK_E=2 if block_c >= 256 else 8, BLOCK_C=block_c, num_warps=1 if block_c >= 256 else 2,
         )  # fmt: skip
 
@@ -294,7 +340,7 @@ class Problem:
         rest = self.c_out * cdiv(self.taps * self.per_group, 512) if by_weight else 0
         return Launch(
             _deform_prepare.finish, (pixels + rest,),
-            pixels, self.height, self.width, *(by_input or self._strides[0]), splits, *(by_weight or (0, 0, 0, 0)),
+            pixels, self.height, self.width, *(by_input or self.strides[0]), splits, *(by_weight or (0, 0, 0, 0)),
             C=self.c, G=self.groups, C_OUT=self.c_out, K=self.taps, KW=self.geometry.kernel_size[1],
             LAYOUT=2 if self.channels_last else 1, PIXELS=PIXELS, CHANNELS=CHANNELS, num_warps=4,
         )  # fmt: skip

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from omniops.backends.cuda._deform_columns import plan
-from omniops.backends.cuda._float16_parts import split_weights
+from omniops.backends.cuda._float16_products import split_weights
 
 PIXELS = 64
 CHANNELS = 64

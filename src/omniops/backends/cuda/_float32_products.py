@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from omniops.backends.cuda._grid import cdiv
-from omniops.backends.cuda._launch import Launch, on_device
+from omniops.backends.cuda._launch import Launch
 
 
 @triton.jit
@@ -98,10 +98,16 @@ def product(
     tl.store(out + to, total, mask=(m < M)[:, None] & (n < end_n)[None, :])
 
 
-def split(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """high and low of a float32 tensor."""
-    high = (tensor.view(torch.int32) & ~0x1FFF).view(torch.float32)
-    return high, torch.where(tensor == high, 0, tensor - high)
+def has_tf32(tensor: Tensor) -> bool:
+    """Whether the tensor's GPU has tensor cores that take TF32."""
+    # A tensor that is on no GPU is one for Triton's interpreter.
+    return not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
+def is_tf32() -> bool:
+    """Whether PyTorch's matrix products of float32 may round their factors to TF32."""
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # since torch 2.9
+    return bool(torch.backends.cuda.matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 class Product:
@@ -177,10 +183,3 @@ class Product:
             partial = out.new_empty(self._partial)
             self._launch(stream, a, b, a if bias is None else bias, partial)
             torch.sum(partial, 0, out=out)
-
-
-def batched(a: Tensor, b: Tensor, out: Tensor, precise: bool) -> None:
-    """out = a @ b: (batch, M, K), (batch, K, N) -> (batch, M, N), all float32."""
-    run = Product(*a.shape, b.shape[2], a.stride(), b.stride(), out.stride(), precise=precise)
-    with on_device(a) as stream:
-        run(stream, a, b, out)

@@ -4,7 +4,7 @@
 
 Names are those of ``_deform_columns``. A block of BLOCK_K channels spans whole offset groups of one weight group, and
 there is no plan in memory: it would be larger than the offsets and masks that it is made of. Products of float32 are
-taken in parts of float16 (``_float16_parts``).
+taken in parts of float16 (``_float16_products``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from omniops.backends.cuda._deform_columns import placed
 from omniops.backends.cuda._deform_fused import store
-from omniops.backends.cuda._float16_parts import multiply_add, weights_in
+from omniops.backends.cuda._float16_products import multiply_add, weights_in
 
 
 @triton.jit

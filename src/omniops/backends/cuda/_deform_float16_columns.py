@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # (Triton's language, not Python's)
-"""Deformable convolution of float32 in Triton with columns in parts of float16 (``_float16_parts``).
+"""Deformable convolution of float32 in Triton with columns in parts of float16 (``_float16_products``).
 
 Names are those of ``_deform_columns``. The rows that have a scale are those of a *unit*: UNIT channels of a tap, of one
 weight group and one offset group, at a position. The columns of a weight group are units[g, p, t * CG + c], high and
@@ -14,7 +14,10 @@ import triton.language as tl
 
 from omniops.backends.cuda._deform_columns import placed
 from omniops.backends.cuda._deform_fused import store
-from omniops.backends.cuda._float16_parts import bits_of, low_part, powers, scales_of_sums, weights_in
+from omniops.backends.cuda._float16_products import bits_of, low_part, powers, scales_of_sums, weights_in
+
+UNIT = 64
+"""So many channels have a scale."""
 
 
 @triton.jit(
