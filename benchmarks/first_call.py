@@ -37,7 +37,7 @@ from omniops.cli.bench import circumstances
 from omniops.cli.common import CommandError, Heartbeat, digits, dtype_name, output, progress
 from omniops.cli.outputs import OverwriteOption, require_new, write_json
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float16)  # bfloat16 compiles like float16
 DTYPES = {"carafe": FLOATS, "deform_conv2d": FLOATS, "connected_components": (torch.uint8,)}
 EMPTY, ON_DISK = "empty", "on disk"
 SMALLEST, LARGEST = 20, 100
@@ -197,6 +197,8 @@ def main(
     within: Annotated[bool, typer.Option("--within", hidden=True)] = False,
 ) -> None:
     """Count and time first calls."""
+    if operator not in (*DTYPES, None):
+        raise CommandError(f"unknown operator {operator!r}: there are {', '.join(DTYPES)}")
     settings = [
         (name, dtype_name(each))
         for name, dtypes in DTYPES.items()
@@ -204,7 +206,8 @@ def main(
         if operator in (name, None) and dtype in (dtype_name(each), None)
     ]
     if not settings:
-        raise CommandError(f"no operator {operator or ''} in {dtype}: there are {', '.join(DTYPES)}")
+        known = {dtype_name(each): None for name in DTYPES if operator in (name, None) for each in DTYPES[name]}
+        raise CommandError(f"unknown dtype {dtype!r}: there are {', '.join(known)}")
     require_new([json_file], overwrite, [])
     if not torch.cuda.is_available():
         output().print("No first calls were timed: Triton compiles for an NVIDIA GPU, and there is none here.")

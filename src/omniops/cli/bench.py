@@ -130,9 +130,9 @@ def bench(
 
     At a tiny shape the host's time is taken: what Python, the dispatcher and the launches take of each call.
 
-    Contenders take turns, so that whatever disturbs the machine disturbs them all alike. Times are medians, with the
-    quartiles in brackets; what takes over a second is timed once. Ctrl-C or SIGTERM keeps what was
-    measured until then.
+    Contenders take turns, so that whatever disturbs the machine disturbs them all alike.
+    Times are medians, with the quartiles in brackets; what takes over a second is timed once.
+    Ctrl-C or SIGTERM keeps what was measured until then.
 
     omniops bench sam2 times SAM 2 on one device beside another; omniops bench sam2 --help shows its own options.
 
@@ -253,6 +253,7 @@ def _timed(
     place = setting.case.NAME, setting.shape, setting.dtype_label, direction
     calls: dict[tuple[str, str], timing.Call] = {}
     slow: set[str] = set()
+    failed: list[Result] = []
     for each in contenders:
         call = each.forward if direction == FORWARD else each.both
         if call is None:
@@ -267,10 +268,11 @@ def _timed(
                 calls[each.name, mode] = timing.captured(call)
         except (RuntimeError, NotImplementedError) as error:
             reason = str(error).strip().partition("\n")[0]
-            yield Result(*place, each.name, mode, None, error=reason)
+            failed.append(Result(*place, each.name, mode, None, error=reason))
     for (name, mode), times in timing.milliseconds(calls, device, seconds, slow).items():
         lower, upper = quartiles(times)
         yield Result(*place, name, mode, statistics.median(times), lower, upper, len(times))
+    yield from failed
 
 
 def _settings(cases: list[ModuleType], device: torch.device, quick: bool) -> Iterator[Setting]:

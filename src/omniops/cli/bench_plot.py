@@ -51,7 +51,7 @@ def draw(results: list[Result], subtitle: str, origin: str, path: Path) -> None:
             if not here:  # no gradients
                 axis.set_visible(False)
                 continue
-            _panel(axis, here)
+            _panel(axis, here, on_host)
             axis.set_title(f"{operator} {shape}, {direction}{', the host' if on_host else ''}", fontsize=10, loc="left")
     named: dict[str, Artist] = {}
     for axis in (axis for axes in panels for axis in axes):
@@ -82,7 +82,8 @@ def _place(result: Result) -> tuple[object, ...]:
     return result.operator, result.shape, result.dtype, result.direction, result.contender
 
 
-def _panel(axis: Axes, results: list[Result]) -> None:
+def _panel(axis: Axes, results: list[Result], on_host: bool) -> None:
+    per_ms, unit = (1e3, "microseconds") if on_host else (1, "ms")
     dtypes = list(dict.fromkeys(each.dtype for each in results))
     names = list(dict.fromkeys(each.contender for each in results if each.contender != FLOOR))
     step = len(dtypes) + 0.8
@@ -108,7 +109,7 @@ def _panel(axis: Axes, results: list[Result]) -> None:
                 capsize=2, label=dtype if each.contender == OURS else None,
             )  # fmt: skip
             axis.annotate(
-                digits(each.median_ms), (max(each.median_ms, each.upper_quartile_ms or 0), y), xytext=(6, 0),
+                digits(each.median_ms * per_ms), (max(each.median_ms, each.upper_quartile_ms or 0), y), xytext=(6, 0),
                 textcoords="offset points", va="center", fontsize=7.5,
             )  # fmt: skip
     starred = {each.contender for each in results if not each.measured}
@@ -117,12 +118,12 @@ def _panel(axis: Axes, results: list[Result]) -> None:
         [f"{name}*".replace(", ", ",\n") if name in starred else name for name in names],
         fontsize=9,
     )
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) * step - 1.1, -0.7)  # the first on top
     axis.set_xscale("log")
     axis.set_xlim(right=longest * 3)
-    axis.set_xlabel("ms", fontsize=8, labelpad=0)
+    axis.set_xlabel(unit, fontsize=8, labelpad=0)
     axis.tick_params(axis="x", labelsize=8)
-    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_major_formatter(lambda ms, _: f"{ms * per_ms:g}")
     axis.xaxis.set_minor_formatter("")  # whose labels lie over each other where the axis is short
     axis.grid(axis="x", color="#dddddd")
     axis.set_axisbelow(True)
