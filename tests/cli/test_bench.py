@@ -162,18 +162,20 @@ def test_another_runs_times_stand_beside_marked(omniops, tmp_path):
     rows = [
         {**other, "contender": "mmcv", "median_ms": 123.25},
         {**other, "contender": "x", "shape": [7, 7, 7, 7], "median_ms": 1},
+        {**other, "contender": "y", "shape": case.host_shape("cpu"), "mode": "host", "median_ms": 0.123},
     ]
     path = tmp_path / "other.json"
     path.write_text(json.dumps({"device": title(CPU), "origin": "from elsewhere", "results": rows}))
-    result = omniops("bench", *QUICK, "--beside", str(path), "--json", str(tmp_path / "c.json"))
+    result = omniops("bench", "carafe", *QUICK, "--beside", str(path), "--json", str(tmp_path / "c.json"))
     assert result.status == 0
     assert "mmcv*" in result.out
+    assert re.search(r"y\* +123 ", result.out)
     assert "* from elsewhere" in result.out
     report = json.loads((tmp_path / "c.json").read_text())
     (row,) = [row for row in report["results"] if row["contender"] == "mmcv"]
     assert not row["measured"]
     path.write_text(json.dumps({"device": "another", "results": rows}))
-    assert "mmcv*" not in omniops("bench", *QUICK, "--beside", str(path)).out
+    assert "mmcv*" not in omniops("bench", "carafe", *QUICK, "--beside", str(path)).out
 
 
 def test_wrong_use(fails, tmp_path):

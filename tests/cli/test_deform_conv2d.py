@@ -31,18 +31,26 @@ def test_selftest_checks_every_result_with_and_without_mask_and_bias():
         assert max(found.values()) < 1e-5
 
 
-def test_selftest_reaches_both_forward_kernels_of_cuda():
+def test_selftest_reaches_all_forwards_of_cuda():
     pytest.importorskip("triton", reason="Triton is not installed")
-    from omniops.backends.cuda._deform_forward import is_fused
+    from omniops.backends.cuda._deform_forward import is_fused, is_in_parts, is_narrow
     from omniops.backends.cuda._deform_launches import Problem
 
-    found = {}
-    for check in case.checks():
-        inputs = (check.inputs[name].half() for name in INPUTS[:3])
-        problem = Problem(*inputs, None, (1, 1), (1, 1), (1, 1))
-        found.setdefault(is_fused(problem, has_tf32=True), set()).add((problem.groups, problem.offset_groups))
-    assert found[True] >= {(2, 2), (2, 3)}
-    assert found[False]
+    def found(serves, dtype):
+        problems = [
+            Problem(*(check.inputs[name].to(dtype) for name in INPUTS[:3]), None, (1, 1), (1, 1), (1, 1))
+            for check in case.checks()
+        ]
+        return [
+            {(each.groups, each.offset_groups) for each in problems if serves(each, True) == is_so}
+            for is_so in (True, False)
+        ]
+
+    fused, others = found(is_fused, torch.float16)
+    assert fused >= {(2, 2), (2, 3)}
+    assert others
+    for serves in (is_narrow, is_in_parts):
+        assert all(found(serves, torch.float32))
 
 
 def test_offsets_are_the_same_in_every_dtype_and_never_whole():

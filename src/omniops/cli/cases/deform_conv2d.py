@@ -25,7 +25,7 @@ _Pair = tuple[int, int]
 
 def checks() -> Iterator[Check]:
     """Odd sizes, both kinds of groups, numbers that differ along the axes, with and without mask and bias, layouts, and
-    channels in runs of 16 and 32, which CUDA has another kernel for."""
+    the channels that each forward of CUDA is for: in runs of 16 and 32, in runs of 4, and 128 of one offset group."""
     yield _check((2, 8, 9, 11), 6)
     yield _check((2, 8, 9, 11), 6, masked=False)
     yield _check((1, 12, 17, 23), 16, groups=4, offset_groups=2, layout="channels_last")
@@ -35,6 +35,7 @@ def checks() -> Iterator[Check]:
     yield _check((1, 64, 14, 19), 64, offset_groups=16)
     yield _check((2, 64, 9, 7), 72, groups=2, offset_groups=2, layout="channels_last")
     yield _check((1, 96, 7, 11), 20, groups=2, offset_groups=3, masked=False)
+    yield _check((1, 128, 7, 9), 80)
     yield _check((1, 40, 33, 47), 24, kernel_size=(1, 1), padding=(0, 0), masked=False, layout="channels_last")
     yield _check((3, 9, 10, 7), 12, groups=3, offset_groups=9, dilation=(2, 3), padding=(2, 3), layout="transposed")
     yield _check((1, 5, 1, 1), 7)
