@@ -1129,6 +1129,76 @@ def test_deterministic_algorithms_are_asked_for_at_each_call(deterministic, monk
         assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
+@pytest.fixture
+def bounds(monkeypatch):
+    """Has Triton's interpreter fail where a kernel reads or writes beside its tensors; it gets their kernels' names."""
+    if torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is what looks at addresses")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from omniops.backends.cuda._launch import Launch
+
+    names, memory = set(), []
+    call = Launch.__call__
+
+    def launch(self, stream, *tensors):
+        names.add(self._kernel.__name__)
+        memory[:] = [(each.data_ptr(), each.data_ptr() + each.nbytes) for each in tensors]
+        call(self, stream, *tensors)
+
+    def watched(access):
+        def checked(builder, pointers, *rest):
+            mask = rest[1] if access.__name__ == "create_masked_store" else rest[0]
+            addresses = pointers.data[mask.data.astype(bool)]
+            inside = np.zeros(addresses.shape, bool)
+            for first, end in memory:
+                inside |= (addresses >= first) & (addresses < end)
+            assert inside.all(), names
+            return access(builder, pointers, *rest)
+
+        return checked
+
+    for name in ("create_masked_load", "create_masked_store"):
+        monkeypatch.setattr(InterpreterBuilder, name, watched(getattr(InterpreterBuilder, name)))
+    monkeypatch.setattr(Launch, "__call__", launch)
+    return names
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Deterministic behavior")
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Maps of one pixel, of which a block of positions has many; one case for each forward.
+        Case(3, 6, 1, 1, 2, offset_groups=2),
+        Case(3, 32, 1, 1, 2, (1, 2)),
+        Case(3, 32, 1, 1, 2, (2, 1), groups=2, offset_groups=16),
+        Case(3, 64, 1, 1, 80, (1, 2), masked=False),
+    ],
+    ids=str,
+)
+def test_no_kernel_reads_beside_its_tensors(case, bounds, deterministic):
+    module, tensors = kernels("cuda"), problem(case, torch.float32)
+    x = each(lambda tensor: tensor.to(TRITON_DEVICE), tensors)
+    module.deform_conv2d_backward(x.grad, x.input, x.offset, x.weight, x.mask, *case.numbers, [True] + [False] * 4)
+    torch.use_deterministic_algorithms(False)
+    assert_right(module, TRITON_DEVICE, case, tensors)
+    assert {"prepare", "gradients", "gather", "finish"} <= bounds
+
+
+@needs_triton
+def test_a_lone_gradient_of_the_bias_launches_nothing(monkeypatch):
+    case = UNEVEN._replace(h=3, w=4)
+    x = each(lambda tensor: tensor.to(TRITON_DEVICE), problem(case, torch.float32))
+    module = kernels("cuda")
+    launch = import_module("omniops.backends.cuda._launch").Launch
+    monkeypatch.setattr(launch, "__call__", lambda *_: pytest.fail("a kernel was launched"))
+    wanted = [False, False, False, True, False]
+    gradients = module.deform_conv2d_backward(x.grad, x.input, x.offset, x.weight, x.mask, *case.numbers, wanted)
+    assert [gradient.numel() for gradient in gradients] == [0, 0, 0, case.c_out, 0]
+    torch.testing.assert_close(gradients[3], x.grad.sum((0, 2, 3)))
+
+
 def on_meta(case):
     """The tensors of a case, without memory."""
     taps, size = case.kernel_size[0] * case.kernel_size[1], case.out_size
