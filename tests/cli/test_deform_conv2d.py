@@ -162,7 +162,7 @@ def test_what_a_graph_would_not_hold_is_timed_by_calls_alone(monkeypatch):
 
 def test_the_plot_shows_the_calls_of_what_has_no_graph(monkeypatch, tmp_path):
     shown = []
-    monkeypatch.setattr(bench_plot, "_panel", lambda axis, results: shown.extend(results) or axis.plot([1], label="x"))
+    monkeypatch.setattr(bench_plot, "_panel", lambda axis, here, _: shown.extend(here) or axis.plot([1], label="x"))
     rows = [
         bench.Result(case.NAME, case._LARGE, "tf32", FORWARD, contender, mode, median)
         for contender, mode, median in (
