@@ -11,6 +11,10 @@ makes every corner of every sample readable. A *plan* says of each sample the nu
 image (in ``pixels``), how far below (ly) and right of it (lx) the sample lies, and its factor, the mask's (in
 ``places``: the ly of all samples, then their lx, then their factors). A sample outside the map has
 corners in the border alone, and so has one whose position is not a number: that has a ly or lx which is none.
+
+Sizes of maps, numbers of positions and strides are not specialised, so that no map of another size is compiled for.
+Numbers of channels, groups and taps are constants, for wide loads and stores along the channels, and so are stride,
+padding and dilation, which a network does not change.
 """
 
 from __future__ import annotations
@@ -168,6 +172,26 @@ def samples_of(
     return pixel[:, :, None], near[:, :, None], ly[:, :, None], lx[:, :, None], factor[:, :, None]
 
 
+@triton.jit
+def corners_of(corner, below, more, C: tl.constexpr, DTYPE: tl.constexpr):
+    """The pixels at the corners of samples: upper left (which is where ``corner`` points), upper right, lower ones."""
+    v00 = tl.load(corner, mask=more, other=0).to(DTYPE)
+    v01 = tl.load(corner + C, mask=more, other=0).to(DTYPE)
+    v10 = tl.load(corner + below, mask=more, other=0).to(DTYPE)
+    v11 = tl.load(corner + below + C, mask=more, other=0).to(DTYPE)
+    return v00, v01, v10, v11
+
+
+@triton.jit
+def interpolated(v00, v01, v10, v11, ly, lx, factor):
+    """factor * the interpolated pixels."""
+    value = (1 - ly) * factor * (1 - lx) * v00
+    value += (1 - ly) * factor * lx * v01
+    value += ly * factor * (1 - lx) * v10
+    value += ly * factor * lx * v11
+    return value
+
+
 @triton.jit(
     do_not_specialize=[
         "first", "count", "height", "width", "rows", "columns", "along",
@@ -211,13 +235,63 @@ def sample(
             D, K, KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X, MASKED, PLANNED, BLOCK_D, dtype,
         )  # fmt: skip
         corner = image + (pixel * C + c[None, :, :])
-        value = (1 - ly) * factor * (1 - lx) * tl.load(corner, mask=more[None, :, :], other=0).to(dtype)
-        value += (1 - ly) * factor * lx * tl.load(corner + C, mask=more[None, :, :], other=0).to(dtype)
-        value += ly * factor * (1 - lx) * tl.load(corner + below, mask=more[None, :, :], other=0).to(dtype)
-        value += ly * factor * lx * tl.load(corner + below + C, mask=more[None, :, :], other=0).to(dtype)
+        v00, v01, v10, v11 = corners_of(corner, below, more[None, :, :], C, dtype)
+        value = interpolated(v00, v01, v10, v11, ly, lx, factor)
         if ALONG:
             value = tl.where(some[:, None, None], value, 0)
         tl.store(out + to + t * step, value.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def add(to, weight, values, some, more):
+    """Add weight * values where the weight is not 0, as three corners' are at whole places."""
+    tl.atomic_add(to, weight * values, mask=some & (weight != 0) & more, sem="relaxed")
+
+
+@triton.jit
+def gradients_of(
+    by_columns, image, by_image, out, p, t, some, pixel, near, ly, lx, factor, count, along, width,
+    C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr,
+    ADD: tl.constexpr, OUT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """What ``gradients`` makes of a tap: the sums over channels for by_y and by_x, without the factor, and by_mask, as
+    (positions, groups); the columns and the gradient of the image are stored."""
+    CG: tl.constexpr = C // G
+    below = (width + 2) * C
+    by_y = tl.zeros([BLOCK_P, BLOCK_D, BLOCK_C], DTYPE)
+    by_x = tl.zeros([BLOCK_P, BLOCK_D, BLOCK_C], DTYPE)
+    by_factor = tl.zeros([BLOCK_P, BLOCK_D, BLOCK_C], DTYPE)
+    for start in range(0, C // D, BLOCK_C):
+        c, more, column = block_of(start, count.to(tl.int64) * (K * CG), 1, C, D, G, BLOCK_D, BLOCK_C)
+        more = more[None, :, :]
+        column_at = ((p.to(tl.int64) * K + t) * CG)[:, None, None] + column[None, :, :]
+        by_column = tl.load(by_columns + column_at, mask=some[:, None, None] & more, other=0).to(DTYPE)
+        corner = pixel * C + c[None, :, :]
+        v00, v01, v10, v11 = corners_of(image + corner, below, more, C, DTYPE)
+        upper = (1 - lx) * v00 + lx * v01
+        lower = (1 - lx) * v10 + lx * v11
+        by_y += by_column * (lower - upper)
+        by_x += by_column * ((1 - ly) * (v01 - v00) + ly * (v11 - v10))
+        if MASKED:
+            by_factor += by_column * ((1 - ly) * upper + ly * lower)
+        if OUT > 0:
+            value = interpolated(v00, v01, v10, v11, ly, lx, factor)
+            if OUT == 1:
+                tl.store(out + column_at, value.to(out.dtype.element_ty), mask=some[:, None, None] & more)
+            else:
+                step = CG * along.to(tl.int64)
+                c, more, to = block_of(start, step * K, along, C, D, G, BLOCK_D, BLOCK_C)
+                to = p[:, None, None] + to[None, :, :] + t * step
+                value = tl.where(some[:, None, None], value, 0)
+                more = more[None, :, :]
+                tl.store(out + to, value.to(out.dtype.element_ty), mask=(p < along)[:, None, None] & more)
+        if ADD:
+            add(by_image + corner, (1 - ly) * factor * (1 - lx), by_column, near, more)
+            add(by_image + corner + C, (1 - ly) * factor * lx, by_column, near, more)
+            add(by_image + corner + below, ly * factor * (1 - lx), by_column, near, more)
+            add(by_image + corner + below + C, ly * factor * lx, by_column, near, more)
+    return tl.sum(by_y, 2), tl.sum(by_x, 2), tl.sum(by_factor, 2)
 
 
 @triton.jit(
@@ -246,7 +320,6 @@ def gradients(
 
     Grid: (blocks of positions, blocks of offset groups, blocks of ``taps`` taps).
     """
-    CG: tl.constexpr = C // G
     dtype: tl.constexpr = tl.float64 if image.dtype.element_ty == tl.float64 else tl.float32
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     some = p < count
@@ -258,65 +331,24 @@ def gradients(
     to_offset = (n.to(tl.int64) * by_offset_n + i.to(tl.int64) * by_offset_y + j * by_offset_x)[:, None]
     to_mask = (n.to(tl.int64) * by_mask_n + i.to(tl.int64) * by_mask_y + j * by_mask_x)[:, None]
     stored = some[:, None] & (d < D)[None, :]
-    below = (width + 2) * C
     for t in range(tl.program_id(2) * taps, tl.minimum(tl.program_id(2) * taps + taps, K)):
         pixel, near, ly, lx, factor = samples_of(
             offset, mask, pixels, places, p, some, t, first, count, height, width, rows, columns,
             offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
             D, K, KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X, MASKED, PLANNED, BLOCK_D, dtype,
         )  # fmt: skip
-        by_y = tl.zeros([BLOCK_P, BLOCK_D, BLOCK_C], dtype)
-        by_x = tl.zeros([BLOCK_P, BLOCK_D, BLOCK_C], dtype)
-        by_factor = tl.zeros([BLOCK_P, BLOCK_D, BLOCK_C], dtype)
-        for start in range(0, C // D, BLOCK_C):
-            c, more, column = block_of(start, count.to(tl.int64) * (K * CG), 1, C, D, G, BLOCK_D, BLOCK_C)
-            more = more[None, :, :]
-            column_at = ((p.to(tl.int64) * K + t) * CG)[:, None, None] + column[None, :, :]
-            by_column = tl.load(by_columns + column_at, mask=some[:, None, None] & more, other=0).to(dtype)
-            corner = pixel * C + c[None, :, :]
-            v00 = tl.load(image + corner, mask=more, other=0).to(dtype)
-            v01 = tl.load(image + corner + C, mask=more, other=0).to(dtype)
-            v10 = tl.load(image + corner + below, mask=more, other=0).to(dtype)
-            v11 = tl.load(image + corner + below + C, mask=more, other=0).to(dtype)
-            upper = (1 - lx) * v00 + lx * v01
-            lower = (1 - lx) * v10 + lx * v11
-            by_y += by_column * (lower - upper)
-            by_x += by_column * ((1 - ly) * (v01 - v00) + ly * (v11 - v10))
-            if MASKED:
-                by_factor += by_column * ((1 - ly) * upper + ly * lower)
-            if OUT > 0:
-                value = (1 - ly) * factor * (1 - lx) * v00
-                value += (1 - ly) * factor * lx * v01
-                value += ly * factor * (1 - lx) * v10
-                value += ly * factor * lx * v11
-                if OUT == 1:
-                    tl.store(out + column_at, value.to(out.dtype.element_ty), mask=some[:, None, None] & more)
-                else:
-                    step = CG * along.to(tl.int64)
-                    c, more, to = block_of(start, step * K, along, C, D, G, BLOCK_D, BLOCK_C)
-                    to = p[:, None, None] + to[None, :, :] + t * step
-                    value = tl.where(some[:, None, None], value, 0)
-                    more = more[None, :, :]
-                    tl.store(out + to, value.to(out.dtype.element_ty), mask=(p < along)[:, None, None] & more)
-            if ADD:
-                add(by_image + corner, (1 - ly) * factor * (1 - lx), by_column, near, more)
-                add(by_image + corner + C, (1 - ly) * factor * lx, by_column, near, more)
-                add(by_image + corner + below, ly * factor * (1 - lx), by_column, near, more)
-                add(by_image + corner + below + C, ly * factor * lx, by_column, near, more)
+        by_y, by_x, by_factor = gradients_of(
+            by_columns, image, by_image, out, p, t, some, pixel, near, ly, lx, factor, count, along, width,
+            C, D, G, K, MASKED, ADD, OUT, BLOCK_P, BLOCK_D, BLOCK_C, dtype,
+        )  # fmt: skip
         factor = tl.reshape(factor, [BLOCK_P, BLOCK_D])
         unit = (d * K + t).to(tl.int64)
         to = by_offset + (to_offset + (unit * 2 * by_offset_c)[None, :])
-        tl.store(to, (factor * tl.sum(by_y, 2)).to(by_offset.dtype.element_ty), mask=stored)
-        tl.store(to + by_offset_c, (factor * tl.sum(by_x, 2)).to(by_offset.dtype.element_ty), mask=stored)
+        tl.store(to, (factor * by_y).to(by_offset.dtype.element_ty), mask=stored)
+        tl.store(to + by_offset_c, (factor * by_x).to(by_offset.dtype.element_ty), mask=stored)
         if MASKED:
             to = by_mask + (to_mask + (unit * by_mask_c)[None, :])
-            tl.store(to, tl.sum(by_factor, 2).to(by_mask.dtype.element_ty), mask=stored)
-
-
-@triton.jit
-def add(to, weight, values, some, more):
-    """Add weight * values where the weight is not 0, as three corners' are at whole places."""
-    tl.atomic_add(to, weight * values, mask=some & (weight != 0) & more, sem="relaxed")
+            tl.store(to, by_factor.to(by_mask.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["count", "first_image", "height", "width"])

@@ -2,9 +2,9 @@
 # (Triton's language, not Python's)
 """Deformable convolution of float32 in Triton with columns in parts of float16 (``_float16_products``).
 
-Names are those of ``_deform_columns``. The rows that have a scale are those of a *unit*: UNIT channels of a tap, of one
-weight group and one offset group, at a position. The columns of a weight group are units[g, p, t * CG + c], high and
-low, and scales[g, u, p] with u counting the units of a position.
+Names are those of ``_deform_columns``, and so is what is specialised. The rows that have a scale are those of a *unit*:
+UNIT channels of a tap, of one weight group and one offset group, at a position. The columns of a weight group are
+units[g, p, t * CG + c], high and low, and scales[g, u, p] with u counting the units of a position.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@
 Each is one launch, whose programs are dealt out to jobs: program ids below the first end do the first job, those below
 the second end the second. The forward and the backward launch the same compiled kernel, with other numbers of programs.
 
-Names are those of ``_deform_columns``. Sizes of maps and strides are no constants, so that no map of another size is
-compiled for; numbers of channels and taps are, for wide loads and stores along the channels. Of a map's strides it is a
-constant how it lies (LAYOUT): 2 channels_last, 1 along its rows, 0 otherwise.
+Names are those of ``_deform_columns``, and so is what is specialised; of a map's strides it is a constant how it lies
+(LAYOUT): 2 channels_last, 1 along its rows, 0 otherwise.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import triton.language as tl
 
 from omniops.backends.cuda._deform_columns import plan
 from omniops.backends.cuda._float16_products import split_weights
+from omniops.backends.cuda._float32_products import high_part, low_part
 
 PIXELS = 64
 CHANNELS = 64
@@ -114,8 +114,8 @@ def by_tap(
     to = g.to(tl.int64) * (NG * CG * K) + (o.to(tl.int64) * to_o)[:, None] + ((t * CG + c).to(tl.int64) * to_k)[None, :]
     if kernels.dtype.element_ty == tl.float32:  # noqa: SIM102  # the types of the inner branch are float32's
         if low != 0:
-            high = (value.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
-            tl.store(kernels_low + to, tl.where(value == high, 0, value - high), mask=some)
+            high = high_part(value)
+            tl.store(kernels_low + to, low_part(value, high), mask=some)
             value = high
     tl.store(kernels + to, value, mask=some)
 

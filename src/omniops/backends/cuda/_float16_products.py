@@ -5,7 +5,8 @@
 A row of a factor is multiplied by a power of two that brings its largest number between 2**14 and 2**15, and is then
 high + low: high is the nearest float16, low that of the rest. The product is high * high + high * low + low * high, and
 what is left out is below float32's own rounding. High alone has the 11 bits of TF32. Of a number that is smaller than
-the row's largest one 22 bits are kept down to 2**-16 of that, fewer below, none at 2**-39.
+the row's largest one 22 bits are kept down to 2**-16 of that, fewer below, none at 2**-39. (An infinite factor may
+give a NaN where an infinity was due.)
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A forward is one of four (``_deform_forward``):
 - with few output channels one kernel makes no columns: ``fused`` for offset groups of 16 channels or more, which
   share a plan of their samples, and ``narrow`` for smaller ones;
 - elsewhere columns in memory and a matrix product after them were measured to be faster (docs/benchmarks.md), as the
-  weights are then read fewer times: ``in_parts`` for float32 where channels allow it, else ``with_columns``.
+  weights are then read fewer times: ``in_parts`` of float16 for float32 where channels allow it, else
+  ``with_columns`` of the input's dtype.
 
 The backward is in ``_deform_backward``. ``_deform_launches`` has the sizes of a call and the launches of the kernels,
 which are in the files named after what they take: ``_deform_prepare`` (borders, plans, weights by tap),
