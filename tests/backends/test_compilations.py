@@ -27,9 +27,12 @@ def compilations(operator, dtype, folder):
 @pytest.mark.parametrize(
     ("operator", "dtype"),
     [
-        *((operator, dtype) for operator in ("carafe", "deform_conv2d") for dtype in ("float32", "float16")),
+        ("carafe", "float32"),
+        ("deform_conv2d", "float32"),
         ("connected_components", "uint8"),
-        ("connected_components", "int64"),
+        pytest.param("carafe", "float16", marks=pytest.mark.slow),
+        pytest.param("deform_conv2d", "float16", marks=pytest.mark.slow),
+        pytest.param("connected_components", "int64", marks=pytest.mark.slow),
     ],
 )
 def test_sizes_are_not_compiled_for(operator, dtype, tmp_path):
