@@ -493,7 +493,7 @@ def test_columns_in_chunks(backend, device, images, c_out, monkeypatch):
     """Of a position, of parts of an image and of an image."""
     case = Case(3, 12, 6, 7, c_out, groups=2, offset_groups=3)
     if interpreted(backend, device):
-        case = Case(2, 32, 1, 3, c_out, groups=2)
+        case = Case(2, 32, 1, 3, c_out, (1, 3), padding=(0, 1), groups=2)
     module, positions = kernels(backend), max(1, int(images * case.h * case.w))
     if backend == "cuda":
         in_cuda_chunks(monkeypatch, positions)
@@ -1098,7 +1098,7 @@ def test_the_fused_forward_in_tf32(matmul, precisions):
     [
         (UNEVEN._replace(h=3, w=4), None),
         (UNEVEN._replace(h=3, w=4), 4),
-        (FUSED, 9),
+        (Case(2, 64, 2, 3, 4, (1, 2), padding=(0, 1), groups=2, offset_groups=2), 5),
         (Case(2, 300, 2, 2, 2, (1, 1), padding=(0, 0)), None),
     ],
     ids=str,
