@@ -1141,9 +1141,14 @@ def bounds(monkeypatch):
     names, memory = set(), []
     call = Launch.__call__
 
+    def span(tensor):
+        """From the first element to behind the last."""
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return 1 + reach if tensor.numel() > 0 else 0
+
     def launch(self, stream, *tensors):
         names.add(self._kernel.__name__)
-        memory[:] = [(each.data_ptr(), each.data_ptr() + each.nbytes) for each in tensors]
+        memory[:] = [(each.data_ptr(), each.data_ptr() + span(each) * each.itemsize) for each in tensors]
         call(self, stream, *tensors)
 
     def watched(access):
@@ -1184,6 +1189,25 @@ def test_no_kernel_reads_beside_its_tensors(case, bounds, deterministic):
     torch.use_deterministic_algorithms(False)
     assert_right(module, TRITON_DEVICE, case, tensors)
     assert {"prepare", "gradients", "gather", "finish"} <= bounds
+
+
+@needs_triton
+@pytest.mark.parametrize("case", [Case(1, 16, 1, 1, 2), Case(1, 16, 1, 1, 2, offset_groups=2)], ids=str)
+def test_offsets_far_apart_in_memory(case, bounds):
+    """Strides whose double is beyond 32 bits."""
+    case = case._replace(kernel_size=(1, 1), padding=(0, 0), masked=False)
+    x, far = problem(case, torch.float16), 2**30
+    try:
+        # Zeros that take address space, but memory only where they are written.
+        memory = torch.from_numpy(np.zeros((2 * case.offset_groups - 1) * far + 1, np.float16))
+    except MemoryError:
+        pytest.skip("the system does not give out memory that it may not have")
+    offset = memory.as_strided(x.offset.shape, (far, far, 1, 1))
+    x.offset = offset.copy_(x.offset)
+    out = kernels("cuda").deform_conv2d(x.input, x.offset, x.weight, x.bias, None, *case.numbers)
+    x = each(torch.Tensor.double, x)
+    expected = reference.deform_conv2d(x.input, x.offset, x.weight, x.bias, None, *case.numbers)
+    assert (out - expected).abs().max() <= 2e-3 * expected.abs().max()
 
 
 @needs_triton
