@@ -34,8 +34,16 @@ def test_pairs_serve_what_is_stored_row_by_row(launches):
     for i, tensor in enumerate(even):
         *shape, width = tensor.shape
         for reason, other, kernels in (
-            ("two beside a row", torch.zeros(*shape, width + 2)[..., :-2], "in pairs" if i else "in vectors"),
-            ("one beside a row", torch.zeros(*shape, width + 1)[..., :-1], "by others" if i else "in pairs"),
+            (
+                "rows that start within vectors",
+                torch.zeros(*shape, width + 2)[..., :-2],
+                ("in vectors", "in pairs")[i > 0],
+            ),
+            (
+                "rows that start within pairs",
+                torch.zeros(*shape, width + 1)[..., :-1],
+                ("in pairs", "by others")[i > 0],
+            ),
             ("rows that are not contiguous", torch.zeros(*shape[:2], width, shape[2]).mT, "by others"),
         ):
             assert served(*even[:i], other, *even[i + 1 :]) == kernels, reason
