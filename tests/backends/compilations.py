@@ -37,17 +37,24 @@ def compile_only(launch: _launch.Launch, stream: int, *tensors: torch.Tensor) ->
     launch._kernel.warmup(*tensors, *launch._numbers, grid=launch._grid, **launch._constants)
 
 
+def gradients_of(make: Callable[..., torch.Tensor], *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of a result: any, and that of its sum, which is one element."""
+    return make(*shape), make(1, 1, 1, 1).expand(shape)
+
+
 def run_carafe(make: Callable[..., torch.Tensor], h: int, w: int) -> None:
-    features, masks, grad = make(2, 256, h, w), make(2, 25, 2 * h, 2 * w), make(2, 256, 2 * h, 2 * w)
+    features, masks = make(2, 256, h, w), make(2, 25, 2 * h, 2 * w)
     carafe.carafe(features, masks, 5, 1, 2, 1)
-    carafe.carafe_backward(grad, features, masks, h, w, 5, 1, 2, 1)
+    for grad in gradients_of(make, 2, 256, 2 * h, 2 * w):
+        carafe.carafe_backward(grad, features, masks, h, w, 5, 1, 2, 1)
 
 
 def run_deform_conv2d(make: Callable[..., torch.Tensor], h: int, w: int) -> None:
     inputs = make(2, 64, h, w), make(2, 18, h, w), make(64, 64, 3, 3)
     mask, pairs = make(2, 9, h, w), ((1, 1),) * 3
     deform_conv2d.deform_conv2d(*inputs, make(64), mask, *pairs)
-    deform_conv2d.deform_conv2d_backward(make(2, 64, h, w), *inputs, mask, *pairs, [True] * 5)
+    for grad in gradients_of(make, 2, 64, h, w):
+        deform_conv2d.deform_conv2d_backward(grad, *inputs, mask, *pairs, [True] * 5)
 
 
 def run_connected_components(make: Callable[..., torch.Tensor], h: int, w: int) -> None:

@@ -566,6 +566,7 @@ def test_each_choice_of_gradients(backend, device, layout, masked):
             continue
         arguments = x.grad, x.input, x.offset, x.weight, x.mask, *case.numbers, [bool(want) for want in wanted]
         found = kernels(backend).deform_conv2d_backward(*arguments)
+        assert len({id(gradient) for gradient in found}) == 5
         for name, gradient, want in zip(GRADIENTS, found, wanted, strict=True):
             if not want:
                 assert gradient.numel() == 0, name

@@ -144,16 +144,16 @@ class Backward:
 
     def __call__(self, grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None) -> Gradients:
         wanted, new, strides = self.wanted, input.new_empty_strided, self.strides
-        nothing = grad if all(wanted) else grad.new_empty(0)
-        by_bias = nothing
+        nothing = [grad if want else grad.new_empty(0) for want in wanted]
+        by_bias = nothing[3]
         if wanted[3]:
             # A gradient that lies channels last is better summed by PyTorch, many channels at once.
             by_bias = new((self.problem.c_out,), (1,)) if self.sums else grad.sum((0, 2, 3))
         if not (self.of_samples or wanted[2]):
-            return nothing, nothing, nothing, by_bias, nothing
-        by_input = new(input.shape, strides[0]) if wanted[0] else nothing
-        by_offset = new(offset.shape, strides[1]) if self.of_samples else nothing
-        by_weight = new(weight.shape, strides[2]) if wanted[2] else nothing
+            return nothing[0], nothing[1], nothing[2], by_bias, nothing[4]
+        by_input = new(input.shape, strides[0]) if wanted[0] else nothing[0]
+        by_offset = new(offset.shape, strides[1]) if self.of_samples else nothing[1]
+        by_weight = new(weight.shape, strides[2]) if wanted[2] else nothing[2]
         by_mask = by_offset if mask is None or not self.of_samples else new(mask.shape, strides[3])
         mask = offset if mask is None else mask
         with on_device(input) as stream:
@@ -188,10 +188,10 @@ class Backward:
                 )
         return (
             by_input,
-            by_offset if wanted[1] else nothing,
+            by_offset if wanted[1] else nothing[1],
             by_weight,
             by_bias,
-            by_mask if wanted[4] else nothing,
+            by_mask if wanted[4] else nothing[4],
         )
 
     def _by_columns(self, stream: int, chunk: _OfChunk, grads: Tensor, kernels: Tensor, columns: Tensor) -> None:

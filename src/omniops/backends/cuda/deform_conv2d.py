@@ -69,6 +69,10 @@ def deform_conv2d_backward(
     kept: dict[tuple[bool, bool], Backward] = {}
     is_float32 = input.dtype == torch.float32 and has_tf32(input)
     layout = tuple(grad.stride()), layout_of(grad)
+    # As the one of a sum, which is a single element: copied, it is no further layout to compile the kernels for.
+    copied = layout[1] == 0
+    if copied:
+        layout = tuple(strides_like(grad, grad.shape)), 1
     wanted = tuple(output_mask)
 
     def run(grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *_: Any) -> Gradients:
@@ -76,6 +80,6 @@ def deform_conv2d_backward(
         backward = kept.get(how)
         if backward is None:
             backward = kept.setdefault(how, Backward(problem, wanted, strides, layout, is_float32, *how))
-        return backward(grad, input, offset, weight, mask)
+        return backward(grad.contiguous() if copied else grad, input, offset, weight, mask)
 
     return run
