@@ -10,7 +10,7 @@ from differentiable import assert_close, assert_same
 from torch.utils.checkpoint import checkpoint
 
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-NODES = {"carafe": "CarafeBackward", "deform_conv2d": "DeformConv2dBackward"}
+NODES = {"carafe": "CARAFEFunctionBackward", "deform_conv2d": "DeformConv2dFunctionBackward"}
 
 
 def subsets(length):
@@ -120,7 +120,7 @@ def test_nodes_have_the_operators_name_and_take_hooks(problem):
     again = torch.autograd.grad(
         problem.function(*problem.tensors), problem.tensors[0], problem.grad, create_graph=True
     )[0]
-    assert again.grad_fn.name() == f"{NODES[problem.name]}Backward"
+    assert again.grad_fn.name() == NODES[problem.name].replace("Function", "BackwardFunction")
 
 
 def test_a_graph_that_is_retained_and_one_that_is_not(problem):

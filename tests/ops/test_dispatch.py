@@ -312,7 +312,7 @@ def test_a_convolution_counts_as_pytorchs():
 
 
 def test_the_profiler_has_the_operators_names(problem):
-    nodes = {"carafe": "CarafeBackward", "deform_conv2d": "DeformConv2dBackward"}
+    nodes = {"carafe": "CARAFEFunctionBackward", "deform_conv2d": "DeformConv2dFunctionBackward"}
     problem.gradients()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
         problem.gradients()

@@ -122,7 +122,7 @@ def facts() -> dict[str, Any]:
 def operators() -> list[str]:
     """The operators that omniops registered with PyTorch's dispatcher, without those that are another's backward."""
     names = (name.removeprefix("omniops::") for name in torch._C._dispatch_get_all_op_names() if "omniops::" in name)
-    return sorted(name for name in names if "_backward_" not in name)
+    return sorted(name for name in names if not name.endswith("_backward"))
 
 
 def serving(operator: str, device_type: str) -> ModuleType:

@@ -183,7 +183,7 @@ _carafe_backward = define(
 """The gradients of features and masks. The former is of no elements without masks, the latter without features."""
 
 
-class Carafe(torch.autograd.Function):
+class CARAFEFunction(torch.autograd.Function):
     """The derivative of carafe, for autograd."""
 
     @staticmethod
@@ -208,7 +208,7 @@ class Carafe(torch.autograd.Function):
         )
 
 
-class CarafeBackward(torch.autograd.Function):
+class CARAFEBackwardFunction(torch.autograd.Function):
     """The derivative of carafe_backward, for autograd.
 
     Its cotangents are one of features and one of masks. In each term of the form one of them stands in its place, and
@@ -251,5 +251,5 @@ class CarafeBackward(torch.autograd.Function):
         return None, gradient, second[0] if of_features else None, second[1] if of_masks else None, *(None,) * 6
 
 
-differentiate(_carafe, Carafe)
-differentiate(_carafe_backward, CarafeBackward)
+differentiate(_carafe, CARAFEFunction)
+differentiate(_carafe_backward, CARAFEBackwardFunction)

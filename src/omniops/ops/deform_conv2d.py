@@ -303,7 +303,7 @@ _deform_conv2d_backward = define(
 """The gradients of input, offset, weight, bias and mask; those that output_mask is False for are of no elements."""
 
 
-class DeformConv2d(torch.autograd.Function):
+class DeformConv2dFunction(torch.autograd.Function):
     """The derivative of deform_conv2d, for autograd."""
 
     @staticmethod
@@ -332,7 +332,7 @@ class DeformConv2d(torch.autograd.Function):
         return None, *of_tensors, None, None, None
 
 
-class DeformConv2dBackward(torch.autograd.Function):
+class DeformConv2dBackwardFunction(torch.autograd.Function):
     """The derivative of deform_conv2d_backward: autograd's, of its reference kernel."""
 
     @staticmethod
@@ -380,5 +380,5 @@ class DeformConv2dBackward(torch.autograd.Function):
         return None, *(found.get(i) for i in range(5)), *(None,) * len(ctx.numbers)
 
 
-differentiate(_deform_conv2d, DeformConv2d)
-differentiate(_deform_conv2d_backward, DeformConv2dBackward)
+differentiate(_deform_conv2d, DeformConv2dFunction)
+differentiate(_deform_conv2d_backward, DeformConv2dBackwardFunction)
