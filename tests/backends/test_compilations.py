@@ -28,7 +28,7 @@ def compilations(operator, dtype, folder):
     ("operator", "dtype"),
     [
         ("carafe", "float32"),
-        ("deform_conv2d", "float32"),
+        pytest.param("deform_conv2d", "float32", marks=pytest.mark.slow),
         ("connected_components", "uint8"),
         pytest.param("carafe", "float16", marks=pytest.mark.slow),
         pytest.param("deform_conv2d", "float16", marks=pytest.mark.slow),
