@@ -183,8 +183,7 @@ def below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
 def gradients(operator: Any, *args: Any) -> Any:
     """Call a backward operator within a backward, past the keys for autograd where no graph of it is made.
 
-    In the thread of a backward, whose caches are cold, their kernel in Python takes as long as two launches.
-    (torch.compile, which has no such cost, cannot trace the guard.)
+    These keys' kernel is Python, and the guard costs less. (torch.compile, which runs neither, cannot trace the guard.)
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operator(*args)
