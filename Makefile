@@ -1,4 +1,4 @@
-# make demo, make test: each sets up .venv first, and does nothing twice. test-oldest and test-middle have their own.
+# make demo, make test, make docs: each sets up .venv first, and does nothing twice. test-oldest and test-middle have their own.
 PYTHON ?= python3
 # The torch that the development environment is tested with; any torch that pyproject.toml admits will do.
 TORCH ?= torch==2.15.0
@@ -17,7 +17,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 # What a build leaves is of one environment, whose nanobind CMake remembers.
 export SKBUILD_BUILD_DIR := $(VENV)/build
 
-.PHONY: demo test test-all test-browser test-oldest test-middle lint bench clean anew
+.PHONY: demo test test-all test-browser test-oldest test-middle lint docs bench clean anew
 .DEFAULT_GOAL := test
 
 # Another TORCH installs again, another PYTHON starts .venv anew.
@@ -79,6 +79,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, into build/docs: all of it each time, because Sphinx does not warn again of a page that did not change.
+# A link that leads nowhere is a warning, and a warning an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx --fresh-env --write-all --fail-on-warning --keep-going --quiet docs build/docs
+	@echo 'The site is build/docs/index.html.'
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/carafe.py

@@ -20,6 +20,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -44,9 +45,9 @@ from omniops.cli.common import (
     progress,
     require_pictures,
 )
-from omniops.cli.doctor import machine, versions
 from omniops.cli.outputs import OverwriteOption, require_new, require_picture, write_json, writing
 from omniops.cli.pictures import read_picture
+from omniops.environment import machine, versions
 from omniops.sam2.upsampling import guided
 
 LOW = 256
@@ -108,41 +109,11 @@ def main(
         photo = Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
     pixels = np.asarray(read_picture(photo), dtype=np.float32) / np.float32(255)
     height, width = pixels.shape[:2]
-    contenders: dict[str, Upsample] = {
-        BILINEAR: _bilinear,
-        BLUR: partial(guided, sigma_colour=torch.inf),
-        GUIDED: guided,
-    }
-    if sweep:
-        for k, space, colour in product((3, 5, 7), (0.6, 0.8, 1.0), (0.05, 0.1, 0.15, 0.2)):
-            settings = partial(guided, kernel_size=k, sigma_space=space, sigma_colour=colour)
-            contenders[f"{k}, {space}, {colour}"] = settings
-
-    results: list[dict[str, Any]] = []
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    shown: dict[str, tuple[Scene, dict[str, Tensor]]] = {}
-    with progress() as bar:
-        task = bar.add_task("", total=scenes * len(OUTLINES) * len(FILLINGS))
-        for scene in _scenes(pixels, scenes, noise):
-            bar.update(task, description=f"{scene.outline}, {scene.filling}")
-            found = {}
-            for name, upsample in contenders.items():
-                logits, picture = scene.logits.to(chosen), scene.picture.to(chosen)
-                devices.synchronize(chosen)
-                before = perf_counter()
-                upsampled = upsample(logits, picture, (height, width))
-                devices.synchronize(chosen)
-                seconds[name].append(perf_counter() - before)
-                found[name] = upsampled[0, 0].cpu() > 0
-                scores = _scores(found[name][scene.box], scene.mask[scene.box])
-                results.append({"outline": scene.outline, "filling": scene.filling, "upsampling": name, **scores})
-            if scene.outline == "star":
-                shown.setdefault(scene.filling, (scene, found))
-            bar.advance(task)
+    found = _compare(pixels, _contenders(sweep), scenes, noise, chosen)
 
     console = output()
     console.print(f"{photo.name}, {width} x {height}, noise of {noise}, {devices.title(chosen)}")
-    console.print(_table(results, list(contenders), seconds))
+    console.print(_table(found.scores, list(found.seconds), found.seconds))
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     if json_file is not None:
         report = {
@@ -152,20 +123,76 @@ def main(
             "hardware": {**machine(), "threads": torch.get_num_threads()},
             "versions": versions(),
             "photo": {"name": photo.name, "size": [height, width]},
-            "method": {
-                "logits": f"256 x 256: shares blurred by {BLURRED}, clipped to {CLIP}; "
-                f"noise of {noise}, blurred by {GRAIN}",
-                "iou": f"within {BANDS} pixels of the true boundary",
-                "f": f"of boundaries found within {TOLERANCES} pixels",
-                "scenes": f"{scenes} of each outline and filling, from the same seeds",
-            },
-            "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
-            "results": results,
+            "method": _method(scenes, noise),
+            "median_seconds": {name: statistics.median(times) for name, times in found.seconds.items()},
+            "results": found.scores,
         }
         write_json(json_file, report, overwrite, indent=1)
     if plot is not None:
-        with writing(plot, overwrite) as part:
-            _draw(results, shown, f"{photo.name}, {width} x {height}, noise of {noise}, {date[:10]}", part)
+        with writing(plot, overwrite) as path:
+            title = f"{photo.name}, {width} x {height}, noise of {noise}, {date[:10]}"
+            _draw(found.scores, found.stars, title, path)
+
+
+@dataclass
+class Comparison:
+    """Of upsampling methods on scenes."""
+
+    scores: list[dict[str, Any]]
+    """Of each method on each scene."""
+    seconds: dict[str, list[float]]
+    """Of each method's calls."""
+    stars: dict[str, tuple[Scene, dict[str, Tensor]]]
+    """For each filling the first star, and the mask by each method."""
+
+
+def _contenders(sweep: bool) -> dict[str, Upsample]:
+    contenders: dict[str, Upsample] = {
+        BILINEAR: _bilinear,
+        BLUR: partial(guided, sigma_colour=torch.inf),
+        GUIDED: guided,
+    }
+    if sweep:
+        for k, space, colour in product((3, 5, 7), (0.6, 0.8, 1.0), (0.05, 0.1, 0.15, 0.2)):
+            settings = partial(guided, kernel_size=k, sigma_space=space, sigma_colour=colour)
+            contenders[f"{k}, {space}, {colour}"] = settings
+    return contenders
+
+
+def _compare(
+    pixels: NDArray[np.float32], contenders: dict[str, Upsample], scenes: int, noise: float, device: torch.device
+) -> Comparison:
+    size = pixels.shape[:2]
+    comparison = Comparison([], {name: [] for name in contenders}, {})
+    with progress() as bar:
+        task = bar.add_task("", total=scenes * len(OUTLINES) * len(FILLINGS))
+        for scene in _scenes(pixels, scenes, noise):
+            bar.update(task, description=f"{scene.outline}, {scene.filling}")
+            masks = {}
+            for name, upsample in contenders.items():
+                logits, picture = scene.logits.to(device), scene.picture.to(device)
+                devices.synchronize(device)
+                before = perf_counter()
+                upsampled = upsample(logits, picture, size)
+                devices.synchronize(device)
+                comparison.seconds[name].append(perf_counter() - before)
+                masks[name] = upsampled[0, 0].cpu() > 0
+                scores = _scores(masks[name][scene.box], scene.mask[scene.box])
+                row = {"outline": scene.outline, "filling": scene.filling, "upsampling": name, **scores}
+                comparison.scores.append(row)
+            if scene.outline == "star":
+                comparison.stars.setdefault(scene.filling, (scene, masks))
+            bar.advance(task)
+    return comparison
+
+
+def _method(scenes: int, noise: float) -> dict[str, str]:
+    return {
+        "logits": f"256 x 256: shares blurred by {BLURRED}, clipped to {CLIP}; noise of {noise}, blurred by {GRAIN}",
+        "iou": f"within {BANDS} pixels of the true boundary",
+        "f": f"of boundaries found within {TOLERANCES} pixels",
+        "scenes": f"{scenes} of each outline and filling, from the same seeds",
+    }
 
 
 def _bilinear(logits: Tensor, picture: Tensor, size: tuple[int, int]) -> Tensor:
@@ -279,8 +306,8 @@ def _near(pixels: Tensor, reach: int) -> Tensor:
     return F.conv2d(pixels[None, None].float(), disc[None, None], padding=reach)[0, 0] > 0.5
 
 
-def _mean(results: list[dict[str, Any]], score: str, **which: str) -> float:
-    return statistics.fmean(row[score] for row in results if all(row[key] == value for key, value in which.items()))
+def _mean(results: list[dict[str, Any]], score: str, **columns: str) -> float:
+    return statistics.fmean(row[score] for row in results if all(row[key] == value for key, value in columns.items()))
 
 
 def _score_names() -> dict[str, str]:
@@ -293,11 +320,12 @@ def _table(results: list[dict[str, Any]], contenders: list[str], seconds: dict[s
     table = Table("what", "", *_score_names().values(), "ms", box=SIMPLE_HEAD)
     groups: list[tuple[str, dict[str, str]]] = [(filling, {"filling": filling}) for filling in FILLINGS]
     groups += [(outline, {"outline": outline}) for outline in OUTLINES]
-    for title, which in [*groups, ("all", {})]:
+    for title, columns in [*groups, ("all", {})]:
         for name in contenders if title == "all" else (BILINEAR, BLUR, GUIDED):
-            means = {score: _mean(results, score, upsampling=name, **which) for score in _score_names()}
+            means = {score: _mean(results, score, upsampling=name, **columns) for score in _score_names()}
             best = {
-                score: max(_mean(results, score, upsampling=each, **which) for each in contenders) for score in means
+                score: max(_mean(results, score, upsampling=contender, **columns) for contender in contenders)
+                for score in means
             }
             cells = [f"[bold]{mean:.1%}[/]" if mean == best[score] else f"{mean:.1%}" for score, mean in means.items()]
             time = f"{statistics.median(seconds[name]) * 1e3:.0f}" if title == "all" else ""
@@ -322,21 +350,21 @@ def _draw(
             bars = axes[0].bar(np.arange(len(names)) + shift, means, 0.27, color=colours[name], label=name)
             axes[0].bar_label(bars, fmt="%.0f", fontsize=8)
         axes[0].set_xticks(
-            range(len(names)), [each.replace(" within", "\nwithin") for each in names.values()], fontsize=8
+            range(len(names)), [label.replace(" within", "\nwithin") for label in names.values()], fontsize=8
         )
         axes[0].set_ylim(0, 115)
         axes[0].set_ylabel("%")
         axes[0].set_title(filling)
         axes[0].legend(loc="upper right", ncols=3, fontsize=8)
         scene, found = shown[filling]
-        rows, columns = (each[0] for each in np.split(np.argwhere(_boundary(scene.mask).numpy())[:1], 2, axis=1))
-        middle, reach = (int(rows[0]), int(columns[0])), max(scene.mask.shape) // 24
-        part = tuple(slice(max(0, each - reach), each + reach) for each in middle)
-        picture = scene.picture[0].permute(1, 2, 0).clamp(0, 1)[part].numpy()
+        row, column = np.argwhere(_boundary(scene.mask).numpy())[0].tolist()
+        reach = max(scene.mask.shape) // 24
+        crop = tuple(slice(max(0, middle - reach), middle + reach) for middle in (row, column))
+        picture = scene.picture[0].permute(1, 2, 0).clamp(0, 1)[crop].numpy()
         for axis, name in zip(axes[1:], (BILINEAR, GUIDED), strict=True):
             axis.imshow(picture, interpolation="nearest")
             for mask, key in ((scene.mask, "true"), (found[name], name)):
-                axis.contour(mask[part].float().numpy(), [0.5], colors=colours[key], linewidths=1.4)
+                axis.contour(mask[crop].float().numpy(), [0.5], colors=colours[key], linewidths=1.4)
             axis.set_title(f"{name}; white: the truth")
             axis.set_axis_off()
     figure.suptitle(f"Masks from 256 x 256 logits: {title}")

@@ -49,38 +49,38 @@ def app() -> Flask:
 
     @server.post("/graphql")
     def graphql() -> Response:
-        given = request.get_json()["variables"]["input"]
+        arguments = request.get_json()["variables"]["input"]
         with lock, torch.inference_mode(), precision():
-            if "path" in given:
+            if "path" in arguments:
                 session = str(uuid.uuid4())
-                states[session] = predictor.init_state(str(Path(os.environ["CLIPS"]) / Path(given["path"]).stem))
+                states[session] = predictor.init_state(str(Path(os.environ["CLIPS"]) / Path(arguments["path"]).stem))
                 return _answer({"startSession": {"sessionId": session}})
-            state = states[given["sessionId"]]
+            state = states[arguments["sessionId"]]
             size = [state["video_width"], state["video_height"]]
             frame, ids, logits = predictor.add_new_points_or_box(
                 state,
-                given["frameIndex"],
-                given["objectId"],
-                points=np.array(given["points"], np.float32) * size,
-                labels=np.array(given["labels"], np.int32),
-                clear_old_points=given["clearOldPoints"],
+                arguments["frameIndex"],
+                arguments["objectId"],
+                points=np.array(arguments["points"], np.float32) * size,
+                labels=np.array(arguments["labels"], np.int32),
+                clear_old_points=arguments["clearOldPoints"],
             )
-            masks = [{"objectId": each, "rleMask": mask} for each, mask in _masks(ids, logits)]
+            masks = [{"objectId": object_id, "rleMask": mask} for object_id, mask in _masks(ids, logits)]
         return _answer({"addPoints": {"frameIndex": frame, "rleMaskList": masks}})
 
     @server.post("/propagate_in_video")
     def propagate() -> Response:
         state = states[request.get_json()["session_id"]]
 
-        def parts() -> Iterator[bytes]:
+        def stream() -> Iterator[bytes]:
             with lock, torch.inference_mode(), precision():
                 for frame, ids, logits in predictor.propagate_in_video(state):
-                    results = [{"object_id": each, "mask": mask} for each, mask in _masks(ids, logits)]
+                    results = [{"object_id": object_id, "mask": mask} for object_id, mask in _masks(ids, logits)]
                     body = json.dumps({"frame_index": frame, "results": results}).encode()
                     head = f"--frame\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
                     yield head.encode() + body
 
-        return Response(parts(), content_type="multipart/x-savi-stream; boundary=frame")
+        return Response(stream(), content_type="multipart/x-savi-stream; boundary=frame")
 
     return server
 
@@ -91,6 +91,6 @@ def _answer(data: dict[str, Any]) -> Response:
 
 def _masks(ids: list[int], logits: torch.Tensor) -> Iterator[tuple[int, dict[str, Any]]]:
     """As COCO's run lengths."""
-    for each, mask in zip(ids, (logits[:, 0] > 0).cpu().numpy(), strict=True):
+    for object_id, mask in zip(ids, (logits[:, 0] > 0).cpu().numpy(), strict=True):
         coded = encode(np.asfortranarray(mask.astype(np.uint8)))
-        yield each, {"size": list(coded["size"]), "counts": coded["counts"].decode()}
+        yield object_id, {"size": list(coded["size"]), "counts": coded["counts"].decode()}

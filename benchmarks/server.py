@@ -37,11 +37,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from omniops.cli import errors
-from omniops.cli.common import CommandError, digits, output, progress
-from omniops.cli.doctor import machine, versions
+from omniops.cli.common import CommandError, output, progress
 from omniops.cli.outputs import OverwriteOption, require_new, write_json
-from omniops.cli.segment_parts import require_image_size
+from omniops.cli.segment.options import require_image_size
 from omniops.drawing import VideoWriter
+from omniops.environment import machine, versions
+from omniops.formatting import digits
 from omniops.server.sample import FPS, frame
 
 OURS, ONE_LOCK = "omniops serve", "one lock, the official design"
@@ -83,9 +84,9 @@ class Server:
         self.process = process
         self.port = port
 
-    def post(self, query: str, **given: Any) -> Any:
+    def post(self, query: str, **inputs: Any) -> Any:
         """What an operation answers."""
-        body = json.dumps({"query": query, "variables": {"input": given}})
+        body = json.dumps({"query": query, "variables": {"input": inputs}})
         with closing(HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)) as connection:
             connection.request("POST", "/graphql", body, {"Content-Type": "application/json"})
             response = connection.getresponse()
@@ -130,7 +131,7 @@ def main(
     """Measure how long clicks wait while a video is tracked, beside the official server's design."""
     require_new([json_file], overwrite)
     require_image_size(image_size)
-    counts = [int(each) for each in sessions.split(",")]
+    counts = [int(count) for count in sessions.split(",")]
     frames = frames or (48 if device == "cpu" else 240)
     for package in ("sam2", "pycocotools", "gunicorn", "flask"):
         if find_spec(package) is None:
@@ -159,7 +160,7 @@ def main(
             "image_size": image_size,
             "frames": frames,
             "threads": threads,
-            "results": [asdict(each) for each in results],
+            "results": [asdict(result) for result in results],
         }
         write_json(json_file, content, overwrite, indent=1)
 
@@ -171,11 +172,11 @@ def write_clips(folder: Path, count: int, frames: int) -> None:
     (folder / "gallery").mkdir()
     pictures = [frame(index) for index in range(frames)]
     with VideoWriter(folder / "gallery" / "0.mp4", fps=FPS) as writer:
-        for each in pictures:
-            writer.write(each)
+        for picture in pictures:
+            writer.write(picture)
     (folder / "frames" / "0").mkdir(parents=True)
-    for index, each in enumerate(pictures):
-        Image.fromarray(each).save(folder / "frames" / "0" / f"{index:05}.jpg", quality=95)
+    for index, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / "frames" / "0" / f"{index:05}.jpg", quality=95)
     for number in range(1, count):
         shutil.copy(folder / "gallery" / "0.mp4", folder / "gallery" / f"{number}.mp4")
         (folder / "frames" / str(number)).symlink_to(folder / "frames" / "0")
@@ -225,59 +226,67 @@ def wait(server: Server, log: Path, line: str) -> None:
     raise CommandError("the server did not start", status=1)
 
 
-def measure(kind: str, server: Server, count: int, frames: int, device: str) -> Result:
-    """Have people click while a video is tracked."""
+def start(server: Server, person: int) -> str:
+    """A session of someone's own video."""
+    session: str = server.post(_START, path=f"gallery/{person}.mp4")["sessionId"]
+    return session
 
-    def start(person: int) -> str:
-        session: str = server.post(_START, path=f"gallery/{person}.mp4")["sessionId"]
-        return session
 
-    def click(person: int, place: float = 0.3) -> float:
-        begun = time.monotonic()
-        server.post(
-            _CLICK,
-            sessionId=opened[person],
-            frameIndex=0,
-            objectId=0,
-            points=[[place, 1 - place]],
-            labels=[1],
-            clearOldPoints=True,
-        )
-        return time.monotonic() - begun
+def click(server: Server, session: str, position: float = 0.3) -> float:
+    """Seconds until a click is answered."""
+    begun = time.monotonic()
+    points = {"points": [[position, 1 - position]], "labels": [1], "clearOldPoints": True}
+    server.post(_CLICK, sessionId=session, frameIndex=0, objectId=0, **points)
+    return time.monotonic() - begun
 
-    opened = [start(0)]
-    click(0)  # what is made once
-    before, gpu_before = server.memory(), gpu_memory(device)
-    for person in range(1, count + 1):
-        opened.append(start(person))
-        click(person)
-    grown, gpu = (server.memory() - before) / count, gpu_memory(device)
-    idle = statistics.median(click(1, 0.1 + 0.02 * each) for each in range(10))
 
+def click_while_tracking(
+    server: Server, tracked_session: str, sessions: Sequence[str]
+) -> tuple[list[float], list[tuple[float, float]]]:
+    """Track a video in one session, and meanwhile click in the others without a pause.
+
+    Returns:
+        When each frame of the tracking came, and of each click when it began and how long it waited.
+    """
     begun, over = threading.Event(), threading.Event()
-    tracked: list[float] = []
-    waits: list[tuple[float, float]] = []  # when a click began, and how long it waited
+    arrivals: list[float] = []
+    waits: list[tuple[float, float]] = []
 
     def track() -> None:
         try:
-            tracked.extend(parts(server, opened[0], begun))
+            arrivals.extend(frame_arrivals(server, tracked_session, begun))
         finally:
             begun.set()
             over.set()
 
-    def keep_clicking(number: int) -> None:
+    def keep_clicking(session: str) -> None:
         begun.wait()
-        place = 0.1
+        position = 0.1
         while not over.is_set():
-            at = time.monotonic()
-            place = 0.1 + (place + 0.07) % 0.8
-            waits.append((at, click(number, place)))
+            clicked = time.monotonic()
+            position = 0.1 + (position + 0.07) % 0.8
+            waits.append((clicked, click(server, session, position)))
 
-    with ThreadPoolExecutor(count + 1) as pool:
-        for each in [pool.submit(track), *(pool.submit(keep_clicking, number) for number in range(1, count + 1))]:
-            each.result()
-    seconds = tracked[-1] - tracked[0]
-    in_time = [wait for at, wait in waits if at + wait <= tracked[-1]]
+    with ThreadPoolExecutor(len(sessions) + 1) as pool:
+        for future in [pool.submit(track), *(pool.submit(keep_clicking, session) for session in sessions)]:
+            future.result()
+    return arrivals, waits
+
+
+def measure(kind: str, server: Server, count: int, frames: int, device: str) -> Result:
+    """Have people click while a video is tracked."""
+    tracked_session, sessions = start(server, 0), []
+    click(server, tracked_session)  # what is made once
+    before, gpu_before = server.memory(), gpu_memory(device)
+    for person in range(1, count + 1):
+        sessions.append(start(server, person))
+        click(server, sessions[-1])
+    grown, gpu = (server.memory() - before) / count, gpu_memory(device)
+    idle = statistics.median(click(server, sessions[0], 0.1 + 0.02 * number) for number in range(10))
+
+    arrivals, waits = click_while_tracking(server, tracked_session, sessions)
+    seconds = arrivals[-1] - arrivals[0]
+    in_time = [wait for clicked, wait in waits if clicked + wait <= arrivals[-1]]
     ordered = sorted(wait for _, wait in waits)
     return Result(
         server=kind,
@@ -294,8 +303,8 @@ def measure(kind: str, server: Server, count: int, frames: int, device: str) -> 
     )
 
 
-def parts(server: Server, session: str, begun: threading.Event) -> Iterator[float]:
-    """When each part of a propagation came; the first sets ``begun``."""
+def frame_arrivals(server: Server, session: str, begun: threading.Event) -> Iterator[float]:
+    """When each frame of a propagation came; the first sets ``begun``."""
     connection = HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     body = json.dumps({"session_id": session, "start_frame_index": 0})
     connection.request("POST", "/propagate_in_video", body, {"Content-Type": "application/json"})
@@ -323,17 +332,17 @@ def show(results: Sequence[Result]) -> None:
         "of the GPU",
         box=SIMPLE_HEAD,
     )
-    for each in results:
-        waits = ["" if wait is None else f"{digits(wait)} s" for wait in (each.wait_median, each.wait_95)]
+    for result in results:
+        waits = ["" if wait is None else f"{digits(wait)} s" for wait in (result.wait_median, result.wait_95)]
         table.add_row(
-            each.server,
-            str(each.sessions),
-            digits(each.clicks_per_second),
+            result.server,
+            str(result.sessions),
+            digits(result.clicks_per_second),
             *waits,
-            f"{digits(each.idle_median)} s",
-            digits(each.frames_per_second),
-            f"{each.bytes_a_session / 2**20:.0f} MiB",
-            "" if each.gpu_bytes_a_session is None else f"{each.gpu_bytes_a_session / 2**20:.0f} MiB",
+            f"{digits(result.idle_median)} s",
+            digits(result.frames_per_second),
+            f"{result.bytes_a_session / 2**20:.0f} MiB",
+            "" if result.gpu_bytes_a_session is None else f"{result.gpu_bytes_a_session / 2**20:.0f} MiB",
         )
     output().print(table)
 

@@ -55,22 +55,22 @@ def measured(inference: Inference, path: Path, sessions: int, tracked: int) -> l
     """Of each session in MiB: how the process grew with it, and what it is said to take once all are open."""
     grown = []
     for i in range(sessions):
-        before = resident()
+        start_bytes = resident()
         opened = inference.open(str(i), str(path))
-        at_open = resident()
+        opened_bytes = resident()
         inference.add(str(i), 0, 1, points=[[0.2, 0.5]], labels=[1])
-        clicked = resident()
+        clicked_bytes = resident()
         inference.begin(str(i), 0)
         for _ in range(min(tracked, opened["frames"])):
             inference.next(str(i))
         inference.stop(str(i))
-        now = resident()
+        tracked_bytes = resident()
         grown.append(
             {
-                "opened": (at_open - before) / MIB,
-                "clicked": (clicked - at_open) / MIB,
-                "tracked": (now - clicked) / MIB,
-                "in_all": (now - before) / MIB,
+                "opened": (opened_bytes - start_bytes) / MIB,
+                "clicked": (clicked_bytes - opened_bytes) / MIB,
+                "tracked": (tracked_bytes - clicked_bytes) / MIB,
+                "in_all": (tracked_bytes - start_bytes) / MIB,
                 "own_figure_when_used": inference.memory()["sessions"][str(i)] / MIB,
             }
         )
@@ -88,26 +88,26 @@ def main() -> None:
     parser.add_argument("--tracked", type=int, default=10, help="frames that are tracked in each session")
     parser.add_argument("--sessions", type=int, default=2)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    width, height = map(int, given.size.split("x"))
-    inference = Inference(sam2.load("tiny", "cpu", "float32", image_size=given.image_size, random_weights=True))
+    options = parser.parse_args()
+    width, height = map(int, options.size.split("x"))
+    inference = Inference(sam2.load("tiny", "cpu", "float32", image_size=options.image_size, random_weights=True))
     with tempfile.TemporaryDirectory() as folder:
         warming, path = Path(folder) / "warming.mp4", Path(folder) / "video.mp4"
         write_video(warming, 4, width, height)
-        write_video(path, given.frames, width, height)
+        write_video(path, options.frames, width, height)
         measured(inference, warming, 1, 4)  # what the first use of the model takes is no session's
         inference.close("0")
         model = resident()
-        sessions = measured(inference, path, given.sessions, given.tracked)
+        sessions = measured(inference, path, options.sessions, options.tracked)
         open_ones = resident()
-        for i in range(given.sessions):
+        for i in range(options.sessions):
             inference.close(str(i))
         closed = resident()
     result = {
-        "frames": given.frames,
-        "size": given.size,
-        "image_size": given.image_size,
-        "tracked": given.tracked,
+        "frames": options.frames,
+        "size": options.size,
+        "image_size": options.image_size,
+        "tracked": options.tracked,
         "machine": devices.title(torch.device("cpu")),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -115,11 +115,11 @@ def main() -> None:
         "sessions_mib": sessions,
         "all_sessions_mib": (open_ones - model) / MIB,
         "left_when_closed_mib": (closed - model) / MIB,
-        "official_frames_of_one_session_mib": given.frames * 3 * given.image_size**2 * 4 / MIB,
+        "official_frames_of_one_session_mib": options.frames * 3 * options.image_size**2 * 4 / MIB,
     }
     print(json.dumps(result, indent=2))
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=2) + "\n")
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

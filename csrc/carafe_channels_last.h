@@ -140,21 +140,21 @@ OMNIOPS_INLINE CarafeTiling cut(const CarafeSizes& sizes, const Extent& extent, 
   return tiling;
 }
 
-// Calls body(vectors, channel) to cover `channels` channels, up to `most` vectors at a time.
-template <class A, int most, class Body>
+// Calls body(vectors, channel) to cover `channels` channels, up to `max_count` vectors at a time.
+template <class A, int max_count, class Body>
 OMNIOPS_INLINE void for_each_vector_block(Index channels, const Body& body) {
   constexpr Index lanes = kLanes<A>;
   Index c = 0;
-  for (; c + (most - 1) * lanes < channels; c += most * lanes) body(Constant<most>{}, c);
+  for (; c + (max_count - 1) * lanes < channels; c += max_count * lanes) body(Constant<max_count>{}, c);
   for (; c < channels; c += lanes) body(Constant<1>{}, c);
 }
 
-// Calls body(results, place) to cover the results of a centre's block, up to `most` at a time.
-template <int most, class Body>
+// Calls body(results, result) to cover the results of a centre's block, up to `max_count` at a time.
+template <int max_count, class Body>
 OMNIOPS_INLINE void for_each_result_block(Index scale, const Body& body) {
-  Index place = 0;
-  for (; place + most <= scale * scale; place += most) body(Constant<most>{}, place);
-  for (; place < scale * scale; ++place) body(Constant<1>{}, place);
+  Index result = 0;
+  for (; result + max_count <= scale * scale; result += max_count) body(Constant<max_count>{}, result);
+  for (; result < scale * scale; ++result) body(Constant<1>{}, result);
 }
 
 // --- forward ---
@@ -203,12 +203,12 @@ struct Forward {
                                features_of(sizes, tile.y0, tile.y1, sizes.height),
                                features_of(sizes, tile.x0, tile.x1, sizes.width), channels,
                                round_up(channels, kLanes<A>), buffers.features);
-      for_each_result_block<kResults>(sizes.scale, [&](auto results, Index place) {
+      for_each_result_block<kResults>(sizes.scale, [&](auto results, Index result) {
         constexpr int count = decltype(results)::value;
         for_each_vector_block<A, kVectors>(channels, [&](auto vectors, Index c) {
           for (Index y = tile.y0; y < tile.y1; ++y) {
             for (Index x = tile.x0; x < tile.x1; ++x) {
-              reassemble<count, decltype(vectors)::value>(sizes, strides, features, masks, y, x, place, c,
+              reassemble<count, decltype(vectors)::value>(sizes, strides, features, masks, y, x, result, c,
                                                           channels - c, out + c0 + c);
             }
           }
@@ -217,15 +217,15 @@ struct Forward {
     }
   }
 
-  // `results` results of the block of centre (y, x), from `place` on, of `vectors` vectors of channels from c on.
+  // `results` results of the block of centre (y, x), from `result` on, of `vectors` vectors of channels from c on.
   template <int results, int vectors>
   static void reassemble(const CarafeSizes& sizes, const Strides& strides, const Region<T>& features,
-                         const Region<T>& masks, Index y, Index x, Index place, Index c, Index channels, T* out) {
+                         const Region<T>& masks, Index y, Index x, Index result, Index c, Index channels, T* out) {
     constexpr Index lanes = kLanes<A>;
     const Index s = sizes.scale, p = sizes.kernel / 2;
     const Range rows = taps_of(sizes, y, sizes.height), columns = taps_of(sizes, x, sizes.width);
     const A* mask[results];
-    for (int r = 0; r < results; ++r) mask[r] = masks.at(y * s + (place + r) / s, x * s + (place + r) % s);
+    for (int r = 0; r < results; ++r) mask[r] = masks.at(y * s + (result + r) / s, x * s + (result + r) % s);
     Vector<A> sums[results][vectors] = {};
     for (Index u = rows.begin; u < rows.end; ++u) {
       const A* pixel = features.at(y * sizes.stride + u - p, x * sizes.stride + columns.begin - p) + c;
@@ -239,8 +239,9 @@ struct Forward {
       }
     }
     for (int r = 0; r < results; ++r) {
-      T* pixel = out + (y * s + (place + r) / s) * strides.out_row + (x * s + (place + r) % s) * strides.feature_pixel;
-      for (int i = 0; i < vectors; ++i) store(pixel + i * lanes, sums[r][i], channels - i * lanes);
+      const Index i = y * s + (result + r) / s, j = x * s + (result + r) % s;
+      T* pixel = out + i * strides.out_row + j * strides.feature_pixel;
+      for (int v = 0; v < vectors; ++v) store(pixel + v * lanes, sums[r][v], channels - v * lanes);
     }
   }
 };
@@ -297,8 +298,8 @@ struct BackwardMasks {
         for (Index x = tile.x0; x < tile.x1; ++x) {
           const Region<T> grads(grads_start + c0, strides.out_row, strides.feature_pixel, scaled({y, y + 1}, s),
                                 scaled({x, x + 1}, s), channels, spaced, buffers.grads);
-          for_each_result_block<kResults>(s, [&](auto results, Index place) {
-            correlate_centre<decltype(results)::value>(sizes, grads, features, y, x, place, spaced, sums);
+          for_each_result_block<kResults>(s, [&](auto results, Index result) {
+            correlate_centre<decltype(results)::value>(sizes, grads, features, y, x, result, spaced, sums);
             sums += decltype(results)::value * taps;
           });
         }
@@ -307,22 +308,22 @@ struct BackwardMasks {
     const A* sums = buffers.sums;
     for (Index y = tile.y0; y < tile.y1; ++y) {
       for (Index x = tile.x0; x < tile.x1; ++x) {
-        for (Index place = 0; place < s * s; ++place, sums += taps) {
-          const Index i = y * s + place / s, j = x * s + place % s;
+        for (Index result = 0; result < s * s; ++result, sums += taps) {
+          const Index i = y * s + result / s, j = x * s + result % s;
           narrow_row(sums, taps, out + i * strides.mask_row + j * strides.mask_pixel);
         }
       }
     }
   }
 
-  // Adds to the masks of `results` results of the block of centre (y, x), from `place` on.
+  // Adds to the masks of `results` results of the block of centre (y, x), from `result` on.
   template <int results>
   static void correlate_centre(const CarafeSizes& sizes, const Region<T>& grads, const Region<T>& features, Index y,
-                               Index x, Index place, Index channels, A* sums) {
+                               Index x, Index result, Index channels, A* sums) {
     const Index s = sizes.scale, p = sizes.kernel / 2;
     const Range rows = taps_of(sizes, y, sizes.height), columns = taps_of(sizes, x, sizes.width);
     const A* grad[results];
-    for (int r = 0; r < results; ++r) grad[r] = grads.at(y * s + (place + r) / s, x * s + (place + r) % s);
+    for (int r = 0; r < results; ++r) grad[r] = grads.at(y * s + (result + r) / s, x * s + (result + r) % s);
     for (Index u = rows.begin; u < rows.end; ++u) {
       for (Index v = columns.begin; v < columns.end;) {
         const A* feature = features.at(y * sizes.stride + u - p, x * sizes.stride + v - p);

@@ -1,10 +1,11 @@
 // CARAFE of (N, C, H, W) tensors, vectorised along a row of the result.
 //
-// The features of a tile are first laid out as the result sees them: each row is split by x modulo the stride, and each
-// number repeated `scale` times. Then tap v of the result's column j is number j + (v / stride) * scale of part
-// v % stride, for any scale and stride, and the inner loops neither gather, interleave nor look at borders, as the rows
-// are padded with zeros. The masks are laid out in the order in which the inner loops take them, one stream. Either
-// layout is made once for many taps or channels, which is also where float16 and bfloat16 become float.
+// The features of a tile are first packed as the result sees them: each row is split into phases, by x modulo the
+// stride, and each number repeated `scale` times. Then tap v of the result's column j is number
+// j + (v / stride) * scale of phase v % stride, for any scale and stride, and the inner loops neither gather nor
+// interleave nor look at borders, as the rows are padded with zeros. The masks are packed in the order in which the
+// inner loops take them, one stream. Either is packed once for many taps or channels, which is also where float16 and
+// bfloat16 become float.
 //
 // The inner loops keep a block of sums in registers, so that they load less than they multiply: forward shares a mask
 // among a block of channels and a feature among two rows of results, backward_features a mask among channels and a
@@ -32,23 +33,23 @@ constexpr Index kReductionBlock = 16;
 // Columns in the layout of the header comment.
 template <class A>
 struct Line {
-  Index width;     // of the result
-  Index vectors;   // that cover it
-  Index reach;     // the last tap's shift in its part, in columns of centres
-  Index parts;     // that have taps
-  Index part;      // numbers in one
-  Index length;    // numbers in all
+  Index width;         // of the result
+  Index vectors;       // that cover it
+  Index reach;         // the last tap's shift in its phase, in columns of centres
+  Index phases;        // that have taps
+  Index phase_length;  // numbers in one
+  Index length;        // numbers in all
 
   Line(const CarafeSizes& sizes, Index columns)
       : width(columns * sizes.scale),
         vectors(divide_up(width, kLanes<A>)),
         reach((sizes.kernel - 1) / sizes.stride),
-        parts(smaller(sizes.kernel, sizes.stride)),
-        part(round_up(reach * sizes.scale + vectors * kLanes<A>, kLanes<A>)),
-        length(part * parts) {}
+        phases(smaller(sizes.kernel, sizes.stride)),
+        phase_length(round_up(reach * sizes.scale + vectors * kLanes<A>, kLanes<A>)),
+        length(phase_length * phases) {}
 };
 
-// An odd number of cache lines between channels, so that the same place in each lies in another set of the cache.
+// An odd number of cache lines between channels, so that the same index in each lies in another set of the cache.
 template <class A>
 OMNIOPS_INLINE Index channel_distance(Index numbers) {
   constexpr Index line = 64 / sizeof(A);
@@ -102,8 +103,8 @@ OMNIOPS_INLINE void with_constant_scale(Index scale, const Body& body) {
   }
 }
 
-// The numbers begin ... end - 1 of a part of a row laid out that lie on the map, before they are repeated.
-struct PartRange {
+// The numbers begin ... end - 1 of a phase of a packed row that lie on the map, before they are repeated.
+struct PhaseRange {
   Index begin, end;
 };
 
@@ -113,33 +114,34 @@ template <class A>
 struct Row {
   Index first;      // of the features, which may lie outside of the map
   Index low, high;  // of those that lie on it
-  PartRange* ranges;
+  PhaseRange* ranges;
 
-  Row(const CarafeSizes& sizes, const Line<A>& line, Index x0, Index columns, PartRange* memory)
+  Row(const CarafeSizes& sizes, const Line<A>& line, Index x0, Index columns, PhaseRange* memory)
       : first(x0 * sizes.stride - sizes.kernel / 2), low(larger(first, 0)), ranges(memory) {
     const Index t = sizes.stride, count = columns + line.reach;
     high = smaller(first + count * t, sizes.width);
-    for (Index part = 0; part < line.parts; ++part) {
-      const Index begin = smaller(larger(divide_up(low - first - part, t), 0), count);
-      ranges[part] = {begin, larger(smaller(divide_up(high - first - part, t), count), begin)};
+    for (Index phase = 0; phase < line.phases; ++phase) {
+      const Index begin = smaller(larger(divide_up(low - first - phase, t), 0), count);
+      ranges[phase] = {begin, larger(smaller(divide_up(high - first - phase, t), count), begin)};
     }
   }
 };
 
 // `widened` has room for the features of the row.
 template <class T, class A = Accumulator<T>>
-void lay_out_row(const CarafeSizes& sizes, const Line<A>& line, const Row<A>& of, const T* row, A* widened, A* target) {
+void pack_row(const CarafeSizes& sizes, const Line<A>& line, const Row<A>& layout, const T* row, A* widened,
+              A* target) {
   const Index s = sizes.scale, t = sizes.stride;
   const A* source;  // of feature `low`
   if constexpr (sizeof(T) == sizeof(A)) {
-    source = row + of.low;
+    source = row + layout.low;
   } else {
-    widen_row(row + of.low, of.high - of.low, widened);
+    widen_row(row + layout.low, layout.high - layout.low, widened);
     source = widened;
   }
-  for (Index part = 0; part < line.parts; ++part, target += line.part) {
-    const Index begin = of.ranges[part].begin, end = of.ranges[part].end;
-    const A* from = source + (of.first + part - of.low) + begin * t;
+  for (Index phase = 0; phase < line.phases; ++phase, target += line.phase_length) {
+    const Index begin = layout.ranges[phase].begin, end = layout.ranges[phase].end;
+    const A* from = source + (layout.first + phase - layout.low) + begin * t;
     A* to = target + begin * s;
     fill_zero(target, begin * s);
     with_constant_scale(s, [&](auto scale) {
@@ -148,28 +150,28 @@ void lay_out_row(const CarafeSizes& sizes, const Line<A>& line, const Row<A>& of
         for (Index b = 0; b < scale; ++b) to[i * scale + b] = number;
       }
     });
-    fill_zero(target + end * s, line.part - end * s);
+    fill_zero(target + end * s, line.phase_length - end * s);
   }
 }
 
 // Rows y0 ... y1 - 1 of the features of one channel, some of which may lie outside of the map.
 template <class T, class A = Accumulator<T>>
-void lay_out_features(const CarafeSizes& sizes, const Line<A>& line, const Row<A>& row, const T* features, Index y0,
-                      Index y1, A* widened, A* target) {
+void pack_features(const CarafeSizes& sizes, const Line<A>& line, const Row<A>& row, const T* features, Index y0,
+                   Index y1, A* widened, A* target) {
   for (Index y = y0; y < y1; ++y, target += line.length) {
     if (y >= 0 && y < sizes.height) {
-      lay_out_row<T>(sizes, line, row, features + y * sizes.width, widened, target);
+      pack_row<T>(sizes, line, row, features + y * sizes.width, widened, target);
     } else {
       fill_zero(target, line.length);
     }
   }
 }
 
-// Where tap v lies in a row of features laid out, for v = 0 ... kernel - 1.
+// Where tap v lies in a packed row of features, for v = 0 ... kernel - 1.
 template <class A>
 OMNIOPS_INLINE void tap_offsets(const CarafeSizes& sizes, const Line<A>& line, Index* offset) {
   for (Index v = 0; v < sizes.kernel; ++v) {
-    offset[v] = v % sizes.stride * line.part + v / sizes.stride * sizes.scale;
+    offset[v] = v % sizes.stride * line.phase_length + v / sizes.stride * sizes.scale;
   }
 }
 
@@ -181,7 +183,7 @@ OMNIOPS_INLINE void for_each_two(Index scale, const Body& body) {
 
 // The masks of a tile of centres lie in scratch memory in the order in which the inner loops take them,
 // [row of centres][two rows of results][vector][tap][row][lane]. Calls body(tap, row of the result, column from the
-// tile's first, columns left, place in scratch memory) for each vector of them.
+// tile's first, columns left, index in scratch memory) for each vector of them.
 template <class A, class Body>
 OMNIOPS_INLINE void for_each_mask_vector(const CarafeSizes& sizes, const Tile& tile, const Body& body) {
   constexpr Index lanes = kLanes<A>;
@@ -191,9 +193,9 @@ OMNIOPS_INLINE void for_each_mask_vector(const CarafeSizes& sizes, const Tile& t
     for_each_two(s, [&](Index a, Index rows) {
       for (Index tap = 0; tap < taps; ++tap) {
         for (Index r = 0; r < rows; ++r) {
-          Index place = start + (tap * rows + r) * lanes;
-          for (Index x = 0; x < width; x += lanes, place += taps * rows * lanes) {
-            body(tap, y * s + a + r, x, width - x, place);
+          Index index = start + (tap * rows + r) * lanes;
+          for (Index x = 0; x < width; x += lanes, index += taps * rows * lanes) {
+            body(tap, y * s + a + r, x, width - x, index);
           }
         }
       }
@@ -220,7 +222,7 @@ struct ForwardBuffers {
   A* features;
   A* widened;
   Index* offset;
-  PartRange* ranges;
+  PhaseRange* ranges;
 
   ForwardBuffers(const CarafeSizes& sizes, const CarafeTiling& tiling, void* memory)
       : line(sizes, tiling.columns),
@@ -231,10 +233,10 @@ struct ForwardBuffers {
         features(scratch.take<A>(kChannelBlock<1> * channel_stride)),
         widened(scratch.take<A>(smaller((tiling.columns + line.reach) * sizes.stride, sizes.width))),
         offset(scratch.take<Index>(sizes.kernel)),
-        ranges(scratch.take<PartRange>(line.parts)) {}
+        ranges(scratch.take<PhaseRange>(line.phases)) {}
 };
 
-// `channels` channels of `rows` rows of results, from features and masks laid out.
+// `channels` channels of `rows` rows of results, from packed features and masks.
 template <class T, int channels, int rows, class A = Accumulator<T>>
 void reassemble(const CarafeSizes& sizes, const Line<A>& line, Index width, const A* features, Index channel_stride,
                 const Index* offset, const A* masks, T* out) {
@@ -285,14 +287,14 @@ struct Forward {
 
     tap_offsets(sizes, buffers.line, buffers.offset);
     const Row<A> row(sizes, buffers.line, tile.x0, tile.x1 - tile.x0, buffers.ranges);
-    lay_out_masks(sizes, buffers, tile, masks);
+    pack_masks(sizes, buffers, tile, masks);
     for (Index c = tile.c0; c < tile.c1;) {
       const Index block = tile.c1 - c >= kChannelBlock<2> ? kChannelBlock<2> : 1;
       for (Index i = 0; i < block; ++i) {
         const Index y = tile.y0 * sizes.stride - sizes.kernel / 2;
-        lay_out_features<T>(sizes, buffers.line, row, features + (c + i) * sizes.height * sizes.width, y,
-                            y + (tile.y1 - tile.y0 - 1) * sizes.stride + sizes.kernel, buffers.widened,
-                            buffers.features + i * buffers.channel_stride);
+        pack_features<T>(sizes, buffers.line, row, features + (c + i) * sizes.height * sizes.width, y,
+                         y + (tile.y1 - tile.y0 - 1) * sizes.stride + sizes.kernel, buffers.widened,
+                         buffers.features + i * buffers.channel_stride);
       }
       T* block_out = out + c * out_channel + tile.x0 * s;
       if (block > 1) {
@@ -304,12 +306,12 @@ struct Forward {
     }
   }
 
-  static void lay_out_masks(const CarafeSizes& sizes, const ForwardBuffers<T>& buffers, const Tile& tile,
-                            const T* masks) {
+  static void pack_masks(const CarafeSizes& sizes, const ForwardBuffers<T>& buffers, const Tile& tile,
+                         const T* masks) {
     const Index out_row = sizes.columns() * sizes.scale;
-    for_each_mask_vector<A>(sizes, tile, [&](Index tap, Index row, Index x, Index count, Index place) {
+    for_each_mask_vector<A>(sizes, tile, [&](Index tap, Index row, Index x, Index count, Index index) {
       const T* source = masks + (tap * sizes.rows() * sizes.scale + row) * out_row + tile.x0 * sizes.scale + x;
-      store(buffers.masks + place, load(source, count));
+      store(buffers.masks + index, load(source, count));
     });
   }
 
@@ -350,7 +352,7 @@ struct BackwardMasksBuffers {
   A* grads;
   A* widened;
   Index* offset;
-  PartRange* ranges;
+  PhaseRange* ranges;
 
   BackwardMasksBuffers(const CarafeSizes& sizes, const CarafeTiling& tiling, void* memory)
       : line(sizes, tiling.columns),
@@ -363,7 +365,7 @@ struct BackwardMasksBuffers {
         grads(scratch.take<A>(kReductionBlock * grad_stride)),
         widened(scratch.take<A>(smaller((tiling.columns + line.reach) * sizes.stride, sizes.width))),
         offset(scratch.take<Index>(sizes.kernel)),
-        ranges(scratch.take<PartRange>(line.parts)) {}
+        ranges(scratch.take<PhaseRange>(line.phases)) {}
 };
 
 // Adds to the sums of `taps` taps and `rows` rows the products of `channels` channels of features and gradients.
@@ -420,18 +422,18 @@ struct BackwardMasks {
     for (Index c = 0; c < sizes.channels; c += kReductionBlock) {
       const Index channels = smaller(kReductionBlock, sizes.channels - c);
       for (Index i = 0; i < channels; ++i) {
-        lay_out_features<T>(sizes, buffers.line, row, features + (c + i) * sizes.height * sizes.width, y,
-                            y + (tile.y1 - tile.y0 - 1) * sizes.stride + sizes.kernel, buffers.widened,
-                            buffers.features + i * buffers.feature_stride);
-        lay_out_grads(sizes, buffers, tile, grads + (c + i) * plane, buffers.grads + i * buffers.grad_stride);
+        pack_features<T>(sizes, buffers.line, row, features + (c + i) * sizes.height * sizes.width, y,
+                         y + (tile.y1 - tile.y0 - 1) * sizes.stride + sizes.kernel, buffers.widened,
+                         buffers.features + i * buffers.feature_stride);
+        pack_grads(sizes, buffers, tile, grads + (c + i) * plane, buffers.grads + i * buffers.grad_stride);
       }
       correlate_tile(sizes, buffers, tile, channels);
     }
     write_masks(sizes, buffers, tile, out);
   }
 
-  static void lay_out_grads(const CarafeSizes& sizes, const Buffers& buffers, const Tile& tile, const T* grads,
-                            A* target) {
+  static void pack_grads(const CarafeSizes& sizes, const Buffers& buffers, const Tile& tile, const T* grads,
+                         A* target) {
     const Index out_row = sizes.columns() * sizes.scale, width = (tile.x1 - tile.x0) * sizes.scale;
     for (Index i = tile.y0 * sizes.scale; i < tile.y1 * sizes.scale; ++i, target += buffers.grad_row) {
       widen_row(grads + i * out_row, width, target);
@@ -471,25 +473,25 @@ struct BackwardMasks {
   }
 
   static void write_masks(const CarafeSizes& sizes, const Buffers& buffers, const Tile& tile, T* out) {
-    for_each_mask_vector<A>(sizes, tile, [&](Index tap, Index row, Index x, Index count, Index place) {
+    for_each_mask_vector<A>(sizes, tile, [&](Index tap, Index row, Index x, Index count, Index index) {
       const Index out_row = sizes.columns() * sizes.scale;
       T* target = out + (tap * sizes.rows() * sizes.scale + row) * out_row + tile.x0 * sizes.scale + x;
-      store(target, load(buffers.sums + place), count);
+      store(target, load(buffers.sums + index), count);
     });
   }
 };
 
 // --- backward of the features ---
 //
-// A centre x' sees feature x of the map with tap v where x + p = x' * stride + v: in block i = (x + p) / stride of part
-// (x + p) % stride = v % stride, where x' = i - v / stride. So the columns of a tile are blocks i, each a sum over the
-// taps of its part, and the `scale` neighbours of a block add up to the gradient of the feature.
+// A centre x' sees feature x of the map with tap v where x + p = x' * stride + v: in block i = (x + p) / stride of
+// phase (x + p) % stride = v % stride, where x' = i - v / stride. So the columns of a tile are blocks i, each a sum
+// over the taps of its phase, and the `scale` neighbours of a block add up to the gradient of the feature.
 
 template <class T>
 struct BackwardFeaturesBuffers {
   using A = Accumulator<T>;
   Line<A> line;
-  Index sums_part;    // numbers in a part of the sums
+  Index sums_length;  // numbers in a phase of the sums
   Index grad_stride;  // between channels
   Scratch scratch;
   A* masks;
@@ -499,13 +501,13 @@ struct BackwardFeaturesBuffers {
 
   BackwardFeaturesBuffers(const CarafeSizes& sizes, const CarafeTiling& tiling, void* memory)
       : line(sizes, tiling.columns),
-        sums_part(line.vectors * kLanes<A>),
+        sums_length(line.vectors * kLanes<A>),
         grad_stride(channel_distance<A>(((tiling.rows + sizes.kernel - 2) / sizes.stride + 1) * sizes.scale *
-                                        line.part)),
+                                        line.phase_length)),
         scratch{static_cast<char*>(memory)},
-        masks(scratch.take<A>(tiling.rows * sizes.scale * sums_part * sizes.kernel * sizes.kernel)),
+        masks(scratch.take<A>(tiling.rows * sizes.scale * sums_length * sizes.kernel * sizes.kernel)),
         grads(scratch.take<A>(kChannelBlock<1> * grad_stride)),
-        sums(scratch.take<A>(2 * kChannelBlock<1> * line.parts * sums_part)),
+        sums(scratch.take<A>(2 * kChannelBlock<1> * line.phases * sums_length)),
         feature_row(scratch.take<A>(smaller(tiling.columns * sizes.stride, sizes.width))) {}
 };
 
@@ -555,11 +557,11 @@ struct BackwardFeatures {
     const T* grads = static_cast<const T*>(grad_address) + group * sizes.channels * plane;
     T* out = static_cast<T*>(out_address) + group * sizes.channels * out_plane;
 
-    lay_out_masks(sizes, buffers, tile, masks);
+    pack_masks(sizes, buffers, tile, masks);
     for (Index c = tile.c0; c < tile.c1;) {
       const Index block = tile.c1 - c >= kChannelBlock<2> ? kChannelBlock<2> : 1;
       for (Index i = 0; i < block; ++i) {
-        lay_out_grads(sizes, buffers, tile, grads + (c + i) * plane, buffers.grads + i * buffers.grad_stride);
+        pack_grads(sizes, buffers, tile, grads + (c + i) * plane, buffers.grads + i * buffers.grad_stride);
       }
       if (block > 1) {
         gather_tile<kChannelBlock<2>>(sizes, buffers, tile, out + c * out_plane);
@@ -570,13 +572,13 @@ struct BackwardFeatures {
     }
   }
 
-  // Calls body(centre row y', row a of its block, tap v, row r) for each mask row that the rows y, y + 1, ... of part
-  // `part` see, in the order of the inner loops.
+  // Calls body(centre row y', row a of its block, tap v, row r) for each mask row that the rows y, y + 1, ... of phase
+  // `phase` see, in the order of the inner loops.
   template <class Body>
-  static void for_each_mask_row(const CarafeSizes& sizes, Index y, Index rows, Index part, const Body& body) {
+  static void for_each_mask_row(const CarafeSizes& sizes, Index y, Index rows, Index phase, const Body& body) {
     for (Index centre = first_centre(sizes, y); centre < end_centre(sizes, y + rows); ++centre) {
       for (Index a = 0; a < sizes.scale; ++a) {
-        for (Index v = part; v < sizes.kernel; v += sizes.stride) {
+        for (Index v = phase; v < sizes.kernel; v += sizes.stride) {
           for (Index r = 0; r < rows; ++r) {
             if (is_tap(sizes, y + r + sizes.kernel / 2 - centre * sizes.stride)) body(centre, a, v, r);
           }
@@ -585,27 +587,27 @@ struct BackwardFeatures {
     }
   }
 
-  // [rows of features][part][vector][row of centres][row of the block][tap][row of features][lane]
-  static void lay_out_masks(const CarafeSizes& sizes, const Buffers& buffers, const Tile& tile, const T* masks) {
+  // [rows of features][phase][vector][row of centres][row of the block][tap][row of features][lane]
+  static void pack_masks(const CarafeSizes& sizes, const Buffers& buffers, const Tile& tile, const T* masks) {
     constexpr Index lanes = kLanes<A>;
     const Index s = sizes.scale, width = (tile.x1 - tile.x0) * s;
     const Index out_row = sizes.columns() * s, plane = out_row * sizes.rows() * s;
     A* target = buffers.masks;
     for (Index y = tile.y0, rows; y < tile.y1; y += rows) {
       rows = rows_at(sizes, tile, y);
-      for (Index part = 0; part < buffers.line.parts; ++part) {
+      for (Index phase = 0; phase < buffers.line.phases; ++phase) {
         Index distance = 0;  // between vectors
-        for_each_mask_row(sizes, y, rows, part, [&](Index, Index, Index, Index) { distance += lanes; });
-        A* place = target;
-        for_each_mask_row(sizes, y, rows, part, [&](Index centre, Index a, Index v, Index r) {
+        for_each_mask_row(sizes, y, rows, phase, [&](Index, Index, Index, Index) { distance += lanes; });
+        A* pointer = target;
+        for_each_mask_row(sizes, y, rows, phase, [&](Index centre, Index a, Index v, Index r) {
           const Index u = y + r + sizes.kernel / 2 - centre * sizes.stride;
           const T* source = masks + (u * sizes.kernel + v) * plane + (centre * s + a) * out_row;
           const Index first = (tile.x0 - v / sizes.stride) * s;
-          A* to = place;
+          A* to = pointer;
           for (Index x = first; x < first + width; x += lanes, to += distance) {
             store(to, load_within(source, x, out_row));
           }
-          place += lanes;
+          pointer += lanes;
         });
         target += divide_up(width, lanes) * distance;
       }
@@ -615,22 +617,23 @@ struct BackwardFeatures {
   // Numbers x, x + 1, ... of a row, zero where the row has none.
   static Vector<A> load_within(const T* row, Index x, Index count) {
     if (x >= 0) return load(row + x, larger(count - x, 0));
-    A part[kLanes<A>] = {};
-    for (Index i = -x; i < kLanes<A> && x + i < count; ++i) part[i] = widen(row[x + i]);
-    return load(part);
+    A buffer[kLanes<A>] = {};
+    for (Index i = -x; i < kLanes<A> && x + i < count; ++i) buffer[i] = widen(row[x + i]);
+    return load(buffer);
   }
 
   // [row of centres][row of the block][column], padded with zeros for the taps that reach over the border.
-  static void lay_out_grads(const CarafeSizes& sizes, const Buffers& buffers, const Tile& tile, const T* grads,
-                            A* target) {
-    const Index s = sizes.scale, out_row = sizes.columns() * s, part = buffers.line.part;
+  static void pack_grads(const CarafeSizes& sizes, const Buffers& buffers, const Tile& tile, const T* grads,
+                         A* target) {
+    const Index s = sizes.scale, out_row = sizes.columns() * s, phase_length = buffers.line.phase_length;
     const Index first = (tile.x0 - buffers.line.reach) * s;
-    const Index begin = smaller(larger(-first, 0), part), end = larger(smaller(out_row - first, part), begin);
+    const Index begin = smaller(larger(-first, 0), phase_length);
+    const Index end = larger(smaller(out_row - first, phase_length), begin);
     const Index last_row = end_centre(sizes, tile.y1) * s;
-    for (Index i = first_centre(sizes, tile.y0) * s; i < last_row; ++i, target += part) {
+    for (Index i = first_centre(sizes, tile.y0) * s; i < last_row; ++i, target += phase_length) {
       fill_zero(target, begin);
       widen_row(grads + i * out_row + first + begin, end - begin, target + begin);
-      fill_zero(target + end, part - end);
+      fill_zero(target + end, phase_length - end);
     }
   }
 
@@ -639,32 +642,32 @@ struct BackwardFeatures {
     const A* masks = buffers.masks;
     for (Index y = tile.y0, rows; y < tile.y1; y += rows) {
       rows = rows_at(sizes, tile, y);
-      for (Index part = 0; part < buffers.line.parts; ++part) {
+      for (Index phase = 0; phase < buffers.line.phases; ++phase) {
         if (rows == 2) {
-          masks = gather<channels, 2>(sizes, buffers, tile, y, part, masks);
+          masks = gather<channels, 2>(sizes, buffers, tile, y, phase, masks);
         } else {
-          masks = gather<channels, 1>(sizes, buffers, tile, y, part, masks);
+          masks = gather<channels, 1>(sizes, buffers, tile, y, phase, masks);
         }
       }
       for (Index r = 0; r < rows; ++r) {
         for (int c = 0; c < channels; ++c) {
-          fold(sizes, buffers, tile, buffers.sums + (r * channels + c) * buffers.line.parts * buffers.sums_part,
+          fold(sizes, buffers, tile, buffers.sums + (r * channels + c) * buffers.line.phases * buffers.sums_length,
                out + (c * sizes.height + y + r) * sizes.width);
         }
       }
     }
   }
 
-  // The sums of `rows` rows of features and `channels` channels, of one part. Returns where the next masks lie.
+  // The sums of `rows` rows of features and `channels` channels, of one phase. Returns where the next masks lie.
   template <int channels, int rows>
-  static const A* gather(const CarafeSizes& sizes, const Buffers& buffers, const Tile& tile, Index y, Index part,
+  static const A* gather(const CarafeSizes& sizes, const Buffers& buffers, const Tile& tile, Index y, Index phase,
                          const A* masks) {
     constexpr Index lanes = kLanes<A>;
     const Index width = (tile.x1 - tile.x0) * sizes.scale;
     const Index begin = first_centre(sizes, y), end = end_centre(sizes, y + rows);
-    const Index row = buffers.line.part;
+    const Index row = buffers.line.phase_length;
     const A* first = buffers.grads + (begin - first_centre(sizes, tile.y0)) * sizes.scale * row +
-                     buffers.line.reach * sizes.scale - part / sizes.stride * sizes.scale;
+                     buffers.line.reach * sizes.scale - phase / sizes.stride * sizes.scale;
     for (Index x = 0; x < width; x += lanes) {
       Vector<A> sums[rows][channels] = {};
       const A* grads = first + x;
@@ -672,17 +675,18 @@ struct BackwardFeatures {
         const Index u = y + sizes.kernel / 2 - centre * sizes.stride;
         for (Index a = 0; a < sizes.scale; ++a, grads += row) {
           if (rows == 1 || !is_tap(sizes, u + 1)) {
-            masks = add_taps<channels, 1>(sizes, part, grads, buffers.grad_stride, masks, sums);
+            masks = add_taps<channels, 1>(sizes, phase, grads, buffers.grad_stride, masks, sums);
           } else if (!is_tap(sizes, u)) {
-            masks = add_taps<channels, 1>(sizes, part, grads, buffers.grad_stride, masks, sums + rows - 1);
+            masks = add_taps<channels, 1>(sizes, phase, grads, buffers.grad_stride, masks, sums + rows - 1);
           } else {
-            masks = add_taps<channels, rows>(sizes, part, grads, buffers.grad_stride, masks, sums);
+            masks = add_taps<channels, rows>(sizes, phase, grads, buffers.grad_stride, masks, sums);
           }
         }
       }
       for (int r = 0; r < rows; ++r) {
         for (int c = 0; c < channels; ++c) {
-          store(buffers.sums + ((r * channels + c) * buffers.line.parts + part) * buffers.sums_part + x, sums[r][c]);
+          A* target = buffers.sums + ((r * channels + c) * buffers.line.phases + phase) * buffers.sums_length + x;
+          store(target, sums[r][c]);
         }
       }
     }
@@ -690,10 +694,10 @@ struct BackwardFeatures {
   }
 
   template <int channels, int rows>
-  OMNIOPS_INLINE static const A* add_taps(const CarafeSizes& sizes, Index part, const A* grads, Index grad_stride,
+  OMNIOPS_INLINE static const A* add_taps(const CarafeSizes& sizes, Index phase, const A* grads, Index grad_stride,
                                           const A* masks, Vector<A> (*sums)[channels]) {
     constexpr Index lanes = kLanes<A>;
-    for (Index v = part; v < sizes.kernel; v += sizes.stride, grads -= sizes.scale, masks += rows * lanes) {
+    for (Index v = phase; v < sizes.kernel; v += sizes.stride, grads -= sizes.scale, masks += rows * lanes) {
       Vector<A> mask[rows];
       for (int r = 0; r < rows; ++r) mask[r] = loaded(load(masks + r * lanes));
       for (int c = 0; c < channels; ++c) {
@@ -710,9 +714,9 @@ struct BackwardFeatures {
     const Index begin = larger(tile.x0 * t - p, 0), end = smaller(tile.x1 * t - p, sizes.width);
     A* row = buffers.feature_row;
     fill_zero(row, end - begin);
-    for (Index part = 0; part < buffers.line.parts; ++part) {
-      const Index first = begin + (part + t - (begin + p) % t) % t;  // feature of this part
-      const A* from = sums + part * buffers.sums_part + ((first + p) / t - tile.x0) * s;
+    for (Index phase = 0; phase < buffers.line.phases; ++phase) {
+      const Index first = begin + (phase + t - (begin + p) % t) % t;  // feature of this phase
+      const A* from = sums + phase * buffers.sums_length + ((first + p) / t - tile.x0) * s;
       with_constant_scale(s, [&](auto scale) {
         A* to = row + (first - begin);
         for (Index i = 0; i * t < end - first; ++i) {

@@ -34,9 +34,9 @@ OMNIOPS_INLINE Index count_tiles(const CarafeSizes& sizes, const Extent& extent,
 
 OMNIOPS_INLINE Tile tile_at(const CarafeSizes& sizes, const Extent& extent, const CarafeTiling& tiling, Index tile) {
   const auto take = [&tile](Index count) {
-    const Index place = tile % count;
+    const Index index = tile % count;
     tile /= count;
-    return place;
+    return index;
   };
   Tile t;
   t.x0 = take(divide_up(extent.columns, tiling.columns)) * tiling.columns;

@@ -115,16 +115,16 @@ Run* find_runs(const T* row, std::int32_t width, std::int32_t first, Run* run) {
       bits = bits_of(rest);
     }
     std::uint64_t edges = bits ^ (bits << 1 | static_cast<std::uint64_t>(inside));
-    const std::int32_t here = first + static_cast<std::int32_t>(x);
+    const std::int32_t index = first + static_cast<std::int32_t>(x);
     if (inside && edges != 0) {
-      run++->end = here + lowest_bit(edges);
+      run++->end = index + lowest_bit(edges);
       edges &= edges - 1;
     }
     while (edges != 0) {
-      run->start = here + lowest_bit(edges);
+      run->start = index + lowest_bit(edges);
       edges &= edges - 1;
       if (edges == 0) break;
-      run++->end = here + lowest_bit(edges);
+      run++->end = index + lowest_bit(edges);
       edges &= edges - 1;
     }
     inside = bits >> 63 != 0;
@@ -251,9 +251,9 @@ void connected_components(const T* mask, const MaskSizes& sizes, bool diagonals,
   const std::int64_t runs_per_row = (sizes.width + 1) / 2;
   // Memory that no run comes to is never touched.
   const auto runs_of = [&] {
-    const std::int64_t most = sizes.height * runs_per_row;
-    std::unique_ptr<Run[]> runs(new Run[static_cast<std::size_t>(most)]);
-    expect_writes(runs.get(), most * static_cast<std::int64_t>(sizeof(Run)));
+    const std::int64_t max_runs = sizes.height * runs_per_row;
+    std::unique_ptr<Run[]> runs(new Run[static_cast<std::size_t>(max_runs)]);
+    expect_writes(runs.get(), max_runs * static_cast<std::int64_t>(sizeof(Run)));
     return runs;
   };
   for (std::int32_t* result : {labels, counts}) {
@@ -265,9 +265,9 @@ void connected_components(const T* mask, const MaskSizes& sizes, bool diagonals,
     parallel(sizes.batch, threads, [&](Tickets& tickets) {
       const auto runs = runs_of();
       for (std::int64_t image; tickets.take(image);) {
-        Strip whole{0, pixels, 0, 0, 0, 0};
-        first_pass(mask + image * pixels, width, diagonals, runs.get(), whole);
-        second_pass(runs.get(), whole, labels + image * pixels, counts + image * pixels);
+        Strip strip{0, pixels, 0, 0, 0, 0};
+        first_pass(mask + image * pixels, width, diagonals, runs.get(), strip);
+        second_pass(runs.get(), strip, labels + image * pixels, counts + image * pixels);
       }
     });
     return;

@@ -38,9 +38,9 @@ DeformConv2dKernels kernels(Dtype dtype, Dtype columns) {
   return baseline::deform_conv2d_kernels(dtype, columns);
 }
 
-std::int64_t number_of_threads(const DeformConv2dSizes& sizes, std::int64_t most) {
+std::int64_t number_of_threads(const DeformConv2dSizes& sizes, std::int64_t max_threads) {
   const double numbers = static_cast<double>(sizes.count) * static_cast<double>(sizes.taps() * sizes.channels);
-  const double worth = std::min(static_cast<double>(most), numbers / kNumbersPerThread);
+  const double worth = std::min(static_cast<double>(max_threads), numbers / kNumbersPerThread);
   return std::max<std::int64_t>(1, static_cast<std::int64_t>(worth));
 }
 
@@ -76,8 +76,8 @@ void for_images(const DeformConv2dSizes& sizes, const Work& work) {
   }
 }
 
-std::vector<DeformConv2dPart> tiles_of(const DeformConv2dSizes& sizes, const std::vector<DeformConv2dRun>& runs) {
-  std::vector<DeformConv2dPart> tiles;
+std::vector<DeformConv2dTask> tiles_of(const DeformConv2dSizes& sizes, const std::vector<DeformConv2dRun>& runs) {
+  std::vector<DeformConv2dTask> tiles;
   for_images(sizes, [&](std::int64_t begin, std::int64_t end) {
     for (; begin < end; begin += kTile) {
       tiles.push_back({runs.data(), static_cast<std::int64_t>(runs.size()), begin, std::min(begin + kTile, end)});
@@ -93,7 +93,7 @@ void deform_conv2d_sample(Dtype dtype, Dtype columns_dtype, const DeformConv2dSi
   check(sizes);
   const DeformConv2dKernels kernel = kernels(dtype, columns_dtype);
   const std::vector<DeformConv2dRun> runs = runs_of(sizes, 0, sizes.channels);
-  const std::vector<DeformConv2dPart> tiles = tiles_of(sizes, runs);
+  const std::vector<DeformConv2dTask> tiles = tiles_of(sizes, runs);
   const std::vector<double> zeros(static_cast<std::size_t>(sizes.channels / sizes.offset_groups));
   parallel(static_cast<std::int64_t>(tiles.size()), number_of_threads(sizes, threads), [&](Tickets& tickets) {
     for (std::int64_t tile; tickets.take(tile);) {
@@ -119,23 +119,23 @@ void deform_conv2d_gradients(Dtype dtype, Dtype columns_dtype, const DeformConv2
     const std::int64_t begin = lines * share / shares * in_line, end = lines * (share + 1) / shares * in_line;
     shared_runs.push_back(runs_of(sizes, begin, std::min(end, sizes.channels)));
   }
-  std::vector<DeformConv2dPart> parts;
+  std::vector<DeformConv2dTask> tasks;
   for_images(sizes, [&](std::int64_t begin, std::int64_t end) {
     for (const std::vector<DeformConv2dRun>& runs : shared_runs) {
-      parts.push_back({runs.data(), static_cast<std::int64_t>(runs.size()), begin, end});
+      tasks.push_back({runs.data(), static_cast<std::int64_t>(runs.size()), begin, end});
     }
   });
   const std::vector<DeformConv2dRun> runs = runs_of(sizes, 0, sizes.channels);
-  const std::vector<DeformConv2dPart> tiles = tiles_of(sizes, runs);
+  const std::vector<DeformConv2dTask> tiles = tiles_of(sizes, runs);
   const std::vector<double> zeros(static_cast<std::size_t>(sizes.channels / sizes.offset_groups));
 
-  parallel(static_cast<std::int64_t>(parts.size() + tiles.size()), threads, [&](Tickets& tickets) {
+  parallel(static_cast<std::int64_t>(tasks.size() + tiles.size()), threads, [&](Tickets& tickets) {
     for (std::int64_t ticket; tickets.take(ticket);) {
       const std::size_t i = static_cast<std::size_t>(ticket);
-      if (i < parts.size()) {
-        kernel.by_image(sizes, parts[i], by_columns, offset, mask, by_image);
+      if (i < tasks.size()) {
+        kernel.by_image(sizes, tasks[i], by_columns, offset, mask, by_image);
       } else {
-        kernel.by_offset_and_mask(sizes, tiles[i - parts.size()], by_columns, image, offset, mask, zeros.data(),
+        kernel.by_offset_and_mask(sizes, tiles[i - tasks.size()], by_columns, image, offset, mask, zeros.data(),
                                   by_offset, by_mask);
       }
     }

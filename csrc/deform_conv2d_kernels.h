@@ -15,9 +15,9 @@ struct DeformConv2dRun {
   std::int64_t column;  // where the first channel's samples begin in the columns
 };
 
-// Part of a call's work: some runs, in order of their channels, at the positions begin ... end - 1 of the call's,
+// A part of a call's work: some runs, in order of their channels, at the positions begin ... end - 1 of the call's,
 // counted from 0, all of one image.
-struct DeformConv2dPart {
+struct DeformConv2dTask {
   const DeformConv2dRun* runs;
   std::int64_t run_count;
   std::int64_t begin;
@@ -26,14 +26,14 @@ struct DeformConv2dPart {
 
 struct DeformConv2dKernels {
   // `zeros` are as many as the longest run has channels.
-  void (*sample)(const DeformConv2dSizes& sizes, const DeformConv2dPart& part, const void* image, const void* offset,
+  void (*sample)(const DeformConv2dSizes& sizes, const DeformConv2dTask& task, const void* image, const void* offset,
                  const void* mask, const void* zeros, void* columns);
   // Takes all runs of each of its offset groups.
-  void (*by_offset_and_mask)(const DeformConv2dSizes& sizes, const DeformConv2dPart& part, const void* by_columns,
+  void (*by_offset_and_mask)(const DeformConv2dSizes& sizes, const DeformConv2dTask& task, const void* by_columns,
                              const void* image, const void* offset, const void* mask, const void* zeros,
                              void* by_offset, void* by_mask);
   // Adds to the channels of its runs and the image of its positions.
-  void (*by_image)(const DeformConv2dSizes& sizes, const DeformConv2dPart& part, const void* by_columns,
+  void (*by_image)(const DeformConv2dSizes& sizes, const DeformConv2dTask& task, const void* by_columns,
                    const void* offset, const void* mask, void* by_image);
 };
 

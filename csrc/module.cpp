@@ -1,14 +1,17 @@
 // The Python module omniops._C. Tensors come as addresses; omniops.backends.cpu vouches for shapes and layouts.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/vector.h>
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 #include "carafe.h"
 #include "connected_components.h"
 #include "deform_conv2d.h"
 #include "instruction_set.h"
+#include "multi_scale_deform_attn.h"
 #include "transpose.h"
 
 namespace nb = nanobind;
@@ -52,10 +55,10 @@ struct DeformConv2d {
               0} {}
 
   omniops::DeformConv2dSizes of(std::int64_t first, std::int64_t count) const {
-    omniops::DeformConv2dSizes part = sizes;
-    part.first = first;
-    part.count = count;
-    return part;
+    omniops::DeformConv2dSizes chunk = sizes;
+    chunk.first = first;
+    chunk.count = count;
+    return chunk;
   }
 };
 
@@ -101,6 +104,55 @@ void connected_components(std::uintptr_t mask, std::int64_t item_size, std::int6
                                 threads);
 }
 
+// What the calls of a kind have in common, made once.
+struct MultiScaleDeformAttn {
+  omniops::Dtype dtype;
+  omniops::MultiScaleDeformAttnSizes sizes;
+
+  MultiScaleDeformAttn(omniops::Dtype dtype, std::int64_t batch, std::int64_t queries, std::int64_t heads,
+                       std::int64_t channels, const std::vector<std::int64_t>& spatial_shapes,
+                       const std::vector<std::int64_t>& points_per_level, bool discrete)
+      : dtype(dtype), sizes{batch, queries, heads, channels, {}, discrete} {
+    for (std::size_t l = 0; l < points_per_level.size(); ++l) {
+      sizes.levels.push_back({spatial_shapes.at(2 * l), spatial_shapes.at(2 * l + 1), points_per_level[l]});
+    }
+  }
+};
+
+void multi_scale_deform_attn(const MultiScaleDeformAttn& call, std::uintptr_t value, std::uintptr_t sampling_locations,
+                             std::uintptr_t attention_weights, std::uintptr_t out, std::int64_t threads) {
+  omniops::multi_scale_deform_attn(call.dtype, call.sizes, reinterpret_cast<const void*>(value),
+                                   reinterpret_cast<const void*>(sampling_locations),
+                                   reinterpret_cast<const void*>(attention_weights), reinterpret_cast<void*>(out),
+                                   threads);
+}
+
+void multi_scale_deform_attn_backward(const MultiScaleDeformAttn& call, std::uintptr_t grad, std::uintptr_t value,
+                                      std::uintptr_t sampling_locations, std::uintptr_t attention_weights,
+                                      std::uintptr_t by_value, std::uintptr_t by_locations, std::uintptr_t by_weights,
+                                      std::int64_t threads) {
+  omniops::multi_scale_deform_attn_backward(
+      call.dtype, call.sizes, reinterpret_cast<const void*>(grad), reinterpret_cast<const void*>(value),
+      reinterpret_cast<const void*>(sampling_locations), reinterpret_cast<const void*>(attention_weights),
+      reinterpret_cast<void*>(by_value), reinterpret_cast<void*>(by_locations), reinterpret_cast<void*>(by_weights),
+      threads);
+}
+
+void define_multi_scale_deform_attn(nb::module_& module) {
+  nb::class_<MultiScaleDeformAttn>(module, "MultiScaleDeformAttn")
+      .def(nb::init<omniops::Dtype, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                    const std::vector<std::int64_t>&, const std::vector<std::int64_t>&, bool>(),
+           nb::arg("dtype"), nb::arg("batch"), nb::arg("queries"), nb::arg("heads"), nb::arg("channels"),
+           nb::arg("spatial_shapes"), nb::arg("points_per_level"), nb::arg("discrete"));
+  module.def("multi_scale_deform_attn", multi_scale_deform_attn, nb::call_guard<nb::gil_scoped_release>(),
+             nb::arg("call"), nb::arg("value"), nb::arg("sampling_locations"), nb::arg("attention_weights"),
+             nb::arg("out"), nb::arg("threads"));
+  module.def("multi_scale_deform_attn_backward", multi_scale_deform_attn_backward,
+             nb::call_guard<nb::gil_scoped_release>(), nb::arg("call"), nb::arg("grad"), nb::arg("value"),
+             nb::arg("sampling_locations"), nb::arg("attention_weights"), nb::arg("by_value"),
+             nb::arg("by_locations"), nb::arg("by_weights"), nb::arg("threads"));
+}
+
 void transpose(std::int64_t item_size, std::int64_t batch, std::int64_t rows, std::int64_t columns,
                std::uintptr_t source, std::uintptr_t target, std::int64_t threads) {
   omniops::transpose(item_size, batch, rows, columns, reinterpret_cast<const void*>(source),
@@ -126,6 +178,7 @@ NB_MODULE(_C, module) {
              nb::arg("item_size"), nb::arg("batch"), nb::arg("height"), nb::arg("width"), nb::arg("diagonals"),
              nb::arg("labels"), nb::arg("counts"), nb::arg("threads"));
   define_deform_conv2d(module);
+  define_multi_scale_deform_attn(module);
   module.def("transpose", transpose, nb::call_guard<nb::gil_scoped_release>(), nb::arg("item_size"), nb::arg("batch"),
              nb::arg("rows"), nb::arg("columns"), nb::arg("source"), nb::arg("target"), nb::arg("threads"));
 }

@@ -17,7 +17,8 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(__GNUC__)
+// clang-cl has these extensions too, and does not define __GNUC__.
+#if defined(__GNUC__) || defined(__clang__)
 #define OMNIOPS_INLINE inline __attribute__((always_inline))
 #define OMNIOPS_VECTOR_EXTENSION 1
 #else
@@ -297,9 +298,9 @@ OMNIOPS_INLINE Vector<Accumulator<T>> load(const T* source, std::int64_t count) 
 #if OMNIOPS_MASKED
   if constexpr (sizeof(T) == sizeof(Accumulator<T>)) return load_part(source, count);
 #endif
-  T part[kLanes<Accumulator<T>>] = {};
-  for (std::int64_t i = 0; i < count; ++i) part[i] = source[i];
-  return load(part);
+  T buffer[kLanes<Accumulator<T>>] = {};
+  for (std::int64_t i = 0; i < count; ++i) buffer[i] = source[i];
+  return load(buffer);
 }
 
 template <class T>
@@ -308,9 +309,9 @@ OMNIOPS_INLINE void store(T* target, Vector<Accumulator<T>> v, std::int64_t coun
 #if OMNIOPS_MASKED
   if constexpr (sizeof(T) == sizeof(Accumulator<T>)) return store_part(target, v, count);
 #endif
-  T part[kLanes<Accumulator<T>>];
-  store(part, v);
-  for (std::int64_t i = 0; i < count; ++i) target[i] = part[i];
+  T buffer[kLanes<Accumulator<T>>];
+  store(buffer, v);
+  for (std::int64_t i = 0; i < count; ++i) target[i] = buffer[i];
 }
 
 template <class A, int lanes>

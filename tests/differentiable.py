@@ -10,6 +10,7 @@ from torch import Tensor
 import omniops
 from omniops.backends.reference import carafe as reference_carafe
 from omniops.backends.reference import deform_conv2d as reference_deform_conv2d
+from omniops.backends.reference import multi_scale_deform_attn as reference_multi_scale_deform_attn
 
 DEVICES = [
     "cpu",
@@ -68,7 +69,7 @@ def carafe(dtype: torch.dtype = torch.float32) -> Problem:
 
 
 def deform_conv2d(dtype: torch.dtype = torch.float32) -> Problem:
-    """Offsets are odd sixteenths, so that no sample is at a whole place, where there is no derivative."""
+    """Offsets are odd sixteenths, so that no sample lies on a pixel, where there is no derivative."""
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 4, 5, 6), (2, 24, 2, 6), (6, 2, 3, 2), (6,), (2, 12, 2, 6), (2, 6, 2, 6)
     *tensors, grad = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
@@ -82,6 +83,38 @@ def deform_conv2d(dtype: torch.dtype = torch.float32) -> Problem:
         grad,
         2 * grad.numel() * 2 * 3 * 2,
     )
+
+
+def multi_scale_deform_attn(dtype: torch.dtype = torch.float32) -> Problem:
+    """Locations are between the pixels of both levels, some outside of the map."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 26, 2, 4), (2, 3, 2, 2, 2, 2), (2, 3, 2, 2, 2), (2, 3, 8)
+    *tensors, grad = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
+    positions = torch.randint(-3, 27, shapes[1], generator=generator).to(dtype)
+    tensors[1] = (positions + 0.5) / 24
+    sizes = (4, 5), (3, 2)
+
+    def oracle(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return reference_multi_scale_deform_attn.multi_scale_deform_attn(
+            value, [4, 5, 3, 2], locations.flatten(3, 4), weights.flatten(3, 4), [2, 2], False
+        )
+
+    return Problem(
+        "multi_scale_deform_attn",
+        lambda value, *points: omniops.multi_scale_deform_attn(value, sizes, *points),
+        oracle,
+        [x.requires_grad_() for x in tensors],
+        grad,
+        2 * grad.numel() * 4,
+    )
+
+
+PROBLEMS = (carafe, deform_conv2d, multi_scale_deform_attn)
+NODES = {
+    "carafe": "CARAFEFunctionBackward",
+    "deform_conv2d": "DeformConv2dFunctionBackward",
+    "multi_scale_deform_attn": "MultiScaleDeformableAttnFunctionBackward",
+}
 
 
 def assert_close(found: Iterable[Tensor], expected: Iterable[Tensor]) -> None:

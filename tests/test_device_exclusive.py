@@ -40,7 +40,7 @@ class Waiting:
 
 
 def test_threads_take_turns_on_mps_alone():
-    inside, most = 0, 0
+    inside, largest = 0, 0
     lock = threading.Lock()
 
     class Model:
@@ -48,10 +48,10 @@ def test_threads_take_turns_on_mps_alone():
 
         @devices.exclusively
         def run(self, deeper: int = 2) -> int:
-            nonlocal inside, most
+            nonlocal inside, largest
             with lock:
                 inside += 1
-                most = max(most, inside)
+                largest = max(largest, inside)
             threading.Event().wait(0.01)
             with lock:
                 inside -= 1
@@ -64,7 +64,7 @@ def test_threads_take_turns_on_mps_alone():
     for thread in threads:
         thread.join()
     assert results == [2] * 8
-    assert most == 1
+    assert largest == 1
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1", "meta"])
@@ -115,15 +115,14 @@ VIDEO = {
 
 @pytest.fixture(scope="module")
 def model():
-    pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
     from omniops.sam2.architectures import new
 
     return new("tiny", image_size=64)
 
 
 @pytest.mark.parametrize(("kind", "method", "arguments"), [
-    *(("SAM2ImagePredictor", *each) for each in IMAGE.items()),
-    *(("SAM2VideoPredictor", *each) for each in VIDEO.items()),
+    *(("SAM2ImagePredictor", *call) for call in IMAGE.items()),
+    *(("SAM2VideoPredictor", *call) for call in VIDEO.items()),
 ])  # fmt: skip
 def test_the_predictors_methods_wait(model, monkeypatch, kind, method, arguments):
     from omniops import sam2

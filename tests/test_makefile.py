@@ -78,8 +78,18 @@ def test_what_takes_long_runs_by_itself(make):
 
 def test_what_lands_was_tested_with_the_oldest_and_the_middle():
     steps = (MAKEFILE.parent / ".ci" / "run").read_text().splitlines()
-    targets = ("lint", "test", "test-browser", "test-all", "test-oldest", "test-middle")
-    assert steps[-6:] == [f"make {each}" for each in targets]
+    targets = ("lint", "docs", "test", "test-browser", "test-all", "test-oldest", "test-middle")
+    assert steps[-7:] == [f"make {target}" for target in targets]
+
+
+def test_the_site_is_built_anew_and_its_warnings_are_errors(make, tmp_path):
+    assert make(target="docs")[0] == "venv by python3"
+    (call,) = [line for line in (tmp_path / "log").read_text().splitlines() if "sphinx" in line]
+    options = call.removeprefix("python -m sphinx ").removesuffix(" docs build/docs").split()
+    assert {"--fresh-env", "--write-all", "--fail-on-warning"} <= set(options)
+    assert make(target="docs") == []
+    ignored = (MAKEFILE.parent / ".gitignore").read_text().splitlines()
+    assert "build/" in ignored
 
 
 def test_another_torch_is_installed(make):
@@ -126,15 +136,15 @@ def test_the_oldest_are_the_lowest_versions_that_are_named(make, tmp_path):
     pinned = (tmp_path / "log.constraints").read_text().split()
     (tmp_path / "log.constraints").unlink()
     project = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]
-    named = [each for group in project["optional-dependencies"].values() for each in group]
-    asked_for = [Requirement(each) for each in project["dependencies"] + named]
-    asked_for = [each for each in asked_for if each.name != "omniops"]
+    optional = [text for group in project["optional-dependencies"].values() for text in group]
+    asked_for = [Requirement(text) for text in project["dependencies"] + optional]
+    asked_for = [item for item in asked_for if item.name != "omniops"]
     assert len(asked_for) > 20
-    lowest = {each.name: part.version for each in asked_for for part in each.specifier if part.operator == ">="}
+    lowest = {item.name: bound.version for item in asked_for for bound in item.specifier if bound.operator == ">="}
     assert set(pinned) == {f"{name}=={version}" for name, version in lowest.items()}
     # None is without a lowest version, none has two, and no other run is held to them.
-    assert set(lowest) == {each.name for each in asked_for}
-    assert len(set(pinned)) == len({each.split("==")[0] for each in pinned})
+    assert set(lowest) == {item.name for item in asked_for}
+    assert len(set(pinned)) == len({line.split("==")[0] for line in pinned})
     make("PYTHON=another")
     assert not (tmp_path / "log.constraints").exists()
     make(target="test-middle")

@@ -34,7 +34,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch, new_
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_bare_pickle_is_refused_and_nobody_told_to_run_it(tmp_path, monkeypatch, protocol):
+def test_a_bare_pickle_is_refused_without_advice_to_run_it(tmp_path, monkeypatch, protocol):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "hostile.pkl"
     path.write_bytes(pickle.dumps(_Hostile(), protocol))
@@ -134,14 +134,14 @@ def test_a_url_is_fetched_once_and_its_checksum_checked(cache, server):
 
 def test_files_of_one_name_do_not_serve_each_other(cache, server):
     folder, address, asked = server
-    for place in ("a", "b"):
-        (folder / place).mkdir()
-        (folder / place / "model.pth").write_text(place)
-    for place in ("a", "b", "a", "b"):
-        path = weights.fetch(f"{address}/{place}/model.pth", progress=False)
+    for directory in ("a", "b"):
+        (folder / directory).mkdir()
+        (folder / directory / "model.pth").write_text(directory)
+    for directory in ("a", "b", "a", "b"):
+        path = weights.fetch(f"{address}/{directory}/model.pth", progress=False)
         assert path.parent == cache
         assert path.name.endswith("-model.pth")
-        assert path.read_text() == place
+        assert path.read_text() == directory
     assert len(asked) == 2
 
 
@@ -149,9 +149,9 @@ def test_a_file_put_where_the_error_says_is_used(cache, server):
     _, address, _ = server
     with pytest.raises(ConnectionError, match="File not found") as caught:
         weights.fetch(f"{address}/c/model.pth", progress=False)
-    (place,) = re.findall(r"put it at (.*model\.pth), or", str(caught.value))
+    (path,) = re.findall(r"put it at (.*model\.pth), or", str(caught.value))
     cache.mkdir(parents=True, exist_ok=True)
-    Path(place).write_text("c")
+    Path(path).write_text("c")
     assert weights.fetch(f"{address}/c/model.pth", progress=False).read_text() == "c"
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
 import stat
 import subprocess
 import sys
+import tarfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import tomllib
 import torch
 from packaging.specifiers import SpecifierSet
 
-from omniops.cli.doctor import operators
+from omniops.environment import operators
 
 ROOT = Path(__file__).parents[1]
 GITHUB = ROOT / ".github"
@@ -49,7 +52,7 @@ def test_each_macos_meets_the_oldest_and_the_newest_torch():
     oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
     newest = re.search(r"^TORCH \?= torch==([\d.]+)$", (ROOT / "Makefile").read_text(), re.M)[1]
     assert matrix["torch"] == [f"{oldest}.0", newest]
-    assert {each["torch"] for each in matrix["include"]} == set(matrix["torch"])
+    assert {row["torch"] for row in matrix["include"]} == set(matrix["torch"])
     assert job["env"]["PYTORCH_MPS_HIGH_WATERMARK_RATIO"] == "0.0"
 
 
@@ -64,14 +67,14 @@ def test_the_repository_may_name_other_macs_than_the_hosted_ones(job):
 def test_linux_runs_what_ci_runs():
     job = _workflow("linux.yml")["jobs"]["test"]
     assert job["steps"][-1]["run"] == "make ${{ matrix.run }}"
-    targets = {target for each in job["strategy"]["matrix"]["include"] for target in each["run"].split()}
+    targets = {target for row in job["strategy"]["matrix"]["include"] for target in row["run"].split()}
     assert targets == set(re.findall(r"^make (\S+)$", (ROOT / ".ci" / "run").read_text(), re.M))
 
 
 @pytest.mark.parametrize("name", ["macos.yml", "linux.yml"])
 def test_every_python_of_a_matrix_can_have_transformers(name):
     pytest.importorskip("transformers")
-    pythons = [each["python"] for each in _workflow(name)["jobs"]["test"]["strategy"]["matrix"]["include"]]
+    pythons = [row["python"] for row in _workflow(name)["jobs"]["test"]["strategy"]["matrix"]["include"]]
     asked = SpecifierSet(metadata.metadata("transformers")["Requires-Python"])
     assert pythons
     assert [python for python in pythons if python not in asked] == []
@@ -114,12 +117,14 @@ def test_all_tests_that_use_the_apple_gpu_run_in_one_process(tmp_path):
     job = _workflow("macos.yml")["jobs"]["test"]
     steps = _steps(job)
     on_it = job["env"]["ON_THE_GPU"].split()
-    asks = re.compile(r"\bmps\.is_available\(\)|\bcurrent_accelerator\(check_available=True\)")
-    uses_it = [path for path in (ROOT / "tests").rglob("test_*.py") if asks.search(path.read_text())]
-    # A folder or a file of the list for each that uses it, and none for nothing.
-    assert {next((each for each in on_it if (ROOT / each) in (path, *path.parents)), path) for path in uses_it} == set(
-        on_it
+    # By itself, or through backend_cases.py.
+    asks = re.compile(
+        r"\bmps\.is_available\(\)|\bcurrent_accelerator\(check_available=True\)|\bbackend_devices\b|\bBACKENDS\b"
     )
+    uses_it = [path for path in (ROOT / "tests").rglob("test_*.py") if asks.search(path.read_text())]
+    # Every test file that asks for MPS is in the list or in a folder of it, and the list has nothing else.
+    entries = {next((entry for entry in on_it if ROOT / entry in (path, *path.parents)), path) for path in uses_it}
+    assert entries == set(on_it)
     (own,) = _pytest_calls(tmp_path, steps["The tests on the Apple GPU"], job)
     assert own == ["-n", "0", "-k", "mps", *on_it]
     rest, others = _pytest_calls(tmp_path, steps["The other tests"], job)
@@ -223,10 +228,13 @@ def test_what_the_compiler_warns_of_is_printed(tmp_path):
     assert out.count("SCALAR=half: compiled\nwarning: unused variable\n") == 3
 
 
-def test_no_kernel_needs_a_header_beside_metals_own():
+def test_no_kernel_needs_a_header_beside_metals_own_and_ours():
     """Where torch's headers lie, the script does not say."""
-    included = {name for source in METAL for name in re.findall(r"^\s*#\s*include\s*(.*)$", source.read_text(), re.M)}
-    assert included == {"<metal_stdlib>"}
+    ours = list(METAL[0].parent.glob("*.h"))
+    included = {
+        name for source in (*METAL, *ours) for name in re.findall(r"^\s*#\s*include\s*(.*)$", source.read_text(), re.M)
+    }
+    assert included == {"<metal_stdlib>", *(f'"{header.name}"' for header in ours)}
 
 
 def test_all_that_does_not_compile_is_named_at_the_end(tmp_path):
@@ -235,7 +243,7 @@ def test_all_that_does_not_compile_is_named_at_the_end(tmp_path):
     assert status == 1
     assert "no such type" in out
     last = out[out.index(" failed") :].splitlines()
-    assert last[1:] == [f"  carafe.metal -std={each} -DSCALAR=half" for each in ("metal3.1", "metal3.2", "metal4.0")]
+    assert last[1:] == [f"  carafe.metal -std={std} -DSCALAR=half" for std in ("metal3.1", "metal3.2", "metal4.0")]
 
 
 def test_without_the_compiler_nothing_is_said_to_be_right(tmp_path):
@@ -311,13 +319,172 @@ def test_a_virtual_gpu_has_its_memory_where_a_wheel_is_tested():
 def test_the_issue_form_asks_for_both_files():
     form = yaml.safe_load((GITHUB / "ISSUE_TEMPLATE" / "wrong-result.yml").read_text())
     assert {"name", "description", "body"} <= set(form)
-    fields = [each for each in form["body"] if each["type"] != "markdown"]
-    assert len({each["id"] for each in fields}) == len(fields)
-    assert all(each["attributes"]["label"] for each in fields)
-    (text,) = [each["attributes"]["value"] for each in form["body"] if each["type"] == "markdown"]
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    assert len({field["id"] for field in fields}) == len(fields)
+    assert all(field["attributes"]["label"] for field in fields)
+    (text,) = [field["attributes"]["value"] for field in form["body"] if field["type"] == "markdown"]
     assert "omniops doctor --json doctor.json" in text
     assert "omniops selftest --json selftest.json" in text
     # Pasted, selftest.json is longer than GitHub lets an issue be.
-    (files,) = [each["attributes"]["description"] for each in fields if each["id"] == "files"]
+    (files,) = [field["attributes"]["description"] for field in fields if field["id"] == "files"]
     assert "paste" not in files
     assert "tracebacks with the paths of files, in which your user name" in files
+
+
+# --- wheels and releases ---
+
+
+def _wheel_runners(job):
+    return _workflow("wheels.yml")["jobs"][job]["strategy"]["matrix"]["runner"]
+
+
+def test_every_wheel_meets_the_oldest_torch():
+    runners = _wheel_runners("wheel")
+    assert {name.partition("-")[0] for name in runners} == {"ubuntu", "macos", "windows"}
+    assert _wheel_runners("oldest-torch") == runners
+    oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    steps = [step.get("run", "") for step in _workflow("wheels.yml")["jobs"]["oldest-torch"]["steps"]]
+    assert f"python -m pip install 'torch=={oldest}.0' numpy" in steps
+    assert steps[-1] == "python tests/smoke.py"
+
+
+def test_clang_compiles_the_kernels_for_windows():
+    """MSVC has no vector extension: with it the wheel's kernels would be loops."""
+    windows = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]["windows"]
+    assert windows["archs"] == ["AMD64"]
+    assert windows["environment"] == {"CMAKE_GENERATOR_TOOLSET": "ClangCL"}
+    assert "defined(__clang__)" in (ROOT / "csrc" / "simd.h").read_text()
+
+
+def test_only_the_step_that_publishes_may_ask_for_a_token():
+    workflow = _workflow("release.yml")
+    assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML takes the key "on" for a truth
+    assert workflow["permissions"] == {"contents": "read"}
+    jobs = workflow["jobs"]
+    permissions = {name: job["permissions"] for name, job in jobs.items() if "permissions" in job}
+    assert permissions == {"publish": {"id-token": "write"}, "notes": {"contents": "write"}}
+    assert [jobs[name].get("needs") for name in ("version", "wheels", "publish", "notes")] == [
+        None,
+        "version",
+        "wheels",
+        "publish",
+    ]
+    assert jobs["publish"]["environment"] == "pypi"
+    assert jobs["wheels"]["uses"] == "./.github/workflows/wheels.yml"
+    assert "workflow_call" in _workflow("wheels.yml")[True]
+    text = (GITHUB / "workflows" / "release.yml").read_text()
+    assert "secrets." not in text
+    assert "password:" not in text
+
+
+def test_all_that_is_built_is_published():
+    steps = _workflow("release.yml")["jobs"]["publish"]["steps"]
+    fetched = [step["with"] for step in steps if step["uses"].startswith("actions/download-artifact")]
+    assert {step["path"] for step in fetched} == {"dist"}
+    asked_for = [step.get("pattern") or step["name"] for step in fetched]
+    built = [
+        step["with"]["name"]
+        for job in _workflow("wheels.yml")["jobs"].values()
+        for step in job["steps"]
+        if step.get("uses", "").startswith("actions/upload-artifact")
+    ]
+    assert built == ["wheels-${{ matrix.runner }}", "sdist"]
+    assert all(any(fnmatch.fnmatch(name, pattern) for pattern in asked_for) for name in built)
+
+
+@pytest.mark.parametrize(
+    ("tag", "wrong"),
+    [
+        ("v1.2.3", None),
+        ("v1.2.4", "pyproject.toml"),
+        ("v1.2.30", "pyproject.toml"),
+        ("v1.2.3-CITATION.cff", "CITATION.cff"),
+        ("v1.2.3-CHANGELOG.md", "CHANGELOG.md"),
+    ],
+)
+def test_a_tag_must_be_the_version_that_the_files_name(tmp_path, tag, wrong):
+    tag, _, stale = tag.partition("-")
+    lines = {
+        "pyproject.toml": 'version = "{}"\n',
+        "CITATION.cff": "version: {}\n",
+        "CHANGELOG.md": "## {} (2026-12-01)\n",
+    }
+    for name, line in lines.items():
+        (tmp_path / name).write_text("first\n" + line.format("1.2.2" if name == stale else "1.2.3"))
+    (run,) = [step["run"] for step in _workflow("release.yml")["jobs"]["version"]["steps"] if "run" in step]
+    done = subprocess.run(
+        ["bash", "-e", "-c", run], cwd=tmp_path, env={**os.environ, "TAG": tag}, capture_output=True, text=True
+    )
+    assert done.returncode == (wrong is not None)
+    assert done.stdout.startswith("" if wrong is None else f"::error file={wrong}::")
+    (tmp_path / "CHANGELOG.md").write_text("## 1.2.3 (unreleased)\n")
+    assert subprocess.run(["bash", "-e", "-c", run], cwd=tmp_path, env={**os.environ, "TAG": tag}).returncode == 1
+
+
+def test_a_release_has_the_changelogs_part_of_its_version(tmp_path):
+    (tmp_path / "CHANGELOG.md").write_text(
+        "# Changelog\n\n## 1.2.3 (2026-12-01)\n\n- new\n\n## 1.2.2 (2026-11-01)\n\n- old\n"
+    )
+    (tmp_path / "gh").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "gh").chmod(0o755)
+    (run,) = [step["run"] for step in _workflow("release.yml")["jobs"]["notes"]["steps"] if "run" in step]
+    environment = {**os.environ, "TAG": "v1.2.3", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    said = subprocess.check_output(["bash", "-e", "-c", run], cwd=tmp_path, env=environment, text=True)
+    assert said == "release create v1.2.3 --verify-tag --title omniops 1.2.3 --notes-file notes.md\n"
+    assert (tmp_path / "notes.md").read_text().split() == ["-", "new"]
+
+
+@pytest.mark.parametrize("path", sorted((GITHUB / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda path: path.stem)
+def test_every_form_and_the_pull_requests_ask_what_doctor_says(path):
+    form = yaml.safe_load(path.read_text())
+    assert {"name", "description", "labels", "body"} <= set(form)
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    assert len({field["id"] for field in fields}) == len(fields)
+    assert "omniops doctor --json doctor.json" in path.read_text()
+    assert "omniops doctor --json doctor.json" in (GITHUB / "PULL_REQUEST_TEMPLATE.md").read_text()
+
+
+# --- the package's metadata ---
+
+
+def test_the_citation_is_of_this_version_and_license():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["title"], citation["version"]) == (project["name"], project["version"])
+    assert (citation["license"], citation["authors"]) == (project["license"], project["authors"])
+    assert {"cff-version", "message", "type"} <= set(citation)
+    assert all({"type", "title", "authors", "year", "url"} <= set(reference) for reference in citation["references"])
+
+
+def test_the_classifiers_name_every_python_that_is_supported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = re.findall(r"Programming Language :: Python :: 3\.(\d+)", "\n".join(project["classifiers"]))
+    assert [int(minor) for minor in named] == list(range(int(named[0]), int(named[-1]) + 1))
+    assert project["requires-python"] == f">=3.{named[0]}"
+    assert "Typing :: Typed" in project["classifiers"]
+    assert (ROOT / "src" / "omniops" / "py.typed").exists()
+
+
+def test_the_sdist_has_what_git_has(tmp_path, monkeypatch):
+    """Tests, their data and the documentation too, so that the suite passes from it."""
+    build = pytest.importorskip("scikit_build_core.build", reason="scikit-build-core makes the sdist")
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout, so nothing says what belongs to the project")
+    listed = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")
+    tracked = {name for name in listed if name and (ROOT / name).is_file()}
+    checkout = tmp_path / "checkout"
+    for name in tracked | {"build/made", ".venv/installed", "src/omniops/__pycache__/made.pyc"}:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_bytes((ROOT / name).read_bytes() if name in tracked else b"")
+    monkeypatch.chdir(checkout)
+    with tarfile.open(tmp_path / build.build_sdist(str(tmp_path))) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    assert names == tracked | {"PKG-INFO"}
+
+
+def test_the_papers_addresses_are_the_citations():
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {url for name, url in urls.items() if name.startswith("Paper: ")} == {
+        reference["url"] for reference in citation["references"]
+    }

@@ -76,8 +76,8 @@ def write_clip(
 def encode_beep(sound, begin: float, seconds: float) -> list:
     import av
 
-    at = np.arange(int(48000 * seconds)) / 48000
-    samples = (np.sin(2 * np.pi * 1000 * at) * ((at >= begin) & (at < begin + 0.1))).astype(np.float32)
+    times = np.arange(int(48000 * seconds)) / 48000
+    samples = (np.sin(2 * np.pi * 1000 * times) * ((times >= begin) & (times < begin + 0.1))).astype(np.float32)
     packets = []
     for i in range(0, len(samples), 960):
         part = np.repeat(samples[None, i : i + 960], 2, axis=0)
@@ -103,6 +103,6 @@ def turn(path: Path, matrix: tuple[int, ...]) -> None:
     """Set a, b, c and d of the display matrix of an MP4 file, ISO/IEC 14496-12, 8.3.2."""
     data = bytearray(path.read_bytes())
     a, b, c, d = (value << 16 for value in matrix)
-    place = data.index(b"tkhd") + 44
-    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    offset = data.index(b"tkhd") + 44
+    data[offset : offset + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)

@@ -20,15 +20,18 @@ if TYPE_CHECKING or _PROGRAM not in ("omniops", "omniops.exe"):
         DeformConv2dPack,
         ModulatedDeformConv2d,
         ModulatedDeformConv2dPack,
+        MultiScaleDeformableAttention,
     )
     from omniops.ops.carafe import carafe, carafe_downsample, carafe_naive
     from omniops.ops.connected_components import connected_components, fill_holes, remove_small_components
     from omniops.ops.deform_conv2d import deform_conv2d, modulated_deform_conv2d
+    from omniops.ops.multi_scale_deform_attn import multi_scale_deform_attn
 
 _MODULES = (  # in this order: functions have the names of files of modules
     "omniops.ops.carafe",
     "omniops.ops.connected_components",
     "omniops.ops.deform_conv2d",
+    "omniops.ops.multi_scale_deform_attn",
     "omniops.dropin",
     "omniops.nn",
 )
@@ -41,6 +44,7 @@ __all__ = [
     "DeformConv2dPack",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv2dPack",
+    "MultiScaleDeformableAttention",
     "carafe",
     "carafe_downsample",
     "carafe_naive",
@@ -50,6 +54,7 @@ __all__ = [
     "enable",
     "fill_holes",
     "modulated_deform_conv2d",
+    "multi_scale_deform_attn",
     "nn",
     "remove_small_components",
 ]

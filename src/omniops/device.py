@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from omniops import _torch_private
+
 _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 
@@ -34,7 +36,12 @@ _MACOS_EXEC = 0x4000
 
 
 def found() -> list[torch.device]:
-    """The devices of this machine that PyTorch can use in this process: the CPU first, then every accelerator."""
+    """The devices of this machine that PyTorch can use in this process: the CPU first, then every accelerator.
+
+    Example:
+        >>> found()[0]
+        device(type='cpu')
+    """
     devices = [torch.device("cpu")]
     if _lost_in_fork() is not None:
         return devices
@@ -58,6 +65,11 @@ def pick(name: str | torch.device = "auto") -> torch.device:
     Raises:
         ValueError: for a name that is no device's, a device that this machine does not have, or one that did not
             survive the fork. The name in OMNIOPS_DEVICE counts as asked for.
+
+    Example:
+        >>> pick("cpu")
+        device(type='cpu')
+        >>> device = pick()  # the GPU, where there is one
     """
     asked, origin = str(name), ""
     if asked == "auto":
@@ -66,25 +78,29 @@ def pick(name: str | torch.device = "auto") -> torch.device:
         if wanted := _setting(WANTED):
             asked, origin = wanted, f"{WANTED}: "
     lost = _lost_in_fork()
-    here = found()
+    available = found()
     if asked == "auto":
         if lost is not None:
             _warn_once(f"{_why_lost(lost)}; using the CPU. {_ways_out(lost)}")
         # min takes the first of equals: the lowest index.
-        return min(here, key=lambda each: {"cuda": 0, "mps": 1, "cpu": 3}.get(each.type, 2))
-    names = ", ".join(map(str, here))
+        return min(available, key=lambda candidate: {"cuda": 0, "mps": 1, "cpu": 3}.get(candidate.type, 2))
+    names = ", ".join(map(str, available))
     try:
         device = torch.device(asked)
     except RuntimeError:
         raise ValueError(f"{origin}unknown device {asked!r}: found here are {names}") from None
     if device.type == lost:
         raise ValueError(f"{origin}no device {asked!r} in this process: {_why_lost(lost)}. {_ways_out(lost)}")
-    alike = [each for each in here if each.type == device.type and device.index in (None, each.index or 0)]
-    if not alike:
+    matching = [
+        candidate
+        for candidate in available
+        if candidate.type == device.type and device.index in (None, candidate.index or 0)
+    ]
+    if not matching:
         raise ValueError(
             f"{origin}no device {asked!r} for PyTorch {torch.__version__} on this machine: found here are {names}"
         )
-    return alike[0]
+    return matching[0]
 
 
 def in_forked_child() -> bool:
@@ -97,6 +113,10 @@ def in_forked_child() -> bool:
     A fork after the import of this module is always known. A fork before it, as of a gunicorn worker without --preload,
     is known where the system tells: Linux in /proc, macOS through ``ps``, which an App Sandbox forbids. Where nothing
     tells, the answer is False.
+
+    Example:
+        >>> in_forked_child()  # of a process that was started as programs are
+        False
     """
     return _forked_since_import or _forked_without_exec(os.getpid())
 
@@ -107,6 +127,10 @@ def autocast_dtype(device: torch.device | str) -> torch.dtype:
     bfloat16 on CUDA that has it and float16 on older; float16 on MPS; on the CPU bfloat16 if the processor has
     instructions for it that PyTorch uses (AVX512-BF16, AMX, Arm's BF16), else float32; elsewhere PyTorch's own choice,
     float32 if it has none.
+
+    Example:
+        >>> autocast_dtype("mps")
+        torch.float16
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -132,6 +156,11 @@ def autocast(device: torch.device | str, dtype: torch.dtype | None = None) -> Ab
 
     Raises:
         ValueError: for another dtype.
+
+    Example:
+        >>> with autocast("cpu", torch.bfloat16):
+        ...     torch.nn.functional.linear(torch.ones(1, 4), torch.ones(2, 4)).dtype
+        torch.bfloat16
     """
     device = torch.device(device)
     if dtype is None:
@@ -147,7 +176,12 @@ def autocast(device: torch.device | str, dtype: torch.dtype | None = None) -> Ab
 
 
 class Memory(NamedTuple):
-    """Bytes of memory; None where neither PyTorch nor the system tells."""
+    """Bytes of memory; None where neither PyTorch nor the system tells.
+
+    Example:
+        >>> Memory(allocated=2**20, reserved=None, limit=2**30, peak=2**21).allocated
+        1048576
+    """
 
     allocated: int | None
     """In tensors now; on the CPU everything of this process that is resident."""
@@ -162,7 +196,12 @@ class Memory(NamedTuple):
 
 
 def memory(device: torch.device | str) -> Memory:
-    """How much memory of the device this process has and had, and how much there is."""
+    """How much memory of the device this process has and had, and how much there is.
+
+    Example:
+        >>> memory("cpu").limit > 0
+        True
+    """
     device = torch.device(device)
     if device.type == "cpu":
         resident, peak = _resident()
@@ -178,12 +217,12 @@ def memory(device: torch.device | str) -> Memory:
         )
     module = torch.get_device_module(device)
 
-    def told(name: str) -> int | None:
+    def figure(name: str) -> int | None:
         return int(getattr(module, name)(device)) if hasattr(module, name) else None
 
     properties = module.get_device_properties(device) if hasattr(module, "get_device_properties") else None
     limit = getattr(properties, "total_memory", None)
-    return Memory(told("memory_allocated"), told("memory_reserved"), limit, told("max_memory_allocated"))
+    return Memory(figure("memory_allocated"), figure("memory_reserved"), limit, figure("max_memory_allocated"))
 
 
 def exclusive(device: torch.device | str) -> AbstractContextManager[Any]:
@@ -220,7 +259,11 @@ def without_single_row(rows: Tensor) -> Tensor:
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Wait until the device has done all that was asked of it; the CPU always has."""
+    """Wait until the device has done all that was asked of it; the CPU always has.
+
+    Example:
+        >>> synchronize(pick())  # before a clock is read
+    """
     device = torch.device(device)
     if device.type not in _WITHOUT_MODULE:
         with exclusive(device):
@@ -228,7 +271,11 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def empty_cache(device: torch.device | str) -> None:
-    """Give the memory that PyTorch keeps for later tensors of the device back to the system, if it keeps any."""
+    """Give the memory that PyTorch keeps for later tensors of the device back to the system, if it keeps any.
+
+    Example:
+        >>> empty_cache(pick())
+    """
     device = torch.device(device)
     if device.type in _WITHOUT_MODULE:
         return
@@ -240,7 +287,13 @@ def empty_cache(device: torch.device | str) -> None:
 
 
 def manual_seed(device: torch.device | str, seed: int) -> None:
-    """Seed the random numbers drawn on the device and others of its kind, and no other's."""
+    """Seed the random numbers drawn on the device and others of its kind, and no other's.
+
+    Example:
+        >>> manual_seed("cpu", 0)
+        >>> torch.rand(1).item() == torch.rand(1, generator=torch.Generator().manual_seed(0)).item()
+        True
+    """
     device = torch.device(device)
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
@@ -250,7 +303,12 @@ def manual_seed(device: torch.device | str, seed: int) -> None:
 
 
 def title(device: torch.device) -> str:
-    """What the hardware calls itself, as far as PyTorch can say: "NVIDIA H200", "Apple M2", "Apple M2, 8 threads"."""
+    """What the hardware calls itself, as far as PyTorch can say: "NVIDIA H200", "Apple M2", "Apple M2, 8 threads".
+
+    Example:
+        >>> title(torch.device("cpu")).endswith("threads" if torch.get_num_threads() > 1 else "thread")
+        True
+    """
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return f"{_processor()}, {threads} {'thread' if threads == 1 else 'threads'}"
@@ -276,7 +334,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
 
 @functools.cache
 def _forked_without_exec(pid: int) -> bool:
-    """Whether the system says so of this process, whose id is given so that no child is told its parent's answer."""
+    """Whether the system says so of this process; cached by its id, so that no child gets its parent's answer."""
     if platform.system() == "Darwin":
         flags = re.fullmatch("[0-9a-fA-F]+", _ps("flags"))
         return flags is not None and not int(flags[0], 16) & _MACOS_EXEC
@@ -292,8 +350,8 @@ def _lost_in_fork() -> str | None:
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return None
-    is_bad = getattr(torch.get_device_module(accelerator), "_is_in_bad_fork", bool)
-    return accelerator.type if is_bad() else None
+    is_lost = _torch_private.is_in_bad_fork(torch.get_device_module(accelerator))
+    return accelerator.type if is_lost else None
 
 
 def _why_lost(lost: str) -> str:
@@ -327,16 +385,16 @@ def _cpu_has_bfloat16() -> bool:
         return False
     if platform.machine().lower() in ("x86_64", "amd64"):
         # Not mkldnn's own answer, which is yes where it would have to emulate them.
-        return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return _torch_private.x86_has_bfloat16()
+    return _torch_private.mkldnn_has_bfloat16()
 
 
 def _mps_peak(device: torch.device) -> int | None:
-    most = getattr(torch.accelerator, "max_memory_allocated", None)
-    if most is None:
+    max_allocated = getattr(torch.accelerator, "max_memory_allocated", None)
+    if max_allocated is None:
         return None
     try:
-        return int(most(device))
+        return int(max_allocated(device))
     except RuntimeError:  # where MPS has no part in it yet
         return None
 
@@ -346,8 +404,8 @@ def _resident() -> tuple[int | None, int | None]:
     status = dict(line.split(":", 1) for line in _read("/proc/self/status").splitlines() if ":" in line)
     if "VmRSS" in status and "VmHWM" in status:
         # Not getrusage's peak, which on Linux starts from that of the process that started this one.
-        now, most = (int(status[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-        return now, most
+        now, peak = (int(status[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        return now, peak
     if platform.system() != "Darwin":
         return None, None
     import resource
@@ -397,15 +455,15 @@ def _processor() -> str:
 
 def _apple_chip() -> str:
     """ "Apple M2", CPU and GPU in one; nothing where the system is no macOS."""
-    return _told("sysctl", "-n", "machdep.cpu.brand_string")
+    return _output_of("sysctl", "-n", "machdep.cpu.brand_string")
 
 
 def _ps(column: str) -> str:
     """What ``ps`` says of this process; nothing where it may not."""
-    return _told("ps", "-o", f"{column}=", "-p", str(os.getpid()))
+    return _output_of("ps", "-o", f"{column}=", "-p", str(os.getpid()))
 
 
-def _told(*command: str) -> str:
+def _output_of(*command: str) -> str:
     """What a command prints, nothing where there is none or it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

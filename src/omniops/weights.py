@@ -35,8 +35,8 @@ def fetch(url: str, progress: bool = True) -> Path:
         ValueError: for a URL that names no file, or what came with another checksum.
         ConnectionError: where the server cannot be reached, or falls silent.
     """
-    _, _, place = re.split("[?#]", url)[0].partition("://")
-    name = place.partition("/")[2].rpartition("/")[2]
+    _, _, location = re.split("[?#]", url)[0].partition("://")
+    name = location.partition("/")[2].rpartition("/")[2]
     if not name:
         raise ValueError(f"{url} names no file: the URL of a checkpoint ends with the name of one, as .../model.pth")
     digits = re.search(r"-([0-9a-f]{8,})\.\w+$", name)
@@ -105,12 +105,12 @@ def read(path: Path, key: str = "state_dict") -> dict[str, Tensor]:
 def complaint(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     """What keeps a state dict from being loaded, or nothing."""
     shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
-    parts = {
+    problems = {
         "missing": [name for name in own if name not in state],
         "unexpected": [name for name in state if name not in own],
         "of another shape": [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in shapes],
     }
-    return "; ".join(f"{len(names)} {what} ({shown(names)})" for what, names in parts.items() if names)
+    return "; ".join(f"{len(names)} {what} ({shown(names)})" for what, names in problems.items() if names)
 
 
 def shown(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from omniops.backends.cuda import _launch, carafe, connected_components, deform_conv2d
+from omniops.backends.cuda import _launch, carafe, connected_components, deform_conv2d, multi_scale_deform_attn
 
 
 class Driver:
@@ -55,6 +55,29 @@ def run_deform_conv2d(make: Callable[..., torch.Tensor], h: int, w: int) -> None
     deform_conv2d.deform_conv2d(*inputs, make(64), mask, *pairs)
     for grad in gradients_of(make, 2, 64, h, w):
         deform_conv2d.deform_conv2d_backward(grad, *inputs, mask, *pairs, [True] * 5)
+
+
+def run_multi_scale_deform_attn(make: Callable[..., torch.Tensor], h: int, w: int, discrete: bool = False) -> None:
+    sizes = [h, w, -(-h // 2), -(-w // 2)]
+    value = make(2, h * w + sizes[2] * sizes[3], 8, 32)
+    for queries in (10, 4096 + h):  # as of a decoder, and of an encoder
+        inputs = value, sizes, make(2, queries, 8, 8, 2), make(2, queries, 8, 8), [4, 4], discrete
+        multi_scale_deform_attn.multi_scale_deform_attn(*inputs)
+        for grad in (make(2, queries, 256), make(1, 1, 1).expand(2, queries, 256)):
+            multi_scale_deform_attn.multi_scale_deform_attn_backward(grad, *inputs, [True] * 3)
+
+
+def run_discrete_multi_scale_deform_attn(make: Callable[..., torch.Tensor], h: int, w: int) -> None:
+    run_multi_scale_deform_attn(make, h, w, discrete=True)
+
+
+def run_deterministic_multi_scale_deform_attn(make: Callable[..., torch.Tensor], h: int, w: int) -> None:
+    """The gradients without atomics."""
+    inputs = make(2, h * w, 8, 32), [h, w], make(2, 10, 8, 4, 2), make(2, 10, 8, 4), [4]
+    torch.use_deterministic_algorithms(True)
+    for discrete in (False, True):
+        multi_scale_deform_attn.multi_scale_deform_attn_backward(make(2, 10, 256), *inputs, discrete, [True] * 3)
+    torch.use_deterministic_algorithms(False)
 
 
 def run_connected_components(make: Callable[..., torch.Tensor], h: int, w: int) -> None:

@@ -12,9 +12,9 @@ from omniops.backends.cuda._launch import Launch
 
 @triton.jit
 def scale(x, out, length, step, first, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = (place < length) & (place % step == 0)
-    tl.store(out + place, tl.load(x + place, mask=inside, other=0) * FACTOR + first, mask=inside)
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (offsets < length) & (offsets % step == 0)
+    tl.store(out + offsets, tl.load(x + offsets, mask=inside, other=0) * FACTOR + first, mask=inside)
 
 
 def launch_of(length, first=0):
@@ -89,8 +89,8 @@ def have_a_kernel_for_each_kind_of_tensors(driver):
         launch = launch_of(32, first=16)
         for _ in range(2):
             launch(7, x, x)
-        functions.append({each[2] for each in driver.launched[-2:]})
-    assert [len(each) for each in functions] == [1, 1, 1]
+        functions.append({launch[2] for launch in driver.launched[-2:]})
+    assert [len(launch) for launch in functions] == [1, 1, 1]
     assert len(set.union(*functions)) == 3
 
 

@@ -46,6 +46,7 @@ main(["doctor"])
 """
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_reference_serves_the_cpu_and_doctor_says_so():
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_COMPILED_MODULE], capture_output=True, text=True, timeout=120

@@ -29,10 +29,15 @@ def compilations(operator, dtype, folder):
     [
         ("carafe", "float32"),
         pytest.param("deform_conv2d", "float32", marks=pytest.mark.slow),
-        ("connected_components", "uint8"),
+        pytest.param("connected_components", "uint8", marks=pytest.mark.slow),
+        pytest.param("multi_scale_deform_attn", "float32", marks=pytest.mark.slow),
+        pytest.param("deterministic_multi_scale_deform_attn", "float32", marks=pytest.mark.slow),
         pytest.param("carafe", "float16", marks=pytest.mark.slow),
         pytest.param("deform_conv2d", "float16", marks=pytest.mark.slow),
         pytest.param("connected_components", "int64", marks=pytest.mark.slow),
+        pytest.param("multi_scale_deform_attn", "float16", marks=pytest.mark.slow),
+        pytest.param("discrete_multi_scale_deform_attn", "float32", marks=pytest.mark.slow),
+        pytest.param("deterministic_multi_scale_deform_attn", "float16", marks=pytest.mark.slow),
     ],
 )
 def test_sizes_are_not_compiled_for(operator, dtype, tmp_path):

@@ -4,7 +4,6 @@ The Metal kernels are here on a Mac; elsewhere tests/metal runs them in the emul
 where there is one, else in Triton's interpreter, on small masks.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
@@ -12,38 +11,21 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from backend_cases import backend_devices, backends_with, channels_last, interpreted, shifted, sliced, transposed
+from cpu_kernels import NEEDS_CPU_KERNELS, assert_same_in_python_threads, assert_same_with_any_number_of_threads
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from masks import adversarial, noise, spiral
 from scipy import ndimage
 
-from omniops.backends import cpu
-
 CONNECTIVITIES = pytest.mark.parametrize("connectivity", [4, 8])
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *UNSIGNED)
 
 
-def backend_devices():
-    yield pytest.param("reference", "cpu", id="reference")
-    missing = pytest.mark.skipif(not cpu.AVAILABLE, reason="the C++ module is not built")
-    yield pytest.param("cpu", "cpu", id="cpu", marks=missing)
-    missing = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-    if torch.cuda.is_available():
-        yield pytest.param("reference", "cuda", id="reference-on-cuda")
-        yield pytest.param("cuda", "cuda", id="cuda", marks=missing)
-    else:
-        yield pytest.param("cuda", "cpu", id="cuda-interpreted", marks=missing)
-    if torch.backends.mps.is_available():
-        yield pytest.param("mps", "mps", id="mps")
-
-
-BACKENDS = pytest.mark.parametrize(("backend", "device"), list(backend_devices()))
-
-
-def interpreted(backend, device):
-    return backend == "cuda" and device == "cpu"
+REFERENCE_ON_A_GPU = [pytest.param("reference", "cuda", id="reference-on-cuda")] if torch.cuda.is_available() else []
+BACKENDS = pytest.mark.parametrize(("backend", "device"), [*backend_devices(), *REFERENCE_ON_A_GPU])
 
 
 def skip_what_mps_lacks(device, dtype):
@@ -84,9 +66,20 @@ def assert_right(backend, device, mask, connectivity, layout=lambda mask: mask):
 @BACKENDS
 @CONNECTIVITIES
 def test_adversarial_masks(backend, device, connectivity):
-    shapes = [(9, 35)] if interpreted(backend, device) else [(18, 70), (131, 67), (64, 257)]
-    for h, w in shapes:
+    if interpreted(backend, device):  # which takes the others by make test-all
+        masks = list(adversarial(9, 35).values())[connectivity == 8 :: 2]
+        assert_right(backend, device, torch.stack(masks)[:, None], connectivity)
+        return
+    for h, w in ((18, 70), (131, 67), (64, 257)):
         assert_right(backend, device, torch.stack(list(adversarial(h, w).values()))[:, None], connectivity)
+
+
+@pytest.mark.slow
+@CONNECTIVITIES
+@pytest.mark.skipif(find_spec("triton") is None or torch.cuda.is_available(), reason="Triton's interpreter is not used")
+def test_every_adversarial_mask_in_tritons_interpreter(connectivity):
+    masks = torch.stack(list(adversarial(9, 35).values()))[:, None]
+    assert_right("cuda", "cpu", masks, connectivity)
 
 
 @BACKENDS
@@ -94,7 +87,7 @@ def test_adversarial_masks(backend, device, connectivity):
 def test_large_adversarial_masks(backend, device, connectivity):
     if interpreted(backend, device):
         pytest.skip("Triton's interpreter would take hours")
-    side = 512 if backend == "reference" else 1025
+    side = 257 if backend == "reference" else 1025
     for name in ("all", "checkerboard", "combs in each other", "spiral", "what the spiral leaves", "41% noise"):
         assert_right(backend, device, adversarial(side, side)[name][None, None], connectivity)
 
@@ -143,31 +136,16 @@ def test_whatever_is_not_zero_is_foreground(backend, device, dtype):
         assert torch.equal(result.cpu().long(), right)
 
 
-def sliced(mask):
-    """The same values, every other element of a larger tensor along the last axis, off by one in memory."""
-    larger = mask.new_ones((*mask.shape[:-1], 2 * mask.shape[-1] + 1))
-    larger[..., 1::2] = mask
-    return larger[..., 1::2]
-
-
-def shifted(mask):
-    """The same values, contiguous, one element into a larger storage."""
-    storage = mask.new_ones(mask.numel() + 2)
-    storage[1:-1] = mask.flatten()
-    return storage[1:-1].view(mask.shape)
-
-
 LAYOUTS = {
-    "transposed": lambda mask: mask.mT.contiguous().mT,
-    "channels_last": lambda mask: mask.contiguous(memory_format=torch.channels_last),
+    "transposed": transposed,
+    "channels_last": channels_last,
     "sliced": sliced,
     "shifted": shifted,
 }
 
 
-@BACKENDS
+@backends_with("dtype", torch.bool, torch.int16, torch.uint16)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int16, torch.uint16], ids=str)
 def test_layouts(backend, device, layout, dtype):
     skip_what_mps_lacks(device, dtype)
     mask = torch.stack([noise(7, 66, 0.5), noise(7, 66, 0.6, seed=1)])[:, None].to(dtype)
@@ -177,14 +155,21 @@ def test_layouts(backend, device, layout, dtype):
 @BACKENDS
 def test_expanded_masks(backend, device):
     mask = noise(7, 40, 0.5)[None, None]
-    once, thrice = (kernel(backend)(each.to(device), 4) for each in (mask, mask.expand(3, 1, 7, 40)))
+    once, thrice = (kernel(backend)(batch.to(device), 4) for batch in (mask, mask.expand(3, 1, 7, 40)))
     assert all(torch.equal(a.expand_as(b), b) for a, b in zip(once, thrice, strict=True))
 
 
 @BACKENDS
-@hypothesis_settings(max_examples=60)
-@given(data=st.data())
-def test_any_mask(backend, device, data):
+def test_any_mask(backend, device):
+    @hypothesis_settings(max_examples=20 if interpreted(backend, device) else 60)
+    @given(data=st.data())
+    def is_right(data):
+        any_mask(backend, device, data)
+
+    is_right()
+
+
+def any_mask(backend, device, data):
     small = interpreted(backend, device)
     n = data.draw(st.integers(1, 1 if small else 3))
     h, w = (data.draw(st.integers(1, size)) for size in ((4, 40) if small else (24, 140)))
@@ -201,42 +186,22 @@ def test_the_same_every_run(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.fixture
-def set_num_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-needs_module = pytest.mark.skipif(not cpu.AVAILABLE, reason="the C++ module is not built")
-
-
-@needs_module
+@NEEDS_CPU_KERNELS
 @CONNECTIVITIES
 @pytest.mark.parametrize("shape", [(1, 1, 2051, 2049), (2, 1, 1500, 1400), (40, 1, 400, 300), (1, 1, 9, 400_001)])
 def test_the_number_of_cpu_threads_changes_nothing(shape, connectivity, set_num_threads):
     _, _, h, w = shape
-    each = [spiral(h, w), noise(h, w, 0.593 if connectivity == 4 else 0.41), noise(h, w, 0.99)]
-    mask = torch.stack([each[i % 3] for i in range(shape[0])])[:, None]
-    results = []
-    for threads in (1, 2, 3, 16):
-        set_num_threads(threads)
-        results.append(kernel("cpu")(mask, connectivity))
-    for labels, counts in results[1:]:
-        assert torch.equal(labels, results[0][0])
-        assert torch.equal(counts, results[0][1])
+    images = [spiral(h, w), noise(h, w, 0.593 if connectivity == 4 else 0.41), noise(h, w, 0.99)]
+    mask = torch.stack([images[i % 3] for i in range(shape[0])])[:, None]
+    assert_same_with_any_number_of_threads(lambda: kernel("cpu")(mask, connectivity), set_num_threads)
     assert_right("cpu", "cpu", mask[:1], connectivity)
 
 
-@needs_module
+@NEEDS_CPU_KERNELS
 def test_many_python_threads_at_once(set_num_threads):
     set_num_threads(2)
     masks = [noise(1100, 1000, 0.4, seed)[None, None] for seed in range(8)]
-    expected = [kernel("cpu")(mask, 8) for mask in masks]
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda mask: kernel("cpu")(mask, 8), masks))
-    for result, wanted in zip(results, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
+    assert_same_in_python_threads(lambda mask: kernel("cpu")(mask, 8), masks)
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -7,12 +7,10 @@ import gc
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +19,15 @@ from time import perf_counter, sleep
 import numpy as np
 import pytest
 import torch
+from backend_cases import TOLERANCES
+from cpu_kernels import (
+    INSTRUCTION_SETS,
+    NEEDS_FORK,
+    assert_same_in_a_forked_child,
+    assert_same_in_python_threads,
+    assert_same_with_any_number_of_threads,
+    run_with,
+)
 
 from omniops.backends import reference
 from omniops.backends.reference import carafe as oracle
@@ -30,7 +37,7 @@ from omniops.backends.cpu import carafe as cpu  # noqa: E402  the module is ther
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 OPERATORS = ("carafe", "carafe_backward_features", "carafe_backward_masks")
-TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+TOLERANCES = {**TOLERANCES, torch.float64: 1e-13}
 # kernel_size, group_size, scale_factor, stride
 SETTINGS = ((5, 1, 2, 1), (3, 2, 2, 1), (5, 2, 1, 2), (7, 1, 3, 1), (3, 1, 3, 2), (1, 1, 1, 1), (3, 2, 1, 4))
 
@@ -76,24 +83,10 @@ def check_every_kernel():
                         assert found <= tolerance, (operator, dtype, memory_format, settings, shape, found)
 
 
-@pytest.fixture
-def set_num_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
-
-
+@pytest.mark.slow  # a process for each
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_each_instruction_set_agrees_with_the_oracle(instruction_set):
-    if INSTRUCTION_SETS.index(instruction_set) > INSTRUCTION_SETS.index(_C.instruction_set()):
-        pytest.skip(f"this processor or build has no {instruction_set}")
-    environment = {**os.environ, "OMNIOPS_CPU_CAPABILITY": instruction_set}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [instruction_set]
+    run_with(instruction_set, __file__)
 
 
 def test_every_format_and_dtype_is_served_by_this_backend():
@@ -142,12 +135,7 @@ def test_float16_overflows_to_infinity():
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_number_of_threads_does_not_change_a_bit(operator, memory_format, set_num_threads):
     args = arguments(operator, (2, 96, 40, 60), (5, 2, 2, 1), memory_format=memory_format)
-    results = []
-    for threads in (1, 2, 3, 16):
-        set_num_threads(threads)
-        results.append(getattr(cpu, operator)(*args))
-    for result in results[1:]:
-        assert torch.equal(result, results[0])
+    assert_same_with_any_number_of_threads(lambda: [getattr(cpu, operator)(*args)], set_num_threads)
 
 
 def test_the_number_of_threads_is_that_of_torch(monkeypatch, set_num_threads):
@@ -167,17 +155,13 @@ def test_many_python_threads_at_once(set_num_threads):
         for memory_format in FORMATS
         for seed in range(4)
     ]
-    expected = [getattr(cpu, operator)(*args) for operator, args in work]
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda item: getattr(cpu, item[0])(*item[1]), work))
-    for result, wanted in zip(results, expected, strict=True):
-        assert torch.equal(result, wanted)
+    assert_same_in_python_threads(lambda item: [getattr(cpu, item[0])(*item[1])], work)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("operator", [*OPERATORS, "carafe_backward"])
 def test_what_is_prepared_serves_other_tensors_and_holds_none(operator, memory_format):
-    def given(seed):
+    def make_arguments(seed):
         if operator != "carafe_backward":
             return arguments(operator, (2, 6, 5, 7), (3, 2, 2, 1), memory_format=memory_format, seed=seed)
         grad, masks, *sizes = arguments(
@@ -185,7 +169,7 @@ def test_what_is_prepared_serves_other_tensors_and_holds_none(operator, memory_f
         )
         return (grad, torch.randn(2, 6, 5, 7).contiguous(memory_format=memory_format), masks, *sizes)
 
-    kernel, first, second = getattr(cpu, operator), given(0), given(1)
+    kernel, first, second = getattr(cpu, operator), make_arguments(0), make_arguments(1)
     run = kernel.prepare(*first)
     run(*first)
     found, expected = run(*second), kernel(*second)
@@ -205,10 +189,10 @@ def test_both_gradients_or_one(memory_format):
     grad, features, *_ = arguments(OPERATORS[2], (2, 6, 5, 7), settings, memory_format=memory_format)
     by_features = cpu.carafe_backward_features(grad, masks, h, w, *sizes)
     by_masks = cpu.carafe_backward_masks(grad, features, *sizes)
-    for given in ((features, masks), (features, None), (None, masks)):
-        found = cpu.carafe_backward(grad, *given, h, w, *sizes)
-        assert torch.equal(found[0], by_features if given[1] is not None else grad.new_empty(0))
-        assert torch.equal(found[1], by_masks if given[0] is not None else grad.new_empty(0))
+    for tensors in ((features, masks), (features, None), (None, masks)):
+        found = cpu.carafe_backward(grad, *tensors, h, w, *sizes)
+        assert torch.equal(found[0], by_features if tensors[1] is not None else grad.new_empty(0))
+        assert torch.equal(found[1], by_masks if tensors[0] is not None else grad.new_empty(0))
 
 
 def longest_wait(call):
@@ -241,27 +225,14 @@ def test_the_interpreter_runs_on_meanwhile(set_num_threads):
     assert longest_wait(partial(ctypes.PyDLL(None).usleep, 200_000)) > 0.9
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@NEEDS_FORK
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 def test_a_forked_child_computes_too(set_num_threads):
     set_num_threads(2)
     work = [(operator, arguments(operator, (1, 32, 40, 40), (5, 1, 2, 1))) for operator in OPERATORS]
-    expected = [getattr(cpu, operator)(*args) for operator, args in work]
-    busy = threading.Event()
-    other = threading.Thread(target=lambda: [cpu.carafe(*work[0][1]) for _ in range(200) if not busy.is_set()])
-    other.start()  # so that the fork falls into a call
-    try:
-        child = os.fork()
-        if child == 0:
-            signal.alarm(60)  # a child that hangs ends as a failure
-            # NumPy compares, for PyTorch's own thread pool need not survive a fork.
-            results = [getattr(cpu, operator)(*args) for operator, args in work]
-            same = all(np.array_equal(r.numpy(), e.numpy()) for r, e in zip(results, expected, strict=True))
-            os._exit(0 if same else 1)
-    finally:
-        busy.set()
-        other.join()
-    assert os.waitpid(child, 0)[1] == 0
+    assert_same_in_a_forked_child(
+        lambda: [getattr(cpu, operator)(*args) for operator, args in work], partial(cpu.carafe, *work[0][1])
+    )
 
 
 def test_memory_that_cannot_be_had_is_an_error():
@@ -353,6 +324,7 @@ def test_features_beyond_two_to_the_31(channels_last):
     assert torch.equal(out, 2 * features[:, :, ::stride, ::stride])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_masks_beyond_two_to_the_31(channels_last):
     k, side, pad = 15, 3090, 7
@@ -372,6 +344,7 @@ def test_masks_beyond_two_to_the_31(channels_last):
     assert torch.equal(cpu.carafe_backward_features(features, masks, side, side, k, 1, 1, 1), shifted)
 
 
+@pytest.mark.slow  # 4 GiB are written
 @pytest.mark.skipif(not enough_memory(12), reason="needs 12 GiB of free memory, for a result is written")
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_gradient_of_features_beyond_two_to_the_31(channels_last):

@@ -13,6 +13,14 @@ NEEDS_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an
 @pytest.fixture
 def launches():
     pytest.importorskip("triton", reason="Triton is not installed")
+    from omniops.backends.cuda import _carafe_launches
+
+    return _carafe_launches
+
+
+@pytest.fixture
+def kernels():
+    pytest.importorskip("triton", reason="Triton is not installed")
     from omniops.backends.cuda import carafe
 
     return carafe
@@ -20,8 +28,8 @@ def launches():
 
 def test_pairs_serve_what_is_stored_row_by_row(launches):
     def served(features, masks, result):
-        tensors = {"fine": (features,), "coarse": (masks, result)}
-        if not launches._in_pairs(5, 2, 1, **tensors):
+        tensors = {"fine": features, "coarse": (masks, result)}
+        if not launches._in_pairs(launches.Settings(5, 1, 2, 1), **tensors):
             return "by others"
         return "in vectors" if launches._in_vectors(**tensors) else "in pairs"
 
@@ -47,57 +55,57 @@ def test_pairs_serve_what_is_stored_row_by_row(launches):
             ("rows that are not contiguous", torch.zeros(*shape[:2], width, shape[2]).mT, "by others"),
         ):
             assert served(*even[:i], other, *even[i + 1 :]) == kernels, reason
-    assert not launches._in_pairs(5, 2, 2, fine=even[:1], coarse=even[1:])
-    assert not launches._in_pairs(5, 3, 1, fine=even[:1], coarse=even[1:])
-    assert not launches._in_pairs(9, 2, 1, fine=even[:1], coarse=even[1:])
+    assert not launches._in_pairs(launches.Settings(5, 1, 2, 2), fine=even[0], coarse=even[1:])
+    assert not launches._in_pairs(launches.Settings(5, 1, 3, 1), fine=even[0], coarse=even[1:])
+    assert not launches._in_pairs(launches.Settings(9, 1, 2, 1), fine=even[0], coarse=even[1:])
 
 
-def test_a_row_beyond_32_bits_is_copied(launches):
+def test_a_row_beyond_32_bits_is_copied(kernels):
     # Address space alone: nothing but the two elements is ever touched.
     memory = torch.from_numpy(np.zeros(2**30 + 1, dtype=np.float16))
     memory[0], memory[-1] = 1, 2
     apart = memory.as_strided((1, 1, 1, 2), (1, 1, 1, 2**30))
-    copied = launches._dense(apart)
+    copied = kernels._dense(apart)
     assert copied.stride(3) == 1
     assert torch.equal(copied, apart)
     near = memory.as_strided((1, 1, 1, 2), (1, 1, 1, 2**30 - 1))
-    assert launches._dense(near) is near
+    assert kernels._dense(near) is near
 
 
-def test_the_gradient_of_a_sum_is_copied(launches):
+def test_the_gradient_of_a_sum_is_copied(kernels):
     """It repeats one element, for which other kernels would be compiled."""
     expanded = torch.ones(()).expand(1, 2, 3, 4)
-    assert launches._dense(expanded).is_contiguous()
+    assert kernels._dense(expanded).is_contiguous()
     one_column = torch.ones(1, 2, 3, 1).as_strided((1, 2, 3, 1), (6, 3, 1, 0))
-    assert launches._dense(one_column) is one_column
+    assert kernels._dense(one_column) is one_column
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 40), (1, 33)])
-def test_pairs_in_tiles_of_any_shape(launches, size):
+def test_pairs_in_tiles_of_any_shape(kernels, size):
     """A tile of 32 pairs is as wide as the map, up to a limit."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     h, w = size
     generator = torch.Generator().manual_seed(0)
     shapes = (1, 3, h, w), (1, 9, 2 * h, 2 * w), (1, 3, 2 * h, 2 * w)
     features, masks, grad = (torch.randn(shape, generator=generator) for shape in shapes)
-    given = [tensor.to(device) for tensor in (features, masks, grad)]
-    out = launches.carafe(*given[:2], 3, 1, 2, 1)
+    inputs = [tensor.to(device) for tensor in (features, masks, grad)]
+    out = kernels.carafe(*inputs[:2], 3, 1, 2, 1)
     torch.testing.assert_close(out.cpu(), reference.carafe(features, masks, 3, 1, 2, 1))
-    by_features, by_masks = launches.carafe_backward(given[2], *given[:2], h, w, 3, 1, 2, 1)
+    by_features, by_masks = kernels.carafe_backward(inputs[2], *inputs[:2], h, w, 3, 1, 2, 1)
     torch.testing.assert_close(by_features.cpu(), reference.carafe_backward_features(grad, masks, h, w, 3, 1, 2, 1))
     torch.testing.assert_close(by_masks.cpu(), reference.carafe_backward_masks(grad, features, 3, 1, 2, 1))
 
 
-def test_only_the_gradients_that_are_wanted(launches):
+def test_only_the_gradients_that_are_wanted(kernels):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = (1, 2, 2, 4), (1, 9, 4, 8), (1, 2, 4, 8)
     features, masks, grad = (torch.randn(shape, device=device) for shape in shapes)
-    both = launches.carafe_backward(grad, features, masks, 2, 4, 3, 1, 2, 1)
-    by_features, nothing = launches.carafe_backward(grad, None, masks, 2, 4, 3, 1, 2, 1)
-    assert torch.equal(by_features, both[0])
+    gradients = kernels.carafe_backward(grad, features, masks, 2, 4, 3, 1, 2, 1)
+    by_features, nothing = kernels.carafe_backward(grad, None, masks, 2, 4, 3, 1, 2, 1)
+    assert torch.equal(by_features, gradients[0])
     assert nothing.shape == (0,)
-    nothing, by_masks = launches.carafe_backward(grad, features, None, 2, 4, 3, 1, 2, 1)
-    assert torch.equal(by_masks, both[1])
+    nothing, by_masks = kernels.carafe_backward(grad, features, None, 2, 4, 3, 1, 2, 1)
+    assert torch.equal(by_masks, gradients[1])
     assert nothing.shape == (0,)
 
 
@@ -224,7 +232,7 @@ DEFORMED = {
         (1, 16, 4, (3, 3), 1, 16, (1, 2), True, False, torch.contiguous_format),
         (1, 32, 40, (1, 2), 2, 16, (1, 1), True, True, torch.contiguous_format),
     ),
-    "in_parts": (
+    "split_columns": (
         (2, 128, 140, (2, 1), 1, 1, (1, 1), True, True, torch.contiguous_format),
         (1, 128, 260, (1, 2), 2, 1, (2, 1), False, True, torch.channels_last),  # blocks end with weight groups,
         (1, 128, 130, (2, 1), 1, 2, (1, 2), True, False, torch.contiguous_format),  # and with offset groups
@@ -338,6 +346,6 @@ def test_chunks_of_columns_in_parts(monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     from omniops.backends.cuda import _deform_launches
 
-    case = DEFORMED["in_parts"][0]
-    monkeypatch.setattr(_deform_launches, "MOST_BYTES", 20 * 2 * 128 * 4 + 200)  # 20 of 54 positions
-    assert_deformed("in_parts", case, *deformed(case, torch.float32), 1e-5, monkeypatch)
+    case = DEFORMED["split_columns"][0]
+    monkeypatch.setattr(_deform_launches, "MAX_CHUNK_BYTES", 20 * 2 * 128 * 4 + 200)  # 20 of 54 positions
+    assert_deformed("split_columns", case, *deformed(case, torch.float32), 1e-5, monkeypatch)

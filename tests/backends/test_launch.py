@@ -26,9 +26,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @triton.jit
 def scale(x, out, length, step, first, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = (place < length) & (place % step == 0)
-    tl.store(out + place, tl.load(x + place, mask=inside, other=0) * FACTOR + first, mask=inside)
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (offsets < length) & (offsets % step == 0)
+    tl.store(out + offsets, tl.load(x + offsets, mask=inside, other=0) * FACTOR + first, mask=inside)
 
 
 def launch_of(kernel, length, step=1, first=0, factor=3):
@@ -67,7 +67,7 @@ def test_a_launch_holds_no_tensor():
     died = weakref.ref(x), weakref.ref(out)
     del x, out
     gc.collect()
-    assert [each() for each in died] == [None, None]
+    assert [ref() for ref in died] == [None, None]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is for machines without a GPU")

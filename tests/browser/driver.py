@@ -16,7 +16,7 @@ from playwright.sync_api import Page, expect
 class Driver:
     """A page on which something is open, or is about to be.
 
-    Places on the picture are fractions of its width and height.
+    Positions on the picture are fractions of its width and height.
     """
 
     def __init__(self, page: Page) -> None:
@@ -35,7 +35,7 @@ class Driver:
 
     # The picture
 
-    def at(self, x: float, y: float) -> tuple[float, float]:
+    def page_position(self, x: float, y: float) -> tuple[float, float]:
         box = self.page.locator("#canvas").bounding_box()
         assert box is not None
         return box["x"] + x * box["width"], box["y"] + y * box["height"]
@@ -43,38 +43,38 @@ class Driver:
     def click(self, x: float, y: float, *modifiers: str) -> None:
         for key in modifiers:
             self.page.keyboard.down(key)
-        self.page.mouse.click(*self.at(x, y))
+        self.page.mouse.click(*self.page_position(x, y))
         for key in modifiers:
             self.page.keyboard.up(key)
-        self.settle()
+        self.wait_for_answer()
 
     def drag(self, x0: float, y0: float, x1: float, y1: float) -> None:
-        self.page.mouse.move(*self.at(x0, y0))
+        self.page.mouse.move(*self.page_position(x0, y0))
         self.page.mouse.down()
-        self.page.mouse.move(*self.at((x0 + x1) / 2, (y0 + y1) / 2))
-        self.page.mouse.move(*self.at(x1, y1))
+        self.page.mouse.move(*self.page_position((x0 + x1) / 2, (y0 + y1) / 2))
+        self.page.mouse.move(*self.page_position(x1, y1))
         self.page.mouse.up()
-        self.settle()
+        self.wait_for_answer()
 
-    def settle(self) -> None:
+    def wait_for_answer(self) -> None:
         """Until the server answered."""
         expect(self.page.locator("#working")).to_be_hidden(timeout=30000)
 
     def pixel(self, x: float, y: float) -> list[int]:
-        """RGB of what is shown at a place, once it was drawn."""
+        """RGB of what is shown at a position, once it was drawn."""
         return self.pixels([(x, y)])[0]
 
-    def pixels(self, places: list[tuple[float, float]]) -> list[list[int]]:
+    def pixels(self, positions: list[tuple[float, float]]) -> list[list[int]]:
         return self.page.evaluate(
-            """(places) => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => {
+            """(positions) => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => {
                 const { width, height } = document.getElementById("canvas");
                 const { data } = document.getElementById("canvas").getContext("2d").getImageData(0, 0, width, height);
-                resolve(places.map(([x, y]) => {
-                    const at = 4 * (Math.floor(y * height) * width + Math.floor(x * width));
-                    return [...data.slice(at, at + 3)];
+                resolve(positions.map(([x, y]) => {
+                    const offset = 4 * (Math.floor(y * height) * width + Math.floor(x * width));
+                    return [...data.slice(offset, offset + 3)];
                 }));
             })))""",
-            places,
+            positions,
         )
 
     def shown(self) -> NDArray[np.int64]:
@@ -92,14 +92,14 @@ class Driver:
     def names(self) -> list[str]:
         return [field.input_value() for field in self.page.locator(".object input").all()]
 
-    def told(self, name: str) -> str:
+    def summary(self, name: str) -> str:
         """What the panel says of an object."""
         row = self.page.locator(".object", has=self.page.get_by_role("textbox", name=f"Name of {name}", exact=True))
-        return row.locator(".told").inner_text()
+        return row.locator(".summary").inner_text()
 
     def press(self, name: str) -> None:
         self.page.get_by_role("button", name=name, exact=True).click()
-        self.settle()
+        self.wait_for_answer()
 
     # Time
 
@@ -143,6 +143,6 @@ class Driver:
         )
         assert "errors" not in answer, answer
         return {
-            each["objectId"]: {prompt["frameIndex"]: prompt for prompt in each["prompts"]}
-            for each in answer["data"]["session"]["objects"]
+            item["objectId"]: {prompt["frameIndex"]: prompt for prompt in item["prompts"]}
+            for item in answer["data"]["session"]["objects"]
         }

@@ -21,7 +21,7 @@ BALLOONS = (
 _FINER = 2
 
 
-def place(balloon: int, frame: int) -> tuple[float, float]:
+def centre(balloon: int, frame: int) -> tuple[float, float]:
     """The centre of a balloon on a frame."""
     x, y, right, down, *_ = BALLOONS[balloon]
     return x + right * frame, y + down * math.sin(2 * math.pi * frame / FRAMES + balloon)
@@ -93,8 +93,8 @@ def _small(balloon: int) -> Image.Image:
 
 @lru_cache(maxsize=8)
 def _drawn(balloon: int, frame: int) -> NDArray[np.uint8]:
-    """A balloon at its place, (HEIGHT, WIDTH, 4)."""
-    x, y = place(balloon, frame)
+    """A balloon at its position, (HEIGHT, WIDTH, 4)."""
+    x, y = centre(balloon, frame)
     radius = BALLOONS[balloon][4]
     # From the pixels of the clip to those of the balloon.
     to = (_FINER, 0, _FINER * (radius - x), 0, _FINER, _FINER * (radius - y))

@@ -22,24 +22,24 @@ def main() -> None:
     parser.add_argument("--token")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds after which an idle session ends")
     parser.add_argument("--upload-bytes", type=int, default=20_000_000)
-    given = parser.parse_args()
+    options = parser.parse_args()
     settings = Settings(
-        data=given.folder,
+        data=options.folder,
         device="cpu",
         random_weights=True,
         image_size=128,
-        token=given.token,
-        session_timeout=given.timeout,
-        max_upload_bytes=given.upload_bytes,
+        token=options.token,
+        session_timeout=options.timeout,
+        max_upload_bytes=options.upload_bytes,
         max_upload_video_duration=2.0,
     )
 
     def make_app():
-        if not given.stand_in:
+        if not options.stand_in:
             return create_app(settings)
         from browser.stand_in import StandIn
 
-        return create_app(settings, [Predictor(lambda: StandIn(given.delay), "stand-in")])
+        return create_app(settings, [Predictor(lambda: StandIn(options.delay), "stand-in")])
 
     bound = listen("127.0.0.1", 0)
     print(bound.getsockname()[1], flush=True)

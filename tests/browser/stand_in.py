@@ -55,7 +55,7 @@ class StandIn:
 
     def add_mask(self, session, frame, object, mask) -> Masks:
         inside = rle.decode(mask).astype(bool)
-        y, x = (float(np.median(where)) for where in np.nonzero(inside))
+        y, x = (float(np.median(indices)) for indices in np.nonzero(inside))
         self.add(session, frame, object, [[x / scene.WIDTH, y / scene.HEIGHT]], [1])
         return self._masks(session, frame)
 
@@ -114,13 +114,13 @@ class StandIn:
 
 def _mask(prompt: dict[str, Any], clicked: int, frame: int) -> NDArray[np.bool_]:
     """On ``frame`` the balloon that was clicked on ``clicked``; nothing where there was none."""
-    places = [point for point, label in zip(prompt["points"], prompt["labels"], strict=True) if label]
+    positions = [point for point, label in zip(prompt["points"], prompt["labels"], strict=True) if label]
     if prompt["box"] is not None:
         x0, y0, x1, y1 = prompt["box"]
-        places = [[(x0 + x1) / 2, (y0 + y1) / 2]]
+        positions = [[(x0 + x1) / 2, (y0 + y1) / 2]]
     there = scene.masks(clicked)
     inside = np.zeros((scene.HEIGHT, scene.WIDTH), bool)
-    for x, y in places:
+    for x, y in positions:
         column, row = min(int(x * scene.WIDTH), scene.WIDTH - 1), min(int(y * scene.HEIGHT), scene.HEIGHT - 1)
         for balloon in range(len(there)):
             if there[balloon][row, column]:

@@ -106,7 +106,7 @@ def test_everything_is_reached_by_the_tabulator_and_shows_its_focus(open_page, s
         "new",
     ]
     wanted += ["Choose Object 1", "Name of Object 1", "Show Object 1", "Remove Object 1", "guided", "track", "download"]
-    assert [each for each in reached if each in wanted] == wanted
+    assert [name for name in reached if name in wanted] == wanted
     assert unseen == []
 
 
@@ -167,12 +167,12 @@ def test_narrow_screens_show_all_of_it(open_page, server):
     driver = Driver(page).open_sample("short")
     canvas = page.locator("#canvas").bounding_box()
     assert canvas["width"] > 330
-    page.touchscreen.tap(*driver.at(0.5, 0.5))
-    driver.settle()
+    page.touchscreen.tap(*driver.page_position(0.5, 0.5))
+    driver.wait_for_answer()
     for name in ("#everything", "#undo", "#clear", "#play", "#scrub", "#track", "#download", "#new", "#guided"):
-        place = page.locator(name)
-        place.scroll_into_view_if_needed()
-        box = place.bounding_box()
+        control = page.locator(name)
+        control.scroll_into_view_if_needed()
+        box = control.bounding_box()
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= NARROW["width"]
     page.locator("#track").tap()

@@ -49,8 +49,10 @@ def test_masks_as_coco(tracked):
     name, data = fetch(tracked, "Masks as JSON")
     assert name == "balloons-coco.json"
     found = json.loads(data)
-    assert {(each["frame"], each["id"]) for each in found} == {(f, o) for f in range(scene.FRAMES) for o in (0, 1)}
-    red = next(each for each in found if (each["frame"], each["id"]) == (30, 0))
+    assert {(record["frame"], record["id"]) for record in found} == {
+        (f, o) for f in range(scene.FRAMES) for o in (0, 1)
+    }
+    red = next(record for record in found if (record["frame"], record["id"]) == (30, 0))
     assert red["name"] == "Red balloon"
     assert (rle.decode(red["segmentation"]).astype(bool) == scene.masks(30)[1]).all()
 
@@ -119,4 +121,4 @@ def test_a_picture_as_files(open_page, server):
         assert picture.size == (320, 180)
         assert ("A" in picture.getbands()) == ("cutout" in ending)
     _, data = fetch(driver, "Masks as JSON")
-    assert [each["segmentation"]["size"] for each in json.loads(data)] == [[180, 320]]
+    assert [record["segmentation"]["size"] for record in json.loads(data)] == [[180, 320]]

@@ -49,8 +49,8 @@ def test_rle_is_cocos(blank, mask):
         """async ([size, counts]) => {
             const rle = await import("/page/rle.js");
             const { mask, box, area } = rle.decode({ size, counts });
-            const places = [[0, 0], [size[1] - 1, size[0] - 1], [size[1] >> 1, size[0] >> 1]];
-            const covers = places.map(([x, y]) => rle.covers({ size, counts }, x, y));
+            const pixels = [[0, 0], [size[1] - 1, size[0] - 1], [size[1] >> 1, size[0] >> 1]];
+            const covers = pixels.map(([x, y]) => rle.covers({ size, counts }, x, y));
             const ones = new TextDecoder("latin1").decode(mask.map((value) => 48 + value));
             return { ones, box, area, areaOf: rle.areaOf(counts), covers };
         }""",
@@ -111,34 +111,34 @@ FRAMES = [
 ]
 
 PARSE = """async ([bytes, cuts]) => {
-    const { PartParser } = await import("/page/stream.js");
-    const parser = new PartParser("multipart/x-savi-stream; boundary=frame");
-    const parts = [];
+    const { BodyPartParser } = await import("/page/stream.js");
+    const parser = new BodyPartParser("multipart/x-savi-stream; boundary=frame");
+    const complete = [];
     let from = 0;
     try {
         for (const to of [...cuts, bytes.length]) {
-            parts.push(...parser.push(new Uint8Array(bytes.slice(from, to))));
+            complete.push(...parser.push(new Uint8Array(bytes.slice(from, to))));
             from = to;
         }
         parser.end();
-    } catch (error) { return { parts: parts.length, error: error.message }; }
-    return { parts: parts.map(({ body }) => JSON.parse(new TextDecoder().decode(body))), error: null };
+    } catch (error) { return { count: complete.length, error: error.message }; }
+    return { frames: complete.map(({ body }) => JSON.parse(new TextDecoder().decode(body))), error: null };
 }"""
 
 
 def test_stream_is_parsed_wherever_it_is_cut(blank):
-    sent = b"".join(stream.part(frame, found) for frame, found in FRAMES)
-    expected = [json.loads(stream.part(*each).partition(b"\r\n\r\n")[2]) for each in FRAMES]
+    data = b"".join(stream.body_part(frame, found) for frame, found in FRAMES)
+    expected = [json.loads(stream.body_part(*case).partition(b"\r\n\r\n")[2]) for case in FRAMES]
     rng = np.random.default_rng(1)
-    cuts = [[], list(range(1, len(sent)))] + [sorted(rng.integers(1, len(sent), 5).tolist()) for _ in range(20)]
-    for each in cuts:
-        assert blank.evaluate(PARSE, [list(sent), each]) == {"parts": expected, "error": None}
+    cuts = [[], list(range(1, len(data)))] + [sorted(rng.integers(1, len(data), 5).tolist()) for _ in range(20)]
+    for positions in cuts:
+        assert blank.evaluate(PARSE, [list(data), positions]) == {"frames": expected, "error": None}
 
 
 @pytest.mark.parametrize("lost", [1, 30, 150])
 def test_stream_that_ends_inside_a_part_is_an_error(blank, lost):
-    sent = b"".join(stream.part(frame, found) for frame, found in FRAMES)
-    answer = blank.evaluate(PARSE, [list(sent[:-lost]), []])
+    data = b"".join(stream.body_part(frame, found) for frame, found in FRAMES)
+    answer = blank.evaluate(PARSE, [list(data[:-lost]), []])
     assert answer["error"] == "the stream ended in the middle of a frame"
 
 
@@ -213,12 +213,12 @@ def test_mp4_that_is_cut_off_is_refused(blank, end):
 
 
 DECODE = """async ([bytes, order, kind]) => {
-    const { DecodedFrames, SeekedFrames, placesOf } = await import("/page/frames.js");
+    const { DecodedFrames, SeekedFrames, timesOf } = await import("/page/frames.js");
     const { readMovie } = await import("/page/mp4.js");
     const buffer = new Uint8Array(bytes).buffer;
     const url = URL.createObjectURL(new Blob([buffer], { type: "video/mp4" }));
-    const places = placesOf(readMovie(buffer));
-    const frames = kind === "webcodecs" ? await DecodedFrames.open(buffer) : await SeekedFrames.open(url, places);
+    const times = timesOf(readMovie(buffer));
+    const frames = kind === "webcodecs" ? await DecodedFrames.open(buffer) : await SeekedFrames.open(url, times);
     const canvas = new OffscreenCanvas(96, 64);
     const context = canvas.getContext("2d", { willReadFrequently: true });
     const found = [];

@@ -83,11 +83,11 @@ def drop(page, file, target):
         """([name, type, bytes, target]) => {
             const data = new DataTransfer();
             data.items.add(new File([new Uint8Array(bytes)], name, { type }));
-            const place = document.querySelector(target);
+            const element = document.querySelector(target);
             for (const kind of ["dragenter", "dragover"]) {
-                place.dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
+                element.dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
             }
-            globalThis.dropped = () => place.dispatchEvent(
+            globalThis.dropped = () => element.dispatchEvent(
                 new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
         }""",
         [file["name"], file["mimeType"], list(file["buffer"]), target],
@@ -181,8 +181,8 @@ def test_a_file_that_cannot_be_decoded_is_refused_in_words(start, file):
 
 def test_a_file_that_is_too_large_is_not_even_sent(start):
     expect(start.page.get_by_text("Up to 20 MB")).to_be_visible()  # it knows how much the server takes
-    sent = []
-    start.page.on("request", lambda request: sent.append(request) if "upload=" in request.url else None)
+    requests = []
+    start.page.on("request", lambda request: requests.append(request) if "upload=" in request.url else None)
     start.page.evaluate(
         """() => {
             const data = new DataTransfer();
@@ -192,7 +192,7 @@ def test_a_file_that_is_too_large_is_not_even_sent(start):
         }"""
     )
     start.notice("huge.mp4 has 21 MB, the server takes 20 MB")
-    assert sent == []
+    assert requests == []
 
 
 def test_an_upload_tells_how_far_it_is_and_is_cancelled(start, photo):

@@ -8,20 +8,20 @@ from browser.driver import Driver
 def test_the_picture_of_readme(open_page, stand_in):
     page = open_page(stand_in.url, viewport={"width": 1280, "height": 760}, color_scheme="light")
     driver = Driver(page).open_sample("balloons")
-    places = [(215, 190), (520, 240), (670, 140)]
+    centres = [(215, 190), (520, 240), (670, 140)]
     names = ["Red balloon", "Teal balloon", "Far balloon"]
-    for number, ((x, y), name) in enumerate(zip(places, names, strict=True)):
+    for number, ((x, y), name) in enumerate(zip(centres, names, strict=True)):
         if number:
             driver.press("New object")
         driver.click(x / scene.WIDTH, y / scene.HEIGHT)
         field = page.get_by_role("textbox", name=f"Name of Object {number + 1}")
         field.fill(name)
         field.press("Enter")
-        driver.settle()
+        driver.wait_for_answer()
     driver.track()
     driver.scrub(34)
     driver.press("Choose Teal balloon")
-    x, y = scene.place(2, 34)
+    x, y = scene.centre(2, 34)
     driver.click(x / scene.WIDTH, (y - 20) / scene.HEIGHT)
     page.mouse.move(1150, 420)
     page.evaluate("document.activeElement.blur()")

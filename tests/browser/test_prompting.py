@@ -5,6 +5,7 @@ import pytest
 from browser.conftest import NARROW
 from browser.driver import Driver
 from playwright.sync_api import expect
+from server.waiting import wait_until
 
 from omniops.drawing import colour_of
 
@@ -45,7 +46,7 @@ def test_shift_click_and_the_button_subtract(work):
     prompt = work.prompts()[0][0]
     assert prompt["labels"] == [1, 0, 0, 1]
     assert prompt["points"][1] == pytest.approx([0.5, 0.4], abs=0.005)
-    assert work.told("Object 1") == "4 prompts"
+    assert work.summary("Object 1") == "4 prompts"
 
 
 def test_subtracting_from_nothing_says_what_to_do(work):
@@ -62,7 +63,7 @@ def test_a_drag_draws_a_box_that_later_clicks_refine(work):
     assert prompt["points"] == [pytest.approx(TEAL, abs=0.005)]
     work.drag(0.68, 0.9, 0.38, 0.2)  # from the other corner; a second box replaces the first
     assert work.prompts()[0][0]["box"] == pytest.approx([0.38, 0.2, 0.68, 0.9], abs=0.005)
-    assert work.told("Object 1") == "2 prompts"
+    assert work.summary("Object 1") == "2 prompts"
 
 
 def test_a_click_on_a_dot_takes_it_back(work):
@@ -72,7 +73,7 @@ def test_a_click_on_a_dot_takes_it_back(work):
     assert work.prompts()[0][0]["points"] == [pytest.approx(TEAL, abs=0.005)]
     work.click(*TEAL)
     assert work.prompts() == {0: {}}
-    assert work.told("Object 1") == "Click in the picture"
+    assert work.summary("Object 1") == "Click in the picture"
     expect(work.page.locator("#track")).to_be_disabled()
 
 
@@ -97,12 +98,12 @@ def test_the_object_that_is_chosen_gets_the_clicks(work):
     expect(work.page.get_by_role("button", name="Choose Object 1")).to_have_attribute("aria-pressed", "true")
 
 
-def test_names_are_edited_in_place_and_told_to_the_server(work):
+def test_names_are_edited_where_they_stand_and_sent_to_the_server(work):
     work.click(*TEAL)
     name = work.page.get_by_role("textbox", name="Name of Object 1")
     name.fill("Teal balloon")
     name.press("Enter")
-    work.settle()
+    work.wait_for_answer()
     assert work.names == ["Teal balloon"]
     expect(work.page.get_by_role("button", name="Remove Teal balloon")).to_be_visible()
     work.page.reload()
@@ -113,20 +114,20 @@ def test_names_are_edited_in_place_and_told_to_the_server(work):
 def test_an_object_is_hidden_and_shown(drawn):
     before = drawn.pixel(*RED)
     drawn.click(0.224, 0.30)
-    seen = drawn.pixel(*RED)
+    highlighted = drawn.pixel(*RED)
     drawn.page.mouse.move(5, 5)
     eye = drawn.page.get_by_role("button", name="Show Object 1")
     eye.click()
     expect(eye).to_have_attribute("aria-pressed", "false")
     assert drawn.pixel(*RED) == before
     eye.click()
-    assert drawn.pixel(*RED) == seen
+    assert drawn.pixel(*RED) == highlighted
 
 
 def test_objects_are_removed_and_the_others_keep_their_numbers(work):
-    for place in (TEAL, RED, ORANGE):
+    for position in (TEAL, RED, ORANGE):
         work.press("New object")
-        work.click(*place)
+        work.click(*position)
     work.press("Remove Object 2")
     assert work.names == ["Object 1", "Object 3"]
     assert sorted(work.prompts()) == [0, 2]
@@ -147,7 +148,7 @@ def test_undo_and_redo_of_all_of_it(work):
     work.drag(0.1, 0.2, 0.35, 0.7)
     page.get_by_role("textbox", name="Name of Object 2").fill("Red")
     page.get_by_role("textbox", name="Name of Object 2").press("Enter")
-    work.settle()
+    work.wait_for_answer()
     done = work.prompts()
     work.press("Remove Object 1")
     assert sorted(work.prompts()) == [1]
@@ -157,21 +158,21 @@ def test_undo_and_redo_of_all_of_it(work):
     work.press("Undo")  # the name
     assert work.names == ["Object 1", "Object 2"]
     page.keyboard.press("Control+z")  # the box
-    work.settle()
+    work.wait_for_answer()
     assert sorted(work.prompts()) == [0]
     page.keyboard.press("Control+z")  # the click that subtracted
-    work.settle()
+    work.wait_for_answer()
     assert work.prompts()[0][0]["labels"] == [1]
     page.mouse.move(5, 5)
     assert np.abs(work.shown() - first).max() <= 1  # the very mask of the first click
     page.keyboard.press("Control+z")
-    work.settle()
+    work.wait_for_answer()
     assert work.prompts() == {}
     expect(page.locator("#undo")).to_be_disabled()
 
     for _ in range(4):
         page.keyboard.press("Control+Shift+z")
-        work.settle()
+        work.wait_for_answer()
     assert work.prompts() == done
     assert work.names == ["Object 1", "Red"]
     work.press("Redo")
@@ -181,17 +182,18 @@ def test_undo_and_redo_of_all_of_it(work):
 
 def test_clicks_made_faster_than_the_answers_all_arrive(work):
     for number in range(6):
-        work.page.mouse.click(*work.at(0.2 + 0.1 * number, 0.5))
-    work.settle()
+        work.page.mouse.click(*work.page_position(0.2 + 0.1 * number, 0.5))
+    work.wait_for_answer()
     assert len(work.prompts()[0][0]["points"]) == 6
 
 
 def test_the_object_under_the_pointer_is_shown_before_a_click(drawn):
     before = drawn.pixel(*RED)
     with drawn.page.expect_response(lambda answer: "preview" in (answer.request.post_data or "")):
-        drawn.page.mouse.move(*drawn.at(0.224, 0.30))
-    seen = np.array(drawn.pixel(*RED))
-    assert np.abs(seen - (0.7 * np.array(before) + 0.3 * np.array(colour_of(0)))).max() <= 3
+        drawn.page.mouse.move(*drawn.page_position(0.224, 0.30))
+    tinted = 0.7 * np.array(before) + 0.3 * np.array(colour_of(0))
+    # The page still has to read the answer and to draw it.
+    wait_until(lambda: np.abs(drawn.pixel(*RED) - tinted).max() <= 3, 10, "the preview")
     assert drawn.names == []
     drawn.page.mouse.move(5, 5)
     assert drawn.pixel(*RED) == before
@@ -199,11 +201,11 @@ def test_the_object_under_the_pointer_is_shown_before_a_click(drawn):
 
 def test_hovering_asks_once_the_pointer_rests(work):
     asked = []
-    work.page.on("request", lambda sent: asked.append(sent) if "preview" in (sent.post_data or "") else None)
+    work.page.on("request", lambda request: asked.append(request) if "preview" in (request.post_data or "") else None)
     for number in range(20):
-        work.page.mouse.move(*work.at(0.3 + 0.01 * number, 0.5))
+        work.page.mouse.move(*work.page_position(0.3 + 0.01 * number, 0.5))
     with work.page.expect_response(lambda answer: "preview" in (answer.request.post_data or "")):
-        work.page.mouse.move(*work.at(0.5, 0.5))
+        work.page.mouse.move(*work.page_position(0.5, 0.5))
     assert len(asked) <= 4
     assert work.prompts() == {}
 
@@ -214,11 +216,11 @@ def test_the_keyboard_alone_does_it(work):
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    work.settle()
+    work.wait_for_answer()
     for _ in range(4):
         page.keyboard.press("ArrowLeft")
     page.keyboard.press("Shift+Enter")
-    work.settle()
+    work.wait_for_answer()
     prompt = work.prompts()[0][0]
     assert prompt["labels"] == [1, 0]
     assert prompt["points"][0] == pytest.approx([0.5, 0.52], abs=0.001)
@@ -230,18 +232,18 @@ def test_the_keyboard_alone_does_it(work):
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowDown")
     page.keyboard.press("b")
-    work.settle()
+    work.wait_for_answer()
     assert work.prompts()[1][0]["box"] == pytest.approx([0.42, 0.5, 0.52, 0.6], abs=0.001)
 
 
 def test_fingers_tap_and_choose_subtract(open_page, server):
     page = open_page(server.url, viewport=NARROW, has_touch=True, is_mobile=True)
     work = Driver(page).open_sample("balloons")
-    page.touchscreen.tap(*work.at(*TEAL))
-    work.settle()
+    page.touchscreen.tap(*work.page_position(*TEAL))
+    work.wait_for_answer()
     page.locator("#mode-less").tap()
-    page.touchscreen.tap(*work.at(0.3, 0.5))
-    work.settle()
+    page.touchscreen.tap(*work.page_position(0.3, 0.5))
+    work.wait_for_answer()
     assert work.prompts()[0][0]["labels"] == [1, 0]
 
 
@@ -251,7 +253,7 @@ def test_find_everything_and_make_objects_of_it(drawn):
     page.get_by_role("button", name="Find everything").click()
     drawn.says("3 masks were found")
     before = drawn.pixel(0.224, 0.30)
-    page.mouse.move(*drawn.at(*RED))
+    page.mouse.move(*drawn.page_position(*RED))
     assert drawn.pixel(0.224, 0.30) != before  # what is under the pointer is marked
     drawn.click(*RED)
     drawn.click(*ORANGE)
@@ -268,7 +270,7 @@ def test_find_everything_with_a_model(work):
     with page.expect_response(lambda answer: "findEverything" in (answer.request.post_data or "")) as answer:
         page.keyboard.press("e")
     found = answer.value.json()["data"]["findEverything"]
-    work.settle()
+    work.wait_for_answer()
     if not found:
         work.says("Nothing was found")
         return
@@ -280,7 +282,7 @@ def test_guided_upsampling_keeps_the_clicks(work):
     before = work.kept["id"]
     work.page.get_by_text("Sharper edges").click()
     work.says("A new session was started")
-    work.settle()
+    work.wait_for_answer()
     assert work.kept["id"] != before
     assert work.kept["guided"] is True
     assert work.prompts()[0][0]["points"] == [pytest.approx(TEAL, abs=0.005)]
@@ -299,7 +301,7 @@ def test_guided_upsampling_is_chosen_while_it_tracks(drawn):
     expect(page.locator("#tracking")).to_be_hidden()
     expect(page.locator("#guided")).to_be_checked()
     expect(page.locator(".notice")).to_have_count(0)
-    assert drawn.told("Object 1") == "1 prompt"  # the masks of the session before are gone
+    assert drawn.summary("Object 1") == "1 prompt"  # the masks of the session before are gone
     assert sorted(drawn.prompts()) == [0]
 
 

@@ -38,7 +38,7 @@ def test_a_session_that_ended_is_started_again_with_all_clicks(work):
     work.click(0.21, 0.35, "Shift")
     work.press("New object")
     end_session(work)
-    work.page.mouse.click(*work.at(*TEAL))
+    work.page.mouse.click(*work.page_position(*TEAL))
     work.notice("The session ended")
     work.press("Start again")
     work.says("A new session was started")
@@ -57,7 +57,7 @@ def test_a_session_that_ended_before_a_reload_too(work):
     work.notice("The session ended")
     work.press("Start again")
     work.opened()
-    expect(work.page.locator(".told")).to_have_text("2 prompts · 2 frames")
+    expect(work.page.locator(".summary")).to_have_text("2 prompts · 2 frames")
     assert sorted(work.prompts()[0]) == [0, 10]
     expect(work.page.locator("#clock")).to_contain_text("11 / 96")
 
@@ -76,8 +76,8 @@ def children(pid):
     table = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
     parents = dict(zip(map(int, table[::2]), map(int, table[1::2]), strict=True))
     found = [pid]
-    for each in found:
-        found += [child for child, parent in parents.items() if parent == each]
+    for ancestor in found:
+        found += [child for child, parent in parents.items() if parent == ancestor]
     return found[1:]
 
 
@@ -93,10 +93,10 @@ def is_python_with(pid, words):
 def test_a_predictor_that_dies_is_named_and_another_takes_over(open_page, server):
     work = Driver(open_page(server.url)).open_sample("short")
     work.click(0.5, 0.5)
-    victims = [pid for pid in children(server.process.pid) if is_python_with(pid, b"omniops.sam2")]
+    victims = [pid for pid in children(server.process.pid) if is_python_with(pid, b"omniops.remote")]
     assert victims
     os.kill(victims[-1], signal.SIGKILL)
-    work.page.mouse.click(*work.at(0.3, 0.3))
+    work.page.mouse.click(*work.page_position(0.3, 0.3))
     work.notice("The session ended")
     work.notice(re.compile("died"))
     work.press("Start again")
@@ -108,10 +108,10 @@ def test_a_server_that_is_gone_is_named_and_found_again(work):
     work.click(*RED)
     page = work.page
     page.context.set_offline(True)
-    page.mouse.click(*work.at(0.2, 0.33))
+    page.mouse.click(*work.page_position(0.2, 0.33))
     work.notice("The server cannot be reached")
     work.notice("omniops serve is still running")
-    assert work.told("Object 1") == "2 prompts"
+    assert work.summary("Object 1") == "2 prompts"
     page.context.set_offline(False)
     work.press("Try again")
     assert len(work.prompts()[0][0]["points"]) == 2
@@ -133,7 +133,7 @@ def test_a_server_that_is_busy_says_so_and_what_was_done_is_kept(work):
     page = work.page
     answer = {"status": 503, "json": {"data": None, "errors": [{"message": "The server does all that it can"}]}}
     page.route("**/graphql", lambda route: route.fulfill(**answer))
-    page.mouse.click(*work.at(*RED))
+    page.mouse.click(*work.page_position(*RED))
     work.notice("The server is busy")
     page.unroute("**/graphql")
     work.press("Try again")
@@ -145,10 +145,10 @@ def test_what_is_refused_is_taken_back(work):
     page = work.page
     answer = {"status": 200, "json": {"data": None, "errors": [{"message": "There is no room for more points"}]}}
     page.route("**/graphql", lambda route: route.fulfill(**answer))
-    page.mouse.click(*work.at(*TEAL))
+    page.mouse.click(*work.page_position(*TEAL))
     work.notice("There is no room for more points. What you did last was taken back.")
     page.unroute("**/graphql")
-    assert work.told("Object 1") == "1 prompt"
+    assert work.summary("Object 1") == "1 prompt"
     work.press("Undo")
     assert work.names == []
     expect(page.locator("#undo")).to_be_disabled()
@@ -161,7 +161,7 @@ def test_a_stream_that_breaks_off_keeps_its_frames(work):
     expect(page.locator("#tracking-text")).to_have_text(re.compile(r"^([2-9]|\d\d) / 96 frames"))
     page.evaluate("globalThis.stop()")
     work.notice("The connection broke off while tracking")
-    assert re.search(r"\d+ frames", work.told("Object 1"))
+    assert re.search(r"\d+ frames", work.summary("Object 1"))
     work.press("Try again")
     work.says("All 96 frames were tracked")
 
@@ -221,12 +221,15 @@ def test_a_model_that_could_not_be_loaded_is_named(open_page, stand_in):
     page = open_page("about:blank")
 
     def answer(route):
-        told = route.fetch().json() if "server {" in route.request.post_data else None
-        if told is None:
+        response = route.fetch().json() if "server {" in route.request.post_data else None
+        if response is None:
             route.fallback()
             return
-        told["data"]["server"] |= {"ready": False, "failure": "The model cannot be loaded: its checkpoint is not there"}
-        route.fulfill(json=told)
+        response["data"]["server"] |= {
+            "ready": False,
+            "failure": "The model cannot be loaded: its checkpoint is not there",
+        }
+        route.fulfill(json=response)
 
     page.route("**/graphql", answer)
     page.goto(stand_in.url)

@@ -111,9 +111,9 @@ def test_tracking_follows_objects_through_the_video(drawn):
     assert 0 < float(page.locator("#tracking-progress").evaluate("bar => bar.value")) < 1
     drawn.says("All 96 frames were tracked")
     assert drawn.frame == 95  # what was tracked last is shown
-    assert drawn.told("Object 1") == "1 prompt · 96 frames"
+    assert drawn.summary("Object 1") == "1 prompt · 96 frames"
     drawn.scrub(70)
-    x, y = scene.place(1, 70)
+    x, y = scene.centre(1, 70)
     before = plain[int(y), int(x)].astype(int)
     after = drawn.pixel(x / scene.WIDTH, y / scene.HEIGHT)
     assert np.abs(after - (before + colour_of(0)) / 2).max() <= 8
@@ -135,14 +135,14 @@ def test_tracking_is_cancelled(drawn):
     page.get_by_role("button", name="Cancel").click()
     drawn.says("Tracking was cancelled")
     expect(page.locator("#track")).to_be_enabled()
-    frames = int(re.search(r"(\d+) frames", drawn.told("Object 1"))[1])
+    frames = int(re.search(r"(\d+) frames", drawn.summary("Object 1"))[1])
     assert 1 <= frames < 96
     page.keyboard.press("t")
     expect(page.locator("#tracking-text")).to_contain_text("frames/s")
     page.keyboard.press("Escape")
     drawn.says("Tracking was cancelled")
     drawn.track()  # and again, to the end
-    assert drawn.told("Object 1") == "1 prompt · 96 frames"
+    assert drawn.summary("Object 1") == "1 prompt · 96 frames"
 
 
 def test_a_click_while_it_tracks_ends_the_tracking_and_counts(drawn):
@@ -173,7 +173,7 @@ def test_tracking_with_a_model_from_a_frame_in_the_middle(short):
     short.scrub(5)
     short.click(0.5, 0.5)
     short.track()
-    assert short.told("Object 1") == f"1 prompt · {SHORT} frames"
+    assert short.summary("Object 1") == f"1 prompt · {SHORT} frames"
     short.scrub(8)
     short.click(0.2, 0.2, "Shift")
     expect(short.page.locator("#track")).to_have_text("Track the changes")
@@ -190,7 +190,7 @@ def test_what_was_tracked_is_there_after_a_reload(short):
     short.page.reload()
     short.opened()
     expect(short.page.locator("#clock")).to_contain_text("8 /")
-    assert short.told("Object 1") == f"1 prompt · {SHORT} frames"
+    assert short.summary("Object 1") == f"1 prompt · {SHORT} frames"
     assert np.abs(short.shown() - shown).max() <= 1
     short.press("New object")
     short.click(0.3, 0.3)
@@ -208,4 +208,4 @@ def test_without_webcodecs_frames_come_from_a_video_element(open_page, stand_in,
     driver.scrub(0)
     driver.click(*RED)
     driver.track()
-    assert driver.told("Object 1") == "1 prompt · 96 frames"
+    assert driver.summary("Object 1") == "1 prompt · 96 frames"

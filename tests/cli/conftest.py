@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions
 
 import pytest
-import torch
+from one_thread import one_thread as one_thread
 
-from omniops.cli import main
+from omniops.cli import doctor, main
+
+_packages_distributions = functools.cache(packages_distributions)
 
 
 @dataclass
@@ -22,12 +26,9 @@ class Run:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads of a small tensor's work wait for each other on a busy machine, for seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def distributions_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is installed does not change while tests run, and to read it takes half a second."""
+    monkeypatch.setattr(doctor, "packages_distributions", _packages_distributions)
 
 
 @pytest.fixture

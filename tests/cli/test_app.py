@@ -9,7 +9,7 @@ import pytest
 
 import omniops as omniops_package
 from omniops.cli import app, common
-from omniops.cli.common import digits
+from omniops.formatting import digits
 
 COMMANDS = ("doctor", "selftest", "bench", "demo", "detect", "detect-eval", "segment", "serve")
 
@@ -33,9 +33,19 @@ def test_an_unknown_command_is_wrong_use(omniops):
     assert "fly" in result.err
 
 
+@pytest.mark.parametrize("arguments", [("--help",), ("fly",)])
+def test_the_package_is_the_command(omniops, arguments):
+    """``python -m omniops``."""
+    expected = omniops(*arguments)
+    command = (sys.executable, "-m", "omniops", *arguments)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (expected.status, expected.out, expected.err)
+
+
 @pytest.mark.parametrize("package", ["typer", "rich"])
 def test_a_missing_extra_is_named_with_its_command(package):
-    result = _python(f"import sys; sys.modules[{package!r}] = None; from omniops.cli import main; main(['doctor'])")
+    code = f"sys.modules[{package!r}] = None; from omniops.cli import main; main(['doctor'])"
+    result = _python(_AS_INSTALLED + code)
     assert result.returncode == 1
     assert result.stderr == (
         f"omniops: error: the command needs {package}, which is not installed: pip install 'omniops[cli]'\n"
@@ -100,7 +110,7 @@ def test_an_argument_that_may_be_left_out_stands_in_one_pair_of_brackets(omniops
     assert usage.strip() == f"Usage: omniops {command} [OPTIONS] [{argument}]"
 
 
-def test_the_default_device_is_told_by_each_command(omniops):
+def test_every_command_shows_its_default_device(omniops):
     selftest, bench = (" ".join(omniops(command, "--help").out.split()) for command in ("selftest", "bench"))
     assert "[default: (every device found)]" in selftest
     assert "the GPU where there is one" not in selftest

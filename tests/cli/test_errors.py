@@ -30,7 +30,7 @@ def raises(monkeypatch, omniops):
         def imported(name):
             raise error
 
-        monkeypatch.setattr(app, "_imported", imported)
+        monkeypatch.setattr(app, "_import_command", imported)
         return omniops("demo")
 
     return run
@@ -147,7 +147,6 @@ def long_video(tmp_path):
 
 def _ended(folder, out, how):
     """Follow an object until some frames are known, then end the process: its status and what it said."""
-    pytest.importorskip("omniops.sam2.architectures", exc_type=ImportError, reason="needs transformers")
     pytest.importorskip("av", reason="needs PyAV")
     small = ("--random-weights", "--device", "cpu", "--dtype", "float32", "--image-size", "32")
     command = (*_COMMAND, "segment", str(folder), "--point", "1,2", *small, "--out", str(out))
@@ -171,7 +170,7 @@ def test_a_video_that_is_terminated_keeps_its_masks(long_video, tmp_path):
     status, said = _ended(long_video, tmp_path / "out.mp4", signal.SIGTERM)
     assert status == 143
     records = json.loads((tmp_path / "out.json").read_text())
-    frames = [each["frame"] for each in records]
+    frames = [record["frame"] for record in records]
     assert 5 <= len(frames) < 300
     assert frames == list(range(len(frames)))
     assert said.splitlines()[-1] == f"omniops: error: terminated: the masks of {len(frames)} of 300 frames were kept"
@@ -184,7 +183,7 @@ def test_a_video_that_is_killed_leaves_what_was_found(long_video, tmp_path):
     assert status == -signal.SIGKILL
     assert not (tmp_path / "out.json").exists()
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [each["frame"] for each in records] == list(range(len(records)))
+    assert [record["frame"] for record in records] == list(range(len(records)))
     assert 5 <= len(records) < 300
     assert 1 <= _frame_count(tmp_path / "out.mp4") <= len(records)
 
@@ -208,13 +207,13 @@ def test_records_of_a_full_disk_are_whole_lines(tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == '{"a": 1}\n'
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path):
+def test_a_file_is_complete_or_as_it_was(tmp_path):
     path = tmp_path / "a.json"
     outputs.write_json(path, [1], overwrite=False)
 
     def fail():
-        with outputs.writing(path, overwrite=True) as part:
-            part.write_text("[2")
+        with outputs.writing(path, overwrite=True) as temporary:
+            temporary.write_text("[2")
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(errors.CommandError, match=r"cannot write .*a\.json: No space left on device"):
@@ -223,7 +222,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     with pytest.raises(errors.CommandError, match="meanwhile it is there"):
         outputs.write_json(path, [3], overwrite=False)
     assert path.read_text() == "[1]\n"
-    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_file_without_hard_links_is_not_replaced_either(tmp_path, monkeypatch):

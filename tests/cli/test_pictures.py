@@ -16,7 +16,7 @@ from omniops.cli.pictures import find_pictures, read_picture
 def test_pictures_that_are_not_read_are_named(tmp_path, capsys):
     for name in ("a.png", "b.dng", "c.heic", "d.WEBP", "e.txt", "._f.png"):
         (tmp_path / name).write_bytes(b"")
-    assert [each.name for each in find_pictures([tmp_path])] == ["a.png", "c.heic", "d.WEBP"]
+    assert [path.name for path in find_pictures([tmp_path])] == ["a.png", "c.heic", "d.WEBP"]
     assert (
         capsys.readouterr().err == f"omniops: {tmp_path / 'b.dng'} is left out: a picture of a kind that is not read\n"
     )

@@ -47,6 +47,7 @@ def _line(server, beginning, seconds=60):
     return found[0]
 
 
+@pytest.mark.slow
 def test_a_sample_clip_is_served_until_sigterm(tmp_path):
     with Running([*SERVE, *SMALL, "--port", "{port}"], tmp_path) as server:
         assert _line(server, "SAM 2") == f"SAM 2 is served at http://127.0.0.1:{server.port} - Ctrl-C ends it"
@@ -140,13 +141,13 @@ def test_a_client_that_stops_in_the_middle_of_a_request_does_not_keep_its_thread
     with Running([*SERVE, *SMALL, "--port", "{port}", "--threads", "2"], tmp_path, environment) as server:
         _line(server, "ready: ")
         stalled = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
-        for each in stalled:
-            each.sendall(b"GET /healthy HTTP/1.1\r\nHost: local")
+        for connection in stalled:
+            connection.sendall(b"GET /healthy HTTP/1.1\r\nHost: local")
         start = time.monotonic()
         assert server.client(timeout=20).get("/healthy").text == "OK"
         assert time.monotonic() - start < 8
-        for each in stalled:
-            each.close()
+        for connection in stalled:
+            connection.close()
         assert server.end() == 0
         assert "Traceback" not in server.output()
 
@@ -230,13 +231,13 @@ def test_a_missing_package_is_named_before_the_work(fails, monkeypatch, module):
     ],
 )
 def test_the_address_is_one_that_a_browser_takes(host, port, https, expected):
-    from omniops.cli.serve import _address
+    from omniops.cli.serve.command import _address
 
     assert _address(host, port, https) == expected
 
 
 def test_options_come_before_the_environment_and_that_before_defaults(monkeypatch):
-    from omniops.cli.serve import _settings
+    from omniops.cli.serve.command import _settings
 
     monkeypatch.setenv("OMNIOPS_MAX_SESSIONS", "5")
     monkeypatch.setenv("OMNIOPS_MAX_STREAMS", "6")

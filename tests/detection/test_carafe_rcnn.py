@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -33,15 +34,22 @@ SMALL = {
 }
 
 
-@pytest.fixture(params=BUILDERS)
+@pytest.fixture(scope="module", params=BUILDERS)
 def kind(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def model(kind) -> detection.CARAFERCNN:
+@pytest.fixture(scope="module")
+def shared_model(kind) -> detection.CARAFERCNN:
+    """For tests that change nothing of it but its mode: to build one takes a second."""
     torch.manual_seed(0)
     return BUILDERS[kind](num_classes=4, **SMALL)
+
+
+@pytest.fixture
+def model(shared_model) -> detection.CARAFERCNN:
+    torch.manual_seed(0)
+    return copy.deepcopy(shared_model)
 
 
 @pytest.fixture
@@ -76,25 +84,25 @@ def _check(detections: dict[str, Tensor], image: Tensor, masks: bool) -> None:
         assert ((detections["masks"] >= 0) & (detections["masks"] <= 1)).all()
 
 
-def test_evaluation(model, kind, image):
+def test_evaluation(shared_model, kind, image):
     images = [image, image[:, :50, :31]]
     with torch.no_grad():
-        for detections, each in zip(model.eval()(images), images, strict=True):
-            _check(detections, each, kind == "mask")
+        for detections, input in zip(shared_model.eval()(images), images, strict=True):
+            _check(detections, input, kind == "mask")
 
 
-def test_evaluation_repeats_to_the_bit(model, image):
-    model.eval()
+def test_evaluation_repeats_to_the_bit(shared_model, image):
+    shared_model.eval()
     with torch.no_grad():
-        first, second = model([image])[0], model([image])[0]
+        first, second = shared_model([image])[0], shared_model([image])[0]
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (400, 3), (64, 64)])
-def test_odd_sizes(model, kind, size):
+def test_odd_sizes(shared_model, kind, size):
     grey = torch.rand(1, *size).expand(3, -1, -1)
     with torch.no_grad():
-        (detections,) = model.eval()([grey])
+        (detections,) = shared_model.eval()([grey])
     _check(detections, grey, kind == "mask")
 
 
@@ -118,7 +126,7 @@ def test_masks_of_bits(image):
 
 
 def _train_once(model: nn.Module, *images: Tensor) -> dict[str, Tensor]:
-    losses = model.train()(list(images), [_target(each) for each in images])
+    losses = model.train()(list(images), [_target(image) for image in images])
     sum(losses.values()).backward()
     return losses
 
@@ -178,10 +186,9 @@ def test_training_without_any_object(model, image):
         ([1.0, 2.0], TypeError, "must be int64, got torch.float32"),
     ],
 )
-def test_wrong_labels_are_named(image, labels, error, message):
-    model = detection.faster_rcnn_resnet50_fpn_carafe(num_classes=4, **SMALL)
+def test_wrong_labels_are_named(shared_model, image, labels, error, message):
     with pytest.raises(error, match=message):
-        model([image], [_target(image) | {"labels": torch.tensor(labels)}])
+        shared_model.train()([image], [_target(image) | {"labels": torch.tensor(labels)}])
 
 
 def _boxes(*rows):
@@ -207,20 +214,20 @@ WRONG_TARGETS = {
 
 
 @pytest.mark.parametrize("case", WRONG_TARGETS)
-def test_wrong_targets_are_named(model, image, case):
+def test_wrong_targets_are_named(shared_model, image, case):
     change, message = WRONG_TARGETS[case]
     right = _target(image)
     with pytest.raises(ValueError, match=r"targets\[1\].*" + message):
-        model.train()([image, image], [right, right | change])
+        shared_model.train()([image, image], [right, right | change])
 
 
-def test_a_box_whose_width_is_rounded_away(model, image):
+def test_a_box_whose_width_is_rounded_away(shared_model, image):
     left = 102 + torch.arange(2000) * 2.0**-17
     right = left.nextafter(torch.tensor(torch.inf))
     lost = (left * 0.63 == right * 0.63).nonzero()[0, 0]  # 0.63: by which the image is resized
     boxes = torch.tensor([[20, 10, 60, 40], [left[lost], 30, right[lost], 60]])
     with pytest.raises(ValueError, match=r"targets\[0\]\['boxes'\] must be .* x1 < x2 and y1 < y2, got .* as box 1"):
-        model.train()([image], [_target(image) | {"boxes": boxes}])
+        shared_model.train()([image], [_target(image) | {"boxes": boxes}])
 
 
 MASKS = {
@@ -241,36 +248,36 @@ def test_wrong_masks_are_named(image, case):
         model([image, image], [right, right | {"masks": change(right["masks"])}])
 
 
-def test_targets_that_are_none(model, kind, image):
+def test_targets_that_are_none(shared_model, kind, image):
     right = _target(image)
     names = "boxes, labels, masks" if kind == "mask" else "boxes, labels"
-    model.train()
+    shared_model.train()
     with pytest.raises(ValueError, match=f"targets must be given in training: for each image a dict of {names}"):
-        model([image])
+        shared_model([image])
     with pytest.raises(ValueError, match="targets must be one for each of 2 images, got 1"):
-        model([image, image], [right])
+        shared_model([image, image], [right])
     with pytest.raises(ValueError, match=rf"targets\[0\] must have {names}, got boxes"):
-        model([image], [{"boxes": right["boxes"]}])
+        shared_model([image], [{"boxes": right["boxes"]}])
     with pytest.raises(TypeError, match=r"targets\[0\] must be a dict, got Tensor"):
-        model([image], [right["boxes"]])
+        shared_model([image], [right["boxes"]])
     with pytest.raises(TypeError, match="targets must be a list of dicts, one for each image, got dict"):
-        model([image], right)
+        shared_model([image], right)
     for boxes in (right["boxes"] > 0, right["boxes"] + 1j):
         with pytest.raises(TypeError, match=rf"targets\[0\]\['boxes'\] must be of real numbers, got {boxes.dtype}"):
-            model([image], [right | {"boxes": boxes}])
+            shared_model([image], [right | {"boxes": boxes}])
     with pytest.raises(TypeError, match=r"targets\[0\]\['boxes'\] must be a tensor, got list"):
-        model([image], [right | {"boxes": right["boxes"].tolist()}])
+        shared_model([image], [right | {"boxes": right["boxes"].tolist()}])
     with pytest.raises(TypeError, match=r"images\[0\] must be a tensor \(3, H, W\) in \[0, 1\], got ndarray"):
-        model([image.numpy()], [right])
+        shared_model([image.numpy()], [right])
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_wrong_images_are_named(model, image, training):
-    model.train(training)
+def test_wrong_images_are_named(shared_model, image, training):
+    shared_model.train(training)
     targets = [_target(image)] * 2 if training else None
     for wrong, message in ((image * 255, "got 0 to 25.*: divide it by 255"), (image / 0, "got NaN in")):
         with pytest.raises(ValueError, match=r"images\[1\] must be in \[0, 1\], " + message):
-            model([image, wrong], targets)
+            shared_model([image, wrong], targets)
 
 
 NO_IMAGES = {
@@ -304,14 +311,14 @@ NO_IMAGES = {
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("case", NO_IMAGES)
-def test_images_that_are_none(model, image, case, training):
+def test_images_that_are_none(shared_model, image, case, training):
     wrong, error, message = NO_IMAGES[case]
     with pytest.raises(error, match=message):
-        model.train(training)(wrong(image), [_target(image)] if training else None)
+        shared_model.train(training)(wrong(image), [_target(image)] if training else None)
 
 
-def test_a_batch_is_a_list(model, image):
-    found, expected = (model.eval()(images) for images in (torch.stack([image, image]), [image, image]))
+def test_a_batch_is_a_list(shared_model, image):
+    found, expected = (shared_model.eval()(images) for images in (torch.stack([image, image]), [image, image]))
     assert len(found) == 2
     assert torch.equal(found[1]["boxes"], expected[1]["boxes"])
 
@@ -321,8 +328,8 @@ def test_bfloat16(model, kind, image):
         (mixed,) = model.eval()([image])
     _check(mixed, image, kind == "mask")
     with torch.no_grad():
-        (whole,) = model.bfloat16()([image.bfloat16()])
-    _check(whole, image, kind == "mask")
+        (detections,) = model.bfloat16()([image.bfloat16()])
+    _check(detections, image, kind == "mask")
 
 
 def test_what_trains():
@@ -397,9 +404,9 @@ def test_what_a_box_should_see_of_a_mask():
     mask = torch.zeros(1, 8, 8)
     mask[0, :, 4:] = 1
     boxes = torch.tensor([[2.0, 0.0, 6.0, 8.0], [4.0, 0.0, 8.0, 8.0]])
-    seen = _mask_targets(mask, boxes, torch.tensor([0, 0]), 4)
-    assert seen[0].tolist() == [[0, 0, 1, 1]] * 4
-    assert seen[1].tolist() == [[1, 1, 1, 1]] * 4
+    targets = _mask_targets(mask, boxes, torch.tensor([0, 0]), 4)
+    assert targets[0].tolist() == [[0, 0, 1, 1]] * 4
+    assert targets[1].tolist() == [[1, 1, 1, 1]] * 4
 
 
 def _run(code: str) -> subprocess.CompletedProcess[str]:

@@ -78,12 +78,12 @@ def mmcv() -> Iterator[None]:
 def photograph() -> Callable[[int, int], np.ndarray]:
     """The one that ships inside matplotlib, (H, W, 3), cut and resized to any size."""
     with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as opened:
-        whole = opened.convert("RGB")
-    return lambda height, width: np.array(ImageOps.fit(whole, (width, height)))
+        picture = opened.convert("RGB")
+    return lambda height, width: np.array(ImageOps.fit(picture, (width, height)))
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def both(request, mmcv, photograph, tmp_path_factory) -> tuple[nn.Module, nn.Module]:
+def models(request, mmcv, photograph, tmp_path_factory) -> tuple[nn.Module, nn.Module]:
     """MMDetection's model and ours, of the same weights, by way of a checkpoint."""
     from mmdet.apis import init_detector
     from mmengine.config import Config
@@ -101,10 +101,10 @@ def both(request, mmcv, photograph, tmp_path_factory) -> tuple[nn.Module, nn.Mod
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("size", [(240, 360), (150, 100), (97, 301), (400, 600), (40, 40)])
-def test_detections_are_mmdetections(both, photograph, size):
+def test_detections_are_mmdetections(models, photograph, size):
     from mmdet.apis import inference_detector
 
-    theirs, ours = both
+    theirs, ours = models
     image = photograph(*size)
     expected = inference_detector(theirs, np.ascontiguousarray(image[..., ::-1])).pred_instances
     with torch.no_grad():

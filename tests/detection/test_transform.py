@@ -143,7 +143,7 @@ def test_values_little_beyond_are_clipped(picture):
     """As of sharp interpolation."""
     image = torch.from_numpy(picture(20, 30)).permute(2, 0, 1) / 255
     beyond = image * 1.4 - 0.2
-    found, expected = (_transform().eval()([each])[0].tensors for each in (beyond, beyond.clamp(0, 1)))
+    found, expected = (_transform().eval()([values])[0].tensors for values in (beyond, beyond.clamp(0, 1)))
     assert torch.equal(found, expected)
 
 

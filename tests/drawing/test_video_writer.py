@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -141,12 +142,12 @@ def test_a_video_that_is_read_and_written_keeps_all_of_it(tmp_path):
 )
 def test_any_name_will_do(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    for place in (name, tmp_path / name):
-        with VideoWriter(place) as writer:
+    for path in (name, tmp_path / name):
+        with VideoWriter(path) as writer:
             writer.write(grey(100))
         assert os.listdir(tmp_path) == [name]
-        assert values(place) == [100]
-        os.unlink(place)
+        assert values(path) == [100]
+        os.unlink(path)
 
 
 def test_a_copy_taken_on_the_way_has_all_frames_but_the_last(tmp_path):
@@ -180,6 +181,32 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code, tmp_path / "v.mp4"], check=False).returncode == -9
     assert values(tmp_path / "v.mp4") == [20 * i for i in range(8)]
+
+
+@pytest.mark.parametrize("call", [1, 2, 4, 6, 8])
+def test_an_interrupt_while_it_writes_loses_no_byte(tmp_path, monkeypatch, call):
+    write, calls = video_writer._Output.write, []
+
+    def interrupted(self, data):
+        calls.append(data)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return write(self, data)
+
+    monkeypatch.setattr(video_writer._Output, "write", interrupted)
+    writer, written = VideoWriter(tmp_path / "v.mp4"), []
+
+    def write_all():
+        for value in (0, 40, 80, 120, 160, 200):
+            written.append(value)
+            writer.write(grey(value))
+        writer.close()
+
+    with pytest.raises(KeyboardInterrupt):
+        write_all()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    writer.close()
+    assert values(tmp_path / "v.mp4") == written
 
 
 class _SmallDisk:
@@ -227,9 +254,9 @@ def test_a_disk_that_is_full_at_any_byte_leaves_what_was_written(tmp_path, monke
 
 
 def test_files_that_cannot_be_written(tmp_path):
-    for place, why in ((tmp_path, "Is a directory"), (tmp_path / "none" / "v.mp4", "No such file or directory")):
-        with pytest.raises(OSError, match=f"cannot write {place}: {why}"):
-            VideoWriter(place).write(grey(0))
+    for path, why in ((tmp_path, "Is a directory"), (tmp_path / "none" / "v.mp4", "No such file or directory")):
+        with pytest.raises(OSError, match=f"cannot write {path}: {why}"):
+            VideoWriter(path).write(grey(0))
 
 
 def test_frames_of_different_sizes(tmp_path):

@@ -4,6 +4,7 @@ import importlib
 import sys
 
 import pytest
+from one_thread import one_thread as one_thread
 
 import omniops
 from omniops.dropin._mmcv import mmcv as _mmcv
@@ -37,7 +38,7 @@ def project(tmp_path, monkeypatch):
                 away.update(_forget(top))
             file = tmp_path / path
             file.parent.mkdir(parents=True, exist_ok=True)
-            for folder in [each for each in file.parents if tmp_path in each.parents]:
+            for folder in [parent for parent in file.parents if tmp_path in parent.parents]:
                 (folder / "__init__.py").touch()
             file.write_text(text)
         importlib.invalidate_caches()

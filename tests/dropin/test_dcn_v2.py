@@ -43,7 +43,7 @@ def layer(project):
 
 
 def problem(dtype=torch.float64, n=2):
-    """input, offset, mask, weight, bias; no sample is at a whole place."""
+    """input, offset, mask, weight, bias; no sample is at an integer position."""
     generator = torch.Generator().manual_seed(0)
     shapes = (n, 4, 7, 8), (n, 36, 4, 8), (n, 18, 4, 8), (6, 4, 3, 3), (6,)
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]

@@ -105,7 +105,7 @@ def layers(request, project):
 
 
 def problem(numbers, dtype=torch.float64, n=2):
-    """input, offset, mask, weight, bias of 2 weight groups and 4 offset groups; no sample is at a whole place."""
+    """input, offset, mask, weight, bias of 2 weight groups and 4 offset groups; no sample is at an integer position."""
     generator = torch.Generator().manual_seed(0)
     stride, padding, dilation = (torch.nn.modules.utils._pair(numbers[name]) for name in PAIRS)
     size = [(s + 2 * padding[i] - dilation[i] * 2 - 1) // stride[i] + 1 for i, s in enumerate((9, 8))]
@@ -120,7 +120,7 @@ def formula(input, offset, mask, weight, bias, numbers):
     return tv.deform_conv2d(input, offset, weight, bias, mask=mask, **numbers)
 
 
-def both_ways(function, tensors):
+def result_and_gradients(function, tensors):
     result = function(*tensors)
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result.dtype)
@@ -130,8 +130,8 @@ def both_ways(function, tensors):
 def test_deform_conv(layers):
     input, offset, _, weight, _ = problem(PAIRS)
     tensors = [input, offset, weight]
-    found = both_ways(lambda i, o, w: layers.deform_conv(i, o, w, *PAIRS.values(), 2, 4), tensors)
-    assert_close(found, both_ways(lambda i, o, w: formula(i, o, None, w, None, PAIRS), tensors))
+    found = result_and_gradients(lambda i, o, w: layers.deform_conv(i, o, w, *PAIRS.values(), 2, 4), tensors)
+    assert_close(found, result_and_gradients(lambda i, o, w: formula(i, o, None, w, None, PAIRS), tensors))
     assert (
         layers.deform_conv(input, offset, weight, *PAIRS.values(), 2, 4).grad_fn.name().startswith(("_Deform", "Def"))
     )
@@ -147,24 +147,24 @@ def test_modulated_deform_conv(layers, with_bias):
     def expected(input, offset, mask, weight, bias=None):
         return formula(input, offset, mask, weight, bias, NUMBERS)
 
-    assert_close(both_ways(theirs, tensors), both_ways(expected, tensors))
+    assert_close(result_and_gradients(theirs, tensors), result_and_gradients(expected, tensors))
 
 
 def test_only_some_gradients(layers):
     input, offset, _, weight, _ = problem(NUMBERS)
     loss = formula(input, offset, None, weight, None, NUMBERS).square().sum()
     by_input, by_offset, by_weight = torch.autograd.grad(loss, [input, offset, weight])
-    for wanted, given, expected in (
+    for wanted, arguments, expected in (
         ([weight], (input.detach(), offset.detach(), weight), [by_weight]),
         ([input, offset], (input, offset, weight.detach()), [by_input, by_offset]),
         ([offset], (input.detach(), offset, weight.detach()), [by_offset]),
     ):
-        loss = layers.deform_conv(*given, *NUMBERS.values(), 2, 4).square().sum()
+        loss = layers.deform_conv(*arguments, *NUMBERS.values(), 2, 4).square().sum()
         assert_close(torch.autograd.grad(loss, wanted), tuple(expected))
 
 
 def test_the_gradient_of_the_offset_is_the_compiled_modules_at_the_border(layers):
-    """0 where a place is at -1, as with every padded tap before training; torchvision's is the slope into the map."""
+    """0 where a position is -1, as with every padded tap before training; torchvision's is the slope into the map."""
     input, weight = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
     offset = torch.zeros(1, 18, 4, 4, requires_grad=True)
     layers.deform_conv(input, offset, weight, 1, 1).sum().backward()
@@ -182,12 +182,12 @@ def test_other_dtypes(layers, dtype, tolerance):
 
 def test_no_samples(layers):
     tensors = problem(NUMBERS, n=0)
-    result, *gradients = both_ways(
+    result, *gradients = result_and_gradients(
         lambda i, o, m, w, b: layers.modulated_deform_conv(i, o, m, w, b, *NUMBERS.values(), 2, 4), tensors
     )
     assert result.shape == (0, 6, 4, 3)
-    assert all(each.shape == tensor.shape for each, tensor in zip(gradients, tensors, strict=True))
-    assert not any(each.any() for each in gradients)
+    assert all(gradient.shape == tensor.shape for gradient, tensor in zip(gradients, tensors, strict=True))
+    assert not any(gradient.any() for gradient in gradients)
 
 
 def test_wrong_arguments_are_named(layers):
@@ -204,10 +204,10 @@ def test_on_cuda_the_projects_own_functions_call_the_module(layers, monkeypatch)
     module = next(vars(layers)[name] for name in MODULES if name in vars(layers))
     called = []
     for name in ("deform_conv_forward", "modulated_deform_conv_forward"):
-        for each in (name, f"{name}_cuda", name.replace("_forward", "_cuda_forward")):
-            monkeypatch.setitem(vars(module), each, lambda *arguments, name=name: called.append((name, arguments[-1])))
+        for alias in (name, f"{name}_cuda", name.replace("_forward", "_cuda_forward")):
+            monkeypatch.setitem(vars(module), alias, lambda *arguments, name=name: called.append((name, arguments[-1])))
     with FakeTensorMode(), torch.no_grad():
-        input, offset, mask, weight, bias = (torch.empty(each.shape, device="cuda") for each in problem(NUMBERS))
+        input, offset, mask, weight, bias = (torch.empty(tensor.shape, device="cuda") for tensor in problem(NUMBERS))
         assert layers.deform_conv(input, offset, weight, 2, 1, 2, 2, 4, 1).shape == (2, 6, 4, 3)
         assert layers.modulated_deform_conv(input, offset, mask, weight, bias, 2, 1, 2, 2, 4).shape == (2, 6, 4, 3)
     assert called == [("deform_conv_forward", 1), ("modulated_deform_conv_forward", True)]

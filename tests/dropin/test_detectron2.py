@@ -111,7 +111,7 @@ def test_what_is_lacking_is_said_at_the_call(files, name):
         function(torch.zeros(1, 5), torch.zeros(1, 5))
 
 
-def turned(x, y, width, height, degrees):
+def rotated_corners(x, y, width, height, degrees):
     """The corners as detectron2 documents them: an angle turns the width away from the y axis, which points down."""
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1)):
@@ -130,7 +130,7 @@ def overlaps_of_boxes():
     points = np.stack(np.meshgrid(grid, grid), -1)
     inside = np.ones((len(BOXES), *points.shape[:2]), bool)
     for i, box in enumerate(BOXES):
-        corners = np.array(list(turned(*box)))
+        corners = np.array(list(rotated_corners(*box)))
         for corner, edge in zip(corners, np.roll(corners, -1, 0) - corners, strict=True):
             inside[i] &= edge[0] * (points[..., 1] - corner[1]) >= edge[1] * (points[..., 0] - corner[0])
     return np.array([[(one & other).sum() / (one | other).sum() for other in inside] for one in inside])

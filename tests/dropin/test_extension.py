@@ -102,7 +102,7 @@ def test_disabling_leaves_what_was(project, engine):
             importlib.import_module("engine._C")
 
 
-def test_who_holds_a_stand_in_is_told_by_name_until_it_is_enabled_again(project, engine):
+def test_a_stand_in_fails_by_name_from_disable_until_it_is_enabled_again(project, engine):
     project({"engine/user.py": USER})
     engine.enable(None)
     assert user().double(tensor()) == ("ours", "cpu")
@@ -223,7 +223,7 @@ def test_each_is_enabled_by_its_name_without_an_import(project, name):
     assert extension.installed()
     omniops.enable(name)
     assert extension.enabled()
-    assert not extension.package or not [each for each in sys.modules if each.partition(".")[0] == name]
+    assert not extension.package or not [module for module in sys.modules if module.partition(".")[0] == name]
     omniops.disable(name)
     assert not extension.enabled()
 

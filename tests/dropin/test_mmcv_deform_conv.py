@@ -1,4 +1,4 @@
-"""Where mmcv's deformable convolution is not torchvision's: the offset's gradient at -1, and what is read as offset."""
+"""mmcv's deformable convolutions: torchvision's but for the offset's gradient at -1, and what is read as offset."""
 
 import importlib
 import itertools
@@ -6,19 +6,67 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from dropin.mmcv_inputs import EMPTY, assert_near, random_tensor
 from torch import Tensor, nn
 
 import omniops
 from omniops.dropin import mmcv_ext
 
-EMPTY = torch.empty(0)
 # Names and order of mmcv's arguments: vertical before horizontal in DCNv2.
 GEOMETRY = {"stride_h": 2, "stride_w": 1, "pad_h": 1, "pad_w": 2, "dilation_h": 1, "dilation_w": 2}
 NUMBERS = ((2, 1), (1, 2), (1, 2))
+TORCHVISION_GEOMETRY = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
 
 
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def _deformable(modulated: bool) -> list[Tensor]:
+    """input, offset, weight, bias, mask: 2 weight groups, 4 offset groups."""
+    tensors = [
+        random_tensor(3, 8, 7, 6),
+        random_tensor(3, 4 * 2 * 6, 4, 8),
+        random_tensor(6, 4, 3, 2),
+        random_tensor(6),
+        random_tensor(3, 4 * 6, 4, 8),
+    ]
+    return [tensor.requires_grad_() for tensor in (tensors if modulated else tensors[:3])]
+
+
+def test_deform_conv():
+    tv = pytest.importorskip("torchvision").ops
+    input, offset, weight = _deformable(modulated=False)
+    expected = tv.deform_conv2d(input, offset, weight, **TORCHVISION_GEOMETRY)
+    grad = random_tensor(*expected.shape, seed=2)
+    by_input, by_offset, by_weight = torch.autograd.grad(expected, (input, offset, weight), grad)
+
+    numbers = {"kW": 2, "kH": 3, "dW": 1, "dH": 2, "padW": 2, "padH": 1, "dilationW": 2, "dilationH": 1}
+    numbers |= {"group": 2, "deformable_group": 4, "im2col_step": 1}
+    output, grads = torch.empty_like(expected), [torch.zeros_like(tensor) for tensor in (input, offset, weight)]
+    mmcv_ext.deform_conv_forward(input, weight, offset, output, EMPTY, EMPTY, **numbers)
+    mmcv_ext.deform_conv_backward_input(input, offset, grad, *grads[:2], weight, EMPTY, **numbers)
+    for _ in range(2):  # it adds
+        mmcv_ext.deform_conv_backward_parameters(input, offset, grad, grads[2], EMPTY, EMPTY, **numbers, scale=0.5)
+    for actual, wanted in zip((output, *grads), (expected, by_input, by_offset, by_weight), strict=True):
+        assert_near(actual, wanted)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_modulated_deform_conv(with_bias):
+    tv = pytest.importorskip("torchvision").ops
+    input, offset, weight, bias, mask = tensors = _deformable(modulated=True)
+    expected = tv.deform_conv2d(input, offset, weight, bias if with_bias else None, mask=mask, **TORCHVISION_GEOMETRY)
+    grad = random_tensor(*expected.shape, seed=2)
+    computed = torch.autograd.grad(expected, tensors, grad, allow_unused=True, materialize_grads=True)
+
+    numbers = {"kernel_h": 3, "kernel_w": 2, "stride_h": 2, "stride_w": 1, "pad_h": 1, "pad_w": 2}
+    numbers |= {"dilation_h": 1, "dilation_w": 2, "group": 2, "deformable_group": 4, "with_bias": with_bias}
+    output = torch.empty_like(expected)
+    by_input, by_offset, by_weight, by_bias, by_mask = grads = [torch.zeros_like(tensor) for tensor in tensors]
+    mmcv_ext.modulated_deform_conv_forward(input, weight, bias, EMPTY, offset, mask, output, EMPTY, **numbers)
+    arguments = (input, weight, bias, EMPTY, offset, mask, EMPTY)
+    mmcv_ext.modulated_deform_conv_backward(
+        *arguments, by_input, by_weight, by_bias, by_offset, by_mask, grad, **numbers
+    )
+    for actual, wanted in zip((output, *grads), (expected, *computed), strict=True):
+        assert_near(actual, wanted)
 
 
 def _formula(input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor, numbers=NUMBERS) -> Tensor:
@@ -66,31 +114,31 @@ def _forward(input, offset, mask, weight, groups=2, deform_groups=2):
     return output, kernel
 
 
-def _both_ways(input, offset, mask, weight, grad, groups=2, deform_groups=2):
+def _forward_backward(input, offset, mask, weight, grad, groups=2, deform_groups=2):
     output, kernel = _forward(input, offset, mask, weight, groups, deform_groups)
-    by_input, by_offset, by_mask, by_weight = (torch.zeros_like(each) for each in (input, offset, mask, weight))
-    given = (input, weight, EMPTY, EMPTY, offset, mask, EMPTY, by_input, by_weight, EMPTY, by_offset, by_mask, grad)
-    mmcv_ext.modulated_deform_conv_backward(*given, **kernel)
+    by_input, by_offset, by_mask, by_weight = (torch.zeros_like(tensor) for tensor in (input, offset, mask, weight))
+    arguments = (input, weight, EMPTY, EMPTY, offset, mask, EMPTY, by_input, by_weight, EMPTY, by_offset, by_mask, grad)
+    mmcv_ext.modulated_deform_conv_backward(*arguments, **kernel)
     return output, by_input, by_offset, by_mask, by_weight
 
 
 def _expected(input, offset, mask, weight, grad):
-    tensors = [each.detach().clone().requires_grad_() for each in (input, offset, mask, weight)]
+    tensors = [tensor.detach().clone().requires_grad_() for tensor in (input, offset, mask, weight)]
     output = _formula(tensors[0], tensors[1], tensors[3], tensors[2])
     return output.detach(), *torch.autograd.grad(output, tensors, grad)
 
 
 def _problem(spread: float):
     """Offsets in quarters of pixels, so that many positions are whole and at the borders: -1, 0, size - 1 and size."""
-    input, weight = _random(3, 8, 5, 6), _random(6, 4, 3, 2, seed=1)
-    offset = (_random(3, 2 * 2 * 6, 3, 8, seed=2) * spread * 4).round() / 4
-    return input, offset, _random(3, 2 * 6, 3, 8, seed=3), weight, _random(3, 6, 3, 8, seed=4)
+    input, weight = random_tensor(3, 8, 5, 6), random_tensor(6, 4, 3, 2, seed=1)
+    offset = (random_tensor(3, 2 * 2 * 6, 3, 8, seed=2) * spread * 4).round() / 4
+    return input, offset, random_tensor(3, 2 * 6, 3, 8, seed=3), weight, random_tensor(3, 6, 3, 8, seed=4)
 
 
 @pytest.mark.parametrize("spread", [0, 0.5, 2, 8])
 def test_modulated_convolution_is_mmcvs_formula(spread):
     problem = _problem(spread)
-    for actual, wanted in zip(_both_ways(*problem), _expected(*problem), strict=True):
+    for actual, wanted in zip(_forward_backward(*problem), _expected(*problem), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
 
 
@@ -101,7 +149,7 @@ def test_plain_convolution_is_mmcvs_formula(spread, im2col_step):
     output, by_input, by_offset, _, by_weight = _expected(input, offset, torch.ones_like(mask), weight, grad)
     numbers = {"kW": 2, "kH": 3, "dW": 1, "dH": 2, "padW": 2, "padH": 1, "dilationW": 2, "dilationH": 1}
     numbers |= {"group": 2, "deformable_group": 2, "im2col_step": im2col_step}
-    found, grads = torch.empty_like(output), [torch.zeros_like(each) for each in (input, offset, weight)]
+    found, grads = torch.empty_like(output), [torch.zeros_like(tensor) for tensor in (input, offset, weight)]
     mmcv_ext.deform_conv_forward(input, weight, offset, found, EMPTY, EMPTY, **numbers)
     mmcv_ext.deform_conv_backward_input(input, offset, grad, *grads[:2], weight, EMPTY, **numbers)
     mmcv_ext.deform_conv_backward_parameters(input, offset, grad, grads[2], EMPTY, EMPTY, **numbers, scale=1.0)
@@ -118,8 +166,8 @@ def test_at_minus_one_the_offset_has_no_gradient_through_mmcv_alone(dtype):
     numbers |= {"kernel_h": 3, "kernel_w": 3, "deformable_group": 1, "with_bias": False}
     for name, tensor in (("input", input), ("weight", weight), ("bias", EMPTY), ("offset", offset), ("mask", mask)):
         grads[f"grad_{name}"] = torch.zeros_like(tensor)
-    given = (input, weight, EMPTY, EMPTY, offset, mask, EMPTY)
-    mmcv_ext.modulated_deform_conv_backward(*given, **grads, grad_output=output, **numbers)
+    arguments = (input, weight, EMPTY, EMPTY, offset, mask, EMPTY)
+    mmcv_ext.modulated_deform_conv_backward(*arguments, **grads, grad_output=output, **numbers)
     assert grads["grad_offset"][0, 0, 0].tolist() == [0, 0, 0, 0]
 
     offset = offset.float().requires_grad_()
@@ -142,23 +190,23 @@ def _first_numbers(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 )
 def test_larger_offsets_and_masks_are_read_as_flat_memory(sliced, batch, extra, size):
     input, _, _, weight, grad = _problem(1)
-    both = _random(batch, 3 * 12 + 2 * extra, *size, seed=5)
+    joint = random_tensor(batch, 3 * 12 + 2 * extra, *size, seed=5)
     if sliced:  # as DyHead cuts them out of one convolution's result
-        offset, mask = both[:, : 24 + extra], both[:, 24 + extra :]
+        offset, mask = joint[:, : 24 + extra], joint[:, 24 + extra :]
         assert not offset.is_contiguous()
     else:
-        offset, mask = both[:, : 24 + extra].contiguous(), both[:, 24 + extra :].contiguous()
+        offset, mask = joint[:, : 24 + extra].contiguous(), joint[:, 24 + extra :].contiguous()
     taken = _first_numbers(offset, (24, 3, 8))[:3], _first_numbers(mask, (12, 3, 8))[:3]
     expected = list(_expected(input, *taken, weight, grad))
-    for place, whole in ((2, offset), (3, mask)):
-        samples = torch.zeros(whole.flatten(1).shape, dtype=torch.float64)
-        samples[:3, : expected[place][0].numel()] = expected[place].flatten(1)
-        expected[place] = samples.view(whole.shape)
-    for actual, wanted in zip(_both_ways(input, offset, mask, weight, grad), expected, strict=True):
+    for index, flat in ((2, offset), (3, mask)):
+        samples = torch.zeros(flat.flatten(1).shape, dtype=torch.float64)
+        samples[:3, : expected[index][0].numel()] = expected[index].flatten(1)
+        expected[index] = samples.view(flat.shape)
+    for actual, wanted in zip(_forward_backward(input, offset, mask, weight, grad), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_an_offset_that_is_not_a_number_is_seen():
+def test_an_offset_that_is_nan_shows_in_the_result():
     input, offset, mask, weight, _ = _problem(1)
     offset[1, 0, 2, 3] = torch.nan
     output, _ = _forward(input, offset, mask, weight)
@@ -167,7 +215,7 @@ def test_an_offset_that_is_not_a_number_is_seen():
 
 def test_an_offset_of_another_memory_layout_is_read_in_order():
     input, _, mask, weight, _ = _problem(1)
-    offset = _random(3, 24, 5, 9)
+    offset = random_tensor(3, 24, 5, 9)
     expected, _ = _forward(input, offset, mask, weight)
     found, _ = _forward(input, offset.contiguous(memory_format=torch.channels_last), mask, weight)
     assert found.equal(expected)
@@ -175,8 +223,8 @@ def test_an_offset_of_another_memory_layout_is_read_in_order():
 
 def test_of_an_empty_batch_nothing_is_read():
     input, offset, mask, weight, grad = _problem(1)
-    results = _both_ways(input[:0], offset.repeat(1, 1, 2, 1)[:0], mask[:0], weight, grad[:0])
-    assert [len(each) for each in results[:4]] == [0, 0, 0, 0]
+    results = _forward_backward(input[:0], offset.repeat(1, 1, 2, 1)[:0], mask[:0], weight, grad[:0])
+    assert [len(result) for result in results[:4]] == [0, 0, 0, 0]
     assert not results[4].any()
 
 
@@ -187,7 +235,7 @@ def test_what_is_too_small_or_of_other_channels_is_refused_by_name():
         with pytest.raises(ValueError, match=f"^{name} must have at least the numbers of shape"):
             _forward(input, *pair, weight)
         with pytest.raises(ValueError, match=f"^{name} must have at least the numbers of shape"):
-            _both_ways(input, *pair, weight, grad)
+            _forward_backward(input, *pair, weight, grad)
     with pytest.raises(ValueError, match=r"^input must have 8 channels, those of weight in 2 groups, got 16$"):
         _forward(input.repeat(1, 2, 1, 1), offset, mask, weight)
 
@@ -214,7 +262,7 @@ def test_plain_convolution_takes_no_other_shape():
 
 def test_mmcvs_module_reads_a_larger_offset(mmcv):
     layer = mmcv.ModulatedDeformConv2d(8, 16, 3, padding=1).double()
-    x, offset, mask = _random(1, 8, 10, 10), _random(1, 18, 20, 20), _random(1, 9, 20, 20)
+    x, offset, mask = random_tensor(1, 8, 10, 10), random_tensor(1, 18, 20, 20), random_tensor(1, 9, 20, 20)
     offset.requires_grad_()
     found = layer(x, offset, mask)
     cut = offset.reshape(4, 18, 10, 10)[:1], mask.reshape(4, 9, 10, 10)[:1]
@@ -269,7 +317,7 @@ def _glip():
 def test_dyhead_and_glip_predict_and_learn(mmcv, family):
     pytest.importorskip("mmdet", reason="MMDetection is not installed")
     torch.manual_seed(0)
-    model, given = family()
+    model, make_inputs = family()
     for module in model.modules():  # which start with offsets of nearly nothing
         if isinstance(module, nn.Conv2d) and module.out_channels == 27:
             nn.init.normal_(module.weight, std=0.1)
@@ -278,9 +326,9 @@ def test_dyhead_and_glip_predict_and_learn(mmcv, family):
     for _ in range(2):
         for parameter in model.parameters():
             parameter.grad = None
-        found = model(given(maps))
+        found = model(make_inputs(maps))
         found = found["visual"] if isinstance(found, dict) else found
-        sum(each.square().sum() for each in found).backward()
+        sum(output.square().sum() for output in found).backward()
         outputs.append(found)
         grads.append([parameter.grad.clone() for parameter in model.parameters()])
         for parent in list(model.modules()):

@@ -1,16 +1,16 @@
 """mmcv's MaskedConv2d: a convolution of the positions that a mask has, and its errors."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from dropin.mmcv_inputs import assert_near, random_tensor
 
 from omniops.dropin import mmcv_ext
 from omniops.dropin._mmcv import mmcv as _mmcv
 
-
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+_random = functools.partial(random_tensor, dtype=torch.float32)
 
 
 def _by_hand(features, mask, weight, bias, padding):
@@ -26,6 +26,18 @@ def _by_hand(features, mask, weight, bias, padding):
     return output
 
 
+@pytest.mark.parametrize("padding", [(1, 2), (0, 0)])
+def test_masked_convolution(padding):
+    input, weight = random_tensor(1, 3, 6, 7), random_tensor(4, 3, 3, 5)
+    expected = F.conv2d(input, weight, padding=padding)
+    mask = torch.rand(expected.shape[2:], generator=torch.Generator().manual_seed(0)) > 0.5
+    y, x = mask.nonzero(as_tuple=True)
+    columns, output = torch.full((45, len(y)), torch.nan).double(), torch.zeros_like(expected)
+    mmcv_ext.masked_im2col_forward(input, y, x, columns, 3, 5, *padding)
+    mmcv_ext.masked_col2im_forward(weight.flatten(1) @ columns, y, x, output, *mask.shape, 4)
+    assert_near(output, expected * mask)
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("padding", [0, 1, 2])
 def test_masked_convolution_under_autocast(padding, autocast):
@@ -35,17 +47,17 @@ def test_masked_convolution_under_autocast(padding, autocast):
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         found = _by_hand(features, mask, weight, bias, padding)
     assert found.dtype == torch.float32
-    whole = F.conv2d(features.double(), weight.double(), bias.double(), padding=padding)
-    kept = torch.zeros(whole.shape[2:])
+    unmasked = F.conv2d(features.double(), weight.double(), bias.double(), padding=padding)
+    kept = torch.zeros(unmasked.shape[2:])
     kept[:4, :5] = mask[0, :4, :5]
     tolerance = 1e-5 if autocast is None else {torch.bfloat16: 2e-2, torch.float16: 2e-3}[autocast]
-    assert (found - whole * kept).abs().max() <= tolerance * whole.abs().max()
+    assert (found - unmasked * kept).abs().max() <= tolerance * unmasked.abs().max()
 
 
-@pytest.mark.parametrize(("place", "said"), [((4, 0), "row 4"), ((0, 6), "column 6")])
-def test_a_mask_beyond_the_result_is_refused(place, said):
+@pytest.mark.parametrize(("position", "said"), [((4, 0), "row 4"), ((0, 6), "column 6")])
+def test_a_mask_beyond_the_result_is_refused(position, said):
     features, weight, mask = _random(1, 3, 6, 7), _random(4, 3, 3, 3, seed=1), torch.zeros(1, 6, 7)
-    mask[(0, *place)] = 1
+    mask[(0, *position)] = 1
     message = f"^mask must be 0 outside of the result, which has 4 rows and 5 columns, got a positive number in {said}"
     with pytest.raises(ValueError, match=message):
         _by_hand(features, mask, weight, torch.zeros(4), 0)

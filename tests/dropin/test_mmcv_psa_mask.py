@@ -1,11 +1,11 @@
-"""mmcv's psamask against loops over places and masks."""
+"""mmcv's psamask against loops over positions and masks."""
 
 import importlib
 import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from dropin.mmcv_inputs import random_tensor
 
 from omniops.dropin import mmcv_ext
 from omniops.dropin._mmcv import mmcv as _mmcv
@@ -15,15 +15,11 @@ COLLECT, DISTRIBUTE = 0, 1
 SIZES = [((4, 5), (3, 3)), ((3, 6), (5, 11)), ((4, 3), (7, 5)), ((5, 4), (2, 4)), ((1, 1), (3, 1)), ((2, 5), (9, 15))]
 
 
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def _attention(masks, psa_type, size, mask_size):
     (height, width), (h_mask, w_mask) = size, mask_size
     rows = []
     for p, q in itertools.product(itertools.product(range(height), range(width)), repeat=2):
-        # p is the channel of the result and q its place: the mask of (h, w) has a value for (y, x)
+        # p is the channel of the result and q its position: the mask of (h, w) has a value for (y, x)
         (y, x), (h, w) = (p, q) if psa_type == COLLECT else (q, p)
         v, u = y - h + (h_mask - 1) // 2, x - w + (w_mask - 1) // 2
         inside = 0 <= v < h_mask and 0 <= u < w_mask
@@ -41,9 +37,9 @@ def _numbers(size, mask_size):
 @pytest.mark.parametrize("psa_type", [COLLECT, DISTRIBUTE])
 @pytest.mark.parametrize(("size", "mask_size"), SIZES)
 def test_forward_and_backward(size, mask_size, psa_type, dtype):
-    masks = _random(2, mask_size[0] * mask_size[1], *size).to(dtype).requires_grad_()
+    masks = random_tensor(2, mask_size[0] * mask_size[1], *size).to(dtype).requires_grad_()
     expected = _attention(masks, psa_type, size, mask_size)
-    grad = _random(*expected.shape, seed=1).to(dtype)
+    grad = random_tensor(*expected.shape, seed=1).to(dtype)
     (by_masks,) = torch.autograd.grad(expected, masks, grad)
     output, by_input = torch.full_like(expected, torch.nan), torch.full_like(by_masks, torch.nan)
     mmcv_ext.psamask_forward(masks.detach(), output, psa_type=psa_type, **_numbers(size, mask_size))
@@ -63,10 +59,10 @@ def test_what_the_masks_do_not_reach_stays_zero_where_numbers_are_not_finite(psa
 
 @pytest.mark.parametrize("psa_type", [COLLECT, DISTRIBUTE])
 def test_other_memory_layouts(psa_type):
-    masks = _random(2, 9, 4, 5)
+    masks = random_tensor(2, 9, 4, 5)
     outputs = [torch.empty(2, 20, 4, 5).double() for _ in range(2)]
     grads = [torch.empty(2, 9, 4, 5).double() for _ in range(2)]
-    grad = _random(2, 20, 4, 5)
+    grad = random_tensor(2, 20, 4, 5)
     for i, layout in enumerate((torch.contiguous_format, torch.channels_last)):
         ours = {"psa_type": psa_type, **_numbers((4, 5), (3, 3))}
         mmcv_ext.psamask_forward(masks.contiguous(memory_format=layout), outputs[i], **ours)
@@ -81,7 +77,7 @@ def test_mmcvs_module():
     _mmcv.enable(None)
     mmcv = importlib.import_module("mmcv.ops")
     for (size, mask_size), name in itertools.product(SIZES[:3], ("collect", "distribute")):
-        masks = _random(2, mask_size[0] * mask_size[1], *size).requires_grad_()
+        masks = random_tensor(2, mask_size[0] * mask_size[1], *size).requires_grad_()
         module = mmcv.PSAMask(name, mask_size)
         psa_type = COLLECT if name == "collect" else DISTRIBUTE
         assert module(masks).equal(_attention(masks, psa_type, size, mask_size))

@@ -83,7 +83,7 @@ boxes = st.lists(st.tuples(coordinates, coordinates, sides, sides, st.sampled_fr
 
 @given(boxes, boxes, st.sampled_from([IOU, IOF]))
 def test_overlaps_of_boxes_that_share_edges_and_corners(first, second, mode):
-    first, second = (torch.tensor(each, dtype=torch.float64) for each in (first, second))
+    first, second = (torch.tensor(numbers, dtype=torch.float64) for numbers in (first, second))
     found = _box_iou_rotated(first, second, mode)
     torch.testing.assert_close(found, _expected(first, second, mode), rtol=1e-9, atol=1e-9)
 
@@ -118,12 +118,12 @@ def test_a_small_box_in_a_huge_one():
     assert abs(_box_iou_rotated(huge, small, IOF).item() * 3e6 - 1) < 1.0001
 
 
-def test_a_box_overlaps_itself_wholly_however_it_is_turned():
+def test_a_box_overlaps_itself_entirely_however_it_is_rotated():
     boxes = torch.tensor([[3.7, -2.1, 5.3, 1.9, angle] for angle in np.linspace(-7, 7, 50)])
     same = boxes.clone()
     same[:, 4] += math.pi
-    turned = torch.stack([boxes[:, 0], boxes[:, 1], boxes[:, 3], boxes[:, 2], boxes[:, 4] + math.pi / 2], 1)
-    for other in (boxes, same, turned):
+    rotated_boxes = torch.stack([boxes[:, 0], boxes[:, 1], boxes[:, 3], boxes[:, 2], boxes[:, 4] + math.pi / 2], 1)
+    for other in (boxes, same, rotated_boxes):
         found = _box_iou_rotated(boxes, other, aligned=True)
         assert found.min() > 1 - 1e-5
         assert found.max() <= 1
@@ -163,8 +163,8 @@ def test_no_boxes_and_wrong_boxes():
 def test_boxes_come_in_steps_that_memory_allows(monkeypatch, aligned):
     first, second = _boxes(40), _boxes(40, seed=1)
     expected = _box_iou_rotated(first, second, aligned=aligned)
-    for most in (7, 100):
-        monkeypatch.setattr(rotated, "_MOST_PAIRS", most)
+    for limit in (7, 100):
+        monkeypatch.setattr(rotated, "_MAX_PAIRS", limit)
         assert _box_iou_rotated(first, second, aligned=aligned).equal(expected)
 
 
@@ -175,8 +175,8 @@ def _nms_rotated(boxes, scores, threshold, labels=None):
     """As mmcv's Python calls it."""
     order = scores.sort(descending=True, stable=True).indices
     dets = boxes if labels is None else torch.cat([boxes, labels.unsqueeze(1)], 1)
-    given_labels = scores.new_empty(0, dtype=torch.int) if labels is None else labels
-    return mmcv_ext.nms_rotated(dets, scores, order, dets[order], given_labels, threshold, labels is not None)
+    group_labels = scores.new_empty(0, dtype=torch.int) if labels is None else labels
+    return mmcv_ext.nms_rotated(dets, scores, order, dets[order], group_labels, threshold, labels is not None)
 
 
 @pytest.mark.parametrize("block", [1, 5, 256])
@@ -225,18 +225,18 @@ def test_nms_refuses_boxes_that_are_not_numbers():
 def test_mmcvs_functions_of_rotated_boxes(mmcv):
     first, second = _boxes(9), _boxes(9, seed=1)
     for clockwise in (True, False):
-        given_boxes = [each.clone() for each in (first, second)]
+        copies = [tensor.clone() for tensor in (first, second)]
         if not clockwise:
-            for each in given_boxes:
-                each[:, 4] *= -1
+            for tensor in copies:
+                tensor[:, 4] *= -1
         for mode, number in (("iou", IOU), ("iof", IOF)):
             expected = _expected(first, second, number)
-            found = mmcv.box_iou_rotated(*given_boxes, mode, clockwise=clockwise)
+            found = mmcv.box_iou_rotated(*copies, mode, clockwise=clockwise)
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-            pairs = mmcv.box_iou_rotated(*given_boxes, mode, True, clockwise)
+            pairs = mmcv.box_iou_rotated(*copies, mode, True, clockwise)
             torch.testing.assert_close(pairs, expected.diagonal(), rtol=1e-12, atol=1e-12)
         scores, labels = torch.rand(9, dtype=torch.float64), torch.arange(9) % 2
         for labelled in (None, labels):
-            dets, kept = mmcv.nms_rotated(given_boxes[0], scores, 0.1, labelled, clockwise)
+            dets, kept = mmcv.nms_rotated(copies[0], scores, 0.1, labelled, clockwise)
             assert kept.tolist() == _nms_rotated(first, scores, 0.1, labelled).tolist()
-            assert dets.equal(torch.cat([given_boxes[0], scores[:, None]], 1)[kept])
+            assert dets.equal(torch.cat([copies[0], scores[:, None]], 1)[kept])

@@ -1,16 +1,18 @@
 """mmcv's SyncBatchNorm on one process against PyTorch's batch normalisation."""
 
+import functools
+
 import pytest
 import torch
-from torch import Tensor, nn
+from dropin.mmcv_inputs import random_tensor
+from torch import nn
 
 from omniops.dropin import mmcv_ext
 
 EPS, MOMENTUM = 1e-3, 0.3
 
 
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+_random = functools.partial(random_tensor, dtype=torch.float32)
 
 
 def _oracle(affine: bool = True) -> nn.BatchNorm1d:

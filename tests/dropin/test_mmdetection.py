@@ -33,11 +33,15 @@ NEED_THEM = (
     "tests/dropin/test_mmcv_masked_conv.py::test_mmcvs_module",
     "tests/dropin/test_mmcv_masked_conv.py::test_mmcvs_module_refuses_by_name_what_it_would_leave_out",
     "tests/dropin/test_mmcv_masked_conv.py::test_mmcvs_module_is_its_own_again",
+    "tests/dropin/test_mmcv_detection_transformers.py",
+    "tests/dropin/test_mmcv_multi_scale_deform_attn.py",
     "tests/dropin/test_mmcv_psa_mask.py::test_mmcvs_module",
     "tests/dropin/test_mmcv_rotated.py::test_mmcvs_functions_of_rotated_boxes",
     "tests/dropin/test_mmcv_sync_bn.py::test_mmcvs_module",
     "tests/nn/test_fpn_carafe.py::test_fpn_equals_that_of_mmdet",
     "tests/nn/test_fpn_carafe.py::test_path_aggregation_equals_that_of_mmdet_with_nearest_interpolation",
+    "tests/nn/test_multi_scale_deform_attn.py::test_parameters_are_mmcvs",
+    "tests/nn/test_multi_scale_deform_attn.py::test_results_and_gradients_are_mmcvs",
 )
 
 
@@ -73,8 +77,8 @@ def _needed(names):
             found[name] = distribution(name)
         except PackageNotFoundError:  # for another system
             continue
-        needed = (each for each in found[name].requires or () if "extra ==" not in each)
-        names += [name for each in needed if (name := _name(re.match(r"[\w.-]+", each)[0])) not in found]
+        needed = (requirement for requirement in found[name].requires or () if "extra ==" not in requirement)
+        names += [name for requirement in needed if (name := _name(re.match(r"[\w.-]+", requirement)[0])) not in found]
     return found.values()
 
 
@@ -83,13 +87,13 @@ def _name(written):
 
 
 def _links(distributions):
-    """What of site-packages holds the distributions: name in there, and place."""
+    """What of site-packages holds the distributions: name in there, and path."""
     links = {}
-    for each in distributions:
-        for file in each.files or ():
+    for package in distributions:
+        for file in package.files or ():
             name = file.parts[0]
             if name not in ("..", "__pycache__"):
-                links[name] = Path(each.locate_file(name)).resolve()
+                links[name] = Path(package.locate_file(name)).resolve()
     return links
 
 
@@ -100,13 +104,13 @@ def photograph():
 
 
 @pytest.mark.parametrize(
-    ("model", "losses", "most"),
-    # ATSS divides its classes' loss, of all places, by the one object's share of them.
+    ("model", "losses", "limit"),
+    # ATSS divides its classes' loss, of all positions, by the one object's share of them.
     [("carafe-mask", 5, 100), ("dcn", 5, 100), ("dyhead/atss_r50_fpn_dyhead_1x_coco.py", 3, 10_000)],
 )
-def test_the_example_finds_and_learns(python, photograph, tmp_path, model, losses, most):
+def test_the_example_finds_and_learns(python, photograph, tmp_path, model, losses, limit):
     said = _example(python, photograph, tmp_path, "--model", model)
-    assert len(_losses(said, most)) == losses + 1  # and their sum
+    assert len(_losses(said, limit)) == losses + 1  # and their sum
 
 
 def test_it_starts_from_a_checkpoint_that_mmengine_saved(python, photograph, tmp_path):
@@ -135,9 +139,9 @@ def _example(python, photograph, tmp_path, *options):
     return said
 
 
-def _losses(said, most=100):
-    losses = {name: float(loss) for name, loss in (part.split() for part in said[-1].split(", "))}
-    assert all(0 <= loss < most for loss in losses.values())
+def _losses(said, limit=100):
+    losses = {name: float(loss) for name, loss in (pair.split() for pair in said[-1].split(", "))}
+    assert all(0 <= loss < limit for loss in losses.values())
     return losses
 
 

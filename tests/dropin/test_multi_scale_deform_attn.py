@@ -62,7 +62,7 @@ def attend(request, project):
 
 
 def problem(dtype=torch.float64):
-    """value, locations, weights. Places lie within the map and around it, up to two pixels away."""
+    """value, locations, weights. Locations lie within the map and around it, up to two pixels away."""
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(BATCH, PIXELS, HEADS, DEPTH, generator=generator, dtype=torch.float64)
     shape = (BATCH, QUERIES, HEADS, len(SHAPES), POINTS)
@@ -124,7 +124,7 @@ def test_value_and_gradients_are_the_formulas(attend):
 def test_other_dtypes(attend, dtype, tolerance):
     tensors = problem(dtype)
     found = result_and_gradients(attend, tensors)
-    assert [each.dtype for each in found] == [dtype] * 4
+    assert [tensor.dtype for tensor in found] == [dtype] * 4
     close(found, expected(tensors), tolerance)
 
 
@@ -136,7 +136,7 @@ def MSDA():  # noqa: N802
 
 
 def test_dtypes_that_autocast_mixes(MSDA):
-    """A value of half precision meets places and weights of float32."""
+    """A value of half precision meets locations and weights of float32."""
     value, locations, weights = (tensor.detach() for tensor in problem(torch.float32))
     tensors = [value.bfloat16(), locations, weights]
     with torch.autocast("cpu", torch.bfloat16):
@@ -144,7 +144,7 @@ def test_dtypes_that_autocast_mixes(MSDA):
         gradients = MSDA.ms_deform_attn_backward(
             tensors[0], SHAPES, STARTS, locations, weights, gradient(torch.bfloat16), 64
         )
-    assert [each.dtype for each in (result, *gradients)] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    assert [tensor.dtype for tensor in (result, *gradients)] == [torch.bfloat16] * 2 + [torch.float32] * 2
     close([result, *gradients], expected(tensors), 2e-2)
     close(gradients[1:], expected(tensors)[2:], 1e-5)
 
@@ -154,7 +154,10 @@ def test_dtypes_that_autocast_mixes(MSDA):
     [
         (lambda v, s, p, w: (v[0], s, p, w), r"value must have shape \(N, pixels of all levels, M, D\), got \("),
         (lambda v, s, p, w: (v, s[0], p, w), r"spatial_shapes must have shape \(L, 2\), got \(2,\)"),
-        (lambda v, s, p, w: (v[:, 1:], s, p, w), "as many pixels as the levels of spatial_shapes, .* got 26"),
+        (
+            lambda v, s, p, w: (v[:, 1:], s, p, w),
+            r"value must have the 27 pixels .*, got shape \(3, 26",
+        ),
         (lambda v, s, p, w: (v, s[:2], p, w), "sampling_loc must have shape .* L = 2, got"),
         (lambda v, s, p, w: (v, s, p[..., :1], w), "sampling_loc must have shape"),
         (lambda v, s, p, w: (v, s, p, w[0]), r"attn_weight must have shape \(N, Q, M, L, P\) = \(3, 4, 2, 3, 2\), got"),
@@ -167,6 +170,30 @@ def test_wrong_shapes_are_named(MSDA, change, words):
         MSDA.ms_deform_attn_forward(value, shapes, STARTS, *others, 64)
     with pytest.raises(ValueError, match=words):
         MSDA.ms_deform_attn_backward(value, shapes, STARTS, *others, gradient(), 64)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.permutations([torch.float64, torch.float32, torch.bfloat16])))
+def test_any_dtypes_may_meet(MSDA, dtypes):
+    tensors = [tensor.detach().to(dtype) for tensor, dtype in zip(problem(), dtypes, strict=True)]
+    value, locations, weights = tensors
+    result = MSDA.ms_deform_attn_forward(value, SHAPES, STARTS, locations, weights, 64)
+    gradients = MSDA.ms_deform_attn_backward(value, SHAPES, STARTS, locations, weights, gradient(value.dtype), 64)
+    assert [tensor.dtype for tensor in (result, *gradients)] == [value.dtype, *dtypes]
+    for found, wanted in zip((result, *gradients), expected(tensors), strict=True):
+        close([found], [wanted], {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}[found.dtype])
+
+
+def test_sizes_on_the_device_are_read_once(MSDA, monkeypatch):
+    """For all layers of a model, which share their tensor."""
+    reads, theirs = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor) or theirs(tensor))
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False, raising=False)
+    value, locations, weights = (tensor.detach() for tensor in problem())
+    shapes = SHAPES.clone()
+    for _ in range(3):
+        MSDA.ms_deform_attn_forward(value, shapes, STARTS, locations, weights, 64)
+        MSDA.ms_deform_attn_backward(value, shapes, STARTS, locations, weights, gradient(), 64)
+    assert len(reads) == 1
 
 
 def test_a_wrong_gradient_is_named(MSDA):

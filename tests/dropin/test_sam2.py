@@ -32,12 +32,6 @@ def get_connected_componnets(mask):
 PACKAGES = ("sam2", "sam2_train", "efficient_track_anything")
 
 
-@pytest.fixture(autouse=True)
-def _nothing_stays():
-    yield
-    omniops.disable()
-
-
 @pytest.fixture(params=PACKAGES)
 def package(request, project):
     """The name of a package that calls its extension as the real one does."""
@@ -113,7 +107,7 @@ def warned():
         warnings.simplefilter("always")
         skipped = []
         yield skipped
-    skipped += [each for each in caught if "Skipping the post-processing step" in str(each.message)]
+    skipped += [warning for warning in caught if "Skipping the post-processing step" in str(warning.message)]
 
 
 def photo():

@@ -20,14 +20,8 @@ FLAT_NUMBERS = [number for pair in NUMBERS.values() for number in pair]
 GROUPS, OFFSET_GROUPS = 2, 2
 
 
-@pytest.fixture(autouse=True)
-def _nothing_stays():
-    yield
-    omniops.disable()
-
-
 def problem(dtype=torch.float32, masked=True, h=7, w=6):
-    """input, offset, weight, bias, mask. Offsets are odd sixteenths: no sample is at a whole place."""
+    """input, offset, weight, bias, mask. Offsets are odd sixteenths: no sample is at an integer position."""
     generator = torch.Generator().manual_seed(0)
     size = ((h + 2 * 2 - 3) // 2 + 1, (w + 2 * 1 - 3) // 1 + 1)
     taps = OFFSET_GROUPS * 3 * 2
@@ -61,10 +55,10 @@ def kernels():
 def ours(key):
     """For both operators, whether what the dispatcher calls for that key was registered where enable() registers."""
     tables = [dict(line.split(": ", 1) for line in table.splitlines()) for table in kernels()]
-    # By the place and not by our file: the oldest PyTorch names a line of no file.
-    places = [{name: entry.split(" [")[0] for name, entry in table.items()} for table in tables]
+    # By the place in the code and not by our file: the oldest PyTorch names a line of no file.
+    registrations = [{name: entry.split(" [")[0] for name, entry in table.items()} for table in tables]
     own = "Undefined"  # where what fills gaps serves
-    return tuple(_torchvision.enabled() and table.get(key) == table[own] for table in places)
+    return tuple(_torchvision.enabled() and table.get(key) == table[own] for table in registrations)
 
 
 def lacks(key):
@@ -233,10 +227,10 @@ def test_wrong_arguments_are_named():
         call(input, offset, weight.double(), bias, mask)
     with pytest.raises(ValueError, match="bias must have shape"):
         call(input, offset, weight, bias[1:], mask)
-    given = list(arguments(problem()))
-    given[11] = 4
+    numbers = list(arguments(problem()))
+    numbers[11] = 4
     with pytest.raises(ValueError, match="groups must be 2, which the shapes say, got 4"):
-        torch.ops.torchvision.deform_conv2d(*given)
+        torch.ops.torchvision.deform_conv2d(*numbers)
 
 
 def test_empty_batches():
@@ -249,6 +243,7 @@ def test_empty_batches():
     assert not gradients[2].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "masked"), [("inductor", True), ("aot_eager", False)])
 def test_compile_without_a_graph_break(backend, masked):
     omniops.enable("torchvision", devices=("cpu",))
@@ -281,7 +276,7 @@ def test_enabling_warns_of_nothing_and_leaves_warnings_as_they_were():
         for devices in (("cpu", "cuda"), None, ("cpu",)):
             omniops.enable("torchvision", devices=devices)
         omniops.disable()
-    assert [str(each.message) for each in caught] == []
+    assert [str(warning.message) for warning in caught] == []
     assert not torch.is_warn_always_enabled()
 
 

@@ -1,5 +1,6 @@
 """Skips the tests of this folder where the emulator does not run, and has launch code use it."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -21,10 +22,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture
-def emulated(monkeypatch):
-    """Launch code finds the emulator's kernels."""
-    monkeypatch.setattr(torch.mps, "compile_shader", emulator.compile_shader)
-    library.cache_clear()
-    yield
+@pytest.fixture(autouse=True)
+def same_orders_of_threads(monkeypatch):
+    """In every test, whichever ran before it: what shows in some orders only is found each time or never."""
+    monkeypatch.setattr(emulator, "_seeds", itertools.count(emulator.FIRST_SEED))
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """Launch code finds the emulator's kernels, in the tests that follow in the file, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.mps, "compile_shader", emulator.compile_shader)
+        library.cache_clear()
+        yield
     library.cache_clear()

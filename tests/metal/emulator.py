@@ -43,8 +43,9 @@ __all__ = [
 
 HERE = Path(__file__).parent / "metalsim"
 _launch_lock = threading.Lock()
-# Every launch has an order of threads of its own; the sequence is the same in every run.
-_seeds = itertools.count(int(os.environ.get("METAL_EMULATOR_SEED", "0")))
+# Every launch has an order of threads of its own, and every test the same sequence of them (conftest.py).
+FIRST_SEED = int(os.environ.get("METAL_EMULATOR_SEED", "0"))
+_seeds = itertools.count(FIRST_SEED)
 _most_steps = 2**22
 _newest_only = False
 _records: list[list[Launch]] = []

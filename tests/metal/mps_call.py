@@ -37,10 +37,10 @@ class Schema(NamedTuple):
 def _schema(func: Any) -> Schema:
     arguments = func._schema.arguments
     return Schema(
-        [each.name for each in arguments],
-        [each.default_value if each.has_default_value() else None for each in arguments],
-        [each.name for each in arguments if each.alias_info and each.alias_info.is_write],
-        any(each.is_out for each in arguments),
+        [argument.name for argument in arguments],
+        [argument.default_value if argument.has_default_value() else None for argument in arguments],
+        [argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write],
+        any(argument.is_out for argument in arguments),
     )
 
 
@@ -59,8 +59,8 @@ class Call:
         """An argument, None where the operator has none of that name."""
         if name in self._kwargs or name not in self.schema.names:
             return self._kwargs.get(name)
-        place = self.schema.names.index(name)
-        return self._args[place] if place < len(self._args) else self.schema.defaults[place]
+        index = self.schema.names.index(name)
+        return self._args[index] if index < len(self._args) else self.schema.defaults[index]
 
     @property
     def numbers(self) -> list[float]:

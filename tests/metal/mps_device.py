@@ -85,10 +85,10 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = list(leaves(args, kwargs))
-        tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
+        arguments = list(leaves(args, kwargs))
+        tensors = [leaf for leaf in arguments if isinstance(leaf, Tensor)]
         on_mps = [tensor for tensor in tensors if is_on_mps(tensor)]
-        target = next((leaf for leaf in given if isinstance(leaf, torch.device)), None)
+        target = next((leaf for leaf in arguments if isinstance(leaf, torch.device)), None)
         if not on_mps and (target is None or target.type not in ("mps", "meta")):
             return func(*args, **kwargs)
         if func.namespace in ("omniops", "torchvision") and _has_mps_kernel(func):
@@ -113,7 +113,7 @@ class _Operators(TorchDispatchMode):
 
         def unwrapped(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
-                return [unwrapped(each) for each in value]
+                return [unwrapped(item) for item in value]
             if isinstance(value, MpsTensor):
                 return value.inner
             if isinstance(value, Tensor) and not self.values and value.device.type == "cpu":
@@ -222,8 +222,8 @@ _MOVES = {
 
 
 def _on_one_device(func: Any, tensors: Sequence[Tensor]) -> None:
-    there = [is_on_mps(tensor) for tensor in tensors if tensor.dim()]
-    if func not in _MOVES and any(there) and not all(there):
+    flags = [is_on_mps(tensor) for tensor in tensors if tensor.dim()]
+    if func not in _MOVES and any(flags) and not all(flags):
         devices = [str(tensor.device) for tensor in tensors]
         raise RuntimeError(f"{func}: Expected all tensors to be on the same device, got {', '.join(devices)}")
 

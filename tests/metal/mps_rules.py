@@ -113,7 +113,7 @@ def _few_queries(call: Call) -> str | None:
     query, key, value = call["query"], call["key"], call["value"]
     if query.shape[-2] > 8 or query.shape[-1] not in (64, 96, 128, 256):
         return None
-    if key.shape[-2] % 32 or not all(each.is_contiguous() for each in (query, key, value)):
+    if key.shape[-2] % 32 or not all(tensor.is_contiguous() for tensor in (query, key, value)):
         return f"{query.shape[-2]} queries of {query.shape[-1]} for {key.shape[-2]} keys: their kernel is wrong there"
     return None
 
@@ -182,7 +182,7 @@ def _many_axes(call: Call) -> str | None:
     return f"an input of {call['self'].dim()} axes" if call["self"].dim() >= 5 else None
 
 
-def _many_places(call: Call) -> str | None:
+def _nonzero_of_many(call: Call) -> str | None:
     masks = [call["self"]] if call["indices"] is None else call["indices"]
     for mask in masks:
         is_mask = mask is not None and (call["indices"] is None or mask.dtype == torch.bool)
@@ -411,7 +411,7 @@ RULES = (
     Rule(
         "the places of many elements",
         ("nonzero", "masked_select", "index", "index_put", "index_put_"),
-        _many_places,
+        _nonzero_of_many,
         "pytorch issues 122916 and 140570",
         "torch 2.4 and some later",
         "188816 is in the oldest torch",

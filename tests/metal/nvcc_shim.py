@@ -66,7 +66,7 @@ class _CudaKernel(Kernel):
         self, library: ctypes.CDLL, index: int, name: str, max_threads: int, buffers: list[tuple[str, bool]]
     ) -> None:
         super().__init__(name, max_threads, parameters(library, f"shim_parameters_{index}", buffers))
-        self._places = _places([constant for _, constant in buffers])
+        self._offsets = _constant_offsets([constant for _, constant in buffers])
         self._launch = getattr(library, f"shim_launch_{index}")
         self._launch.argtypes = (ctypes.POINTER(_Launch), *(ctypes.POINTER(ctypes.c_uint32),) * 2, ctypes.c_void_p)
         self._launch.restype = ctypes.c_char_p
@@ -76,15 +76,15 @@ class _CudaKernel(Kernel):
         launch = _Launch((ctypes.c_uint32 * 3)(*grid.threads))
         for i, value in enumerate(values):
             if isinstance(value, Inline):
-                place = self._places.get(i)
-                most = _MAX_INLINE_BYTES // max(1, len(self._places))
-                if place is None or len(value.data) > most:
+                offset = self._offsets.get(i)
+                limit = _MAX_INLINE_BYTES // max(1, len(self._offsets))
+                if offset is None or len(value.data) > limit:
                     raise ValueError(
-                        f"kernel {self.name}, argument {i}: the shim takes Python values of up to {most} bytes, "
+                        f"kernel {self.name}, argument {i}: the shim takes Python values of up to {limit} bytes, "
                         "for constant arguments"
                     )
-                ctypes.memmove(ctypes.addressof(launch.bytes) + place, value.data, len(value.data))
-            elif i in self._places:
+                ctypes.memmove(ctypes.addressof(launch.bytes) + offset, value.data, len(value.data))
+            elif i in self._offsets:
                 raise TypeError(f"kernel {self.name}, argument {i}: the shim takes no tensor for a constant argument")
             elif value.device.type != "cuda":
                 raise TypeError(f"kernel {self.name}, argument {i}: the shim runs on CUDA tensors, got {value.device}")
@@ -105,10 +105,10 @@ class _CudaKernel(Kernel):
             raise RuntimeError(f"kernel {self.name}: {error.decode()}")
 
 
-def _places(constants: Sequence[bool]) -> dict[int, int]:
+def _constant_offsets(constants: Sequence[bool]) -> dict[int, int]:
     """Where the constant ones among a kernel's buffers lie in the launch: the compiler knows it, as Metal's does."""
-    which = [i for i, constant in enumerate(constants) if constant]
-    return {i: n * (_MAX_INLINE_BYTES // len(which) // 16 * 16) for n, i in enumerate(which)}
+    indices = [i for i, constant in enumerate(constants) if constant]
+    return {i: n * (_MAX_INLINE_BYTES // len(indices) // 16 * 16) for n, i in enumerate(indices)}
 
 
 def _compile(source: str, registers: int) -> Path:
@@ -138,18 +138,18 @@ def _translation_unit(shader: parser.Shader) -> str:
 
     spaces = {"device": "", "constant": "const", "threadgroup": "", "thread": ""}
     body = shader.render(declare, function="__device__ ", instantiations=False, words=spaces)
-    parts = ["#include <metal_stdlib>\nnamespace metal {\n", body]
+    lines = ["#include <metal_stdlib>\nnamespace metal {\n", body]
     for i, kernel in enumerate(shader.kernels):
         function = kernel.function
         kind = f"shim_function_{i}"
-        parts.append(f"using {kind} = metal::host::Kernel<decltype(&{function})>;\n")
+        lines.append(f"using {kind} = metal::host::Kernel<decltype(&{function})>;\n")
         rows = [f"{kind}::BufferAt<{kernel.parameters.index(p)}>::parameter" for p in kernel.buffers]
-        parts.append(
+        lines.append(
             f'extern "C" const metal::host::Parameter shim_parameters_{i}[] = {{{", ".join(rows) or "{}"}}};\n'
         )
-        places = _places([p.constant for p in kernel.buffers])
+        offsets = _constant_offsets([p.constant for p in kernel.buffers])
         addresses = [
-            f"launch.bytes + {places[b]}" if b in places else f"metal::host::device_address(launch, {b})"
+            f"launch.bytes + {offsets[b]}" if b in offsets else f"metal::host::device_address(launch, {b})"
             for b in range(len(kernel.buffers))
         ]
         arguments = [
@@ -158,7 +158,7 @@ def _translation_unit(shader: parser.Shader) -> str:
             else f"{kind}::BuiltinAt<{n}>::from(position.{p.builtin})"
             for n, p in enumerate(kernel.parameters)
         ]
-        parts.append(
+        lines.append(
             f'extern "C" __global__ void {kernel.host_name}(const __grid_constant__ metal::host::Launch launch) {{\n'
             "  metal::host::Position position;\n"
             "  if (!position.begin(launch)) return;\n"
@@ -172,10 +172,10 @@ def _translation_unit(shader: parser.Shader) -> str:
             "  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);\n}\n"
         )
     described = [[k.host_name, k.max_threads, [[p.name, p.constant] for p in k.buffers]] for k in shader.kernels]
-    parts.append(
+    lines.append(
         'extern "C" const int shim_nvcc[] = {__CUDACC_VER_MAJOR__, __CUDACC_VER_MINOR__, __CUDACC_VER_BUILD__};\n'
     )
-    parts.append(f'extern "C" const char* const shim_kernels = R"json({json.dumps(described)})json";\n')
+    lines.append(f'extern "C" const char* const shim_kernels = R"json({json.dumps(described)})json";\n')
     # The arguments of the kernels' templates too may be names of the source, so its namespace is closed here only.
-    parts.append("}  // namespace metal\n")
-    return "".join(parts)
+    lines.append("}  // namespace metal\n")
+    return "".join(lines)

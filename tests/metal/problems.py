@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from masks import adversarial
+from operator_sizes import DeformConv2d
 from torch import Tensor
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -27,21 +30,6 @@ class Carafe(NamedTuple):
     stride: int
 
 
-class DeformConv2d(NamedTuple):
-    n: int
-    c: int
-    h: int
-    w: int
-    c_out: int
-    kernel_size: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    offset_groups: int = 1
-    masked: bool = True
-
-
 class ConnectedComponents(NamedTuple):
     n: int
     h: int
@@ -51,12 +39,26 @@ class ConnectedComponents(NamedTuple):
     """The density of noise, or the name of an adversarial mask, or all of these in turn."""
 
 
-Case = Carafe | DeformConv2d | ConnectedComponents
+class MultiScaleDeformAttn(NamedTuple):
+    n: int
+    shapes: tuple[tuple[int, int], ...]
+    queries: int
+    heads: int
+    channels: int
+    points: tuple[int, ...]
+    """Of each level."""
+    discrete: bool = False
+    wide: str = ""
+    """Of ``locations`` and ``weights`` those that are float32 beside half precision."""
+
+
+Case = Carafe | DeformConv2d | ConnectedComponents | MultiScaleDeformAttn
 
 OPERATORS = {
     Carafe: ("carafe", "carafe_backward_features", "carafe_backward_masks"),
     DeformConv2d: ("deform_conv2d", "deform_conv2d_backward"),
     ConnectedComponents: ("connected_components",),
+    MultiScaleDeformAttn: ("multi_scale_deform_attn", "multi_scale_deform_attn_backward"),
 }
 
 
@@ -89,12 +91,9 @@ def arguments(operator: str, case: Case, dtype: torch.dtype, seed: int = 0, devi
             "carafe_backward_masks": [grad, features],
         }
         return [*tensors[operator], k, g, s, t]
-    height, width = (
-        (size + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1
-        for size, kernel_size, stride, padding, dilation in zip(
-            (case.h, case.w), case.kernel_size, case.stride, case.padding, case.dilation, strict=True
-        )
-    )
+    if isinstance(case, MultiScaleDeformAttn):
+        return _attention(operator, case, random)
+    height, width = case.out_size
     samples = case.offset_groups * case.kernel_size[0] * case.kernel_size[1]
     input, weight, bias = (
         random(case.n, case.c, case.h, case.w),
@@ -103,11 +102,38 @@ def arguments(operator: str, case: Case, dtype: torch.dtype, seed: int = 0, devi
     )
     offset, grad = 2 * random(case.n, 2 * samples, height, width), random(case.n, case.c_out, height, width)
     mask = random(case.n, samples, height, width) if case.masked else None
-    numbers = [case.stride, case.padding, case.dilation]
     return {
-        "deform_conv2d": [input, offset, weight, bias, mask, *numbers],
-        "deform_conv2d_backward": [grad, input, offset, weight, mask, *numbers, [*[True] * 4, case.masked]],
+        "deform_conv2d": [input, offset, weight, bias, mask, *case.numbers],
+        "deform_conv2d_backward": [grad, input, offset, weight, mask, *case.numbers, [*[True] * 4, case.masked]],
     }[operator]
+
+
+def _attention(operator: str, case: MultiScaleDeformAttn, random: Callable[..., Tensor]) -> list[Any]:
+    """Each query looks at some pixels around a position: its own where it is a pixel, as in an encoder, or any."""
+    n, shapes, queries, heads, channels, points, discrete, wide = case
+    pixels = sum(height * width for height, width in shapes)
+    value = random(n, pixels, heads, channels)
+    if queries == pixels:
+        centres = torch.cat([_centres(height, width) for height, width in shapes])
+    else:
+        centres = torch.rand((queries, 2), generator=torch.Generator().manual_seed(queries))
+    sizes = torch.tensor([max(size, 1) for height, width in shapes for size in (width, height)]).view(-1, 2)
+    moves = random(n, queries, heads, sum(points), 2)
+    locations = moves.float() * 2 / sizes.repeat_interleave(torch.tensor(points), 0).to(moves.device)
+    locations = (locations + centres[:, None, None].to(moves.device)).to(value.dtype)
+    weights, grad = random(n, queries, heads, sum(points)), random(n, queries, heads * channels)
+    locations, weights = (
+        tensor.float() if name in wide else tensor for name, tensor in (("locations", locations), ("weights", weights))
+    )
+    flat = [size for shape in shapes for size in shape]
+    inputs = [value, flat, locations, weights, list(points), discrete]
+    return inputs if operator == "multi_scale_deform_attn" else [grad, *inputs, [True] * 3]
+
+
+def _centres(height: int, width: int) -> Tensor:
+    """Of the pixels of a map that reaches from 0 to 1, x and y."""
+    y, x = ((torch.arange(size) + 0.5) / max(size, 1) for size in (height, width))
+    return torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1).flatten(0, 1)
 
 
 def doubled(arguments: list[Any]) -> list[Any]:
@@ -118,6 +144,11 @@ def doubled(arguments: list[Any]) -> list[Any]:
 def results(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """All results of an operator that have elements: the gradient of a mask that is not there has none."""
     return tuple(x for x in (result if isinstance(result, tuple) else (result,)) if x.numel())
+
+
+def oracle(reference: ModuleType, operator: str, args: list[Any]) -> tuple[Tensor, ...]:
+    """The reference's results in float64."""
+    return results(getattr(reference, operator)(*doubled(args)))
 
 
 def error(result: Tensor, expected: Tensor) -> float:

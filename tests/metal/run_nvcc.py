@@ -42,9 +42,10 @@ from problems import (  # noqa: E402
     Case,
     ConnectedComponents,
     DeformConv2d,
+    MultiScaleDeformAttn,
     arguments,
-    doubled,
     error,
+    oracle,
     results,
 )
 from torch import Tensor  # noqa: E402
@@ -58,11 +59,17 @@ def _compile(source: str) -> nvcc_shim.CudaLibrary:
 torch.mps.compile_shader = _compile
 
 from omniops.backends.columns import Geometry  # noqa: E402
-from omniops.backends.mps import carafe, connected_components, deform_conv2d  # noqa: E402
+from omniops.backends.mps import (  # noqa: E402
+    carafe,
+    connected_components,
+    deform_conv2d,
+    multi_scale_deform_attn,
+)
 from omniops.backends.mps._library import METAL_TYPES, library  # noqa: E402
 from omniops.backends.reference import carafe as carafe_reference  # noqa: E402
 from omniops.backends.reference import connected_components as connected_components_reference  # noqa: E402
 from omniops.backends.reference import deform_conv2d as deform_conv2d_reference  # noqa: E402
+from omniops.backends.reference import multi_scale_deform_attn as multi_scale_deform_attn_reference  # noqa: E402
 
 # The dtypes that each source is compiled for.
 SOURCES: dict[str, Sequence[torch.dtype | None]] = {
@@ -70,7 +77,12 @@ SOURCES: dict[str, Sequence[torch.dtype | None]] = {
     "carafe_doubling": tuple(METAL_TYPES),
     "deform_conv2d": tuple(METAL_TYPES),
     "connected_components": (None,),
+    "multi_scale_deform_attn": tuple(METAL_TYPES),
+    "segments": (None,),
 }
+
+# The levels of an image of 800 x 1066 pixels in Deformable DETR.
+LEVELS = ((100, 134), (50, 67), (25, 34), (13, 17))
 
 
 # The columns of the chunk whose kernels are timed. Those that ship are smaller, for Apple's caches, and would leave a
@@ -83,7 +95,7 @@ class Subject(NamedTuple):
 
     metal: ModuleType
     reference: ModuleType
-    checked: Sequence[Case]
+    cases: Sequence[Case]
     timed: Sequence[Case]
     tolerances: Mapping[torch.dtype, float] = TOLERANCES
     timed_dtypes: Sequence[torch.dtype] = (torch.float32, torch.float16)
@@ -152,26 +164,46 @@ SUBJECTS = (
         EXACT,
         (torch.bool,),
     ),
+    Subject(
+        multi_scale_deform_attn,
+        multi_scale_deform_attn_reference,
+        [
+            case._replace(discrete=discrete)
+            for discrete in (False, True)
+            for case in (
+                MultiScaleDeformAttn(2, ((6, 5), (3, 3), (2, 1)), 41, 2, 32, (2, 3, 1)),
+                MultiScaleDeformAttn(1, ((9, 20),), 70, 3, 5, (4,), wide="locations weights"),
+                MultiScaleDeformAttn(2, ((0, 7), (8, 9), (1, 1)), 19, 1, 37, (2, 33, 0), wide="weights"),
+                MultiScaleDeformAttn(1, ((7, 7), (4, 4)), 65, 4, 12, (5, 2), wide="locations"),
+                MultiScaleDeformAttn(1, ((17, 40), (2, 2)), 33, 2, 264, (3, 3)),
+                MultiScaleDeformAttn(1, ((1, 1), (2, 2)), 300, 2, 8, (4, 4)),  # hundreds of samples in a cell
+            )
+        ],
+        (
+            MultiScaleDeformAttn(2, LEVELS, 17821, 8, 32, (4, 4, 4, 4)),
+            MultiScaleDeformAttn(2, LEVELS, 300, 8, 32, (4, 4, 4, 4)),
+        ),
+    ),
 )
 
 
 def check(subjects: Sequence[Subject]) -> bool:
     """Whether every result is right; prints one line for each operator, dtype, case and layout."""
     # So that these cases too take several launches, and threadgroups several tiles.
-    deform_conv2d.MOST_SAMPLES, deform_conv2d.GROUPS = 2**11, 2
+    deform_conv2d.MAX_SAMPLES, deform_conv2d.GROUPS, multi_scale_deform_attn.MAX_SAMPLES = 2**11, 2, 2**10
     passed = True
     for subject in subjects:
-        for operator in OPERATORS[type(subject.checked[0])]:
-            for case in subject.checked:
+        for operator in OPERATORS[type(subject.cases[0])]:
+            for case in subject.cases:
                 expected: tuple[Tensor, ...] = ()
                 for dtype, tolerance in subject.tolerances.items():
-                    given = arguments(operator, case, dtype)
+                    args = arguments(operator, case, dtype)
                     if not expected or tolerance:  # a mask's components are the same in every dtype
-                        expected = results(getattr(subject.reference, operator)(*doubled(given)))
+                        expected = oracle(subject.reference, operator, args)
                     for layout in (torch.contiguous_format, torch.channels_last):
                         # Of CARAFE's kernels those with 64-bit offsets get the second layout.
                         carafe.WIDE_ELEMENTS = 2**31 if layout == torch.contiguous_format else 1
-                        on_gpu = [_on_gpu(value, layout) for value in given]
+                        on_gpu = [_on_gpu(value, layout) for value in args]
                         found, again = (results(getattr(subject.metal, operator)(*on_gpu)) for _ in range(2))
                         worst = max(error(x.cpu(), y) for x, y in zip(found, expected, strict=True))
                         same = all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
@@ -247,8 +279,8 @@ def timed(subjects: Sequence[Subject], dtype: torch.dtype, seed: int) -> Iterato
 
 
 def _operator(function: Callable[..., Any], operator: str, case: Case, dtype: torch.dtype, seed: int) -> Timed:
-    given = [_on_gpu(value) for value in arguments(operator, case, dtype, seed)]
-    return Timed(operator, case, lambda: function(*given), _bytes(*given, *results(function(*given))))
+    args = [_on_gpu(value) for value in arguments(operator, case, dtype, seed)]
+    return Timed(operator, case, lambda: function(*args), _bytes(*args, *results(function(*args))))
 
 
 def _chunk(case: DeformConv2d, dtype: torch.dtype, seed: int) -> tuple[list[Any], Tensor]:
@@ -263,20 +295,20 @@ def _chunk(case: DeformConv2d, dtype: torch.dtype, seed: int) -> tuple[list[Any]
 
 
 def _sample(case: DeformConv2d, dtype: torch.dtype, seed: int) -> Timed:
-    given, columns = _chunk(case, dtype, seed)
-    share = columns.shape[1] / (given[1].numel() / given[1].shape[1])  # of all positions
-    moved = int(share * _bytes(*given)) + _bytes(columns)
-    return Timed("columns", case, lambda: deform_conv2d._sample(*given, columns), moved)
+    args, columns = _chunk(case, dtype, seed)
+    share = columns.shape[1] / (args[1].numel() / args[1].shape[1])  # of all positions
+    moved = int(share * _bytes(*args)) + _bytes(columns)
+    return Timed("columns", case, lambda: deform_conv2d._sample(*args, columns), moved)
 
 
 def _gradients(case: DeformConv2d, dtype: torch.dtype, seed: int) -> Timed:
-    given, columns = _chunk(case, dtype, seed)
-    image, offset, mask = given[:3]
+    args, columns = _chunk(case, dtype, seed)
+    image, offset, mask = args[:3]
     written = torch.zeros_like(image, dtype=torch.float32), torch.empty_like(offset), torch.empty_like(mask)
     share = columns.shape[1] / (offset.numel() / offset.shape[1])
     # The gradient of the image is added to: read and written.
-    moved = int(share * _bytes(*given, *written, written[0])) + _bytes(columns)
-    return Timed("gradients of columns", case, lambda: deform_conv2d._gradients(columns, *given, *written), moved)
+    moved = int(share * _bytes(*args, *written, written[0])) + _bytes(columns)
+    return Timed("gradients of columns", case, lambda: deform_conv2d._gradients(columns, *args, *written), moved)
 
 
 def _bytes(*values: Any) -> int:

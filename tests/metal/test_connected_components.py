@@ -5,7 +5,6 @@ for: the result may not depend on it.
 """
 
 import re
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,9 @@ from omniops.backends.mps._library import library
 SOURCE = (Path(metal.__file__).parent / "connected_components.metal").read_text(encoding="utf-8")
 DTYPES = tuple(EXACT)
 
+pytestmark = pytest.mark.usefixtures("emulated")
+
 connectivities = pytest.mark.parametrize("connectivity", [4, 8])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulated() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.mps, "compile_shader", emulator.compile_shader)
-        library.cache_clear()
-        yield
-    library.cache_clear()
 
 
 def run(mask: Tensor, connectivity: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +107,7 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
     check(LAYOUTS[layout](noise(2, 1, 7, 37).to(dtype)), 8)
 
 
-@connectivities
+@pytest.mark.parametrize("connectivity", [pytest.param(4, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("group_size", [64, 1], ids=["within groups", "across groups"])
 def test_the_order_of_threads_changes_nothing(
     group_size: int, connectivity: int, monkeypatch: pytest.MonkeyPatch
@@ -129,8 +121,9 @@ def test_the_order_of_threads_changes_nothing(
         check(meeting(), connectivity)
 
 
+@pytest.mark.slow
 def test_whatever_touches_across_the_borders_of_tiles() -> None:
-    """Every pattern of the pixels around a place where four tiles meet, and where two do."""
+    """Every pattern of the pixels around a corner where four tiles meet, and around a border of two."""
     height, width = metal.TILE_ROWS, 32 * metal.TILE_WORDS
     masks = []
     for y, x, rows, columns in ((height, width, 2, 2), (height, 40, 2, 3), (height, 32, 2, 3), (20, width, 3, 2)):

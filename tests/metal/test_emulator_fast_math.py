@@ -9,10 +9,12 @@ import emulator
 import pytest
 import torch
 from emulator import KernelError
-from problems import OPERATORS, TOLERANCES, DeformConv2d, arguments
+from problems import OPERATORS, TOLERANCES, DeformConv2d, MultiScaleDeformAttn, arguments
 from test_emulator import compiled
+from torch import Tensor
 
 from omniops.backends.mps import deform_conv2d as metal
+from omniops.backends.mps import multi_scale_deform_attn as attention
 from omniops.backends.mps._library import library
 
 VALUES = [torch.nan, torch.inf, -torch.inf, 1e30, -1e30, -1.0, 0.5, 7.5]
@@ -118,6 +120,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 FAR = [torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 1e30, -1e30, 65504.0, 2.0**31, -(2.0**31), -1.0, -0.5, 0.0, 2.5]
 
 
+@pytest.mark.slow
 def test_deform_conv2d_stays_in_bounds(kernels: set[str]) -> None:
     cases = [
         # 1, 4 and 8 channels of a group: each width that a kernel may load channels with.
@@ -127,12 +130,35 @@ def test_deform_conv2d_stays_in_bounds(kernels: set[str]) -> None:
     ]
     with emulator.launches() as launched:
         for case, dtype, operator, seed in product(cases, TOLERANCES, OPERATORS[DeformConv2d], range(4)):
-            given = arguments(operator, case, dtype, seed)
-            at = 1 if operator == "deform_conv2d" else 2
-            generator = torch.Generator().manual_seed(seed)
-            chosen = torch.randint(0, 2 * len(FAR), given[at].shape, generator=generator)
-            values = torch.tensor([*FAR, *FAR]).to(dtype)[chosen]
-            given[at] = torch.where(chosen < len(FAR), values, given[at])
+            args = arguments(operator, case, dtype, seed)
+            index = 1 if operator == "deform_conv2d" else 2
+            args[index] = some_far(args[index], seed)
             with emulator.poisoned():
-                getattr(metal, operator)(*given)
+                getattr(metal, operator)(*args)
+    others = {"collect_segments"}  # beside allocate_segments
+    assert {launch.kernel for launch in launched} == kernels - others
+
+
+def some_far(values: Tensor, seed: int) -> Tensor:
+    """Half of them replaced."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(0, 2 * len(FAR), values.shape, generator=generator)
+    return torch.where(chosen < len(FAR), torch.tensor([*FAR, *FAR]).to(values.dtype)[chosen], values)
+
+
+@pytest.mark.slow
+def test_multi_scale_deform_attn_stays_in_bounds(kernels: set[str]) -> None:
+    cases = [
+        MultiScaleDeformAttn(2, ((6, 9), (0, 3), (4, 4)), 13, 2, channels, (2, 1, 3), discrete, wide)
+        for channels in (3, 12, 16)
+        for discrete in (False, True)
+        for wide in ("", "locations")
+    ]
+    with emulator.launches() as launched:
+        for case, dtype, operator, seed in product(cases, TOLERANCES, OPERATORS[MultiScaleDeformAttn], range(2)):
+            args = arguments(operator, case, dtype, seed)
+            index = 2 if operator == "multi_scale_deform_attn" else 3
+            args[index] = some_far(args[index], seed)
+            with emulator.poisoned():
+                getattr(attention, operator)(*args)
     assert {launch.kernel for launch in launched} == kernels

@@ -112,13 +112,13 @@ def test_a_sort_in_n_squared_steps() -> None:
 
 def in_one_cell(case: DeformConv2d) -> list[Any]:
     """What deform_conv2d_backward takes, every sample in the middle of the image."""
-    given = arguments("deform_conv2d_backward", case, torch.float32)
-    offset, taps = given[2], math.prod(case.kernel_size)
+    args = arguments("deform_conv2d_backward", case, torch.float32)
+    offset, taps = args[2], math.prod(case.kernel_size)
     y, x = torch.meshgrid(torch.arange(offset.shape[2]), torch.arange(offset.shape[3]), indexing="ij")
     for tap in range(taps):
         offset[:, 2 * tap] = case.h / 2 + 0.25 - (y + tap // case.kernel_size[1] - case.padding[0])
         offset[:, 2 * tap + 1] = case.w / 2 + 0.25 - (x + tap % case.kernel_size[1] - case.padding[1])
-    return given
+    return args
 
 
 @pytest.mark.usefixtures("emulated")
@@ -126,6 +126,6 @@ def test_where_all_samples_meet_no_thread_of_deform_conv2d_takes_n_squared_steps
     for height, width in ((8, 8), (16, 8)):
         samples = 9 * height * width
         with emulator.step_budget(int(25 * samples * math.log2(samples))):
-            given = in_one_cell(DeformConv2d(1, 4, height, width, 4))
+            args = in_one_cell(DeformConv2d(1, 4, height, width, 4))
             for _ in range(4):  # in other orders of the threads
-                emulator.launched(metal.deform_conv2d_backward, *given)
+                emulator.launched(metal.deform_conv2d_backward, *args)

@@ -130,14 +130,14 @@ def test_a_matrix_product_that_does_not_write_into_a_view(
         return out
 
     monkeypatch.setattr(torch, "bmm", bmm)
-    given = arguments("deform_conv2d", DeformConv2d(3, 8, 4, 5, 8), torch.float32)
-    given[0] = given[0].contiguous(memory_format=torch.channels_last)
+    args = arguments("deform_conv2d", DeformConv2d(3, 8, 4, 5, 8), torch.float32)
+    args[0] = args[0].contiguous(memory_format=torch.channels_last)
     if not bias:
-        given[3] = None
-    forward = prepared(replace(metal._COLUMNS, most_bytes=1, products_of_views=into_views).forward)
+        args[3] = None
+    forward = prepared(replace(metal._COLUMNS, max_bytes=1, products_of_views=into_views).forward)
     if into_views:
         with pytest.raises(AssertionError, match=r"nothing wrote:? \d+ of \d+ elements"):
-            emulator.launched(forward, *given)
+            emulator.launched(forward, *args)
     else:
-        result = emulator.launched(forward, *given)
-        assert error(result, reference.deform_conv2d(*doubled(given))) < 1e-5
+        result = emulator.launched(forward, *args)
+        assert error(result, reference.deform_conv2d(*doubled(args))) < 1e-5

@@ -38,16 +38,16 @@ def test_values(case, dtype):
 
     def look(device):
         moved = [{name: value.to(device) for name, value in target.items()} for target in targets]
-        require_values([each.to(device, dtype) for each in (RIGHT, image)], moved, moved)
+        require_values([x.to(device, dtype) for x in (RIGHT, image)], moved, moved)
 
     said = []
     for device in ("cpu", "mps"):
         with mps_device(values=True) as mps:
-            place = mps if device == "mps" else torch.device("cpu")
+            target_device = mps if device == "mps" else torch.device("cpu")
             if message is None:
-                look(place)
+                look(target_device)
                 continue
             with pytest.raises(ValueError, match=message) as caught:
-                look(place)
+                look(target_device)
             said.append(str(caught.value))
     assert len(set(said)) == (message is not None)

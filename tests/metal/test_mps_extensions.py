@@ -70,18 +70,18 @@ def results(function: Any, arguments: tuple[Any, ...], device: torch.device | st
 
     returned = function(*map(made, arguments))
     returned = returned if isinstance(returned, tuple) else (returned,)
-    return [each.cpu() for each in returned if each is not None]
+    return [tensor.cpu() for tensor in returned if tensor is not None]
 
 
-def both_ways(function: type[Function], count: int) -> Any:
+def forward_and_backward(function: type[Function], count: int) -> Any:
     """What forward and backward of an autograd function compute, without autograd."""
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
-        *given, grad = arguments
+        *inputs, grad = arguments
         ctx = SimpleNamespace(needs_input_grad=[True] * count)
         ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
         with torch.no_grad():
-            result = function.forward(ctx, *given)
+            result = function.forward(ctx, *inputs)
             return result, *function.backward(ctx, grad)
 
     return call
@@ -89,10 +89,14 @@ def both_ways(function: type[Function], count: int) -> Any:
 
 CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ms_deform_attn_forward": (_multi_scale_deform_attn.ms_deform_attn_forward, (*ATTENTION, 64)),
-    "deform_conv": (both_ways(DeformConvFunction, 3), (*DEFORM_CONV, *NUMBERS, GRAD)),
-    "modulated_deform_conv": (both_ways(ModulatedDeformConvFunction, 5), (*MODULATED, *NUMBERS, GRAD)),
+    "ms_deform_attn_backward": (
+        _multi_scale_deform_attn.ms_deform_attn_backward,
+        (*ATTENTION, random(2, 7, 8), 64),
+    ),
+    "deform_conv": (forward_and_backward(DeformConvFunction, 3), (*DEFORM_CONV, *NUMBERS, GRAD)),
+    "modulated_deform_conv": (forward_and_backward(ModulatedDeformConvFunction, 5), (*MODULATED, *NUMBERS, GRAD)),
     "modulated_deform_conv without a bias": (
-        both_ways(ModulatedDeformConvFunction, 5),
+        forward_and_backward(ModulatedDeformConvFunction, 5),
         (*MODULATED[:4], None, *NUMBERS, GRAD),
     ),
     "dcn_v2_forward": (_dcn_v2.dcn_v2_forward, DCN_V2),
@@ -129,7 +133,7 @@ def test_the_gradients_of_attention_keep_the_rules(dtype):
         gradients = _multi_scale_deform_attn.ms_deform_attn_backward(
             value, shapes, torch.zeros(4), locations, weights, grad, 64
         )
-    assert [each.shape for each in gradients] == [value.shape, locations.shape, weights.shape]
+    assert [gradient.shape for gradient in gradients] == [value.shape, locations.shape, weights.shape]
 
 
 @pytest.mark.parametrize("function", [DeformConvFunction, ModulatedDeformConvFunction])
@@ -144,4 +148,4 @@ def test_training_keeps_the_rules(function):
         bias = [] if function is DeformConvFunction else [torch.empty(256, device="meta", requires_grad=True)]
         result = function.apply(*tensors, *bias, *NUMBERS)
         gradients = torch.autograd.grad(result, [*tensors, *bias], torch.empty_like(result))
-    assert [each.shape for each in gradients] == [each.shape for each in (*tensors, *bias)]
+    assert [tensor.shape for tensor in gradients] == [tensor.shape for tensor in (*tensors, *bias)]

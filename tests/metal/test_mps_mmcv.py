@@ -111,6 +111,10 @@ CALLS: dict[str, tuple[Any, ...]] = {
         4,
     ),
     "ms_deform_attn_forward": (VALUE, SHAPES, torch.tensor([0, 30]), PLACES, WEIGHTS, 64),
+    "ms_deform_attn_backward": (
+        *(VALUE, SHAPES, torch.tensor([0, 30]), PLACES, WEIGHTS, random(2, 7, 8)),
+        *(("out", *VALUE.shape), ("out", *PLACES.shape), ("out", *WEIGHTS.shape), 64),
+    ),
     "carafe_naive_forward": (random(2, 8, 5, 6), random(2, 9, 10, 12), ("out", 2, 8, 10, 12), 3, 1, 2),
     "carafe_forward": (
         *(random(2, 8, 5, 6), random(2, 9, 10, 12), ("out", 2, 8, 5, 6), torch.zeros(1), torch.zeros(1)),
@@ -184,14 +188,14 @@ def results(function: Callable[..., Any], call: tuple[Any, ...], device: torch.d
             return torch.zeros(value[1:], dtype=torch.int32 if value[0] == "int" else torch.float32, device=device)
         return value.to(device) if isinstance(value, Tensor) else value
 
-    given = [made(value) for value in call]
-    returned = function(*given)
-    filled = [each for each, value in zip(given, call, strict=True) if isinstance(value, tuple)]
-    return [each.cpu() if isinstance(each, Tensor) else each for each in (*filled, returned)]
+    args = [made(value) for value in call]
+    returned = function(*args)
+    filled = [tensor for tensor, value in zip(args, call, strict=True) if isinstance(value, tuple)]
+    return [tensor.cpu() if isinstance(tensor, Tensor) else tensor for tensor in (*filled, returned)]
 
 
-# Autograd, which makes their gradients, does not know the pretended device.
-LEFT_OUT = {"deform_roi_pool_backward", "ms_deform_attn_backward"}
+# Autograd, which makes its gradients, does not know the pretended device.
+LEFT_OUT = {"deform_roi_pool_backward"}
 
 
 def test_all_functions_are_called():

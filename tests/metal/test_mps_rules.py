@@ -265,7 +265,11 @@ def test_kernels_have_their_arguments_checked():
     kernel(*tensors, sizes, threads=(8, 8, 1), group_size=(8, 8, 1), arg_casts={3: "int32"})
     with pytest.raises(TypeError):
         kernel(
-            *(each.half() for each in tensors), sizes, threads=(8, 8, 1), group_size=(8, 8, 1), arg_casts={3: "int32"}
+            *(tensor.half() for tensor in tensors),
+            sizes,
+            threads=(8, 8, 1),
+            group_size=(8, 8, 1),
+            arg_casts={3: "int32"},
         )
     with pytest.raises(TypeError):
         kernel(*tensors, "sizes", threads=(8, 8, 1), group_size=(8, 8, 1))

@@ -17,17 +17,17 @@ from PIL import Image
 from planted import planted
 from torch import Tensor
 
-pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
-
 from omniops import device as devices
-from omniops.sam2 import architectures, attention, mask_decoder, memory, memory_attention, network, rle, upsampling
+from omniops.sam2 import rle, upsampling
 from omniops.sam2.architectures import SIZES, cast, new
 from omniops.sam2.image_predictor import SAM2ImagePredictor
 from omniops.sam2.mask_generator import SAM2AutomaticMaskGenerator
+from omniops.sam2.modeling import attention, hiera, mask_decoder, memory_attention
+from omniops.sam2.modeling.sam2 import SAM2Base
 from omniops.sam2.video_predictor import SAM2VideoPredictor
 
 PICTURE = np.zeros((768, 1024, 3), np.uint8)
-DTYPES = [torch.float32, torch.float16]
+DTYPES = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -41,7 +41,7 @@ def model(device: torch.device, size: str = "tiny", dtype: torch.dtype = torch.f
     torch.manual_seed(0)
     made = cast(new(size, image_size=image_size), dtype)
     with torch.no_grad():  # else no object is ever found
-        made.mask_decoder.pred_obj_score_head.proj_out.bias += 1
+        made.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 1
     return made.to(device)
 
 
@@ -55,7 +55,13 @@ def write_clip(folder: Path, count: int, height: int = 90, width: int = 140) -> 
     return folder
 
 
-@pytest.mark.parametrize(("size", "dtype"), [*((size, torch.float32) for size in SIZES), ("tiny", torch.float16)])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        *(pytest.param(size, torch.float32, marks=() if size == "tiny" else pytest.mark.slow) for size in SIZES),
+        ("tiny", torch.float16),
+    ],
+)
 def test_pictures(rules, size, dtype):
     predictor = SAM2ImagePredictor(model(rules, size, dtype), max_hole_area=8, max_sprinkle_area=8)
     predictor.set_image(PICTURE)
@@ -139,18 +145,26 @@ def everything(device: torch.device, clip: Path) -> None:
 PLANTED = {
     "queries are not sliced": ((attention, "MAX_SCORES", 2**62), "a whole score matrix"),
     "pooling of a view": (
-        (architectures, "_attend", planted(architectures._attend, ".flatten(2).contiguous()", ".flatten(2)")),
+        (
+            hiera.MultiScaleAttention,
+            "forward",
+            planted(hiera.MultiScaleAttention.forward, ".flatten(2).contiguous()", ".flatten(2)"),
+        ),
         "an input that only looks like channels_last",
     ),
     "an expanded image": (
-        (network, "decode", planted(network.decode, 'image.device.type == "mps"', "False")),
+        (
+            SAM2Base,
+            "predict_masks",
+            planted(SAM2Base.predict_masks, 'image.device.type == "mps"', "False"),
+        ),
         "an expanded operand",
     ),
     "expanded queries": (
         (
             memory_attention,
             "scaled_dot_product_attention",
-            planted(attention.scaled_dot_product_attention, "each.contiguous()", "each"),
+            planted(attention.scaled_dot_product_attention, ".contiguous(), key, value", ", key, value"),
         ),
         "an expanded operand",
     ),
@@ -175,8 +189,8 @@ def test_a_planted_fault_is_found(rules, monkeypatch, tmp_path, fault, rule):
 
 def test_two_objects_at_once(rules, monkeypatch, tmp_path):
     counts = []
-    segment = memory.segment
-    monkeypatch.setattr(memory, "segment", lambda *given: counts.append(len(given[2])) or segment(*given))
+    forward = SAM2Base.forward_sam_heads
+    monkeypatch.setattr(SAM2Base, "forward_sam_heads", lambda *args: counts.append(len(args[2])) or forward(*args))
     predictor = SAM2VideoPredictor(model(rules, image_size=64))
     state = predictor.init_state(write_clip(tmp_path / "clip", 2))
     for obj_id in range(5):
@@ -185,6 +199,7 @@ def test_two_objects_at_once(rules, monkeypatch, tmp_path):
     assert counts == [1] * 5 + [2, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_long_video_with_every_kind_of_call(rules, tmp_path):
     torch.manual_seed(0)
     network_ = cast(new("tiny", "2.0", image_size=128), torch.bfloat16).to(rules)
@@ -203,25 +218,25 @@ def test_a_long_video_with_every_kind_of_call(rules, tmp_path):
 
 def test_runs_on_the_device_are_found(rules, monkeypatch):
     masks = torch.empty(4, 768, 1024, dtype=torch.bool, device=rules)
-    rle.runs(masks)
+    rle.count_runs(masks)
     into_view = planted(
-        rle.runs,
+        rle.count_runs,
         "changes[:, 1:h] = masks[:, 1:] != masks[:, :-1]",
         "torch.ne(masks[:, 1:], masks[:, :-1], out=changes[:, 1:h])",
     )
     with pytest.raises(RuleError, match="a result that is a view"):
         into_view(masks)
     sorted_there = planted(
-        rle.runs, "changes.nonzero()", "changes.nonzero().flatten().sort().values[:, None].repeat(1, 3)"
+        rle.count_runs, "changes.nonzero()", "changes.nonzero().flatten().sort().values[:, None].repeat(1, 3)"
     )
     with pytest.raises(RuleError, match="integers through float32"):
         sorted_there(masks)
 
 
-def test_the_places_of_a_large_mask_are_found_on_the_cpu(rules):
+def test_nonzero_of_a_large_mask_runs_on_the_cpu(rules):
     masks = torch.empty(1, 5000, 4000, dtype=torch.bool, device=rules)
-    rle.runs(masks)
-    on_device = planted(rle.runs, 'changes.device.type == "mps"', "False")
+    rle.count_runs(masks)
+    on_device = planted(rle.count_runs, 'changes.device.type == "mps"', "False")
     with pytest.raises(RuleError, match="the places of many elements"):
         on_device(masks)
 
@@ -259,7 +274,7 @@ def of_video(device: torch.device, clip: Path) -> list[Tensor]:
     predictor.add_new_points_or_box(state, 0, 2, box=[60, 40, 90, 80])
     masks = [masks for _, _, masks in predictor.propagate_in_video(state)]
     masks.append(predictor.add_new_points_or_box(state, 2, 1, points=[[70, 70]], labels=[0])[2])
-    return [each.cpu() for each in masks]
+    return [mask.cpu() for mask in masks]
 
 
 def assert_alike(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -292,14 +307,14 @@ def test_attention(monkeypatch, batch, queries, scrambled, dtype):
     shapes = (1, 2, queries, 16), (batch, 2, 50, 16), (batch, 2, 50, 16)
     # Scores of up to 75, which half precision rounds by hundredths.
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    tensors = [each.to(dtype) for each in (8 * query, 8 * key, value)]
-    expected = attention.scaled_dot_product_attention(*(each.double() for each in tensors))
+    tensors = [x.to(dtype) for x in (8 * query, 8 * key, value)]
+    expected = attention.scaled_dot_product_attention(*(x.double() for x in tensors))
     monkeypatch.setattr(attention, "MAX_SCORES", 2**14)
     monkeypatch.setattr(attention, "_scrambles_half", lambda: scrambled)
     by_hand, calls = attention._by_hand, []
-    monkeypatch.setattr(attention, "_by_hand", lambda *given: calls.append(given) or by_hand(*given))
+    monkeypatch.setattr(attention, "_by_hand", lambda *args: calls.append(args) or by_hand(*args))
     with mps_device(values=True) as device, torch.autocast("mps", dtype=torch.float16, enabled=dtype == torch.float16):
-        found = attention.scaled_dot_product_attention(*(each.to(device) for each in tensors)).cpu()
+        found = attention.scaled_dot_product_attention(*(x.to(device) for x in tensors)).cpu()
     assert bool(calls) == (queries <= 8 or (scrambled and dtype == torch.float16))
     assert found.dtype == dtype
     tolerance = (1e-5 if dtype == torch.float32 else 2e-3) * float(expected.abs().max())

@@ -11,9 +11,9 @@ from mps_device import mps_device
 
 pytest.importorskip("omniops.detection", exc_type=ImportError, reason="needs torchvision")
 
-from omniops.cli import selftest_stages
-from omniops.cli.selftest_models import RESULT_TOLERANCES, models
-from omniops.cli.selftest_outcomes import examine
+from omniops.cli.selftest import stages as selftest_stages
+from omniops.cli.selftest.models import RESULT_TOLERANCES, models
+from omniops.cli.selftest.outcomes import check_model
 
 CPU = torch.device("cpu")
 MODELS = {model.name: model for model in models(64)}
@@ -49,9 +49,9 @@ def test_selftest_names_the_operator_that_is_wrong(monkeypatch):
         return run(self, func, args, kwargs, on_mps)
 
     with mps_device(values=True) as device:
-        assert examine(MODELS["fpn-carafe"], device, torch.float32).is_right
+        assert check_model(MODELS["fpn-carafe"], device, torch.float32).is_right
         monkeypatch.setattr(pretended._Operators, "_run", without_bias)
-        outcome = examine(MODELS["fpn-carafe"], device, torch.float32)
+        outcome = check_model(MODELS["fpn-carafe"], device, torch.float32)
     assert not outcome.is_right
     assert "FPNCarafe on mps:0, float32: the first stage that differs is lateral_convs.0" in outcome.sentence
     assert "conv2d" in outcome.sentence
@@ -64,7 +64,7 @@ def test_copies_run_no_operator_on_the_device(monkeypatch, dtype):
     with mps_device(values=True) as device:
         view = memory.to(device)[1:, 1::3].T
         monkeypatch.setattr(pretended._Operators, "_run", lambda *_: pytest.fail("an operator"))
-        copy = selftest_stages._CheckedMode(selftest_stages._RunningModules(torch.nn.Identity()))._copy(view)
+        copy = selftest_stages._CheckingMode(selftest_stages._RunningModules(torch.nn.Identity()))._copy(view)
         monkeypatch.undo()
     assert (copy.device, copy.stride(), copy.storage_offset()) == (CPU, view.stride(), view.storage_offset())
     assert torch.equal(copy, memory[1:, 1::3].T)

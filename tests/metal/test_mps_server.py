@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from mps_device import mps_device
+from one_thread import one_thread as one_thread
 from PIL import Image
 
-pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
-
 from omniops import device as devices
-from omniops.sam2 import attention, rle
+from omniops.sam2 import rle
 from omniops.sam2.architectures import cast, new
 from omniops.sam2.mask_generator import SAM2AutomaticMaskGenerator
+from omniops.sam2.modeling import attention
 from omniops.server.inference import Inference
 
 HEIGHT, WIDTH = 90, 140
@@ -29,7 +29,7 @@ def model(device: torch.device, dtype: torch.dtype = torch.float32, image_size: 
     torch.manual_seed(0)
     made = cast(new("tiny", image_size=image_size), dtype)
     with torch.no_grad():  # else no object is ever found
-        made.mask_decoder.pred_obj_score_head.proj_out.bias += 1
+        made.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 1
     return made.to(device)
 
 
@@ -89,12 +89,13 @@ def everything_asked(served: Inference, clip: str) -> list[Any]:
     return answers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_all_that_is_asked_keeps_the_rules(clip, dtype):
     with mps_device(values=False) as device:
         everything_asked(Inference(model(device, dtype)), clip)
 
 
+@pytest.mark.slow
 def test_masks_are_those_of_the_cpu(monkeypatch, clip):
     expected = everything_asked(Inference(model(torch.device("cpu"), image_size=64)), clip)
     monkeypatch.setattr(attention, "MAX_SCORES", 2**15)

@@ -3,7 +3,6 @@
 Each operator's are in a file of its own.
 """
 
-import itertools
 import re
 from pathlib import Path
 
@@ -13,16 +12,11 @@ from metalsim import parser
 from metalsim.preprocess import preprocess
 
 from omniops.backends import mps
+from omniops.backends.mps._library import source
 
 SOURCES = sorted(Path(mps.__file__).parent.glob("*.metal"))
 
 OUTSIDE = r"line \d+: thread \(\d+, \d+, \d+\) of the grid (reads|writes) \d+ bytes outside argument \d"
-
-
-@pytest.fixture(autouse=True)
-def the_same_orders_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every test, whichever ran before: a bug that shows only in some orders is caught each time or never."""
-    monkeypatch.setattr(emulator, "_seeds", itertools.count())
 
 
 def replaced(text: str, old: str, new: str) -> str:
@@ -32,9 +26,9 @@ def replaced(text: str, old: str, new: str) -> str:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_every_kernel_says_how_many_threads_a_group_has(path: Path) -> None:
-    source = "#define SCALAR float\n" + path.read_text(encoding="ascii")
-    assert all(kernel.max_threads for kernel in parser.parse(preprocess(source)).kernels)
-    silent = re.sub(r", max_total_threads_per_threadgroup\([^()]*\)", "", source)
+    text = "#define SCALAR float\n" + source(path.stem)
+    assert all(kernel.max_threads for kernel in parser.parse(preprocess(text)).kernels)
+    silent = re.sub(r", max_total_threads_per_threadgroup\([^()]*\)", "", text)
     library = emulator.compile_shader(silent)
     for name in dir(library):
         with pytest.raises(ValueError, match=rf"kernel {name}: it has no \[\[max_total_threads_per_threadgroup"):

@@ -11,7 +11,7 @@ import emulator
 import pytest
 import torch
 from emulator import CompileError, KernelError
-from test_planted_bugs import OUTSIDE, replaced, the_same_orders_of_threads  # noqa: F401
+from test_planted_bugs import OUTSIDE, replaced
 from torch import Tensor
 
 from omniops.backends.mps import carafe as shipped

@@ -1,29 +1,30 @@
 """Mistakes put into deform_conv2d's kernels: the emulator, or a comparison with the oracle, has to catch them."""
 
-from pathlib import Path
 from typing import Any
 
 import emulator
 import pytest
 import torch
 from emulator import KernelError
-from problems import DeformConv2d, arguments, doubled, error, results
-from test_planted_bugs import OUTSIDE, replaced, the_same_orders_of_threads  # noqa: F401
+from problems import DeformConv2d, arguments, error, oracle, results
+from test_planted_bugs import OUTSIDE, replaced
 
-from omniops.backends.mps import deform_conv2d
+from omniops.backends.mps import _segments, deform_conv2d
+from omniops.backends.mps._library import source
 from omniops.backends.reference import deform_conv2d as reference
 
-DEFORM_CONV2D = (Path(deform_conv2d.__file__).parent / "deform_conv2d.metal").read_text(encoding="ascii")
+DEFORM_CONV2D, SEGMENTS = source("deform_conv2d"), source("segments")
 
 
-def run_deform_conv2d(metal: str, case: DeformConv2d, patch: pytest.MonkeyPatch) -> None:
-    """The kernels of deform_conv2d from this source, in float32, against the oracle."""
-    library = emulator.compile_shader(metal)
+def run_deform_conv2d(metal: str, case: DeformConv2d, patch: pytest.MonkeyPatch, segments: str = SEGMENTS) -> None:
+    """The kernels of deform_conv2d from these sources, in float32, against the oracle."""
+    library, of_segments = emulator.compile_shader(metal), emulator.compile_shader(segments)
     patch.setattr(deform_conv2d, "library", lambda name, dtype: library)
+    patch.setattr(_segments, "library", lambda name: of_segments)
     for operator in ("deform_conv2d", "deform_conv2d_backward"):
-        given = arguments(operator, case, torch.float32)
-        expected = results(getattr(reference, operator)(*doubled(given)))
-        found = results(emulator.launched(getattr(deform_conv2d, operator), *given))
+        args = arguments(operator, case, torch.float32)
+        expected = oracle(reference, operator, args)
+        found = results(emulator.launched(getattr(deform_conv2d, operator), *args))
         for result, wanted in zip(found, expected, strict=True):
             assert error(result, wanted) < 1e-5, "wrong result"
 
@@ -41,10 +42,10 @@ def test_the_shipped_deform_conv2d_passes(case: DeformConv2d, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("old", "new", "error", "message"),
     [
-        pytest.param("row + 1 < z.height", "row < z.height", KernelError, OUTSIDE, id="a row below the map"),
+        pytest.param("row + 1 < height", "row < height", KernelError, OUTSIDE, id="a row below the map"),
         pytest.param("row >= 0", "row >= -1", KernelError, OUTSIDE, id="a row above the map"),
         pytest.param("y >= -1.0f && y < float(z.height) && ", "", KernelError, OUTSIDE, id="rows far outside"),
-        pytest.param("column + 1 < z.width", "true", (KernelError, AssertionError), f"wrong result|{OUTSIDE}",
+        pytest.param("column + 1 < width", "true", (KernelError, AssertionError), f"wrong result|{OUTSIDE}",
                      id="the next row for the right border"),
         pytest.param("if (lane == 0 && i < count)", "if (lane < 2 && i < count)", KernelError, "a data race",
                      id="two lanes write a sample"),
@@ -60,11 +61,9 @@ def test_the_shipped_deform_conv2d_passes(case: DeformConv2d, monkeypatch: pytes
                      (KernelError, AssertionError), f"wrong result|a data race|nothing wrote|{OUTSIDE}",
                      id="counted in two steps"),
         pytest.param("rows[other] < row", "rows[other] <= row", (KernelError, AssertionError),
-                     f"wrong result|{OUTSIDE}|a data race|nothing wrote", id="places from one on"),
+                     f"wrong result|{OUTSIDE}|a data race|nothing wrote", id="slots from one on"),
         pytest.param("k < cell.y; k +=", "k < cell.y - 1; k +=", AssertionError, "wrong result",
                      id="not the last samples of a cell"),
-        pytest.param("ushort(31)) + before", "ushort(31))", (KernelError, AssertionError),
-                     "a data race|wrong result|nothing wrote", id="cells share segments"),
         pytest.param("c < z.offset_group_channels;", "true;", KernelError, f"a data race|not aligned|{OUTSIDE}",
                      id="channels that are not there"),
         pytest.param("grid - n * z.offset_groups", "0", (KernelError, AssertionError),
@@ -78,3 +77,10 @@ def test_bugs_in_deform_conv2d(
 ) -> None:
     with pytest.raises(error, match=message):
         run_deform_conv2d(replaced(DEFORM_CONV2D, old, new), case, monkeypatch)
+
+
+@pytest.mark.parametrize("case", [FOURS, ONES], ids=str)
+def test_segments_that_cells_share(case: DeformConv2d, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug = replaced(SEGMENTS, "ushort(31)) + before", "ushort(31))")
+    with pytest.raises((KernelError, AssertionError), match=r"a data race|wrong result|nothing wrote"):
+        run_deform_conv2d(DEFORM_CONV2D, case, monkeypatch, bug)

@@ -1,6 +1,5 @@
 """torchvision.ops.deform_conv2d on Apple GPUs: the kernels that omniops.enable registers, in the emulator."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import emulator
@@ -9,19 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import omniops
-from omniops.backends.mps._library import library
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed", exc_type=ImportError)
-
-
-@pytest.fixture(autouse=True)
-def _emulated() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.mps, "compile_shader", emulator.compile_shader)
-        library.cache_clear()
-        yield
-    library.cache_clear()
-    omniops.disable()
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 class AsOnMps(TorchDispatchMode):

@@ -122,12 +122,12 @@ def test_pack_keeps_masks_channels_last():
     pack = omniops.CARAFEPack(8, 2, up_kernel=3, up_group=2, compressed_channels=4)
     torch.nn.init.normal_(pack.content_encoder.weight)
     x = torch.randn(2, 8, 5, 6)
-    seen = []
-    pack.feature_reassemble = lambda x, mask: seen.append(mask) or x
+    masks = []
+    pack.feature_reassemble = lambda x, mask: masks.append(mask) or x
     pack(x)
     pack.to(memory_format=torch.channels_last)
     pack(x.contiguous(memory_format=torch.channels_last))
-    usual, channels_last = seen
+    usual, channels_last = masks
     assert usual.is_contiguous()
     assert channels_last.shape == usual.shape == (2, 18, 10, 12)
     assert channels_last.stride() == (18 * 10 * 12, 1, 18 * 12, 18)
@@ -144,11 +144,11 @@ def test_packs_masks_stay_in_the_dtype_of_autocast(memory_format, monkeypatch):
 
     monkeypatch.setattr(F, "softmax", as_autocast_has_it_on_gpus)
     pack = omniops.CARAFEPack(8, 2, up_kernel=3, compressed_channels=4).to(memory_format=memory_format)
-    seen = []
-    pack.feature_reassemble = lambda x, mask: seen.append(mask.dtype) or x
+    dtypes = []
+    pack.feature_reassemble = lambda x, mask: dtypes.append(mask.dtype) or x
     with torch.autocast("cpu", torch.bfloat16):
         pack(torch.randn(1, 8, 5, 6).contiguous(memory_format=memory_format))
-    assert seen == [torch.bfloat16]
+    assert dtypes == [torch.bfloat16]
 
 
 def test_pack_learns():
@@ -187,13 +187,13 @@ def test_pack_learns_nothing_from_an_empty_batch():
     assert all(not parameter.grad.any() for parameter in pack.parameters())
 
 
-@pytest.mark.parametrize("whole", [2.0, np.float32(2), np.float64(2)])
-def test_packs_take_a_whole_float_for_a_factor(whole):
+@pytest.mark.parametrize("factor", [2.0, np.float32(2), np.float64(2)])
+def test_packs_take_a_whole_float_for_a_factor(factor):
     """As ``nn.Upsample`` does, whose factors are floats."""
-    pack = omniops.CARAFEPack(4, whole)
+    pack = omniops.CARAFEPack(4, factor)
     assert type(pack.scale_factor) is int
     assert pack(torch.randn(1, 4, 3, 5)).shape == (1, 4, 6, 10)
-    downsample = omniops.CARAFEDownsamplePack(4, whole)
+    downsample = omniops.CARAFEDownsamplePack(4, factor)
     assert type(downsample.stride) is int
     assert downsample(torch.randn(1, 4, 3, 5)).shape == (1, 4, 2, 3)
 
@@ -231,6 +231,7 @@ def test_downsample_pack_begins_as_the_mean_of_each_kernel():
     torch.testing.assert_close(pack(x), F.avg_pool2d(x, 5, 2, 2), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 1)])
 def test_downsample_pack_learns_and_compiles(size):
     torch.manual_seed(0)

@@ -38,9 +38,9 @@ def test_deform_conv2d_is_the_function():
     x = torch.randn(2, 4, 5, 6)
     size = F.conv2d(x, module.weight, None, *NUMBERS, groups=2).shape[2:]
     offset, mask = torch.randn(2, 2 * 12, *size), torch.rand(2, 12, *size)
-    for given in (None, mask):
-        expected = omniops.deform_conv2d(x, offset, module.weight, module.bias, *NUMBERS, mask=given)
-        assert torch.equal(module(x, offset, given), expected)
+    for optional_mask in (None, mask):
+        expected = omniops.deform_conv2d(x, offset, module.weight, module.bias, *NUMBERS, mask=optional_mask)
+        assert torch.equal(module(x, offset, optional_mask), expected)
     assert torch.equal(module(x, offset=offset, mask=mask), module(x, offset, mask))
     plain = F.conv2d(x, module.weight, module.bias, *NUMBERS, groups=2)
     torch.testing.assert_close(module(x, torch.zeros_like(offset)), plain, rtol=1e-5, atol=1e-5)
@@ -140,9 +140,9 @@ def test_packs_load_what_mmcv_saved_before_its_version_2(pack):
         assert load_as_mmengine_does(loaded, state) == ([] if may_lack else missing)
         for name in missing:
             assert torch.equal(loaded.state_dict()[name], before[name])
-    both, loaded = old(1), model(1)
-    both.update({name: expected[name] * 2 for name in missing})
-    assert not load_as_mmengine_does(loaded, both)
+    state_dict, loaded = old(1), model(1)
+    state_dict.update({name: expected[name] * 2 for name in missing})
+    assert not load_as_mmengine_does(loaded, state_dict)
     for name in missing:
         assert torch.equal(loaded.state_dict()[name], expected[name] * 2)
     with pytest.raises(RuntimeError, match=r"1\.conv2_offset\.weight"):
@@ -371,13 +371,13 @@ def test_modulated_deform_conv2d_called_as_mmcvs():
     assert torch.equal(module(x, mask=mask, offset=offset), expected)
     assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x, offset, mask), expected)
     assert (module.deform_groups, module.transposed, module.output_padding) == (2, False, (0,))
-    for given, message in (
+    for args, message in (
         ((offset,), "mask must be a torch.Tensor, got NoneType: give both offset and mask, or neither"),
         ((None, mask), "offset must be a torch.Tensor, got NoneType: give both offset and mask, or neither"),
         ((3, mask), "offset must be a torch.Tensor, got int"),
     ):
         with pytest.raises(TypeError) as caught:
-            module(x, *given)
+            module(x, *args)
         assert str(caught.value) == message
     with pytest.raises(ValueError, match=r"^offset must have deform_groups \* kh \* kw \* 2 = 24 channels, got 12$"):
         module(x, offset[:, :12], mask[:, :6])

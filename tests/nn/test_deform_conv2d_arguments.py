@@ -34,9 +34,9 @@ def test_named_paddings_are_those_of_conv2d(kernel_size, dilation):
             assert f"padding={padding}" in repr(module)
             module.load_state_dict({**module.state_dict(), **plain.state_dict()})
             taps = math.prod(module.kernel_size)
-            given = (torch.zeros(2, 2 * taps, *expected.shape[2:]).double(),) if make is omniops.DeformConv2d else ()
+            offsets = (torch.zeros(2, 2 * taps, *expected.shape[2:]).double(),) if make is omniops.DeformConv2d else ()
             bias = plain.bias[:, None, None]
-            torch.testing.assert_close(module(x, *given), (expected - bias) * 0.5 + bias if half else expected)
+            torch.testing.assert_close(module(x, *offsets), (expected - bias) * 0.5 + bias if half else expected)
     # Moved taps and their gradients: the same convolution of a map with the zeros put around it.
     module = omniops.DeformConv2d(4, 6, padding="same", **arguments).double()
     total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]

@@ -4,6 +4,7 @@ mmcv's signatures and parameters are those of mmcv 2.1, whose package need not b
 """
 
 import inspect
+from operator import attrgetter
 
 import pytest
 import torch
@@ -26,6 +27,16 @@ SIGNATURES = {
     "DeformConv2dPack": ([*CONVOLUTION, "offset_groups", "bias", "im2col_step"], [1, 0, 1, 1, 1, False, 32]),
     "ModulatedDeformConv2d": ([*CONVOLUTION, "offset_groups", "bias"], [1, 0, 1, 1, 1, True]),
     "ModulatedDeformConv2dPack": ([*CONVOLUTION, "offset_groups", "bias"], [1, 0, 1, 1, 1, True]),
+    "nn.MultiScaleDeformableAttention": (
+        ["embed_dims", "num_heads", "num_levels", "num_points", "im2col_step", "dropout", "batch_first", "norm_cfg",
+         "init_cfg", "value_proj_ratio"],
+        [256, 8, 4, 4, 64, 0.1, False, None, None, 1.0],
+    ),
+    "nn.MultiScaleDeformableAttention.forward": (
+        ["self", "query", "key", "value", "identity", "query_pos", "key_padding_mask", "reference_points",
+         "spatial_shapes", "level_start_index", "kwargs"],
+        [None] * 8,
+    ),
     "modulated_deform_conv2d": (
         ["input", "offset", "mask", "weight", "bias", "stride", "padding", "dilation", "groups", "deform_groups"],
         [None, 1, 0, 1, 1, 1],
@@ -36,7 +47,9 @@ SIGNATURES = {
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_positional_arguments_are_mmcvs(name):
     names, defaults = SIGNATURES[name]
-    parameters = [p for p in inspect.signature(getattr(omniops, name)).parameters.values() if p.kind != p.KEYWORD_ONLY]
+    parameters = [
+        p for p in inspect.signature(attrgetter(name)(omniops)).parameters.values() if p.kind != p.KEYWORD_ONLY
+    ]
     assert [p.name for p in parameters] == names
     assert [p.default for p in parameters if p.default is not p.empty] == defaults
 
@@ -49,6 +62,8 @@ def test_mmcvs_keywords(name, keyword):
 
 
 CONV_OFFSET = {"conv_offset.weight", "conv_offset.bias"}
+# Of Deformable DETR's own MSDeformAttn too.
+PROJECTIONS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 PARAMETERS = {
     "CARAFE": ((3, 1, 2), set()),
     "CARAFENaive": ((3, 1, 2), set()),
@@ -58,13 +73,17 @@ PARAMETERS = {
     "DeformConv2dPack": ((4, 4, 3), {"weight", *CONV_OFFSET}),
     "ModulatedDeformConv2d": ((4, 4, 3), {"weight", "bias"}),
     "ModulatedDeformConv2dPack": ((4, 4, 3), {"weight", "bias", *CONV_OFFSET}),
+    "nn.MultiScaleDeformableAttention": (
+        (16, 2), {f"{layer}.{p}" for layer in PROJECTIONS for p in ("weight", "bias")},
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_state_dicts_of_mmcv_load_strictly(name):
     arguments, keys = PARAMETERS[name]
-    module = getattr(omniops, name)(*arguments)
+    module = attrgetter(name)(omniops)(*arguments)
+    assert name != "nn.MultiScaleDeformableAttention" or keys == module.state_dict().keys()
     state = {key: torch.randn_like(module.state_dict()[key]) for key in keys}
     module.load_state_dict(state, strict=True)
     assert all(torch.equal(module.state_dict()[key], state[key]) for key in keys)
@@ -111,6 +130,6 @@ def test_torchvisions_module():
     module = omniops.DeformConv2d(4, 6, 3, groups=2)
     module.load_state_dict(peer.state_dict(), strict=True)
     peer.load_state_dict(module.state_dict(), strict=True)
-    given = torch.randn(1, 4, 6, 6), torch.randn(1, 18, 4, 4), torch.rand(1, 9, 4, 4)
-    torch.testing.assert_close(module(*given), peer(*given), rtol=1e-5, atol=1e-5)
+    inputs = torch.randn(1, 4, 6, 6), torch.randn(1, 18, 4, 4), torch.rand(1, 9, 4, 4)
+    torch.testing.assert_close(module(*inputs), peer(*inputs), rtol=1e-5, atol=1e-5)
     assert inspect.signature(module.forward).parameters.keys() == inspect.signature(peer.forward).parameters.keys()

@@ -265,20 +265,20 @@ def test_a_new_convolution_has_the_dtype_of_the_old():
     assert model(torch.zeros(1, 3, 4, 4)).dtype == torch.bfloat16
 
 
-def test_new_layers_are_where_the_layer_is_called():
+def test_new_layers_are_on_the_device_of_the_layers_input():
     class Split(nn.Module):
         def __init__(self):
             super().__init__()
-            self.here = nn.Conv2d(3, 3, 1)
+            self.conv = nn.Conv2d(3, 3, 1)
             self.up = nn.Upsample(scale_factor=2)
 
         def forward(self, x):
-            return self.up(self.here(x).to("meta"))
+            return self.up(self.conv(x).to("meta"))
 
     model = Split()
     replace_upsampling(model, torch.zeros(1, 3, 4, 4))
     assert model.up.channel_compressor.weight.is_meta
-    assert not model.here.weight.is_meta
+    assert not model.conv.weight.is_meta
 
 
 def test_compile_export_and_gradients():

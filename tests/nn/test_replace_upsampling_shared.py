@@ -104,7 +104,7 @@ def test_compile_and_export():
         torch.testing.assert_close(dynamic(x), model.upsample(x), rtol=1e-4, atol=1e-5)
 
 
-def test_each_is_where_its_level_is_called():
+def test_every_pack_is_on_the_device_of_its_level():
     class Split(Neck):
         def level(self, level, high, low):
             return self.upsample(self.reduce_layers[level](high).to("meta" if level == 0 else "cpu"))
@@ -116,8 +116,8 @@ def test_each_is_where_its_level_is_called():
     }  # fmt: skip
 
 
-class Places(nn.Module):
-    """One layer in three places, of which the model calls two, and a block in two that holds another."""
+class SharedLayers(nn.Module):
+    """One layer that three modules hold, of which the model calls two, and a block under two names."""
 
     def __init__(self):
         super().__init__()
@@ -133,8 +133,8 @@ class Places(nn.Module):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_layer_in_several_places(known):
-    model, x = Places(), torch.randn(1, 3, 2, 2)
+def test_a_layer_that_several_modules_hold(known):
+    model, x = SharedLayers(), torch.randn(1, 3, 2, 2)
     unused = model.unused[0]
     report = replace_upsampling(model, x if known else None)
     assert [(name, new) for name, _, new in report.changed] == [
@@ -150,8 +150,8 @@ def test_a_layer_in_several_places(known):
     assert model(x).shape == (1, 4, 24, 24)
 
 
-def test_places_are_as_they_were_after_an_error():
-    model = Places()
+def test_modules_are_as_they_were_after_an_error():
+    model = SharedLayers()
     before = dict(model.named_modules(remove_duplicate=False))
     with pytest.raises(RuntimeError):
         replace_upsampling(model, torch.randn(1, 2, 2, 2))
@@ -160,8 +160,8 @@ def test_places_are_as_they_were_after_an_error():
     assert dict(model.named_modules(remove_duplicate=False)) == before
 
 
-def test_one_of_several_places_excluded():
-    model = Places()
+def test_a_shared_layer_is_excluded_by_one_of_its_names():
+    model = SharedLayers()
     up = model.first[1]
     report = replace_upsampling(model, torch.randn(1, 3, 2, 2), exclude=["second.*", "unused.*"])
     assert [name for name, *_ in report.changed] == ["first.1", "block.1"]

@@ -1,7 +1,7 @@
 """Each operator that has derivatives, on each device."""
 
 import pytest
-from differentiable import DEVICES, Problem, carafe, deform_conv2d
+from differentiable import DEVICES, PROBLEMS, Problem
 
 
 @pytest.fixture(params=DEVICES)
@@ -9,7 +9,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[carafe, deform_conv2d], ids=["carafe", "deform_conv2d"])
+@pytest.fixture(params=PROBLEMS, ids=lambda problem: problem.__name__)
 def problem(request: pytest.FixtureRequest) -> Problem:
     """On the CPU, in float32."""
     return request.param()

@@ -28,7 +28,7 @@ def gradients(module, x):
 def train(rank, store):
     """Two steps in each way; the gradients must be the mean over both batches."""
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    expected = [sum(each) / 2 for each in zip(*(gradients(model(), batch(i)) for i in range(2)), strict=True)]
+    expected = [sum(pair) / 2 for pair in zip(*(gradients(model(), batch(i)) for i in range(2)), strict=True)]
     for options in ({}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True, "static_graph": True}):
         parallel = DistributedDataParallel(model(), **options)
         for _ in range(2):

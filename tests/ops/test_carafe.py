@@ -36,8 +36,8 @@ def test_opcheck(device, s, t, layout):
     )
     sizes = (3, 2, s, t)
     torch.library.opcheck(torch.ops.omniops.carafe.default, (features, masks, *sizes))
-    for given in ((features, masks), (features, None), (None, masks)):
-        torch.library.opcheck(torch.ops.omniops.carafe_backward.default, (grad, *given, 3, 6, *sizes))
+    for inputs in ((features, masks), (features, None), (None, masks)):
+        torch.library.opcheck(torch.ops.omniops.carafe_backward.default, (grad, *inputs, 3, 6, *sizes))
 
 
 @pytest.mark.parametrize("device", [d for d in DEVICES if d != "mps"])
@@ -96,6 +96,7 @@ def test_a_second_derivative_of_one_gradient_alone(first, second):
         torch.testing.assert_close(*derivatives)
 
 
+@pytest.mark.slow
 @ON_DEVICES
 def test_compile_without_a_graph_break(device):
     def function(f, m):
@@ -326,21 +327,21 @@ def test_errors_of_downsampling_and_of_the_gradients():
         torch.ops.omniops.carafe_backward(grad, F, grad, 3, 3, 3, 1, 2, 1)
 
 
-def test_the_shape_of_masks_is_told_in_the_arguments_that_were_given():
-    def told(function, *arguments):
+def test_errors_give_the_shape_of_masks_in_the_callers_arguments():
+    def message(function, *arguments):
         with pytest.raises(ValueError, match="masks must have shape") as caught:
             function(*arguments)
         return str(caught.value)
 
-    assert told(omniops.carafe, F, M, 3, 1, 3) == (
+    assert message(omniops.carafe, F, M, 3, 1, 3) == (
         "masks must have shape (N, group_size * kernel_size**2, H * scale_factor, W * scale_factor) = (1, 9, 9, 9), "
         "got (1, 9, 6, 6)"
     )
-    assert told(omniops.carafe_downsample, F, M, 3, 1, 2) == (
+    assert message(omniops.carafe_downsample, F, M, 3, 1, 2) == (
         "masks must have shape (N, group_size * kernel_size**2, ceil(H / stride), ceil(W / stride)) = (1, 9, 2, 2), "
         "got (1, 9, 6, 6)"
     )
-    assert told(torch.ops.omniops.carafe, F, M, 3, 1, 2, 3) == (
+    assert message(torch.ops.omniops.carafe, F, M, 3, 1, 2, 3) == (
         "masks must have shape (N, group_size * kernel_size**2, ceil(H / stride) * scale_factor, "
         "ceil(W / stride) * scale_factor) = (1, 9, 2, 2), got (1, 9, 6, 6)"
     )

@@ -178,6 +178,7 @@ def test_specks_are_removed(device, shape, dtype):
         assert torch.equal(result.cpu(), torch.where(small, torch.tensor(removed, dtype=dtype), mask))
 
 
+@pytest.mark.slow
 @ON_DEVICES
 def test_specks_of_every_dtype_are_removed_without_a_graph_break(device):
     mask = noise(2, 3, 8, 9).to(device)
@@ -254,19 +255,19 @@ def test_operators_that_may_lack_the_unsigned_dtypes_never_see_them(dtype):
 
         def __init__(self):
             super().__init__()
-            self.seen = set()
+            self.called = set()
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            if any(isinstance(each, torch.Tensor) and each.dtype == dtype for each in (*args, result)):
-                self.seen.add(function)
+            if any(isinstance(value, torch.Tensor) and value.dtype == dtype for value in (*args, result)):
+                self.called.add(function)
             return result
 
     mask = torch.tensor([[300, 0, 0], [0, 0, 9]], dtype=dtype)[None, None]
     with Operators() as operators:
         omniops.remove_small_components(mask, 2)
         reference.connected_components(mask, 8)
-    assert operators.seen <= {torch.ops.aten.view.dtype, torch.ops.aten.detach.default}
+    assert operators.called <= {torch.ops.aten.view.dtype, torch.ops.aten.detach.default}
 
 
 def test_negative_integers_are_foreground_and_not_a_number_is_neither():

@@ -27,7 +27,7 @@ TENSORS = ("input", "offset", "weight", "bias", "mask")
 def problem(
     device="cpu", dtype=torch.float32, n=2, c=4, h=4, w=5, c_out=6, kernel=KERNEL, offset_groups=2, requires_grad=False
 ):
-    """input, offset, weight, bias, mask, grad. Offsets are odd sixteenths: no sample is at a whole place, where there
+    """input, offset, weight, bias, mask, grad. Offsets are odd sixteenths: no sample lies on a pixel, where there
     is no derivative."""
     generator = torch.Generator().manual_seed(0)
     size = [
@@ -57,6 +57,7 @@ def call(input, offset, weight, bias=None, mask=None):
     return omniops.deform_conv2d(input, offset, weight, bias, *map(tuple, NUMBERS), mask=mask)
 
 
+@pytest.mark.slow
 @ON_DEVICES
 @pytest.mark.parametrize(
     ("optional", "layout"),
@@ -103,10 +104,10 @@ def test_gradients_of_first_and_second_order(device, optional):
         differentiable = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
 
         def function(*values, name=name, arguments=arguments, differentiable=differentiable):
-            given = list(arguments)
+            replaced = list(arguments)
             for i, value in zip(differentiable, values, strict=True):
-                given[i] = value
-            results = getattr(torch.ops.omniops, name)(*given)
+                replaced[i] = value
+            results = getattr(torch.ops.omniops, name)(*replaced)
             # The gradient of no mask is of no elements, and no output to be checked.
             return [x for x in results if x.numel()] if isinstance(results, tuple) else results
 
@@ -145,6 +146,7 @@ def test_only_what_is_asked_for_is_differentiated(monkeypatch):
         assert [x.grad is not None for x in tensors] == [j == i for j in range(5)]
 
 
+@pytest.mark.slow
 @ON_DEVICES
 @pytest.mark.parametrize("optional", [True, False], ids=["mask and bias", "neither"])
 def test_compile_without_a_graph_break(device, optional):
@@ -154,10 +156,10 @@ def test_compile_without_a_graph_break(device, optional):
     compiled = torch.compile(function, fullgraph=True)
     for height in (4, 7):  # the second shape recompiles with dynamic sizes
         *tensors, grad = problem(device, h=height, requires_grad=True)
-        given = tensors if optional else [*tensors[:3], None, None]
-        leaves = [x for x in given if x is not None]
-        expected = function(*given)
-        result = compiled(*given)
+        inputs = tensors if optional else [*tensors[:3], None, None]
+        leaves = [x for x in inputs if x is not None]
+        expected = function(*inputs)
+        result = compiled(*inputs)
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
             torch.autograd.grad(result, leaves, grad), torch.autograd.grad(expected, leaves, grad), rtol=1e-4, atol=1e-4

@@ -19,8 +19,8 @@ def busy():
 def test_calls_go_to_the_current_stream(problem):
     """Also those of a kind that was kept on another: a launch anywhere else would read what is not there yet."""
     expected = problem.expected()
-    there = problem.to("cuda")
-    there.gradients()
+    moved = problem.to("cuda")
+    moved.gradients()
     for stream in (torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.default_stream()):
         values = problem.to("cuda")
         poisoned = [torch.full_like(x, torch.nan) for x in (*values.tensors, values.grad)]
@@ -37,27 +37,27 @@ def test_calls_go_to_the_current_stream(problem):
 
 
 def test_in_a_graph_forward_and_backward(problem):
-    there = problem.to("cuda")
+    moved = problem.to("cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
-            there.gradients()
+            moved.gradients()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = there.gradients()
+        captured = moved.gradients()
     for factor in (1.0, 0.5):
         with torch.no_grad():
-            for x in (*there.tensors, there.grad):
+            for x in (*moved.tensors, moved.grad):
                 x.mul_(factor)
         graph.replay()
-        assert_close(captured, there.gradients())
+        assert_close(captured, moved.gradients())
 
 
 def test_a_first_call_while_a_graph_is_recorded_elsewhere_and_later_ones_within(problem):
     """As make_graphed_callables has it: warm-up on a side stream, then capture."""
-    there = problem.to("cuda")
-    graphed = torch.cuda.make_graphed_callables(problem.function, tuple(there.tensors))
+    moved = problem.to("cuda")
+    graphed = torch.cuda.make_graphed_callables(problem.function, tuple(moved.tensors))
     other = problem.to("cuda")
     assert_close(other.gradients(graphed), problem.expected())
 
@@ -67,22 +67,22 @@ def test_threads_with_streams_of_their_own(problem):
     work = [(dtype, n) for n in range(4) for dtype in (torch.float32, torch.float16)]
     start = threading.Barrier(len(work))
 
-    def both_ways(item):
-        there = problem.to("cuda", item[0])
+    def repeat_gradients(item):
+        moved = problem.to("cuda", item[0])
         torch.cuda.synchronize()
         start.wait(60)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            found = [there.gradients() for _ in range(3)]
+            found = [moved.gradients() for _ in range(3)]
         stream.synchronize()
         return found
 
     with ThreadPoolExecutor(len(work)) as pool:
-        results = list(pool.map(both_ways, work))
+        results = list(pool.map(repeat_gradients, work))
     for (dtype, _), found in zip(work, results, strict=True):
         expected = problem.to("cuda", dtype).gradients()
-        for each in found:
-            for one, other in zip(each, expected, strict=True):
+        for gradients in found:
+            for one, other in zip(gradients, expected, strict=True):
                 # GPUs may add the gradients of a pixel in any order.
                 tolerance = 1e-5 if dtype == torch.float32 else 2e-3
                 assert (one - other).abs().max() <= tolerance * other.abs().max()
@@ -92,22 +92,22 @@ def test_views_that_vectors_cannot_be_read_from(problem):
     """After an aligned call of the same shapes and strides, for which another kernel is kept."""
     expected = problem.expected()
     for offset in (0, 1, 2, 3, 0):
-        there = problem.to("cuda")
-        moved = []
-        for x in (*there.tensors, there.grad):
+        moved = problem.to("cuda")
+        shifted = []
+        for x in (*moved.tensors, moved.grad):
             memory = x.new_empty(x.numel() + offset)
-            moved.append(memory[offset:].view(x.shape).copy_(x.detach()))
-        there.tensors, there.grad = [x.detach().requires_grad_() for x in moved[:-1]], moved[-1]
-        assert there.tensors[0].data_ptr() % 16 == 4 * offset
-        assert_close(there.gradients(), expected)
+            shifted.append(memory[offset:].view(x.shape).copy_(x.detach()))
+        moved.tensors, moved.grad = [x.detach().requires_grad_() for x in shifted[:-1]], shifted[-1]
+        assert moved.tensors[0].data_ptr() % 16 == 4 * offset
+        assert_close(moved.gradients(), expected)
 
 
 def test_the_profiler_sees_operators_and_kernels(problem):
-    there = problem.to("cuda")
-    there.gradients()
+    moved = problem.to("cuda")
+    moved.gradients()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        there.gradients()
+        moved.gradients()
         torch.cuda.synchronize()
     events = {event.key: event for event in profiler.key_averages()}
     for name in (f"omniops::{problem.name}", f"omniops::{problem.name}_backward"):

@@ -14,6 +14,8 @@ SMALL = torch.rand(1, 9, 2, 3, generator=torch.Generator().manual_seed(2))
 OFFSET = torch.randn(1, 18, 2, 3, generator=torch.Generator().manual_seed(3))
 WEIGHT = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(4))
 MASK = torch.rand(1, 1, 6, 7, generator=torch.Generator().manual_seed(5)) > 0.5
+PLACES = torch.rand(1, 2, 3, 3, 2, generator=torch.Generator().manual_seed(6))
+WEIGHTS = torch.rand(1, 2, 3, 3, generator=torch.Generator().manual_seed(7))
 
 # Of each function: how it is called with these numbers.
 CALLS = {
@@ -25,6 +27,9 @@ CALLS = {
     ),
     "modulated_deform_conv2d": (
         lambda *n: omniops.modulated_deform_conv2d(FEATURES, OFFSET, SMALL, WEIGHT, None, *n), (2, 1, 1, 1, 1),
+    ),
+    "multi_scale_deform_attn": (
+        lambda h, w, p: omniops.multi_scale_deform_attn(FEATURES, [(h, 1), (1, w)], PLACES, WEIGHTS, [p, 1]), (3, 1, 2),
     ),
     "connected_components": (lambda *n: omniops.connected_components(MASK, *n)[1], (4,)),
     "fill_holes": (lambda *n: omniops.fill_holes(MASK.float(), *n), (2,)),
@@ -57,8 +62,8 @@ class Numbers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "omniops":
-            for arg in args:
-                if not isinstance(arg, torch.Tensor) and arg is not None:
+            for arg, described in zip(args, func._schema.arguments, strict=False):
+                if not isinstance(arg, torch.Tensor) and arg is not None and str(described.type) != "bool":
                     self.types |= {type(number) for number in (arg if isinstance(arg, (list, tuple)) else (arg,))}
         return func(*args, **(kwargs or {}))
 
@@ -68,9 +73,9 @@ def test_every_kind_is_the_int_that_it_stands_for(name):
     call, numbers = CALLS[name]
     expected = call(*numbers)
     for kind in KINDS:
-        with Numbers() as seen:
+        with Numbers() as mode:
             assert torch.equal(call(*map(kind, numbers)), expected)
-        assert seen.types == {int}
+        assert mode.types == {int}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -78,9 +83,9 @@ def test_what_is_no_integer_is_refused(name):
     call, numbers = CALLS[name]
     wrong = (True, np.bool_(True), 1.0, np.float32(1), torch.tensor(1.0), torch.tensor(True), torch.tensor([1]))
     for value in (*wrong, np.array([1]), np.array(1.0), np.array(True), b"1", None):
-        for place in range(len(numbers)):
-            with pytest.raises(TypeError, match=r"^\w+ must be an int( or two)?, got "):
-                call(*numbers[:place], value, *numbers[place + 1 :])
+        for index in range(len(numbers)):
+            with pytest.raises(TypeError, match=r"^\w+ must (be an int( or two)?|hold ints), got "):
+                call(*numbers[:index], value, *numbers[index + 1 :])
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -109,9 +114,9 @@ def test_sizes_of_a_traced_tensor(name, dynamic):
 def test_integers_of_ones_own_under_compile(name):
     """NumPy's become arrays there, whose values PyTorch's own convolution cannot take either."""
     call, numbers = CALLS[name]
-    given = tuple(map(Index, numbers))
+    indices = tuple(map(Index, numbers))
     torch._dynamo.reset()
-    compiled = torch.compile(lambda: call(*given), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda: call(*indices), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(), call(*numbers))
 
 
@@ -125,7 +130,7 @@ def test_what_the_checks_return():
     for wrong in (np.array([1.0, 2.0]), np.array([True, False]), torch.tensor([1, 2, 3]), np.array([[1, 2]])):
         with pytest.raises(TypeError, match=r"^a must be an int or two, got "):
             _checks.pair("a", wrong)
-    assert _checks.whole(a=2.0, b=np.float32(3), c=np.int64(4)) == [2, 3, 4]
+    assert _checks.whole_number(a=2.0, b=np.float32(3), c=np.int64(4)) == [2, 3, 4]
     assert _checks.boolean(a=np.True_, b=False) == [True, False]
     with pytest.raises(ValueError, match=r"^a must be below 2\*\*63, got 9223372036854775808$"):
         _checks.integer(a=np.uint64(2**63))

@@ -19,15 +19,15 @@ import torch
 import omniops
 from omniops.backends import prepared
 from omniops.ops import _library
-from omniops.ops._library import MOST_KEPT, Result
+from omniops.ops._library import MAX_KEPT, Result
 
 NEEDS_FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 IGNORES_FORK_WARNING = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 
 
-def kept_of(checked):
+def kept_of(function):
     """The dict in which an operator keeps what its calls need."""
-    return dict(zip(checked.__code__.co_freevars, checked.__closure__, strict=True))["kept"].cell_contents
+    return dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))["kept"].cell_contents
 
 
 class Operator:
@@ -55,11 +55,11 @@ class Operator:
         if self.failing:
             raise MemoryError("no memory to prepare it")
         product = float(np.prod(factors))
-        seen = x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
+        described = x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
 
         def run(x, factors):
             self.runs += 1
-            assert seen == (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+            assert described == (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
             assert product == np.prod(factors)
             return x * product
 
@@ -114,14 +114,14 @@ def test_whatever_a_kernel_may_look_at_makes_another_kind(operator):
 
 def test_wrong_arguments_raise_the_same_each_time_and_next_to_right_ones(operator):
     operator.call(torch.ones(9), [1])
-    told = set()
+    messages = set()
     for _ in range(3):
         for x, factors in ((torch.ones(3, 3), [1]), (torch.ones(9), [-1])):
             with pytest.raises(ValueError, match="must") as caught:
                 operator.call(x, factors)
-            told.add(str(caught.value))
+            messages.add(str(caught.value))
         operator.call(torch.ones(9), [1])
-    assert told == {
+    assert messages == {
         "x must be a vector of at most 9 numbers, got shape (3, 3)",
         "factors must not be negative, got [-1]",
     }
@@ -139,32 +139,32 @@ def test_a_preparation_that_fails_keeps_nothing(operator):
 
 
 def test_the_oldest_kind_leaves_when_there_are_too_many(operator):
-    for i in range(MOST_KEPT + 100):
+    for i in range(MAX_KEPT + 100):
         operator.call(torch.ones(3), [i])
-    assert len(operator.kept) == MOST_KEPT
+    assert len(operator.kept) == MAX_KEPT
     before = operator.preparations
-    operator.call(torch.ones(3), [MOST_KEPT + 99])  # the newest, and the oldest that is left
+    operator.call(torch.ones(3), [MAX_KEPT + 99])  # the newest, and the oldest that is left
     operator.call(torch.ones(3), [100])
     assert operator.preparations == before
     operator.call(torch.ones(3), [99])  # the youngest that had to go
     assert operator.preparations == before + 1
-    assert len(operator.kept) == MOST_KEPT
+    assert len(operator.kept) == MAX_KEPT
 
 
 def test_memory_does_not_grow_with_the_kinds(operator):
     x = torch.ones(3)
 
     def more(first):
-        for i in range(first, first + MOST_KEPT):
+        for i in range(first, first + MAX_KEPT):
             operator.call(x, [i])
         gc.collect()
 
     more(0)
     tracemalloc.start()
     try:
-        more(MOST_KEPT)  # those of the first round leave
+        more(MAX_KEPT)  # those of the first round leave
         start = tracemalloc.get_traced_memory()[0]
-        more(2 * MOST_KEPT)
+        more(2 * MAX_KEPT)
         assert tracemalloc.get_traced_memory()[0] - start < 64 * 1024
     finally:
         tracemalloc.stop()
@@ -176,13 +176,13 @@ def test_threads_that_make_more_kinds_than_are_kept_at_once(operator):
 
     def work(thread):
         start.wait(30)
-        for i in range(MOST_KEPT // 2):
+        for i in range(MAX_KEPT // 2):
             x = torch.full((1 + i % 9,), 1.0)
             assert operator.call(x, [1 + i, 1 + thread % 4]).eq((1 + i) * (1 + thread % 4)).all()
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-    assert len(operator.kept) == MOST_KEPT
+    assert len(operator.kept) == MAX_KEPT
 
 
 @NEEDS_FORK
@@ -191,7 +191,7 @@ def test_a_fork_while_another_thread_keeps_something(operator):
     """The child starts with nothing kept, and its lock is not the one that the other thread of the parent's holds."""
     x = torch.ones(3)
     operator.call(x, [2])
-    lock = dict(zip((first := _first(operator)).__code__.co_freevars, first.__closure__, strict=True))["adding"]
+    lock = dict(zip((first := _first(operator)).__code__.co_freevars, first.__closure__, strict=True))["lock"]
     with lock.cell_contents:  # as the other thread would
         child = os.fork()
         if child == 0:
@@ -205,7 +205,7 @@ def test_a_fork_while_another_thread_keeps_something(operator):
 
 def _first(operator):
     call = operator.call
-    return dict(zip(call.__code__.co_freevars, call.__closure__, strict=True))["first"].cell_contents
+    return dict(zip(call.__code__.co_freevars, call.__closure__, strict=True))["prepare_and_run"].cell_contents
 
 
 def test_tensors_without_an_address_are_computed_and_not_kept(operator):
@@ -238,19 +238,22 @@ def problems(name, size=4, offset=0):
         return made(1, 4, 3, size), made(1, 9, 6, 2 * size), 3, 1, 2
     if name == "deform_conv2d":
         return made(1, 4, 3, size), made(1, 18, 3, size), made(4, 4, 3, 3), made(4), 1, 1, 1, made(1, 9, 3, size)
+    if name == "multi_scale_deform_attn":
+        value, locations, weights = made(1, 3 * size, 2, 8), made(1, 4, 2, 2, 2, 2), made(1, 4, 2, 2, 2)
+        return value, [(2, size), (1, size)], locations / 4 + 0.5, weights
     return ((made(1, 1, 3, size) > 0),)
 
 
-NAMES = ("carafe", "deform_conv2d", "connected_components")
-DIFFERENTIABLE = NAMES[:2]
+NAMES = ("carafe", "deform_conv2d", "multi_scale_deform_attn", "connected_components")
+DIFFERENTIABLE = NAMES[:3]
 
 
 def gradients(name, arguments, operator=None):
     """The result's, and then those of all tensors among the arguments."""
     leaves = [x.detach().requires_grad_() for x in arguments if isinstance(x, torch.Tensor)]
-    given = iter(leaves)
+    inputs = iter(leaves)
     result = (operator or getattr(omniops, name))(
-        *(next(given) if isinstance(x, torch.Tensor) else x for x in arguments)
+        *(next(inputs) if isinstance(x, torch.Tensor) else x for x in arguments)
     )
     grad = torch.linspace(-1, 1, result.numel(), dtype=result.dtype, device=result.device).view(result.shape)
     return result.detach(), *torch.autograd.grad(result, leaves, grad)
@@ -295,10 +298,10 @@ def test_kinds_are_not_confused(name):
     expected = gradients(name, in_float64(contiguous))
     for _ in range(2):
         for i, look in enumerate(looks):
-            given = [look(x) if isinstance(x, torch.Tensor) else x for x in contiguous]
+            inputs = [look(x) if isinstance(x, torch.Tensor) else x for x in contiguous]
             if i == 2:
-                assert given[0].is_neg()
-            assert_close(map(torch.Tensor, gradients(name, given)), expected)
+                assert inputs[0].is_neg()
+            assert_close(map(torch.Tensor, gradients(name, inputs)), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -327,6 +330,10 @@ def arguments_of_kernels(name, device):
             "carafe": (features, masks, *sizes, 1),
             "carafe_backward": (masks.new_ones(1, 4, 6, 16), features, masks, 3, 8, *sizes, 1),
         }
+    if name == "multi_scale_deform_attn":
+        value, _, locations, weights = tensors
+        others = [2, 8, 1, 8], locations.flatten(3, 4), weights.flatten(3, 4), [2, 2], False
+        return {name: (value, *others), f"{name}_backward": (value.new_ones(1, 4, 16), value, *others, [True] * 3)}
     input, offset, weight, bias, _, _, _, mask = tensors
     numbers = [1, 1], [1, 1], [1, 1]
     return {
@@ -369,6 +376,7 @@ def test_wrong_arguments_raise_on_each_call_though_their_likes_passed(name):
     wrong = {
         "carafe": (lambda x: (*x[:2], 3, 1, 3), "masks must have shape"),
         "deform_conv2d": (lambda x: (*x[:4], 2, *x[5:]), "offset must have shape"),
+        "multi_scale_deform_attn": (lambda x: (x[0], [(2, 4), (1, 3)], *x[2:]), "value must have the 11 pixels"),
         "connected_components": (lambda x: (x[0].expand(1, 2, -1, -1),), r"mask must have shape \(N, 1, H, W\)"),
     }
     change, message = wrong[name]
@@ -391,15 +399,18 @@ def test_memory_does_not_grow_over_thousands_of_shapes(name):
                 operator(torch.ones(1, 1, 1, size), torch.ones(1, 1, 1, size), 1, 1, 1)
             elif name == "deform_conv2d":
                 operator(torch.ones(1, 1, 1, size), torch.ones(1, 2, 1, size), torch.ones(1, 1, 1, 1))
+            elif name == "multi_scale_deform_attn":
+                points = torch.ones(1, 1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1, 1)
+                operator(torch.ones(1, size, 1, 1), [(1, size)], *points)
             else:
                 operator(torch.ones(1, 1, 1, size, dtype=torch.bool))
         gc.collect()
 
     tracemalloc.start()
     try:
-        called(0, MOST_KEPT)
+        called(0, MAX_KEPT)
         full = tracemalloc.get_traced_memory()[0]
-        called(MOST_KEPT, MOST_KEPT + 1000)
+        called(MAX_KEPT, MAX_KEPT + 1000)
         assert tracemalloc.get_traced_memory()[0] < 1.1 * full
         assert full < 8 * 2**20
     finally:
@@ -412,12 +423,12 @@ def test_first_calls_of_many_threads(name):
     work = [problems(name, size) for size in range(40, 48) for _ in range(4)]
     start = threading.Barrier(8)
 
-    def both_ways(arguments):
+    def forward_and_backward(arguments):
         start.wait(30)
         return gradients(name, arguments)
 
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(both_ways, work))
+        found = list(pool.map(forward_and_backward, work))
     for i, arguments in enumerate(work):
         for one, other in zip(found[i], gradients(name, arguments), strict=True):
             assert torch.equal(one, other)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from differentiable import carafe, deform_conv2d
+from differentiable import PROBLEMS
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,11 +22,11 @@ def test_two_processes_train_as_one(tmp_path):
         for rank in range(2)
     ]
     try:
-        told = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], told
+    assert [process.returncode for process in processes] == [0, 0], outputs
 
 
 class Augmented(Dataset):
@@ -37,7 +37,7 @@ class Augmented(Dataset):
 
     def __getitem__(self, index):
         with torch.no_grad():
-            return [problem().function(*(x + index for x in problem().tensors)) for problem in (carafe, deform_conv2d)]
+            return [problem().function(*(x + index for x in problem().tensors)) for problem in PROBLEMS]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a loader's workers are not forked")
@@ -51,6 +51,6 @@ def test_the_workers_of_a_loader_compute_what_their_parent_does():
         loader = DataLoader(Augmented(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
         for found, wanted in zip(loader, expected, strict=True):
             assert all(map(torch.equal, found, wanted))
-            carafe().gradients()
+            PROBLEMS[0]().gradients()
     finally:
         torch.set_num_threads(before)

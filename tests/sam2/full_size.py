@@ -12,11 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
-
 from omniops.sam2 import SAM2ImagePredictor, SAM2VideoPredictor
 from omniops.sam2.architectures import IMAGE_SIZE, SIZES
-from omniops.sam2.checkpoints import from_meta
 
 HEIGHT, WIDTH, FRAMES = 360, 640, 4
 POINTS = ([200, 180], [420, 100])
@@ -44,7 +41,7 @@ def models(request, twins):
     official, ours = copy.deepcopy(twins(size, version, IMAGE_SIZE))
     with torch.no_grad():
         official.sam_mask_decoder.pred_obj_score_head.layers[-1].bias += 10
-    ours.load_state_dict(from_meta(official.state_dict()))
+    ours.load_state_dict(official.state_dict())
     return official, ours
 
 
@@ -55,16 +52,16 @@ def test_pictures_and_videos(models, tmp_path, request):
     image = Official(official), SAM2ImagePredictor(ours)
     for predictor in image:
         predictor.set_image(picture())
-    worst = {"embedding": furthest(*(each.get_image_embedding() for each in image[::-1]))}
+    worst = {"embedding": furthest(*(predictor.get_image_embedding() for predictor in image[::-1]))}
     for name, prompt in (
         ("click", {"point_coords": [POINTS[0]], "point_labels": [1]}),
         ("box", {"box": [140, 120, 260, 240]}),
     ):
         prompt = {key: np.array(value) for key, value in prompt.items()}
-        theirs, found = (each.predict(**prompt, return_logits=True) for each in image)
+        theirs, found = (predictor.predict(**prompt, return_logits=True) for predictor in image)
         worst |= {
-            f"{name}, {part}": furthest(*pair)
-            for part, *pair in zip(("masks", "scores", "low"), found, theirs, strict=True)
+            f"{name}, {result}": furthest(*pair)
+            for result, *pair in zip(("masks", "scores", "low"), found, theirs, strict=True)
         }
 
     for t in range(FRAMES):

@@ -1,4 +1,4 @@
-"""Frames of videos of every kind, in any order: each is told by what it shows."""
+"""Frames of videos of every kind, in any order, recognised by what they show."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 pytest.importorskip("av", reason="videos need PyAV")
 
 import av
 
-from omniops.sam2 import video_file
+from omniops.sam2 import decoded_frames
+from omniops.sam2.decoded_frames import DecodedFrames
 from omniops.sam2.frames import FrameError, Frames
+from omniops.sam2.video_file import VideoFile
 
 HEIGHT, WIDTH, COUNT = 48, 64, 20
 
@@ -83,7 +84,7 @@ def test_every_frame_of_a_video_in_any_order(tmp_path, name, monkeypatch):
     forward, anyhow = list(range(COUNT)), np.random.default_rng(0).permutation(COUNT).tolist()
     assert [shown(frame) for frame in frames] == forward
     assert [shown(frames[i]) for i in anyhow] == anyhow
-    monkeypatch.setattr(video_file, "MEMORY", 0)  # of which nothing is left to help
+    monkeypatch.setattr(decoded_frames, "MAX_DECODED_BYTES", 0)
     assert [shown(frames[i]) for i in forward[::-1]] == forward[::-1]
     assert [shown(frames[i]) for i in anyhow] == anyhow
     assert shown(frames[-1]) == COUNT - 1
@@ -110,8 +111,8 @@ def test_a_video_is_turned_as_its_metadata_say(tmp_path, matrix, turns):
     path = write(tmp_path / "video.mp4")
     data = bytearray(path.read_bytes())
     a, b, c, d = (value << 16 for value in matrix)
-    place = data.index(b"tkhd") + 44  # ISO/IEC 14496-12, 8.3.2
-    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    offset = data.index(b"tkhd") + 44  # ISO/IEC 14496-12, 8.3.2
+    data[offset : offset + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
     frames = Frames(path)
     expected = np.rot90(picture(5), turns)
@@ -143,24 +144,28 @@ def test_photographs_as_a_video_are_turned_as_their_camera_was(tmp_path, orienta
         assert np.abs(frames[i].astype(int) - expected).mean() < 5
 
 
+def count_decoded(monkeypatch):
+    """A list that becomes longer with every frame that is decoded."""
+    decoded, add = [], DecodedFrames.add
+    monkeypatch.setattr(DecodedFrames, "add", lambda self, *args: decoded.append(1) or add(self, *args))
+    return decoded
+
+
 def test_going_backwards_decodes_a_group_a_few_times_not_once_a_frame(tmp_path, monkeypatch):
-    frames = Frames(write(tmp_path / "video.mkv", **VIDEOS["one-group.mkv"]))
-    decoded = []
-    hold = video_file.VideoFile._hold
-    monkeypatch.setattr(video_file.VideoFile, "_hold", lambda self, *args: decoded.append(1) or hold(self, *args))
-    size = sum(plane.buffer_size for plane in frames._source._decoded(0).planes)
-    monkeypatch.setattr(video_file, "MEMORY", 5 * (size + video_file._EACH))
+    video = VideoFile(write(tmp_path / "video.mkv", **VIDEOS["one-group.mkv"]))
+    decoded = count_decoded(monkeypatch)
+    video.frame(0)
+    size = sum(plane.buffer_size for plane in video.decoded_frames[0].planes)
+    monkeypatch.setattr(decoded_frames, "MAX_DECODED_BYTES", 5 * (size + decoded_frames.FRAME_OVERHEAD))
     for i in reversed(range(COUNT)):
-        frames[i]
+        video.frame(i)
     assert len(decoded) == 1 + 19 + 15 + 10 + 5  # the first of them for its size
-    assert len(frames._source._frames) == 5
+    assert len(video.decoded_frames) == 5
 
 
 def test_frames_in_order_are_decoded_once(tmp_path, monkeypatch):
     frames = Frames(write(tmp_path / "video.mp4", options=B_FRAMES))
-    decoded = []
-    hold = video_file.VideoFile._hold
-    monkeypatch.setattr(video_file.VideoFile, "_hold", lambda self, *args: decoded.append(1) or hold(self, *args))
+    decoded = count_decoded(monkeypatch)
     for i in range(COUNT):
         frames.resized(i, 16)
         frames[i]
@@ -169,7 +174,7 @@ def test_frames_in_order_are_decoded_once(tmp_path, monkeypatch):
 
 def test_threads_share_a_video(tmp_path, monkeypatch):
     frames = Frames(write(tmp_path / "video.mp4", options=B_FRAMES))
-    monkeypatch.setattr(video_file, "MEMORY", 0)
+    monkeypatch.setattr(decoded_frames, "MAX_DECODED_BYTES", 0)
     wrong = []
 
     def look(seed):
@@ -199,13 +204,13 @@ def _damage(path, packets):
 @pytest.fixture(params=[1, 16])
 def threads(request, monkeypatch):
     """How many decode, as on a machine of so many cores."""
-    opened = video_file.VideoFile._open
+    opened = VideoFile._open
 
     def open_and_set(self):
         opened(self)
         self._stream.codec_context.thread_count = request.param
 
-    monkeypatch.setattr(video_file.VideoFile, "_open", open_and_set)
+    monkeypatch.setattr(VideoFile, "_open", open_and_set)
 
 
 @pytest.mark.usefixtures("threads")

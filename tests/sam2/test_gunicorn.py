@@ -29,9 +29,9 @@ def _is_alive(pid):
     return True
 
 
-def _wait_until(condition, seconds, what):
+def _wait_until(is_done, seconds, what):
     end = time.monotonic() + seconds
-    while not condition():
+    while not is_done():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
         time.sleep(0.05)
 
@@ -100,8 +100,8 @@ def serve(tmp_path):
         return servers[-1]
 
     yield start
-    for each in servers:
-        each.kill()
+    for server in servers:
+        server.kill()
 
 
 @pytest.mark.slow
@@ -111,26 +111,26 @@ def test_workers_fall_back_to_the_cpu_and_have_the_gpu_through_a_remote_predicto
     master = server.process.pid
 
     workers = server.of_every_worker("/device/auto")
-    assert {each["picked"] for each in workers.values()} == {"cpu"}
-    assert all(each["in_forked_child"] for each in workers.values())
+    assert {answer["picked"] for answer in workers.values()} == {"cpu"}
+    assert all(answer["in_forked_child"] for answer in workers.values())
     for worker in workers:
         # Many requests, in two threads, and one warning.
         warned = re.findall(rf"RuntimeWarning: process {worker} was forked .*; using the CPU", server.log.read_text())
         assert len(warned) == 1
-    for worker, each in server.of_every_worker("/device/mps").items():
-        assert each["error"].startswith(f"no device 'mps' in this process: process {worker} was forked")
-        assert "omniops.sam2.remote" in each["error"]
+    for worker, answer in server.of_every_worker("/device/mps").items():
+        assert answer["error"].startswith(f"no device 'mps' in this process: process {worker} was forked")
+        assert "omniops.sam2.remote" in answer["error"]
 
     remotes = server.of_every_worker("/remote")
     assert set(remotes) == set(workers)
-    assert len({each["process"] for each in remotes.values()}) == WORKERS
-    for worker, each in remotes.items():
-        assert each["parent"] == worker
-        assert each["picked"] == "mps:0"
-        assert each["process_in_forked_child"] is False
-        assert each["predicted"] == 2.0
+    assert len({answer["process"] for answer in remotes.values()}) == WORKERS
+    for worker, answer in remotes.items():
+        assert answer["parent"] == worker
+        assert answer["picked"] == "mps:0"
+        assert answer["process_in_forked_child"] is False
+        assert answer["predicted"] == 2.0
 
-    everyone = [master, *workers, *(each["process"] for each in remotes.values())]
+    everyone = [master, *workers, *(answer["process"] for answer in remotes.values())]
     assert all(map(_is_alive, everyone))
     if ended_by == signal.SIGKILL:
         server.kill()

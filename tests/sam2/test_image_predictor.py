@@ -8,12 +8,14 @@ import io
 import numpy as np
 import pytest
 import torch
+from one_thread import one_thread as one_thread
 from PIL import Image
 
 from omniops import connected_components
-from omniops.sam2 import SAM2ImagePredictor, network
+from omniops.sam2 import SAM2ImagePredictor
 from omniops.sam2.architectures import cast
-from omniops.sam2.pictures import as_rgb, resized
+from omniops.sam2.modeling.sam2 import normalize
+from omniops.sam2.transforms import resize, to_rgb
 from omniops.sam2.upsampling import guided
 
 SIDE = 128
@@ -30,7 +32,7 @@ def photograph() -> np.ndarray:
 
 
 @pytest.fixture
-def both(twins, photograph):
+def predictors(twins, photograph):
     """The two predictors with the photograph set."""
     from sam2.sam2_image_predictor import SAM2ImagePredictor as Official
 
@@ -68,12 +70,14 @@ PROMPTS = {
 
 @pytest.mark.parametrize("multimask", [True, False])
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_predictions_are_the_official_ones(both, prompt, multimask):
-    official, ours = both
+def test_predictions_are_the_official_ones(predictors, prompt, multimask):
+    official, ours = predictors
     expected = official.predict(**PROMPTS[prompt], multimask_output=multimask, return_logits=True)
     assert expected[0].std() > 0
     assert_alike(ours.predict(**PROMPTS[prompt], multimask_output=multimask, return_logits=True), expected)
-    (masks, *rest), right = (each.predict(**PROMPTS[prompt], multimask_output=multimask) for each in (ours, official))
+    (masks, *rest), right = (
+        predictor.predict(**PROMPTS[prompt], multimask_output=multimask) for predictor in predictors[::-1]
+    )
     logits = ours.predict(**PROMPTS[prompt], multimask_output=multimask, return_logits=True)[0]
     assert np.array_equal(masks, logits > 0)
     assert masks.shape == right[0].shape
@@ -84,10 +88,10 @@ def test_predictions_are_the_official_ones(both, prompt, multimask):
         assert found.flags.c_contiguous == expected.flags.c_contiguous
 
 
-def test_masks_are_numbers_to_compute_with(both):
+def test_masks_are_numbers_to_compute_with(predictors):
     """What bool refuses, or gives other values of: as scripts for the official predictor do."""
     cv2 = pytest.importorskip("cv2", reason="what resizes masks")
-    _, ours = both
+    _, ours = predictors
     masks, scores, _ = ours.predict([[60, 80]], [1])
     assert cv2.resize(masks[0], (20, 10)).shape == (10, 20)
     assert set(np.unique(masks[0] - masks[1])) <= {-1, 0, 1}
@@ -98,24 +102,27 @@ def test_masks_are_numbers_to_compute_with(both):
     assert set(np.unique(masks)) == {0, 255}
 
 
-def test_the_embedding_is_the_official_one(both):
-    official, ours = (predictor.get_image_embedding() for predictor in both)
+def test_the_embedding_is_the_official_one(predictors):
+    official, ours = (predictor.get_image_embedding() for predictor in predictors)
     assert ours.shape == official.shape
     torch.testing.assert_close(ours, official, rtol=0, atol=1e-3 * official.abs().max().item())
 
 
+LARGE = pytest.param("large", "2.1", marks=pytest.mark.slow)  # modeling/test_modules.py compares its encoder too
+
+
 @pytest.mark.parametrize(
-    ("size", "version"), [("tiny", "2.0"), ("tiny", "2.1"), ("small", "2.1"), ("base-plus", "2.0"), ("large", "2.1")]
+    ("size", "version"), [("tiny", "2.0"), ("tiny", "2.1"), ("small", "2.1"), ("base-plus", "2.0"), LARGE]
 )
 def test_every_model_is_the_official_one(twins, photograph, size, version):
     from sam2.sam2_image_predictor import SAM2ImagePredictor as OfficialPredictor
 
     official, ours = twins(size=size, version=version, image_size=64)
-    pixels = network.normalised(resized(as_rgb(photograph), 64, torch.device("cpu"))[None])
+    pixels = normalize(resize(to_rgb(photograph), 64, torch.device("cpu"))[None])
     with torch.inference_mode():
         expected = official.forward_image(pixels)["backbone_fpn"]
-        found = network.encode(ours, pixels)
-        for ours_here, theirs in zip((*found.fine, found.embedding), expected, strict=True):
+        found = ours.forward_image(pixels)
+        for ours_here, theirs in zip((*found.high_res_feats, found.image_embed), expected, strict=True):
             torch.testing.assert_close(ours_here, theirs, rtol=0, atol=1e-3 * theirs.abs().max().item())
     # Behind the encoder all sizes are of the same width, in videos too.
     pair = OfficialPredictor(official), SAM2ImagePredictor(ours)
@@ -127,7 +134,7 @@ def test_every_model_is_the_official_one(twins, photograph, size, version):
     assert_alike(predicted[1], predicted[0])
 
 
-def test_batches_are_the_official_ones(both, photograph):
+def test_batches_are_the_official_ones(predictors, photograph):
     pictures = [photograph, photograph[:90, :70].copy(), photograph[::-1].copy()]
     prompts = {
         "point_coords_batch": [np.array([[60, 80]]), np.array([[5.0, 6], [30, 40]]), None],
@@ -135,15 +142,15 @@ def test_batches_are_the_official_ones(both, photograph):
         "box_batch": [None, None, np.array([10, 20, 90, 100])],
     }
     results = []
-    for predictor in both:
+    for predictor in predictors:
         predictor.set_image_batch(pictures)
         results.append(predictor.predict_batch(**prompts, return_logits=True))
     for found, expected in zip(zip(*results[1], strict=True), zip(*results[0], strict=True), strict=True):
         assert_alike(found, expected)
-    binary = [predictor.predict_batch(**prompts) for predictor in both]
+    binary = [predictor.predict_batch(**prompts) for predictor in predictors]
     for found, expected in zip(*binary, strict=True):
         assert type(found) is type(expected) is list
-        assert [each.dtype for each in found] == [each.dtype for each in expected] == [np.float32] * 3
+        assert [result.dtype for result in found] == [result.dtype for result in expected] == [np.float32] * 3
     for mask, logits in zip(binary[1][0], results[1][0], strict=True):
         assert np.array_equal(mask, logits > 0)
 
@@ -166,9 +173,9 @@ def test_small_holes_and_specks_go_as_in_the_official_one(twins, photograph):
         # Noise for a mask is what holes and specks come from.
         logits = torch.from_numpy(np.random.default_rng(2).normal(0, 3, (1, 3, 32, 32))).float()
         expected = theirs._transforms.postprocess_masks(logits, (150, 211))
-        found = mended._upsampled(0, logits)
+        found = mended.postprocess_masks(logits)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-        assert not torch.allclose(found, plain._upsampled(0, logits), atol=1)
+        assert not torch.allclose(found, plain.postprocess_masks(logits), atol=1)
     finally:
         dropin.disable("sam2")
 
@@ -176,10 +183,9 @@ def test_small_holes_and_specks_go_as_in_the_official_one(twins, photograph):
 def test_no_small_hole_is_left(twins, photograph):
     _, ours = twins(image_size=SIDE)
     predictor = SAM2ImagePredictor(ours, max_hole_area=9)
-    predictor.set_image(photograph)
+    predictor.set_image(photograph[:32, :32])  # of the size of the masks, which are not resized
     logits = torch.from_numpy(np.random.default_rng(3).normal(1, 2, (1, 1, 32, 32))).float()
-    predictor._sizes = [(32, 32)]  # as they are
-    _, areas = connected_components(predictor._upsampled(0, logits) <= 0)
+    _, areas = connected_components(predictor.postprocess_masks(logits) <= 0)
     assert not ((areas > 0) & (areas <= 9)).any()
     _, before = connected_components(logits <= 0)
     assert ((before > 0) & (before <= 9)).any()
@@ -190,9 +196,9 @@ def test_masks_are_upsampled_along_the_edges_of_the_picture(twins, photograph):
     guide = torch.from_numpy(photograph).permute(2, 0, 1)[None] / 255
     predictor, plain = SAM2ImagePredictor(ours, upsampling="guided"), SAM2ImagePredictor(ours)
     results = []
-    for each in (predictor, plain):
-        each.set_image(photograph)
-        results.append(each.predict([[60, 80]], [1], return_logits=True))
+    for either in (predictor, plain):
+        either.set_image(photograph)
+        results.append(either.predict([[60, 80]], [1], return_logits=True))
     (masks, scores, low), (others, same_scores, same_low) = results
     assert masks.shape == others.shape
     assert not np.allclose(masks, others, atol=0.01 * np.abs(others).max())
@@ -223,13 +229,13 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_picture(photograph, kind):
-    given = KINDS[kind](photograph)
+    image = KINDS[kind](photograph)
     expected = photograph
     if kind == "PIL's palette":
-        expected = np.asarray(given.convert("RGB"))
+        expected = np.asarray(image.convert("RGB"))
     elif "grey" in kind or "16 bits" in kind:
         expected = photograph[..., :1].repeat(3, 2)
-    found, expected = (resized(as_rgb(each), 64, torch.device("cpu")) for each in (given, expected))
+    found, expected = (resize(to_rgb(pixels), 64, torch.device("cpu")) for pixels in (image, expected))
     assert found.shape == (3, 64, 64)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 if kind == "float16" else 1e-6)
 
@@ -238,8 +244,8 @@ def test_png_of_16_bits(photograph):
     """As PIL opens it: no two versions give it the same mode."""
     file = io.BytesIO()
     Image.fromarray(photograph[..., 0].astype(np.uint16) * 257).save(file, "png")
-    found = resized(as_rgb(Image.open(file)), 64, torch.device("cpu"))
-    expected = resized(as_rgb(photograph[..., 0]), 64, torch.device("cpu"))
+    found = resize(to_rgb(Image.open(file)), 64, torch.device("cpu"))
+    expected = resize(to_rgb(photograph[..., 0]), 64, torch.device("cpu"))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
@@ -253,12 +259,12 @@ def test_one_pixel(twins):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", ["a point", "a box", "a mask and a point"])
-def test_half_precision(both, photograph, case, dtype):
+def test_half_precision(predictors, photograph, case, dtype):
     """Logits and scores as nearly as that is."""
     prompts = PROMPTS[case]
-    half = SAM2ImagePredictor(cast(copy.deepcopy(both[1].model), dtype))
+    half = SAM2ImagePredictor(cast(copy.deepcopy(predictors[1].model), dtype))
     half.set_image(photograph)
-    found, expected = (each.predict(**prompts, return_logits=True) for each in (half, both[1]))
+    found, expected = (predictor.predict(**prompts, return_logits=True) for predictor in (half, predictors[1]))
     for ours, exact in zip(found, expected, strict=True):
         assert ours.dtype == np.float32
         np.testing.assert_allclose(ours, exact, rtol=0, atol=0.05 * np.abs(exact).max())
@@ -306,14 +312,14 @@ BAD_PROMPTS = {
 
 
 @pytest.mark.parametrize("case", BAD_PROMPTS)
-def test_bad_prompts(both, case):
+def test_bad_prompts(predictors, case):
     prompt, words = BAD_PROMPTS[case]
     with pytest.raises(ValueError, match=words):
-        both[1].predict(**prompt)
+        predictors[1].predict(**prompt)
 
 
 def test_a_model_of_something_else_is_refused():
-    with pytest.raises(TypeError, match=r"sam_model must be a Sam2VideoModel, got str: pass what omniops\.sam2\.load"):
+    with pytest.raises(TypeError, match=r"sam_model must be a SAM2Base, got str: pass what omniops\.sam2\.load"):
         SAM2ImagePredictor("tiny")
 
 

@@ -10,12 +10,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from one_thread import one_thread as one_thread
 from PIL import Image
 
 from omniops import dropin
-from omniops.sam2 import checkpoints, mask_generator, network, rle
-from omniops.sam2.checkpoints import from_meta
+from omniops.sam2 import checkpoints, mask_generator, rle
 from omniops.sam2.mask_generator import SAM2AutomaticMaskGenerator, nms
+from omniops.sam2.modeling.mask_decoder import Masks
+from omniops.sam2.modeling.sam2 import ImageFeatures
 
 SIDE = 64
 HEIGHT, WIDTH = 100, 142
@@ -42,7 +44,7 @@ def lively(twins):
         for parameter in decoder.transformer.parameters():
             if parameter.dim() == 2:
                 parameter *= 2
-    ours.load_state_dict(from_meta(official.state_dict()))
+    ours.load_state_dict(official.state_dict())
     return official, ours
 
 
@@ -55,32 +57,45 @@ def generators(models, **options):
     return official, ours
 
 
-def blobs(image, prompts, multimask):
-    """What stands for the network: three grainy blobs about each point, or one; less grainy where there was a mask."""
+def blobs(prompts, multimask_output):
+    """A stand-in for the network: three grainy blobs around a point, or one; less grainy from a mask."""
     points, labels, mask = prompts
-    assert image == 0
     assert points.shape == (len(points), 1, 2)
     assert labels.eq(1).all()
     side = SIDE // 4
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    where = points[:, :, None, None] / 4
-    away = (((x - where[..., 0]) / 1.5) ** 2 + (y - where[..., 1]) ** 2).sqrt()
+    centre = points[:, :, None, None] / 4
+    distance = (((x - centre[..., 0]) / 1.5) ** 2 + (y - centre[..., 1]) ** 2).sqrt()
     phase = points.sum(-1) * 0.7
-    radius = torch.tensor([2.0, 4.0, 9.0] if multimask else [5.0]) + phase.sin()
+    radius = torch.tensor([2.0, 4.0, 9.0] if multimask_output else [5.0]) + phase.sin()
     grain = (5 * x + 3 * y + 2 * x * y).sin()
-    logits = 4 * (radius[..., None, None] - away) + (5 if mask is None else 1) * grain
+    logits = 4 * (radius[..., None, None] - distance) + (5 if mask is None else 1) * grain
     if mask is not None:
         assert mask.abs().max() == 32  # that of a mask before was cut off there
         logits = logits + mask / 2
     scores = 0.6 + 0.4 * (radius * 5 + phase).cos()
-    return network.Masks(logits, scores, scores, scores)
+    return Masks(logits, scores, scores, scores)
+
+
+class WithoutEncoder:
+    """A model whose features of images mean nothing."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def forward_image(self, images):
+        features = torch.zeros(len(images), 1, 1, 1)
+        return ImageFeatures(features, (features, features), features)
 
 
 def without_network(generator):
     """Have ``blobs`` for a network; the rest of the predictor stays."""
     predictor = generator.predictor
-    predictor._predict = blobs
-    predictor.set_image = lambda picture: setattr(predictor, "_sizes", [picture.shape[:2]])
+    predictor.predict_low_res_masks = lambda *args, **kwargs: blobs(*args, **kwargs)
+    predictor.model = WithoutEncoder(predictor.model)
     return generator
 
 
@@ -88,14 +103,14 @@ class AsTheOfficial:
     """Our predictor as the official generator calls its own."""
 
     def __init__(self, predictor, official):
-        for name in ("device", "set_image", "reset_predictor", "_upsampled"):
+        for name in ("device", "set_image", "reset_predictor", "postprocess_masks"):
             setattr(self, name, getattr(predictor, name))
         self._transforms = official._transforms
 
     def _predict(self, points, labels, mask_input=None, multimask_output=True, return_logits=False):
         assert return_logits
-        low = blobs(0, (points, labels, mask_input), multimask_output)
-        return self._upsampled(0, low.logits), low.scores, low.logits.clamp(-32, 32)
+        low = blobs((points, labels, mask_input), multimask_output)
+        return self.postprocess_masks(low.low_res_masks), low.ious, low.low_res_masks.clamp(-32, 32)
 
 
 MANY = {"points_per_side": 5, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.5}
@@ -202,9 +217,9 @@ def test_masks_are_the_official_ones(lively, photograph, case):
 def kinds(value):
     """The types of a value and of what it holds."""
     if isinstance(value, dict):
-        return {key: kinds(each) for key, each in value.items()}
+        return {key: kinds(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [kinds(each) for each in value]
+        return [kinds(item) for item in value]
     return (type(value), value.dtype, value.shape) if isinstance(value, np.ndarray) else type(value)
 
 
@@ -225,8 +240,8 @@ def components(mask):
     """OpenCV's for the official package's extension: labels and areas of (N, 1, H, W)."""
     cv2 = pytest.importorskip("cv2", reason="what the oracle finds components with")
     labels, areas = torch.zeros_like(mask, dtype=torch.int32), torch.zeros_like(mask, dtype=torch.int32)
-    for i, each in enumerate(mask[:, 0].numpy()):
-        _, label, stats, _ = cv2.connectedComponentsWithStats(each.astype(np.uint8), connectivity=8)
+    for i, channel in enumerate(mask[:, 0].numpy()):
+        _, label, stats, _ = cv2.connectedComponentsWithStats(channel.astype(np.uint8), connectivity=8)
         labels[i, 0] = torch.from_numpy(label)
         areas[i, 0] = torch.from_numpy(np.where(label > 0, stats[label, cv2.CC_STAT_AREA], 0))
     return labels, areas
@@ -245,10 +260,12 @@ def test_small_regions_of_random_masks_go_as_in_the_official_generator(lively, p
     monkeypatch.setattr(misc, "get_connected_components", components)
     smooth = blobs
 
-    def noisy(image, prompts, multimask):
-        masks = smooth(image, prompts, multimask)
+    def noisy(prompts, multimask_output):
+        masks = smooth(prompts, multimask_output)
         numbers = torch.Generator().manual_seed(int(1000 * prompts[0].sum()))
-        return masks._replace(logits=masks.logits + 12 * torch.randn(masks.logits.shape, generator=numbers))
+        return masks._replace(
+            low_res_masks=masks.low_res_masks + 12 * torch.randn(masks.low_res_masks.shape, generator=numbers)
+        )
 
     monkeypatch.setattr(sys.modules[__name__], "blobs", noisy)
     options = {"points_per_side": 4, "pred_iou_thresh": 0.3, "stability_score_thresh": 0.0, "box_nms_thresh": 0.99}
@@ -256,7 +273,7 @@ def test_small_regions_of_random_masks_go_as_in_the_official_generator(lively, p
     theirs = official.predictor
     theirs._orig_hw = [photograph.shape[:2]]
     official.predictor = AsTheOfficial(without_network(ours).predictor, theirs)
-    official.predictor._upsampled = lambda image, low: theirs._transforms.postprocess_masks(low, theirs._orig_hw[image])
+    official.predictor.postprocess_masks = lambda low: theirs._transforms.postprocess_masks(low, theirs._orig_hw[0])
     expected, found = official.generate(photograph), ours.generate(photograph)
     assert len(found) == len(expected) >= 3
     for record, right in zip(found, expected, strict=True):
@@ -270,36 +287,36 @@ def test_small_regions_of_random_masks_go_as_in_the_official_generator(lively, p
 
 
 def test_numpy_integers_are_integers(lively, photograph):
-    whole = {name: np.int64(value) for name, value in {"points_per_side": 2, "points_per_batch": 3}.items()}
+    integers = {name: np.int64(value) for name, value in {"points_per_side": 2, "points_per_batch": 3}.items()}
     options = {"crop_n_layers": np.int64(1), "min_mask_region_area": np.int32(4), "crop_n_points_downscale_factor": 1}
     options["crop_n_points_downscale_factor"] = np.int64(1)
-    generator = without_network(SAM2AutomaticMaskGenerator(lively[1], **whole, **options))
+    generator = without_network(SAM2AutomaticMaskGenerator(lively[1], **integers, **options))
     plain = without_network(SAM2AutomaticMaskGenerator(lively[1], 2, 3, crop_n_layers=1, min_mask_region_area=4))
     assert len(generator.point_grids) == 2
-    found, expected = ([record["area"] for record in each.generate(photograph)] for each in (generator, plain))
+    found, expected = ([record["area"] for record in either.generate(photograph)] for either in (generator, plain))
     assert found == expected
 
 
 def test_chunks_do_not_matter(lively, photograph, monkeypatch):
     generator = without_network(SAM2AutomaticMaskGenerator(lively[1], **MANY, output_mode="coco_rle"))
     expected = generator.generate(photograph)
-    monkeypatch.setattr(mask_generator, "_CHUNK", 1)
+    monkeypatch.setattr(mask_generator, "MAX_CHUNK_BYTES", 1)
     assert generator.generate(photograph) == expected
 
 
 def test_only_good_masks_become_large_and_few_at_once(lively, photograph, monkeypatch):
     generator = without_network(SAM2AutomaticMaskGenerator(lively[1], **MANY))
-    upsampled, counts = generator.predictor._upsampled, []
+    postprocess, counts = generator.predictor.postprocess_masks, []
 
-    def counted(image, logits):
+    def counted(logits):
         counts.append(len(logits))
-        return upsampled(image, logits)
+        return postprocess(logits)
 
-    generator.predictor._upsampled = counted
-    monkeypatch.setattr(mask_generator, "_CHUNK", 5 * 4 * HEIGHT * WIDTH + 1)
+    generator.predictor.postprocess_masks = counted
+    monkeypatch.setattr(mask_generator, "MAX_CHUNK_BYTES", 5 * 4 * HEIGHT * WIDTH + 1)
     generator.generate(photograph)
     points = torch.from_numpy(generator.point_grids[0] * (WIDTH, HEIGHT)).float()
-    scores = blobs(0, (points[:, None] / torch.tensor([WIDTH, HEIGHT]) * SIDE, torch.ones(25, 1), None), True).scores
+    scores = blobs((points[:, None] / torch.tensor([WIDTH, HEIGHT]) * SIDE, torch.ones(25, 1), None), True).ious
     assert sum(counts) == (scores > MANY["pred_iou_thresh"]).sum() < 75
     assert max(counts) == 5
 
@@ -338,9 +355,9 @@ def test_progress_is_told(lively, photograph):
     generator = without_network(
         SAM2AutomaticMaskGenerator(lively[1], points_per_side=3, points_per_batch=4, crop_n_layers=1)
     )
-    told = []
-    generator.generate(photograph, progress=lambda *numbers: told.append(numbers))
-    assert told == [(9 * crop + done, 45) for crop in range(5) for done in (4, 8, 9)]
+    steps = []
+    generator.generate(photograph, progress=lambda *numbers: steps.append(numbers))
+    assert steps == [(9 * crop + done, 45) for crop in range(5) for done in (4, 8, 9)]
 
 
 def test_picture_is_forgotten(lively, photograph):
@@ -432,103 +449,3 @@ def test_nms_next_to_its_threshold():
         scores = torch.tensor([0.5, 0.4])
         expected = batched_nms(boxes, scores, torch.zeros(2), tenths / 10)
         assert torch.equal(nms(boxes, scores, tenths / 10), expected)
-
-
-def masks_of(shape):
-    """Masks that are hard to encode, and some of noise."""
-    height, width = shape
-    numbers = np.random.default_rng(height)
-    masks = [np.zeros(shape, bool), np.ones(shape, bool), *(numbers.random((6, *shape)) < 0.5)]
-    masks += [np.kron(numbers.random((height, width)) < 0.4, np.ones((4, 4), bool))[:height, :width]]
-    for row, column in ((0, 0), (-1, -1), (0, -1), (-1, 0)):
-        corner = np.zeros(shape, bool)
-        corner[row, column] = True
-        masks += [corner, ~corner]
-    columns = np.zeros(shape, bool)
-    columns[:, ::2] = True
-    return [*masks, columns, ~columns]
-
-
-SHAPES = [(1, 1), (1, 9), (9, 1), (2, 2), (7, 5), (40, 61), (300, 500)]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_coco_is_that_of_pycocotools(shape):
-    coco = pytest.importorskip("pycocotools.mask", reason="the oracle: pycocotools")
-    for mask in masks_of(shape):
-        found = rle.encode(mask)
-        expected = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
-        assert found == {"size": list(shape), "counts": expected["counts"].decode()}
-        assert np.array_equal(rle.decode(found), mask)
-        assert np.array_equal(rle.decode(expected), mask)
-        assert np.array_equal(coco.decode(found).astype(bool), mask)
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
-def test_coco_of_no_pixels_is_that_of_pycocotools(shape):
-    coco = pytest.importorskip("pycocotools.mask", reason="the oracle: pycocotools")
-    expected = coco.encode(np.zeros(shape, np.uint8, order="F"))
-    found = rle.encode(np.zeros(shape))
-    assert found == {"size": list(shape), "counts": expected["counts"].decode()}
-    assert rle.decode(found).shape == coco.decode(found).shape == shape
-    (counts,) = rle.runs(torch.zeros((1, *shape), dtype=torch.bool))
-    assert (rle.area(counts), rle.box(counts, shape[0])) == (0, None)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_runs_tell_mask_area_and_box(shape):
-    masks = masks_of(shape)
-    for counts, mask in zip(rle.runs(torch.from_numpy(np.stack(masks))), masks, strict=True):
-        assert (counts[1:] > 0).all()
-        assert np.array_equal(rle.decode({"size": shape, "counts": counts.tolist()}), mask)
-        assert rle.area(counts) == mask.sum()
-        y, x = mask.nonzero()
-        assert rle.box(counts, shape[0]) == ((x.min(), y.min(), x.max(), y.max()) if len(x) else None)
-
-
-@pytest.mark.parametrize("corner", [(0, 0), (3, 0), (0, 4), (3, 4)])
-@pytest.mark.parametrize("more", [(0, 0), (0, 2), (2, 0), (1, 1)])
-def test_runs_of_a_part_of_the_picture(corner, more):
-    masks = torch.from_numpy(np.stack(masks_of((7, 5))))
-    x, y = corner
-    whole = torch.nn.functional.pad(masks, (x, more[1], y, more[0]))
-    found = rle.runs(masks, corner, tuple(whole.shape[1:]))
-    for ours, expected in zip(found, rle.runs(whole), strict=True):
-        assert np.array_equal(ours, expected)
-
-
-def test_runs_of_no_masks():
-    assert rle.runs(torch.zeros((0, 5, 4), dtype=torch.bool)) == []
-
-
-def test_long_runs():
-    """Whose numbers take all their characters: the string's largest in use is of 2**31 pixels and more."""
-    coco = pytest.importorskip("pycocotools.mask", reason="the oracle: pycocotools")
-    for counts in ([0, 1, 2**20, 3, 15, 2**29, 16, 17, 2**30 + 5, 0, 31, 32, 2**25, 1023, 1024], [2**31], [0, 5]):
-        size = [sum(counts), 1]
-        expected = coco.frPyObjects({"size": size, "counts": counts}, *size)["counts"].decode()
-        assert rle.compressed(np.array(counts)) == expected
-        assert np.array_equal(rle._decompressed(expected), counts)
-
-
-@pytest.mark.parametrize(
-    ("counts", "message"),
-    [
-        ([3, 4], "counts must be those of 4 x 2 pixels, got 7 in all"),
-        ([9, -1], "counts must be those of 4 x 2 pixels"),
-        ("9", "got 9 in all"),
-        ("", "got 0 in all"),
-        ("X", "counts must be COCO's string of runs, got b'X'"),
-        ("ä", "counts must be COCO's string of runs"),
-        ("~", "counts must be COCO's string of runs"),
-        ("o" * 20 + "1", "more than 60 bits"),
-    ],
-)
-def test_counts_of_something_else(counts, message):
-    with pytest.raises(ValueError, match=message):
-        rle.decode({"size": [4, 2], "counts": counts})
-
-
-def test_only_one_mask_is_encoded():
-    with pytest.raises(ValueError, match=r"mask must be \(H, W\), got \(2, 3, 4\)"):
-        rle.encode(np.zeros((2, 3, 4)))

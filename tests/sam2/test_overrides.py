@@ -5,11 +5,10 @@ from __future__ import annotations
 import warnings
 
 import pytest
-
-pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
+from one_thread import one_thread as one_thread
 
 from omniops.sam2 import build_sam2, build_sam2_video_predictor
-from omniops.sam2.overrides import parsed
+from omniops.sam2.overrides import parse_overrides
 
 SIDE = 64
 SIZE = [
@@ -30,13 +29,13 @@ DECODER = (
     "dynamic_multimask_stability_delta",
     "dynamic_multimask_stability_thresh",
 )
-CONFIG = {
-    "sigmoid_scale_for_mem_enc": "sigmoid_scale_for_mem_enc",
-    "sigmoid_bias_for_mem_enc": "sigmoid_bias_for_mem_enc",
-    "multimask_min_pt_num": "multimask_min_pt_num",
-    "multimask_max_pt_num": "multimask_max_pt_num",
-    "max_obj_ptrs_in_encoder": "max_object_pointers_in_encoder",
-}
+MODEL = (
+    "sigmoid_scale_for_mem_enc",
+    "sigmoid_bias_for_mem_enc",
+    "multimask_min_pt_num",
+    "multimask_max_pt_num",
+    "max_obj_ptrs_in_encoder",
+)
 OVERRIDES = {
     "none": [],
     "of the maintainers' script": ["++model.non_overlap_masks=true"],
@@ -94,31 +93,31 @@ def quickly_built(uninitialised):
 )
 def test_overrides_are_those_of_the_official_package(case, apply_postprocessing):
     build_sam = pytest.importorskip("sam2.build_sam", reason="the oracle: the official package, sam2 from PyPI")
-    given = {
+    arguments = {
         "config_file": "configs/sam2.1/sam2.1_hiera_t.yaml",
         "device": "cpu",
         "hydra_overrides_extra": [*SIZE, *OVERRIDES[case]],
         "apply_postprocessing": apply_postprocessing,
     }
-    official = build_sam.build_sam2_video_predictor(**given)
-    with warnings.catch_warnings(record=True) as told:
+    official = build_sam.build_sam2_video_predictor(**arguments)
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ours = build_sam2_video_predictor(**given)
-    undone = {str(each.message).split()[2] for each in told if "hydra_overrides_extra" in str(each.message)}
+        ours = build_sam2_video_predictor(**arguments)
+    undone = {str(warning.message).split()[2] for warning in caught if "hydra_overrides_extra" in str(warning.message)}
     assert undone == (UNDONE.get(case, set()) if apply_postprocessing else set())
     for name in PREDICTOR:
         assert (name, getattr(ours, name)) == (name, getattr(official, name))
     for name in DECODER:
-        assert getattr(ours.model.mask_decoder, name) == getattr(official.sam_mask_decoder, name)
-    for name, by in CONFIG.items():
-        assert getattr(ours.model.config, by) == getattr(official, name)
-    assert given["hydra_overrides_extra"] == [*SIZE, *OVERRIDES[case]]
+        assert getattr(ours.model.sam_mask_decoder, name) == getattr(official.sam_mask_decoder, name)
+    for name in MODEL:
+        assert getattr(ours.model, name) == getattr(official, name)
+    assert arguments["hydra_overrides_extra"] == [*SIZE, *OVERRIDES[case]]
 
 
 def test_overrides_of_a_model_for_pictures():
     model = build_sam2("sam2.1_hiera_t", None, "cpu", "eval", [*SIZE, "++model.max_cond_frames_in_attn=2"])
     assert model.image_size == SIDE
-    assert model.mask_decoder.dynamic_multimask_via_stability
+    assert model.sam_mask_decoder.dynamic_multimask_via_stability
     with pytest.raises(
         ValueError, match=r"cannot have '\+\+model.fill_hole_area=0' here: of model\. it takes binarize_"
     ):
@@ -128,7 +127,7 @@ def test_overrides_of_a_model_for_pictures():
 
 
 def test_arguments_count_more_than_overrides():
-    made = build_sam2_video_predictor(
+    predictor = build_sam2_video_predictor(
         "sam2.1_hiera_t",
         None,
         "cpu",
@@ -136,7 +135,7 @@ def test_arguments_count_more_than_overrides():
         image_size=SIDE,
         fill_hole_area=2,
     )
-    assert (made.image_size, made.non_overlap_masks, made.fill_hole_area) == (SIDE, True, 2)
+    assert (predictor.image_size, predictor.non_overlap_masks, predictor.fill_hole_area) == (SIDE, True, 2)
 
 
 WRONG = {
@@ -174,9 +173,9 @@ def test_what_cannot_be_overridden(case):
 
 
 def test_values_are_read_as_hydra_does():
-    read = parsed(
+    read = parse_overrides(
         ["++model.fill_hole_area=+3", "model.sigmoid_scale_for_mem_enc = 2e1 ", "+model.image_size=64"], video=True
     )
     assert read.predictor == {"fill_hole_area": 3}
-    assert read.config == {"sigmoid_scale_for_mem_enc": 20.0}
+    assert read.model == {"sigmoid_scale_for_mem_enc": 20.0}
     assert read.image_size == 64

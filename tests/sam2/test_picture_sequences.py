@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
 
-pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
-
-from omniops.sam2 import picture_files, picture_sequences
+from omniops.sam2 import animation, picture_files
 from omniops.sam2.frames import FrameError, Frames
 from omniops.sam2.picture_files import is_animation
 
@@ -20,7 +18,7 @@ RED, GREEN, BLUE = (230, 20, 20), (20, 230, 20), (20, 20, 230)
 
 
 def corners(size=(12, 8)) -> Image.Image:
-    """A colour in each corner but one: like none of its turns or mirrors."""
+    """A colour in name corner but one: like none of its turns or mirrors."""
     picture = Image.new("RGB", size)
     half = size[0] // 2, size[1] // 2
     picture.paste(RED, (0, 0, *half))
@@ -54,11 +52,11 @@ def test_png_with_exif_after_its_pixels(tmp_path):
     path = tmp_path / "1.png"
     corners().save(path, exif=orientation_is(6))
     data = path.read_bytes()
-    place = data.index(b"eXIf") - 4
-    size = 12 + int.from_bytes(data[place : place + 4], "big")
-    without = data[:place] + data[place + size :]
+    offset = data.index(b"eXIf") - 4
+    size = 12 + int.from_bytes(data[offset : offset + 4], "big")
+    without = data[:offset] + data[offset + size :]
     end = without.index(b"IEND") - 4
-    path.write_bytes(without[:end] + data[place : place + size] + without[end:])
+    path.write_bytes(without[:end] + data[offset : offset + size] + without[end:])
     frames = Frames(tmp_path)
     assert (frames.height, frames.width) == (12, 8)
     assert np.array_equal(frames[0], np.rot90(np.asarray(corners()), -1))
@@ -121,7 +119,7 @@ def test_all_frames_of_an_animation(tmp_path, monkeypatch, name):
     frames = Frames(path)
     assert (len(frames), frames.height, frames.width) == (5, 10, 16)
     for memory in (2**20, 0):
-        monkeypatch.setattr(picture_sequences, "MEMORY", memory)
+        monkeypatch.setattr(animation, "MAX_DECODED_BYTES", memory)
         for i in (0, 1, 2, 3, 4, 2, 0, 4, -1):
             assert np.abs(frames[i].astype(int) - COLOURS[i]).max() <= 6
             assert np.abs(frames.resized(i, 8).astype(int) - COLOURS[i]).max() <= 6
@@ -168,13 +166,13 @@ def test_photographs_of_several_pictures_are_no_animations(tmp_path):
 
 def test_an_animation_that_breaks_off(tmp_path):
     path = animate(tmp_path / "a.png", duration=100)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: whole.rindex(b"fdAT") + 12])
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"fdAT") + 12])
     with pytest.warns(UserWarning, match=r"a.png breaks off after 4 of 5 frames") as caught:
         frames = Frames(path)
     assert caught[0].filename == __file__
     assert [frame[0, 0].tolist() for frame in frames] == [list(colour) for colour in COLOURS[:4]]
-    path.write_bytes(whole[: whole.index(b"IDAT") + 6])
+    path.write_bytes(content[: content.index(b"IDAT") + 6])
     with pytest.raises(ValueError, match=r"a.png has no frame that can be decoded"):
         Frames(path)
 
@@ -193,7 +191,7 @@ def test_heif_without_pillow_heif_names_it(tmp_path, monkeypatch, in_folder):
     (tmp_path / "1.heic").write_bytes(HEIF)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     picture_files.register_heif.cache_clear()
-    monkeypatch.setattr(Image, "ID", [each for each in Image.ID if each not in ("HEIF", "AVIF")])
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name not in ("HEIF", "AVIF")])
     with pytest.raises(ValueError, match=r"1\.heic cannot be read .*pip install 'omniops\[heif\]'"):
         Frames(tmp_path if in_folder else tmp_path / "1.heic")
     picture_files.register_heif.cache_clear()
@@ -202,8 +200,8 @@ def test_heif_without_pillow_heif_names_it(tmp_path, monkeypatch, in_folder):
 def test_heif_with_pillow_heif(tmp_path):
     heif = pytest.importorskip("pillow_heif", reason="the extra heif")
     heif.from_pillow(corners((64, 32))).save(tmp_path / "1.heic", quality=95)
-    for place in (tmp_path, tmp_path / "1.heic"):
-        frames = Frames(place)
+    for source in (tmp_path, tmp_path / "1.heic"):
+        frames = Frames(source)
         assert (len(frames), frames.height, frames.width) == (1, 32, 64)
         assert np.abs(frames[0].astype(int) - np.asarray(corners((64, 32)))).mean() < 8
 

@@ -33,13 +33,13 @@ def formula(logits, guide, size, k, sigma_space, sigma_colour):
         range(b), enumerate(middle_in(height, h * s)), enumerate(middle_in(width, w * s))
     ):
         y, x = (i + 0.5) * h / height - 0.5, (j + 0.5) * w / width - 0.5
-        which = n if len(guide) > 1 else 0
+        picture = n if len(guide) > 1 else 0
         total = 0.0
         for u, v in itertools.product(range(-(k // 2), k // 2 + 1), repeat=2):
             near_y, near_x = row // s + u, column // s + v
             if not (0 <= near_y < h and 0 <= near_x < w):
                 continue
-            difference = colours[which, :, row, column] - means[which, :, near_y, near_x]
+            difference = colours[picture, :, row, column] - means[picture, :, near_y, near_x]
             weight = math.exp(
                 -((y - near_y) ** 2 + (x - near_x) ** 2) / (2 * sigma_space**2)
                 - difference.pow(2).sum().item() / (2 * sigma_colour**2)
@@ -68,7 +68,7 @@ SIZES = {
 @pytest.mark.parametrize("case", SIZES)
 def test_formula(case, strip, monkeypatch):
     """In one strip, and in as many as can be."""
-    monkeypatch.setattr(upsampling, "_STRIP", strip)
+    monkeypatch.setattr(upsampling, "STRIP_BYTES", strip)
     low, size, of_guide = SIZES[case]
     torch.manual_seed(0)
     logits = torch.randn(2, 3, *low, dtype=torch.float64)
@@ -137,24 +137,24 @@ def test_edges_of_the_guide_are_followed():
 
 
 def test_masks_share_the_kernels(monkeypatch):
-    """As channels, so that one mask more costs no kernels more; the result is that of each alone."""
+    """As channels, so that one mask more costs no kernels more; the result is that of one alone."""
     torch.manual_seed(0)
     logits, guide = torch.randn(4, 3, 8, 8), torch.rand(1, 3, 30, 30)
     calls = []
     carafe = upsampling.carafe
-    monkeypatch.setattr(upsampling, "carafe", lambda *each: calls.append(each) or carafe(*each))
+    monkeypatch.setattr(upsampling, "carafe", lambda *args: calls.append(args) or carafe(*args))
     found = guided(logits, guide, (30, 30))
-    assert [(each[0].shape, each[1].shape) for each in calls] == [((1, 12, 8, 8), (1, 25, 32, 32))]
+    assert [(features.shape, kernels.shape) for features, kernels, *_ in calls] == [((1, 12, 8, 8), (1, 25, 32, 32))]
     for i, j in itertools.product(range(4), range(3)):
         assert_close(found[i, j], guided(logits[i : i + 1, j : j + 1], guide, (30, 30))[0, 0])
 
 
 class Memory(TorchDispatchMode):
-    """The most bytes that tensors made here held at once."""
+    """The peak of the bytes that tensors took within it."""
 
     def __init__(self):
         super().__init__()
-        self.alive, self.most = {}, 0
+        self.alive, self.peak = {}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -163,7 +163,7 @@ class Memory(TorchDispatchMode):
             if storage._cdata not in self.alive:
                 self.alive[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.alive.pop, storage._cdata)
-        self.most = max(self.most, sum(self.alive.values()))
+        self.peak = max(self.peak, sum(self.alive.values()))
         return result
 
 
@@ -172,11 +172,11 @@ def test_memory_is_bounded(monkeypatch, masks):
     """By strips of all that grows with them: the kernels of the whole would take more."""
     logits, guide = torch.randn(masks, 1, 64, 64), torch.rand(1, 3, 256, 256)
     strip, kernels, result = 2**20, 25 * 256 * 256 * 4, masks * 256 * 256 * 4
-    monkeypatch.setattr(upsampling, "_STRIP", strip)
+    monkeypatch.setattr(upsampling, "STRIP_BYTES", strip)
     with Memory() as memory:
         guided(logits, guide, (256, 256))
     # The result and the strips that it is made of, the means of the guide, and a strip.
-    assert 2 * result < memory.most < 2 * result + 3 * strip < kernels + 2 * result
+    assert 2 * result < memory.peak < 2 * result + 3 * strip < kernels + 2 * result
 
 
 def test_gradient_reaches_the_logits():

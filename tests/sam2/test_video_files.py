@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 pytest.importorskip("av", reason="videos need PyAV")
 
 import av
@@ -58,8 +57,8 @@ def turn(path: Path, matrix: tuple[int, ...]) -> None:
     """Set a, b, c and d of the display matrix of an MP4 file, ISO/IEC 14496-12, 8.3.2."""
     data = bytearray(path.read_bytes())
     a, b, c, d = (value << 16 for value in matrix)
-    place = data.index(b"tkhd") + 44
-    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    offset = data.index(b"tkhd") + 44
+    data[offset : offset + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
 
 
@@ -88,10 +87,10 @@ def test_display_matrices(tmp_path, name):
     path = write(tmp_path / "video.mp4", ratio=Fraction(4, 3))
     turn(path, matrix)
     frames = Frames(path)
-    turned = expected(picture(5))
-    assert frames[5].shape == (frames.height, frames.width, 3) == turned.shape
-    assert np.abs(frames[5].astype(int) - turned).mean() < 5
-    resized = np.asarray(Image.fromarray(np.ascontiguousarray(turned)).resize((32, 32)))
+    rotated = expected(picture(5))
+    assert frames[5].shape == (frames.height, frames.width, 3) == rotated.shape
+    assert np.abs(frames[5].astype(int) - rotated).mean() < 5
+    resized = np.asarray(Image.fromarray(np.ascontiguousarray(rotated)).resize((32, 32)))
     assert np.abs(frames.resized(5, 32).astype(int) - resized).mean() < 8
     assert frames.sample_aspect_ratio == (Fraction(4, 3) if matrix[0] or not any(matrix) else Fraction(3, 4))
 
@@ -157,8 +156,8 @@ def test_files_that_are_cut_off_say_so(tmp_path, name, codec):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(Frames(path)) == COUNT
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) * 6 // 10])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 6 // 10])
     with pytest.warns(UserWarning, match=rf"{name} breaks off after \d+ frames") as caught:
         frames = Frames(path)
     assert caught[0].filename == __file__
@@ -203,8 +202,8 @@ NAMES = [
 def test_any_name_will_do(tmp_path, monkeypatch, name):
     shutil.copy(write(tmp_path / "video.mp4"), tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    for place in (name, os.fsencode(name), tmp_path / name):
-        assert shown(Frames(place)[7]) == 7
+    for path in (name, os.fsencode(name), tmp_path / name):
+        assert shown(Frames(path)[7]) == 7
 
 
 def test_times_and_rate(tmp_path):
@@ -230,39 +229,37 @@ def test_times_and_rate(tmp_path):
 GROWTH = """
 import sys
 from pathlib import Path
-from omniops.sam2.frames import Frames
+from omniops.sam2.video_file import VideoFile
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-frames = Frames(sys.argv[1])
-frames[0], frames.resized(0, 256)
+video = VideoFile(Path(sys.argv[1]))
+video.frame(0), video.resized(0, 256)
 before = resident()
-for i in range(len(frames)):
-    frames[i], frames.resized(i, 256)
-source = frames._source
-print(len(source._frames), resident() - before, source._memory)
+for i in range(len(video)):
+    video.frame(i), video.resized(i, 256)
+print(len(video.decoded_frames), resident() - before, video.nbytes)
 """
 
 
 BACK_AND_FORTH = """
 import sys
 from pathlib import Path
-from omniops.sam2 import video_file
-from omniops.sam2.frames import Frames
+from omniops.sam2 import decoded_frames
+from omniops.sam2.video_file import VideoFile
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-video_file.MEMORY = int(sys.argv[2])
-frames = Frames(sys.argv[1])
-frames[0]
+decoded_frames.MAX_DECODED_BYTES = int(sys.argv[2])
+video = VideoFile(Path(sys.argv[1]))
+video.frame(0)
 before = resident()
 for _ in range(3):
-    for i in range(len(frames)):
-        frames[i]
-source = frames._source
-print(len(source._frames), resident() - before, source._memory + source._older_memory)
+    for i in range(len(video)):
+        video.frame(i)
+print(len(video.decoded_frames), resident() - before, video.nbytes)
 """
 
 
@@ -288,7 +285,7 @@ def test_large_frames_take_the_memory_that_is_allowed_from_the_beginning_again(t
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux")
-@pytest.mark.parametrize("size", [(32, 32), (160, 128)], ids=str)
+@pytest.mark.parametrize("size", [(32, 32), pytest.param((160, 128), marks=pytest.mark.slow)], ids=str)
 def test_many_small_frames_take_the_memory_that_is_counted(tmp_path, size):
     path = tmp_path / "video.mp4"
     with av.open(str(path), "w") as container:
@@ -306,7 +303,7 @@ def test_many_small_frames_take_the_memory_that_is_counted(tmp_path, size):
 
 
 def write_at(path: Path, codec: str, ticks: list[int]) -> Path:
-    """A frame at each of these 25ths of a second."""
+    """Frames at these 25ths of a second."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=B_FRAMES if codec == "libx264" else {})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -351,10 +348,10 @@ def test_a_file_that_is_cut_off_between_two_frames(tmp_path, name):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(t), "rgb24")))
         container.mux(stream.encode())
     with av.open(str(path)) as container:
-        places = [packet.pos for packet in container.demux(video=0) if packet.size]
-    whole = path.read_bytes()
+        positions = [packet.pos for packet in container.demux(video=0) if packet.size]
+    content = path.read_bytes()
     for count in (COUNT - 1, 10):
-        path.write_bytes(whole[: places[count]])
+        path.write_bytes(content[: positions[count]])
         with pytest.warns(IncompleteVideoWarning, match=rf"{name} breaks off after {count} of 20 frames"):
             assert len(Frames(path)) == count
 

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from clips import HEIGHT, WIDTH, write_clip
+from one_thread import one_thread as one_thread
 
-pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
-
+from omniops import fill_holes
 from omniops.sam2.checkpoints import load
+from omniops.sam2.frame_inference import FrameInference
 from omniops.sam2.frames import Frames
-from omniops.sam2.pictures import planes
+from omniops.sam2.transforms import to_tensor
 from omniops.sam2.upsampling import guided
 from omniops.sam2.video_predictor import SAM2VideoPredictor
 
@@ -72,14 +73,14 @@ def test_what_is_known_of_a_frame(predictor, clip):
         predictor.masks_on_frame(state, -1)
 
 
-def test_features_are_given_back(predictor, clip):
+def test_features_are_released(predictor, clip):
     state = predictor.init_state(clip)
     assert state.nbytes == 0
     for frame in range(3):
         predictor.preview(state, frame, POINT, [1])
     three = state.nbytes
     state.release_features(keep=1)
-    assert list(state._features) == [2]
+    assert state.frames_with_features == [2]
     assert state.nbytes * 3 == three
     state.release_features()
     assert state.nbytes == 0
@@ -92,25 +93,25 @@ def test_frames_decoded_ahead_are_not_kept(predictor, clip):
     predictor.add_new_points_or_box(state, 0, 1, POINT, [1])
     masks = predictor.propagate_in_video(state)
     next(masks)
-    assert state._images._ahead
+    assert state.images.num_prefetched
     masks.close()
-    assert not state._images._ahead
+    assert not state.images.num_prefetched
     assert len(list(predictor.propagate_in_video(state))) == 4
-    assert not state._images._ahead
+    assert not state.images.num_prefetched
 
 
 def test_guided_masks(predictor, clip):
     with_guide = SAM2VideoPredictor(predictor.model, upsampling="guided")
-    states = [each.init_state(clip) for each in (predictor, with_guide)]
-    for each, state in zip((predictor, with_guide), states, strict=True):
+    states = [either.init_state(clip) for either in (predictor, with_guide)]
+    for either, state in zip((predictor, with_guide), states, strict=True):
         for obj_id in (1, 2):
-            each.add_new_points_or_box(state, 0, obj_id, [[36 + 20 * obj_id, 44]], [1])
-        list(each.propagate_in_video(state))
+            either.add_new_points_or_box(state, 0, obj_id, [[36 + 20 * obj_id, 44]], [1])
+        list(either.propagate_in_video(state))
     frames = Frames(clip)
     for frame in range(4):
-        tracks = states[0]._tracks.values()
-        low = torch.cat([predictor._mask(track.conditioning.get(frame) or track.others[frame]) for track in tracks])
-        expected = guided(low, planes(frames[frame], torch.device("cpu")), (HEIGHT, WIDTH))
+        outputs = [obj.tracked_output(frame) for obj in states[0].objects.values()]
+        low = fill_holes(torch.cat([output.pred_masks for output in outputs]), predictor.fill_hole_area)
+        expected = guided(low, to_tensor(frames[frame], torch.device("cpu")), (HEIGHT, WIDTH))
         assert torch.equal(with_guide.masks_on_frame(states[1], frame)[2], expected)
     with pytest.raises(ValueError, match="upsampling must be bilinear or guided, got 'nearest'"):
         SAM2VideoPredictor(predictor.model, upsampling="nearest")
@@ -120,14 +121,14 @@ def test_an_error_leaves_the_object_as_it_was(predictor, clip, monkeypatch):
     state = predictor.init_state(clip)
     before = predictor.add_new_points_or_box(state, 0, 1, POINT, [1])[2]
     with monkeypatch.context() as patch:
-        patch.setattr(predictor, "_resized", lambda *_: 1 / 0)
+        patch.setattr(FrameInference, "get_orig_video_res_output", lambda *_: 1 / 0)
         for obj_id in (1, 2):
             with pytest.raises(ZeroDivisionError):
                 predictor.add_new_points_or_box(state, 0, obj_id, [[90, 20]], [1])
             with pytest.raises(ZeroDivisionError):
                 predictor.add_new_mask(state, 1, obj_id, np.ones((4, 4)))
     assert state.obj_ids == [1]
-    assert list(state._tracks[1].points) == [0]
-    assert state._tracks[1].prompted == {0}
+    assert list(state.objects[1].point_inputs) == [0]
+    assert state.objects[1].prompt_frames == {0}
     assert torch.equal(predictor.masks_on_frame(state, 0)[2], before)
     assert predictor.masks_on_frame(state, 1)[2].unique().tolist() == [-1024]

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from clips import HEIGHT, SHARPER, WIDTH, write_clip
+from one_thread import one_thread as one_thread
 from PIL import Image
-
-pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 
 import omniops.sam2
 from omniops import connected_components
@@ -135,7 +134,14 @@ def assert_alike(found, expected):
             assert (mask != right).mean() <= 1e-3
 
 
-@pytest.mark.parametrize(("apply_postprocessing", "overlapping"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("apply_postprocessing", "overlapping"),
+    [
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_script_runs_with_its_imports_changed(builders, checkpoint, clip, apply_postprocessing, overlapping):
     results = []
     for build in builders:

@@ -47,8 +47,8 @@ class OnAMac(Delayed):
 
         from omniops import device
 
-        where = f"{device.pick()}, forked: {device.in_forked_child()}"
-        return {**super().describe(), "device": where, "device_type": "mps"}
+        name = f"{device.pick()}, forked: {device.in_forked_child()}"
+        return {**super().describe(), "device": name, "device_type": "mps"}
 
 
 def app(inference):

@@ -40,10 +40,10 @@ class Api:
         """The data of an answer, whose form is checked. Raises ApiError."""
         return data_of(self.post(query, variables))
 
-    def change(self, mutation, fields, /, **given):
+    def change(self, mutation, fields, /, **inputs):
         kind = mutation[0].upper() + mutation[1:] + "Input"
         operation = f"mutation Page($input: {kind}!) {{ {mutation}(input: $input) {fields} }}"
-        return self.ask(operation, {"input": given})[mutation]
+        return self.ask(operation, {"input": inputs})[mutation]
 
     def default_video(self):
         return self.ask(f"query DemoPageQuery {{ defaultVideo {{ {VIDEO} }} }}")["defaultVideo"]
@@ -105,7 +105,7 @@ class Api:
         return self.client.post("/propagate_in_video", json=body, headers=self.headers, buffered=False)
 
     def propagate(self, session, start=0):
-        """Each part's JSON, as it comes; cut at random on the way."""
+        """The JSON of each body part, as it comes; cut at random on the way."""
         response = self.post_propagate(session, start)
         assert response.status_code == 200, response.text
         return frames(response.headers["Content-Type"], cut(response.response))
@@ -124,7 +124,7 @@ def data_of(response):
 
 
 class Parser:
-    """The parts of a multipart/x-savi-stream, cut anywhere, as strictly as the official front end reads it."""
+    """The body parts of a multipart/x-savi-stream, cut anywhere, as strictly as the official front end reads it."""
 
     def __init__(self, content_type):
         assert content_type.startswith("multipart/x-savi-stream;")
@@ -132,14 +132,14 @@ class Parser:
         self.buffer = b""
 
     def push(self, data):
-        """(headers, body) of each part that is whole now."""
+        """(headers, body) of each body part that is complete now."""
         self.buffer += data
         found = []
-        while (part := self._part()) is not None:
-            found.append(part)
+        while (complete := self._next()) is not None:
+            found.append(complete)
         return found
 
-    def _part(self):
+    def _next(self):
         rest = self.buffer.lstrip(b"\r\n")
         head, blank, body = rest.partition(b"\r\n\r\n")
         if not blank:
@@ -174,7 +174,7 @@ def cut(chunks, seed=0):
 
 
 def frames(content_type, chunks):
-    """The JSON of each part."""
+    """The JSON of each body part."""
     parser = Parser(content_type)
     for chunk in chunks:
         for headers, body in parser.push(chunk):

@@ -56,8 +56,8 @@ def make_app(data, inference):
     """create_app(Settings(**given)) with the data folder and the fake inference."""
     apps = []
 
-    def make(**given):
-        app = create_app(Settings(data=data, **given), [Predictor(lambda: inference, "fake")])
+    def make(**options):
+        app = create_app(Settings(data=data, **options), [Predictor(lambda: inference, "fake")])
         app.test_client_class = Client
         apps.append(app)
         return app

@@ -15,8 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from omniops.sam2 import rle
-from omniops.sam2.remote_predictor import RemoteError
+from omniops.sam2 import RemoteError, rle
 
 FEATURE_BYTES = 1000
 TRACKED_BYTES = 10
@@ -123,7 +122,7 @@ class FakeInference:
             size=[height, width],
             prompts={},
             tracked={},
-            parts=None,
+            pending=None,
             searches={},
             path=path,
             guided=guided,
@@ -138,7 +137,7 @@ class FakeInference:
     def add(self, session, frame, object, points=(), labels=(), box=None, clear=True):
         used = self._used(session, frame)
         self._check(points, labels, box)
-        prompt = {"points": [list(each) for each in points], "labels": list(labels), "box": box, "mask": False}
+        prompt = {"points": [list(point) for point in points], "labels": list(labels), "box": box, "mask": False}
         before = used.prompts.get(object, {}).get(frame)
         if not clear and before:
             prompt = {
@@ -146,7 +145,7 @@ class FakeInference:
                 "points": before["points"] + prompt["points"],
                 "labels": before["labels"] + list(labels),
             }
-        used.parts = None
+        used.pending = None
         used.prompts.setdefault(object, {})[frame] = prompt
         return self._masks(used, frame)
 
@@ -155,7 +154,7 @@ class FakeInference:
         used = self._used(session, frame)
         if list(mask["size"]) != used.size:
             raise ValueError(f"The mask must be of the size of the video, {used.size} (height, width).")
-        used.parts = None
+        used.pending = None
         used.prompts.setdefault(object, {})[frame] = {"points": [], "labels": [], "box": None, "mask": True}
         return self._masks(used, frame)
 
@@ -164,19 +163,19 @@ class FakeInference:
         used = self._used(session, frame)
         if object not in used.prompts:
             raise ValueError(f"Object {object} is unknown in this session.")
-        used.parts = None
+        used.pending = None
         used.prompts[object].pop(frame, None)
         return self._masks(used, frame)
 
     @_call
     def clear_video(self, session):
         used = self._used(session)
-        used.prompts, used.tracked, used.parts = {}, {}, None
+        used.prompts, used.tracked, used.pending = {}, {}, None
 
     @_call
     def remove(self, session, object):
         used = self._used(session)
-        used.parts = None
+        used.pending = None
         frames = sorted(used.prompts.pop(object, {}))
         for objects in used.tracked.values():
             objects.discard(object)
@@ -209,22 +208,22 @@ class FakeInference:
         used = self._used(session, start)
         if not any(used.prompts.values()):
             raise ValueError("There is nothing to track: show an object first, by points, a box or a mask.")
-        used.parts = [*range(start, used.frames), *(range(start, -1, -1) if start else ())]
-        return len(used.parts)
+        used.pending = [*range(start, used.frames), *(range(start, -1, -1) if start else ())]
+        return len(used.pending)
 
     @_call
     def next(self, session):
         used = self._used(session)
-        if not used.parts:
-            used.parts = None
+        if not used.pending:
+            used.pending = None
             return None
-        frame = used.parts.pop(0)
+        frame = used.pending.pop(0)
         used.tracked[frame] = {object for object, prompts in used.prompts.items() if prompts}
         return frame, self._masks(used, frame)
 
     @_call
     def stop(self, session):
-        self._used(session).parts = None
+        self._used(session).pending = None
 
     @_call
     def prompts(self, session):

@@ -13,12 +13,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import closing, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 
 from server.client import Api
+from server.waiting import wait_until
 
 TESTS = Path(__file__).parents[1]
 GUNICORN = [sys.executable, "-m", "gunicorn", "--worker-class", "gthread"]
@@ -28,14 +28,6 @@ def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-def wait_until(condition, seconds, what):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
-    return found
 
 
 def is_alive(pid):
@@ -50,8 +42,8 @@ def descendants(pid):
     """The processes that a process started, directly or not, those that were started first before the others."""
     parents = [tuple(map(int, line.split())) for line in _ps("-A", "-o", "pid=,ppid=").splitlines()]
     found = [pid]
-    for each in found:
-        found += [child for child, parent in parents if parent == each]
+    for ancestor in found:
+        found += [child for child, parent in parents if parent == ancestor]
     return found[1:]
 
 
@@ -201,7 +193,7 @@ def _json(value):
 def _form(fields):
     """multipart/form-data: (data, file name, content type) for a file."""
     boundary = "a-boundary-of-the-tests"
-    parts = []
+    body = b""
     for name, value in fields.items():
         more, data, kind = "", value, ""
         if isinstance(value, tuple):
@@ -209,5 +201,5 @@ def _form(fields):
             more, kind = f'; filename="{file_name}"', f"Content-Type: {content_type}\r\n"
         data = data.read() if isinstance(data, io.IOBase) else data
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{more}\r\n{kind}\r\n'
-        parts.append(head.encode() + (data if isinstance(data, bytes) else str(data).encode()) + b"\r\n")
-    return f"multipart/form-data; boundary={boundary}", b"".join(parts) + f"--{boundary}--\r\n".encode()
+        body += head.encode() + (data if isinstance(data, bytes) else str(data).encode()) + b"\r\n"
+    return f"multipart/form-data; boundary={boundary}", body + f"--{boundary}--\r\n".encode()

@@ -173,7 +173,7 @@ POINTS = {**OBJECT, "points": [[0.5, 0.5]], "labels": [1], "clearOldPoints": Tru
 
 
 @pytest.mark.parametrize(
-    ("mutation", "given", "message"),
+    ("mutation", "inputs", "message"),
     [
         ("addPoints", {**POINTS, "frameIndex": -1}, "There is no frame -1: the video has frames 0 to 9."),
         ("addPoints", {**POINTS, "frameIndex": 10}, "There is no frame 10: the video has frames 0 to 9."),
@@ -194,16 +194,16 @@ POINTS = {**OBJECT, "points": [[0.5, 0.5]], "labels": [1], "clearOldPoints": Tru
         ),
     ],
 )
-def test_prompts(api, mutation, given, message):
+def test_prompts(api, mutation, inputs, message):
     session = api.start_session("gallery/clip.mp4")
     fields = {"renameObject": "{ success }", "findEverything": "{ area }"}.get(mutation, "{ frameIndex }")
     with pytest.raises(ApiError) as raised:
-        api.change(mutation, fields, sessionId=session, **given)
+        api.change(mutation, fields, sessionId=session, **inputs)
     assert [error["message"] for error in raised.value.errors] == [message]
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("inputs", "words"),
     [
         ({**POINTS, "frameIndex": 1.5}, "Int cannot represent non-integer value: 1.5"),
         ({**POINTS, "frameIndex": 2**40}, "Int cannot represent non 32-bit signed integer value"),
@@ -218,10 +218,10 @@ def test_prompts(api, mutation, given, message):
         ),
     ],
 )
-def test_prompts_of_another_type(api, given, words):
+def test_prompts_of_another_type(api, inputs, words):
     session = api.start_session("gallery/clip.mp4")
     with pytest.raises(ApiError) as raised:
-        api.change("addPoints", "{ frameIndex }", sessionId=session, **given)
+        api.change("addPoints", "{ frameIndex }", sessionId=session, **inputs)
     assert words in str(raised.value)
 
 
@@ -249,13 +249,13 @@ def of_the_session(mutation):
     ],
 )
 def test_sessions_that_never_were_and_that_were_closed(api, mutation):
-    given, fields = of_the_session(mutation)
+    inputs, fields = of_the_session(mutation)
     with pytest.raises(ApiError, match=f"^{NO_SESSION}$"):
-        api.change(mutation, fields, sessionId="00000000-0000-0000-0000-000000000000", **given)
+        api.change(mutation, fields, sessionId="00000000-0000-0000-0000-000000000000", **inputs)
     session = api.start_session("gallery/clip.mp4")
     api.close_session(session)
     with pytest.raises(ApiError, match=r"^Cannot find session ID; it was closed$"):
-        api.change(mutation, fields, sessionId=session, **given)
+        api.change(mutation, fields, sessionId=session, **inputs)
 
 
 @pytest.mark.parametrize(
@@ -334,10 +334,10 @@ def test_uploads_that_are_no_video(api, data, name, content, message):
 
 
 def test_an_upload_that_ends_early(api, data, clip):
-    whole = clip.read_bytes()
-    for length in (20, len(whole) // 2):
+    content = clip.read_bytes()
+    for length in (20, len(content) // 2):
         with pytest.raises(ApiError, match="video"):
-            api.upload("cut.mp4", whole[:length])
+            api.upload("cut.mp4", content[:length])
     assert list((data / "uploads").iterdir()) == []
 
 
@@ -368,7 +368,7 @@ def test_pictures_of_too_many_pixels(make_app):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("argument", "message"),
     [
         ("startTimeSec: -1", "startTimeSec must be a number of seconds from 0 on."),
         ("durationTimeSec: 0", "durationTimeSec must be a number of seconds above 0."),
@@ -376,8 +376,8 @@ def test_pictures_of_too_many_pixels(make_app):
         ("startTimeSec: 1000", "transcode produced empty video; check seek time or your input video"),
     ],
 )
-def test_times_of_uploads(api, clip, given, message):
-    query = f"mutation M($file: Upload!) {{ uploadVideo(file: $file, {given}) {{ path }} }}"
+def test_times_of_uploads(api, clip, argument, message):
+    query = f"mutation M($file: Upload!) {{ uploadVideo(file: $file, {argument}) {{ path }} }}"
     form = {
         "operations": json.dumps({"query": query, "variables": {"file": None}}),
         "map": '{"file": ["variables.file"]}',
@@ -406,9 +406,9 @@ def test_forms(client, form, message):
     assert (response.status_code, response.text) == (400, message)
 
 
-@pytest.mark.parametrize("place", ["query", "variables", "variables.a.b", "operationName", "", "variables.file.0"])
-def test_files_belong_among_the_variables(client, place):
-    form = {"operations": UPLOAD, "map": json.dumps({"file": [place]}), "file": (io.BytesIO(b"x"), "a.mp4")}
+@pytest.mark.parametrize("path", ["query", "variables", "variables.a.b", "operationName", "", "variables.file.0"])
+def test_files_belong_among_the_variables(client, path):
+    form = {"operations": UPLOAD, "map": json.dumps({"file": [path]}), "file": (io.BytesIO(b"x"), "a.mp4")}
     response = from_page(client, "/graphql", "POST", data=form)
     assert (response.status_code, response.text) == (
         400,
@@ -462,19 +462,19 @@ def test_an_object_that_was_clicked_away_poisons_nothing(api):
     api.clear_frame(session, 0, 0)
     with pytest.raises(ApiError):
         api.add_points(session, 99, 2, [[0.5, 0.5]])
-    parts = list(api.propagate(session))
-    assert len(parts) == 10
-    assert all([each["object_id"] for each in part["results"]] == [0, 1] for part in parts)
+    frames = list(api.propagate(session))
+    assert len(frames) == 10
+    assert all([mask["object_id"] for mask in frame["results"]] == [0, 1] for frame in frames)
 
 
-def test_nothing_of_the_disk_is_told(api, client, data):
-    told = [
+def test_answers_have_nothing_of_the_disk(api, client, data):
+    responses = [
         api.post(START, {"input": {"path": "../" * 8 + "etc/passwd"}}),
         api.post(START, {"input": {"path": str(data)}}),
         client.get("/gallery/none.mp4"),
         client.get("/uploads/none.mp4"),
     ]
-    for response in told:
+    for response in responses:
         assert str(data) not in response.text.replace(json.dumps(str(data)), "")
         for word in ("Traceback", "site-packages", "Python", "Werkzeug", "gunicorn"):
             assert word not in response.text

@@ -34,18 +34,18 @@ def test_click_refine_track_cancel_clear_close(api):
     (mask,) = first["rleMaskList"]
     assert mask["objectId"] == 0
     assert mask["rleMask"]["size"] == [24, 32]
-    both = api.add_points(session, 2, 1, [[0.1, 0.1], [0.2, 0.2]], [1, 0])
-    assert [each["objectId"] for each in both["rleMaskList"]] == [0, 1]
-    parts = list(api.propagate(session, start=2))
-    assert [part["frame_index"] for part in parts] == [*range(2, 10), 2, 1, 0]
-    for part in parts:
-        assert [each["object_id"] for each in part["results"]] == [0, 1]
-        assert all(each["mask"]["size"] == [24, 32] for each in part["results"])
+    second = api.add_points(session, 2, 1, [[0.1, 0.1], [0.2, 0.2]], [1, 0])
+    assert [mask["objectId"] for mask in second["rleMaskList"]] == [0, 1]
+    tracked = list(api.propagate(session, start=2))
+    assert [frame["frame_index"] for frame in tracked] == [*range(2, 10), 2, 1, 0]
+    for frame in tracked:
+        assert [result["object_id"] for result in frame["results"]] == [0, 1]
+        assert all(result["mask"]["size"] == [24, 32] for result in frame["results"])
     assert api.cancel(session) is True
     cleared = api.clear_frame(session, 2, 1)
-    assert [each["objectId"] for each in cleared["rleMaskList"]] == [0, 1]
+    assert [mask["objectId"] for mask in cleared["rleMaskList"]] == [0, 1]
     remaining = api.remove_object(session, 1)
-    assert all([each["objectId"] for each in frame["rleMaskList"]] == [0] for frame in remaining)
+    assert all([mask["objectId"] for mask in frame["rleMaskList"]] == [0] for frame in remaining)
     assert api.remove_object(session, 0) == api.remove_object(session, 7) == []
     assert api.clear_video(session) is True
     assert api.close_session(session) is True
@@ -86,7 +86,7 @@ def test_masks_are_canonical_rle(api):
     assert rle.encode(decoded)["counts"] == mask["counts"]
 
 
-def test_an_unknown_session_is_told_by_the_official_words(api):
+def test_an_unknown_session_is_refused_in_the_official_words(api):
     with pytest.raises(ApiError) as raised:
         api.add_points("no such session", 0, 0, [[0.5, 0.5]])
     (error,) = raised.value.errors
@@ -196,10 +196,10 @@ def test_the_parser_of_these_tests_takes_any_cut(api, seed):
     session = api.start_session("gallery/clip.mp4")
     api.add_points(session, 0, 0, [[0.5, 0.5]])
     response = api.post_propagate(session)
-    whole = list(response.response)
+    chunks = list(response.response)
     kind = response.headers["Content-Type"]
-    assert list(frames(kind, cut(whole, seed))) == list(frames(kind, whole))
+    assert list(frames(kind, cut(chunks, seed))) == list(frames(kind, chunks))
     parser = Parser(kind)
-    parser.push(b"".join(whole)[:-1])
+    parser.push(b"".join(chunks)[:-1])
     with pytest.raises(EOFError):
         parser.end()

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image, ImageFilter
 from video_files import picture, write_clip
 
-pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 pytest.importorskip("av", reason="videos need PyAV")
 
 import av
@@ -27,7 +26,7 @@ from omniops.sam2 import rle
 from omniops.sam2.frames import Frames
 from omniops.server import downloads as module
 from omniops.server import jobs as jobs_module
-from omniops.server.downloads import Downloads, Made
+from omniops.server.downloads import Download, Downloads
 from omniops.server.errors import ServerError
 from omniops.server.jobs import Cancelled, Jobs
 from omniops.server.settings import Settings
@@ -53,8 +52,8 @@ def clip(tmp_path_factory) -> Path:
 
 def session_of(path: Path, name="gallery/a/my clip.mp4", frames=range(COUNT), **more) -> SimpleNamespace:
     found = {i: {k: rle.encode(mask_of(i, k))["counts"] for k in (7, 0)} for i in frames}
-    given = {"path": path, "name": name, "width": WIDTH, "height": HEIGHT, "names": {7: "ball"}, "found": found}
-    return SimpleNamespace(**{**given, "is_picture": False, **more})
+    values = {"path": path, "name": name, "width": WIDTH, "height": HEIGHT, "names": {7: "ball"}, "found": found}
+    return SimpleNamespace(**{**values, "is_picture": False, **more})
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def downloads(tmp_path) -> Downloads:
     return Downloads(Settings(data=tmp_path), Jobs())
 
 
-def content(made: Made) -> bytes:
+def content(made: Download) -> bytes:
     with made.file as file:
         data = file.read()
     assert len(data) == made.size
@@ -77,13 +76,13 @@ def test_coco(clip, downloads):
     made = downloads.make(session_of(clip), "coco")
     assert (made.type, made.name) == ("application/json", "my clip-coco.json")
     records = json.loads(content(made))
-    assert [(each["frame"], each["id"]) for each in records] == [(i, k) for i in range(COUNT) for k in (7, 0)]
-    for each in records:
-        mask = mask_of(each["frame"], each["id"])
-        assert np.array_equal(coco.decode(each["segmentation"]), mask)
-        assert each["area"] == mask.sum()
-        assert each["time"] == pytest.approx(each["frame"] / 12, abs=1e-3)
-        assert each.get("name") == ("ball" if each["id"] == 7 else None)
+    assert [(record["frame"], record["id"]) for record in records] == [(i, k) for i in range(COUNT) for k in (7, 0)]
+    for record in records:
+        mask = mask_of(record["frame"], record["id"])
+        assert np.array_equal(coco.decode(record["segmentation"]), mask)
+        assert record["area"] == mask.sum()
+        assert record["time"] == pytest.approx(record["frame"] / 12, abs=1e-3)
+        assert record.get("name") == ("ball" if record["id"] == 7 else None)
     assert left(downloads) == []
 
 
@@ -159,7 +158,7 @@ def test_an_edge_of_its_own_colours():
     mask[0, 0] = mask[30, 40] = mask[59, 70:] = True
     for by in (1, 2, 3, 8):
         grown = Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(2 * by + 1))
-        assert np.array_equal(module._grown(mask, by), np.asarray(grown) > 0)
+        assert np.array_equal(module._dilated(mask, by), np.asarray(grown) > 0)
 
 
 def test_pictures(tmp_path, downloads):
@@ -169,7 +168,8 @@ def test_pictures(tmp_path, downloads):
     name = "uploads/" + "ab" * 32 + ".png"
     session = session_of(path, name, frames=[0], is_picture=True)
     records = json.loads(content(downloads.make(session, "coco")))
-    assert [set(each) for each in records] == [{"id", "name", "segmentation", "area"}, {"id", "segmentation", "area"}]
+    keys = {"id", "segmentation", "area"}
+    assert [set(record) for record in records] == [{*keys, "name"}, keys]
     with zipfile.ZipFile(io.BytesIO(content(downloads.make(session, "png")))) as archive:
         assert archive.namelist() == ["7-ball.png", "0.png"]
     made = downloads.make(session, "cutout", "png")
@@ -208,7 +208,7 @@ def test_nothing_was_found(clip, downloads, format, kind):
         downloads.make(session_of(clip, frames=[]), format, kind)
 
 
-@pytest.mark.parametrize(("format", "kind"), [each for each in FORMATS if each[0] != "png"])
+@pytest.mark.parametrize(("format", "kind"), [case for case in FORMATS if case[0] != "png"])
 def test_the_video_is_gone(tmp_path, downloads, format, kind):
     with pytest.raises(ServerError, match=r"^The video cannot be read any more.$"):
         downloads.make(session_of(tmp_path / "nothing.mp4"), format, kind)
@@ -236,8 +236,8 @@ def test_progress_and_who_goes_away(clip, downloads, monkeypatch, format, kind):
 def test_files_that_nobody_took(clip, downloads):
     downloads._folder.mkdir(parents=True)
     old, new = downloads._folder / ".made-old.mp4", downloads._folder / ".made-new.mp4"
-    for each in (old, new):
-        each.write_bytes(b"")
+    for path in (old, new):
+        path.write_bytes(b"")
     os.utime(old, (time.time() - 9999,) * 2)
     content(downloads.make(session_of(clip), "coco"))
     assert left(downloads) == [new]
@@ -247,9 +247,9 @@ def test_what_changes_meanwhile_does_not_matter(clip, downloads):
     session = session_of(clip)
     made = []
     threads = [threading.Thread(target=lambda: made.append(content(downloads.make(session, "coco")))) for _ in range(4)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(made) == 4
     assert len(set(made)) == 1

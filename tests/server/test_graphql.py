@@ -21,19 +21,19 @@ def message(api, query, variables=None):
 
 def test_boxes_masks_and_previews(api):
     session = api.start_session("gallery/clip.mp4", guided=True)
-    place = {"sessionId": session, "frameIndex": 3}
+    frame = {"sessionId": session, "frameIndex": 3}
     fields = "{ frameIndex rleMaskList { objectId rleMask { size counts order } } }"
-    box = api.change("addBox", fields, **place, objectId=4, box=[0.1, 0.1, 0.6, 0.6], points=[[0.5, 0.5]], labels=[1])
+    box = api.change("addBox", fields, **frame, objectId=4, box=[0.1, 0.1, 0.6, 0.6], points=[[0.5, 0.5]], labels=[1])
     assert box["frameIndex"] == 3
     (found,) = box["rleMaskList"]
     assert found["objectId"] == 4
     assert found["rleMask"]["order"] == "F"
     mask = {"size": found["rleMask"]["size"], "counts": found["rleMask"]["counts"]}
-    both = api.change("addMask", fields, **place, objectId=9, mask=mask)
-    assert [each["objectId"] for each in both["rleMaskList"]] == [4, 9]
+    answer = api.change("addMask", fields, **frame, objectId=9, mask=mask)
+    assert [item["objectId"] for item in answer["rleMaskList"]] == [4, 9]
     before = api.ask("query Q($id: String!) { session(sessionId: $id) { objects { objectId } } }", {"id": session})
-    assert api.change("preview", "{ size counts }", **place, points=[[0.2, 0.2]], labels=[1])["size"] == [24, 32]
-    assert api.change("preview", "{ size counts }", **place, box=[0, 0, 1, 1])["size"] == [24, 32]
+    assert api.change("preview", "{ size counts }", **frame, points=[[0.2, 0.2]], labels=[1])["size"] == [24, 32]
+    assert api.change("preview", "{ size counts }", **frame, box=[0, 0, 1, 1])["size"] == [24, 32]
     after = api.ask("query Q($id: String!) { session(sessionId: $id) { objects { objectId } } }", {"id": session})
     assert before == after
 
@@ -51,7 +51,7 @@ def test_a_session_is_there_again_after_a_reload(api):
     api.add_points(session, 1, 7, [[0.25, 0.5], [0.5, 0.5]], [1, 0])
     api.change("addBox", "{ frameIndex }", sessionId=session, frameIndex=2, objectId=3, box=[0, 0, 0.5, 0.5])
     assert api.change("renameObject", "{ success }", sessionId=session, objectId=7, name="Ball")["success"]
-    tracked = {part["frame_index"]: part["results"] for part in api.propagate(session)}
+    tracked = {frame["frame_index"]: frame["results"] for frame in api.propagate(session)}
     state = api.ask(
         """query Q($id: String!) { session(sessionId: $id) {
           sessionId path numFrames width height fps isPicture guided tracking
@@ -92,7 +92,7 @@ def test_a_session_is_there_again_after_a_reload(api):
         ],
     }
     assert {
-        frame["frameIndex"]: [{"object_id": each["objectId"], "mask": each["rleMask"]} for each in frame["rleMaskList"]]
+        frame["frameIndex"]: [{"object_id": item["objectId"], "mask": item["rleMask"]} for item in frame["rleMaskList"]]
         for frame in frames
     } == tracked
 
@@ -173,7 +173,7 @@ def test_the_form_of_an_error_carries_its_status_unless_it_is_an_official_one(ap
         assert raised.value.errors[0]["path"] == ["startSession"]
 
 
-def test_an_unforeseen_error_is_logged_and_not_told(api, inference, caplog):
+def test_an_unexpected_error_is_logged_and_not_shown(api, inference, caplog):
     session = api.start_session("gallery/clip.mp4")
     inference.errors["add"] = RuntimeError("/secret/path of version 1.2.3")
     with caplog.at_level(logging.ERROR), pytest.raises(ApiError) as raised:

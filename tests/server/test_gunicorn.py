@@ -11,7 +11,8 @@ from contextlib import ExitStack
 import pytest
 import torch
 from server.client import ApiError, Parser, frames
-from server.running import GUNICORN, Running, is_alive, wait_until
+from server.running import GUNICORN, Running, is_alive
+from server.waiting import wait_until
 
 pytest.importorskip("gunicorn", reason="what is tested: gunicorn from PyPI")
 
@@ -42,6 +43,7 @@ def app_root(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_the_document_s_command(tmp_path, data, app_root):
     environment = {
         "APP_ROOT": str(app_root),
@@ -62,12 +64,12 @@ def test_the_document_s_command(tmp_path, data, app_root):
         assert int(played.headers["Content-Length"]) == len(played.data)
         session = api.start_session(video["path"])
         found = api.add_points(session, 0, 0, [[0.5, 0.5]])
-        assert [each["objectId"] for each in found["rleMaskList"]] == [0]
+        assert [mask["objectId"] for mask in found["rleMaskList"]] == [0]
         response = api.post_propagate(session)
         assert response.headers["Transfer-Encoding"] == "chunked"
-        parts = list(frames(response.headers["Content-Type"], response.response))
-        assert [part["frame_index"] for part in parts] == list(range(10))
-        assert {len(part["results"]) for part in parts} == {1}
+        tracked = list(frames(response.headers["Content-Type"], response.response))
+        assert [frame["frame_index"] for frame in tracked] == list(range(10))
+        assert {len(frame["results"]) for frame in tracked} == {1}
         processes = [server.process.pid, *server.processes()]
         assert len(processes) == 3
         assert all(map(is_alive, processes))
@@ -93,17 +95,17 @@ def test_a_predictor_that_dies_in_the_middle_of_a_stream_takes_its_sessions_with
     api.add_points(session, 0, 0, [[0.5, 0.5]])
     response = api.post_propagate(session)
     parser = Parser(response.headers["Content-Type"])
-    parts = []
-    while len(parts) < 3:
-        parts += parser.push(next(response.response))
+    received = []
+    while len(received) < 3:
+        received += parser.push(next(response.response))
 
     restarts = slow.metrics()["omniops_predictor_restarts_total"]
     worker, predictor = slow.processes()
     os.kill(predictor, signal.SIGKILL)
     for chunk in response.response:
-        parts += parser.push(chunk)
+        received += parser.push(chunk)
     # Our page reads the words; the official front end reads on, and takes the part that is cut short for an error.
-    headers, body = parts[-1]
+    headers, body = received[-1]
     assert headers["Content-Type"].startswith("application/problem+json")
     assert "died" in json.loads(body)["error"]["message"]
     with pytest.raises(EOFError):

@@ -12,7 +12,8 @@ from contextlib import ExitStack
 
 import pytest
 from server.client import Api, Parser
-from server.running import HttpClient, Running, is_alive, resident, wait_until
+from server.running import HttpClient, Running, is_alive, resident
+from server.waiting import wait_until
 
 pytest.importorskip("gunicorn", reason="what is tested: gunicorn from PyPI")
 
@@ -30,7 +31,8 @@ def folder(tmp_path_factory, clip):
 
 def _running(folder, inference, threads, **variables):
     command = [sys.executable, "-m", "server.applications", inference, "{port}", threads]
-    return Running(command, folder, {"DATA_PATH": str(folder), **{name: str(each) for name, each in variables.items()}})
+    environment = {"DATA_PATH": str(folder)} | {name: str(value) for name, value in variables.items()}
+    return Running(command, folder, environment)
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +61,20 @@ def _person(server, seed, until):
     while time.monotonic() < until:
         session = api.start_session(PATH)
         objects = rng.sample(range(9), rng.randint(1, 3))
-        for each in objects:
-            found = api.add_points(session, rng.randrange(10), each, [[rng.random(), rng.random()]])
-            assert found["rleMaskList"][-1]["objectId"] == each
+        for object_id in objects:
+            found = api.add_points(session, rng.randrange(10), object_id, [[rng.random(), rng.random()]])
+            assert found["rleMaskList"][-1]["objectId"] == object_id
         start = rng.choice((0, 0, 7))
-        parts = []
+        tracked = []
         stop_at = rng.choice((None, 3))
-        for part in api.propagate(session, start):
-            parts.append(part["frame_index"])
-            assert [each["object_id"] for each in part["results"]] == objects
-            if stop_at is not None and len(parts) == stop_at:
+        for frame in api.propagate(session, start):
+            tracked.append(frame["frame_index"])
+            assert [result["object_id"] for result in frame["results"]] == objects
+            if stop_at is not None and len(tracked) == stop_at:
                 assert api.cancel(session)
         expected = [*range(start, 10), *(range(start, -1, -1) if start else ())]
-        assert parts == expected[: len(parts)]
-        assert stop_at is not None or parts == expected
+        assert tracked == expected[: len(tracked)]
+        assert stop_at is not None or tracked == expected
         if rng.random() < 0.5:
             removed = api.remove_object(session, objects[0])
             assert len(removed) == int(len(objects) > 1)
@@ -89,9 +91,10 @@ def _all_at_once(server, seconds):
 
 
 def _memory(server):
-    return [resident(each) for each in server.processes()]
+    return [resident(pid) for pid in server.processes()]
 
 
+@pytest.mark.slow
 def test_fifty_people_at_once(server):
     assert _all_at_once(server, 3) >= CLIENTS
     figures = server.metrics()
@@ -146,7 +149,7 @@ def _seconds(call, *arguments):
 def test_readers_that_stop_are_not_waited_for(large):
     api = large.api()
     stalled = [_tracked(large, api) for _ in range(4)]
-    responses = [_stalled(large, each) for each in stalled]
+    responses = [_stalled(large, session) for session in stalled]
     other = api.start_session(PATH)
     # The streams' sockets are full by now or soon; in either case the others click, and whoever stalls may cancel.
     waits = [_seconds(api.add_points, other, frame, 0, [[0.5, 0.5]]) for frame in range(10)]
@@ -155,19 +158,19 @@ def test_readers_that_stop_are_not_waited_for(large):
     assert _seconds(api.add_points, stalled[1], 0, 1, [[0.5, 0.5]]) < 1
     # After two seconds in which they took nothing they are gone, and others may be tracked.
     again = [_begun(large, _tracked(large, api)) for _ in range(4)]
-    for each in (*responses, *again):
-        each.close()
+    for response in (*responses, *again):
+        response.close()
 
 
-def test_a_client_that_does_not_close_its_connection_keeps_nobody_waiting(server):
+def test_a_client_that_does_not_close_its_connection_keeps_nobody_waiting(large):
     click = _post(json.dumps({"query": "{ defaultVideo { path } }"}).encode())
     with ExitStack() as stack:
         for _ in range(3):
-            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", large.port), timeout=20))
             connection.sendall(click)
             while connection.recv(2**16):
                 pass
-        assert _seconds(server.client().get, "/healthy") < 1
+        assert _seconds(large.client().get, "/healthy") < 1
 
 
 @pytest.mark.slow
@@ -198,10 +201,10 @@ def _post(body, path="/graphql", headers=()):
     return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
-def _vanishes(port, sent, received=0, is_reset=False):
+def _vanishes(port, request, received=0, is_reset=False):
     """Send, read that many bytes, and go."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(sent)
+        connection.sendall(request)
         while received > 0:
             received -= len(connection.recv(min(received, 2**16))) or received
         if is_reset:  # not the end of the conversation, but a connection that is gone
@@ -249,22 +252,22 @@ def test_clients_that_vanish_at_every_stage_leave_nothing_behind(large, is_reset
     random.Random(0).shuffle(stages)
     # As many at once as the server has threads, twice.
     threads = [
-        threading.Thread(target=_vanishes, args=(large.port, *each), kwargs={"is_reset": is_reset})
-        for each in 2 * stages
+        threading.Thread(target=_vanishes, args=(large.port, *stage), kwargs={"is_reset": is_reset})
+        for stage in 2 * stages
     ]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join(30)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
     wait_until(lambda: large.metrics()["omniops_queue"] == 0, 10, "an empty queue")
     assert large.metrics()["omniops_sessions"] == before
     assert large.client().get("/healthy").text == "OK"
     # Every stream that there may be is free again, and every thread.
     responses = [_begun(large, _tracked(large, api)) for _ in range(4)]
-    for each in responses:
-        each.close()
+    for response in responses:
+        response.close()
     uploads = large.folder / "uploads"
-    wait_until(lambda: not uploads.exists() or not any(each.is_file() for each in uploads.rglob("*")), 10, "no remains")
+    wait_until(lambda: not uploads.exists() or not any(path.is_file() for path in uploads.rglob("*")), 10, "no remains")
     assert "Traceback" not in large.output(), large.output()
 
 
@@ -281,5 +284,5 @@ def test_the_server_ends_though_people_are_tracking_and_stalling(folder):
         assert time.monotonic() - start < 8
         wait_until(lambda: not any(map(is_alive, processes)), 10, f"the end of {processes}")
         assert "[ERROR]" not in server.output(), server.output()
-        for each in (*responses, half):
-            each.close()
+        for connection in (*responses, half):
+            connection.close()

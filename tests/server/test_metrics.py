@@ -31,21 +31,21 @@ def parsed(text):
             assert match, line
             family, (kind, _, samples) = list(families.items())[-1]
             assert match["name"] in [family + suffix for suffix in _SUFFIXES[kind]]
-            labels, at = [], 0
-            while at < len(match["labels"] or ""):
-                label = _LABEL.match(match["labels"], at)
+            labels, offset = [], 0
+            while offset < len(match["labels"] or ""):
+                label = _LABEL.match(match["labels"], offset)
                 assert label, line
                 labels.append((label[1], re.sub(r"\\(.)", lambda m: {"n": "\n"}.get(m[1], m[1]), label[2])))
-                at = label.end()
+                offset = label.end()
             key = match["name"], tuple(labels)
             assert key not in samples
             samples[key] = float(match["value"])
     return {name: tuple(family) for name, family in families.items()}
 
 
-def figures(metrics, **given):
+def figures(metrics, **values):
     nothing = {"sessions": 0, "session_bytes": 0, "queue": 0, "restarts": 0, "device_memory": {}}
-    return parsed(metrics.text(**{**nothing, **given}))
+    return parsed(metrics.text(**{**nothing, **values}))
 
 
 def test_every_figure_is_there_with_its_type_and_help():

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from remote.processes import is_gone
 from server.fake_inference import FakeInference
 from server.waiting import wait_until
 
-from omniops.sam2.remote_predictor import RemoteError, remote
+from omniops.remote import RemoteError, process_id
+from omniops.sam2 import remote
 from omniops.server import predictors
 from omniops.server.errors import Busy, NotFound, ServerError
 from omniops.server.predictors import DiedError, Predictor, StartError, make_inference, make_predictors
@@ -86,7 +88,7 @@ def test_nothing_starts_before_the_first_use_and_then_once(predictor, maker):
         (RuntimeError("/secret"), "The model cannot be loaded."),
     ],
 )
-def test_a_start_that_fails_is_told_to_who_asked_and_tried_again_by_the_next(error, words, caplog):
+def test_a_start_that_fails_is_an_error_and_tried_again_by_the_next_use(error, words, caplog):
     maker = Maker(error, error)
     predictor = Predictor(maker, "cuda:0")
     for _ in range(2):
@@ -114,9 +116,9 @@ def test_what_was_made_is_ended_where_it_does_not_answer():
     assert mute.is_shut
 
 
-def test_who_waited_for_a_start_that_failed_is_told_the_same_without_another_try():
+def test_whoever_waited_for_a_start_that_failed_gets_the_same_error_without_another_try():
     entered, go = threading.Event(), threading.Event()
-    calls, told = [], []
+    calls, messages = [], []
 
     def make():
         calls.append(1)
@@ -130,7 +132,7 @@ def test_who_waited_for_a_start_that_failed_is_told_the_same_without_another_try
         try:
             use(predictor)
         except StartError as error:
-            told.append(error.message)
+            messages.append(error.message)
 
     threads = [threading.Thread(target=ask) for _ in range(5)]
     threads[0].start()
@@ -142,8 +144,8 @@ def test_who_waited_for_a_start_that_failed_is_told_the_same_without_another_try
     for thread in threads:
         thread.join(10)
     assert len(calls) == 1
-    assert len(told) == 5
-    assert len(set(told)) == 1
+    assert len(messages) == 5
+    assert len(set(messages)) == 1
     with pytest.raises(StartError):
         use(predictor)
     assert len(calls) == 2
@@ -157,7 +159,7 @@ def test_who_waited_for_a_start_that_failed_is_told_the_same_without_another_try
         pytest.param(KeyboardInterrupt(), id="interrupt"),
     ],
 )
-def test_a_process_that_dies_is_replaced_at_the_next_use_and_those_of_the_old_are_told(predictor, maker, error):
+def test_a_process_that_dies_is_replaced_at_the_next_use_and_its_sessions_fail_by_name(predictor, maker, error):
     deaths = []
     predictor.on_death = lambda start: deaths.append((start, predictor.is_ready))
     use(predictor)
@@ -276,7 +278,7 @@ def test_closing_waits_for_the_call_in_progress_but_not_for_ever(predictor, make
 
 
 def test_what_is_closed_while_it_starts_does_not_stay():
-    entered, go, told = threading.Event(), threading.Event(), []
+    entered, go, messages = threading.Event(), threading.Event(), []
     made = FakeInference()
 
     def make():
@@ -290,7 +292,7 @@ def test_what_is_closed_while_it_starts_does_not_stay():
         try:
             use(predictor)
         except Busy as error:
-            told.append(error.message)
+            messages.append(error.message)
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -298,7 +300,7 @@ def test_what_is_closed_while_it_starts_does_not_stay():
     predictor.close(timeout=0)
     go.set()
     asking.join(10)
-    assert told == ["The server is stopping."]
+    assert messages == ["The server is stopping."]
     assert made.is_shut
     assert not predictor.is_ready
 
@@ -340,12 +342,12 @@ def test_a_forked_process_has_a_predictor_of_its_own(predictor, maker):
 def test_there_is_a_predictor_for_each_device_and_none_of_them_starts(monkeypatch):
     monkeypatch.setattr(predictors, "remote", lambda *args, **options: pytest.fail("it started"))
     made = make_predictors(Settings(device="cuda:0, cuda:1", predictor_timeout=90))
-    assert [each.patience for each in made] == [90, 90]
-    assert [each.device for each in made] == ["cuda:0", "cuda:1"]
+    assert [predictor.patience for predictor in made] == [90, 90]
+    assert [predictor.device for predictor in made] == ["cuda:0", "cuda:1"]
 
 
 @pytest.mark.parametrize(
-    ("given", "model", "options"),
+    ("settings", "model", "options"),
     [
         ({"model": "a/tiny.pt"}, "a/tiny.pt", {"random_weights": False}),
         (
@@ -356,11 +358,11 @@ def test_there_is_a_predictor_for_each_device_and_none_of_them_starts(monkeypatc
         ({"model": "base_plus", "random_weights": True}, "base-plus", {"random_weights": True}),
     ],
 )
-def test_the_settings_reach_the_model(monkeypatch, given, model, options):
+def test_the_settings_reach_the_model(monkeypatch, settings, model, options):
     asked = []
     monkeypatch.setattr(predictors, "remote", lambda *args, **named: asked.append((args, named)))
     monkeypatch.setattr(predictors, "has_processes", lambda: True)
-    make_inference(Settings(**given), "cuda:1")
+    make_inference(Settings(**settings), "cuda:1")
     assert asked == [((model,), {"predictor": predictors._INFERENCE, "device": "cuda:1", **options})]
 
 
@@ -398,23 +400,12 @@ def test_importing_it_needs_neither_transformers_nor_a_device():
 needs_remote = pytest.mark.skipif(os.name != "posix", reason="remote needs POSIX")
 
 
-def _is_gone(pid, seconds=10.0):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.02)
-    return False
-
-
 def _in_process(model="no model"):
     return predictors._Process(remote(model, predictor=FAKE, device="cpu"))
 
 
 def _pid(inference):
-    return inference._remote._child.pid
+    return process_id(inference._remote)
 
 
 @pytest.mark.slow
@@ -440,7 +431,7 @@ def test_a_real_process_opens_closes_dies_and_is_replaced():
     assert wrong.value.status == 400
     with pytest.raises(DiedError), predictor.turn("frame", 1) as inference:
         inference.kill()
-    assert _is_gone(pid)
+    assert is_gone(pid)
     assert deaths == [1]
     with predictor.turn("click") as inference:
         second = _pid(inference)
@@ -451,7 +442,7 @@ def test_a_real_process_opens_closes_dies_and_is_replaced():
     with predictor.turn("click") as inference:
         third = _pid(inference)
     predictor.close()
-    assert _is_gone(third)
+    assert is_gone(third)
 
 
 @pytest.mark.slow
@@ -469,7 +460,7 @@ def test_a_process_that_hangs_is_killed_and_replaced(caplog):
     with pytest.raises(DiedError), predictor.turn("click", 1) as inference:
         inference.open("a", "a.mp4")
     assert 0.5 < time.monotonic() - start < 5
-    assert _is_gone(pid)
+    assert is_gone(pid)
     assert deaths == [1]
     assert "The predictor on cpu does not answer, and is killed" in caplog.text
     assert use(predictor)["model"] == "tiny"
@@ -491,11 +482,12 @@ def test_the_process_ends_with_the_one_that_uses_it():
     program = f"""
 import sys
 sys.path.insert(0, {TESTS!r})
+from omniops.remote import process_id
 from omniops.sam2 import remote
 from omniops.server import predictors
 predictor = predictors.Predictor(lambda: predictors._Process(remote("a", predictor={FAKE!r}, device="cpu")))
 with predictor.turn("click") as inference:
-    print(inference._remote._child.pid)
+    print(process_id(inference._remote))
 """
     output = subprocess.run([sys.executable, "-c", program], check=True, timeout=120, stdout=subprocess.PIPE)
-    assert _is_gone(int(output.stdout))
+    assert is_gone(int(output.stdout))

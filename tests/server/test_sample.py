@@ -23,7 +23,7 @@ def test_the_clip_is_three_seconds_that_every_browser_plays(tmp_path):
 
 
 def test_the_discs_stay_inside_and_move():
-    y, x = (each.ravel() for each in np.indices((sample.HEIGHT, sample.WIDTH)))
+    y, x = (axis.ravel() for axis in np.indices((sample.HEIGHT, sample.WIDTH)))
     border = (x < 1) | (x > sample.WIDTH - 2) | (y < 1) | (y > sample.HEIGHT - 2)
     before = None
     for index in range(0, 72, 6):

@@ -40,11 +40,11 @@ def test_a_name_that_was_made_to_point_here_is_refused(client, host):
 
 
 @pytest.mark.parametrize(
-    "given",
+    "settings",
     [{"hosts": ("demo.example",)}, {"hosts": ("demo.example:8000",)}, {"api_url": "https://demo.example:8000"}],
 )
-def test_a_name_that_was_given_is_known(make_app, given):
-    client = make_app(insecure=True, **given).test_client()
+def test_a_name_of_the_settings_is_known(make_app, settings):
+    client = make_app(insecure=True, **settings).test_client()
     assert client.get("/metrics", headers={"Host": "demo.example:8000"}).status_code == 200
     assert client.get("/metrics", headers={"Host": "other.example:8000"}).status_code == 403
 
@@ -204,7 +204,7 @@ def test_a_preflight_echoes_names_of_headers_only(client):
 
 def test_the_page_loads_from_here_and_is_in_nobodys_frame(client):
     headers = client.get("/").headers
-    policy = dict(each.split(" ", 1) for each in headers["Content-Security-Policy"].split("; "))
+    policy = dict(directive.split(" ", 1) for directive in headers["Content-Security-Policy"].split("; "))
     assert policy["default-src"] == "'none'"
     assert policy["script-src"] == policy["style-src"] == "'self'"
     assert policy["frame-ancestors"] == "'none'"

@@ -10,7 +10,7 @@ from server.client import Api, frames
 from server.fake_inference import FakeInference
 from server.running import HttpClient
 
-from omniops.server import create_app, serving
+from omniops.server import create_app, serving, startup
 from omniops.server.errors import ServerError
 from omniops.server.predictors import Predictor, StartError
 from omniops.server.settings import Settings
@@ -35,7 +35,7 @@ def test_only_this_machine_reaches_loopback(host, is_loopback):
     with serving.listen(host, 0) as bound:
         assert bound.getsockname()[1] > 0
         assert serving.is_loopback(bound) is is_loopback
-        with pytest.raises(serving.ServingError, match=r"cannot listen on .*: Address already in use") as raised:
+        with pytest.raises(startup.ServingError, match=r"cannot listen on .*: Address already in use") as raised:
             serving.listen(host, bound.getsockname()[1])
         assert raised.value.status == 2
 
@@ -73,28 +73,27 @@ def _serve(settings, make, on_ready):
 
 def test_waitress_serves_until_ctrl_c(data):
     pytest.importorskip("waitress", reason="what is tested: waitress from PyPI, which serves on Windows")
-    told = []
+    answers = []
 
     def on_ready(bound):
         port = bound.getsockname()[1]
 
         def ask(ready):
             try:
-                told.append(ready.devices[0]["device"])
+                answers.append(ready.devices[0]["device"])
                 api = Api(HttpClient(port))
                 session = api.start_session("gallery/clip.mp4")
                 api.add_points(session, 0, 0, [[0.5, 0.5]])
                 response = api.post_propagate(session)
-                told.append(
-                    [each["frame_index"] for each in frames(response.headers["Content-Type"], response.response)]
-                )
+                tracked = frames(response.headers["Content-Type"], response.response)
+                answers.append([frame["frame_index"] for frame in tracked])
             finally:
                 os.kill(os.getpid(), signal.SIGINT)
 
         return ask
 
     _serve(Settings(data=data), FakeInference, on_ready)
-    assert told == ["Fake device", list(range(10))]
+    assert answers == ["Fake device", list(range(10))]
 
 
 def test_waitress_ends_where_the_model_cannot_be_loaded(data):
@@ -103,13 +102,13 @@ def test_waitress_ends_where_the_model_cannot_be_loaded(data):
     def fail():
         raise FileNotFoundError(2, "No such file or directory", "a.pt")
 
-    with pytest.raises(serving.ServingError, match=r"^a\.pt: No such file or directory$") as raised:
+    with pytest.raises(startup.ServingError, match=r"^a\.pt: No such file or directory$") as raised:
         _serve(Settings(data=data), fail, lambda bound: lambda ready: None)
     assert raised.value.status == 2
 
 
 def test_what_is_logged_is_a_line_and_a_trace_where_nobody_foresaw_it(capsys):
-    handler = serving._log_in_lines()
+    handler = startup.log_lines()
     log = logging.getLogger("omniops.server.predictors")
     log.error("The predictor on cpu died", exc_info=ValueError("why\nmore"))
     assert capsys.readouterr().err == ""  # until it is ready, the command ends, and tells itself
@@ -127,11 +126,11 @@ def test_the_reason_of_a_model_that_cannot_be_loaded_is_its_own():
     error = StartError("The model cannot be loaded")
     error.__cause__ = ServerError("in words")
     error.__cause__.__cause__ = ValueError("a.pt is no checkpoint")
-    assert serving._failure(error) == ("a.pt is no checkpoint", 1)
+    assert startup.failure(error) == ("a.pt is no checkpoint", 1)
 
 
 def test_gunicorn_does_not_tell_of_clients_that_stall():
     record = logging.makeLogRecord({"exc_info": (TimeoutError, TimeoutError(), None)})
-    assert not serving._is_no_stall(record)
-    assert serving._is_no_stall(logging.makeLogRecord({"exc_info": (OSError, OSError(), None)}))
-    assert serving._is_no_stall(logging.makeLogRecord({}))
+    assert not startup._is_no_stall(record)
+    assert startup._is_no_stall(logging.makeLogRecord({"exc_info": (OSError, OSError(), None)}))
+    assert startup._is_no_stall(logging.makeLogRecord({}))

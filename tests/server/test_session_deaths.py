@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 from server.test_session_races import CHANGES, frames
-from server.waiting import Gate, Thread, settle, wait_until
+from server.waiting import Gate, Thread, wait_for_background, wait_until
 from server.world import CLIP, POINT
 
 from omniops.sam2 import RemoteError
@@ -40,7 +40,7 @@ def test_a_death_in_a_click_ends_the_sessions_of_that_predictor_by_name(make_wor
     assert "omniops_predictor_restarts_total 1\n" in world.sessions.metrics_text()
 
 
-def test_a_death_in_the_middle_of_a_stream_is_told_to_its_reader(world, session):
+def test_a_death_in_the_middle_of_a_stream_is_an_error_for_its_reader(world, session):
     other = world.start()
     stream = session.propagate(0)
     next(stream)
@@ -86,7 +86,7 @@ def test_every_use_tells_of_a_death_by_name(world, session, use):
         assert raised.value.message == DIED
 
 
-def test_a_death_is_seen_while_nobody_uses_the_session(world, session):
+def test_a_death_is_noticed_while_nobody_uses_the_session(world, session):
     world.inference.dead = True
     world.now += 100
     world.predictors[0]._memory_time -= 10
@@ -178,7 +178,7 @@ def test_a_forked_process_starts_with_no_sessions(world, session):
         own = sessions.start(CLIP, "clip.mp4")
         own.add_points(0, 1, POINT, [1])
         is_right = frames(own.propagate(0)) == list(range(10)) and len(sessions) == 1 and len(world.made[0]) == 2
-        settle(sessions)  # its own thread runs
+        wait_for_background(sessions)  # its own thread runs
         return is_right
 
     with warnings.catch_warnings(), world.sessions._lock, world.predictors[0].turns.frame():

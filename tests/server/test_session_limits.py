@@ -68,7 +68,7 @@ def test_one_that_is_busy_makes_no_room(make_world):
 
 def test_threads_that_start_at_once_do_not_exceed_the_limit(make_world):
     world = make_world(2, max_sessions=5)
-    barrier, most = threading.Barrier(16), []
+    barrier, counts = threading.Barrier(16), []
 
     def start():
         barrier.wait(10)
@@ -77,13 +77,13 @@ def test_threads_that_start_at_once_do_not_exceed_the_limit(make_world):
         except Busy:
             return None
         finally:
-            most.append(sum(len(made[0].sessions) for made in world.made if made))
+            counts.append(sum(len(made[0].sessions) for made in world.made if made))
 
     with hasty():
         answers = [thread.result() for thread in [Thread(start) for _ in range(16)]]
     started = [session for session in answers if session is not None]
     assert len(started) == 5 == len(world.sessions)
-    assert max(most) <= 5
+    assert max(counts) <= 5
     assert sorted(len(made[0].sessions) for made in world.made) == [2, 3]
 
 
@@ -110,7 +110,7 @@ def test_sessions_are_spread_over_the_predictors(make_world):
     assert world.start().predictor is world.predictors[1]
 
 
-def test_a_start_that_fails_takes_no_place(make_world):
+def test_a_start_that_fails_does_not_count(make_world):
     world = make_world(max_sessions=1)
     for _ in range(3):
         with pytest.raises(ServerError, match="cannot be read"):
@@ -118,7 +118,7 @@ def test_a_start_that_fails_takes_no_place(make_world):
     world.start()
 
 
-def test_a_file_that_is_gone_is_told_without_its_path(world, caplog):
+def test_a_file_that_is_gone_is_named_without_its_path(world, caplog):
     world.start()
     world.inference.errors["open"] = FileNotFoundError(2, "No such file", "/secret/clip.mp4")
     with pytest.raises(NotFound) as raised:
@@ -180,7 +180,7 @@ def test_tracking_ends_by_name_where_it_would_need_more(make_world):
     assert 1 < len(session.found) < 10
     assert list(stream) == []
     assert not session.tracking
-    assert world.inference.sessions[session.id].parts is None
+    assert world.inference.sessions[session.id].pending is None
     with pytest.raises(Busy):
         session.propagate(0)
     session.clear_video()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from server.waiting import settle
+from server.waiting import wait_for_background
 from server.world import World
 
 from omniops.server.errors import Busy, NotFound, ServerError
@@ -35,7 +35,7 @@ class Expected:
     found: dict = field(default_factory=dict)  # {frame: {object: size of its mask}}
     names: dict = field(default_factory=dict)
     stream: object = None
-    parts: list | None = None  # that will still come by the stream
+    pending: list | None = None  # the frames that will come by the stream
 
     def masks(self, frame):
         return {
@@ -98,7 +98,7 @@ class SessionMachine(RuleBasedStateMachine):
     def _end_stream(self, expected, error=None):
         if expected.stream is not None:
             self.streams.append((expected.stream, error))
-        expected.stream = expected.parts = None
+        expected.stream = expected.pending = None
 
     def _ended(self, expected, reason, is_quiet=False):
         id = expected.session.id
@@ -126,10 +126,10 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(guided=st.booleans())
     def start(self, guided):
-        counts = [sum(each.device == i for each in self.live.values()) for i in range(len(self.world.predictors))]
+        counts = [sum(session.device == i for session in self.live.values()) for i in range(len(self.world.predictors))]
         if len(self.live) == MAX_SESSIONS:
-            left = [each for each in self.live.values() if each.leaves is not None]
-            victim = min(left or self.live.values(), key=lambda each: each.used)
+            left = [session for session in self.live.values() if session.leaves is not None]
+            victim = min(left or self.live.values(), key=lambda session: session.used)
             if not left and self.world.now - victim.used <= 60:
                 with pytest.raises(Busy, match="All 3 sessions"):
                     self.world.start()
@@ -153,7 +153,7 @@ class SessionMachine(RuleBasedStateMachine):
         self._end_stream(expected)
         expected.prompts.setdefault(object, {})[frame] = points
         assert sizes(masks) == expected.masks(frame)
-        assert [each for each, _ in masks] == list(expected.prompts)
+        assert [object_id for object_id, _ in masks] == list(expected.prompts)
         expected.keep(frame)
 
     @precondition(lambda self: self.live)
@@ -237,11 +237,11 @@ class SessionMachine(RuleBasedStateMachine):
         assert {frame: sizes(masks) for frame, masks in snapshot["frames"]} == expected.found
         assert [frame for frame, _ in snapshot["frames"]] == sorted(expected.found)
         assert snapshot["tracking"] == (expected.stream is not None)
-        assert [each["object_id"] for each in snapshot["objects"]] == list(expected.prompts)
-        for each in snapshot["objects"]:
-            prompts = {prompt["frame_index"]: len(prompt["points"]) for prompt in each["prompts"]}
-            assert prompts == expected.prompts[each["object_id"]]
-            assert each["name"] == expected.names.get(each["object_id"], "")
+        assert [item["object_id"] for item in snapshot["objects"]] == list(expected.prompts)
+        for item in snapshot["objects"]:
+            prompts = {prompt["frame_index"]: len(prompt["points"]) for prompt in item["prompts"]}
+            assert prompts == expected.prompts[item["object_id"]]
+            assert item["name"] == expected.names.get(item["object_id"], "")
 
     @precondition(lambda self: self.live)
     @rule(pick=picks, start=frame_numbers)
@@ -255,24 +255,24 @@ class SessionMachine(RuleBasedStateMachine):
                 expected.session.propagate(start)
             return
         expected.stream = expected.session.propagate(start)
-        expected.parts = [*range(start, FRAMES), *(range(start, -1, -1) if start else ())]
-        assert expected.stream.total == len(expected.parts)
+        expected.pending = [*range(start, FRAMES), *(range(start, -1, -1) if start else ())]
+        assert expected.stream.total == len(expected.pending)
 
-    @precondition(lambda self: any(each.stream for each in self.live.values()))
+    @precondition(lambda self: any(session.stream for session in self.live.values()))
     @rule(pick=picks, count=st.integers(1, 4))
     def read(self, pick, count):
-        """Parts of a stream, without asking for the session anew."""
-        tracking = [each for each in self.live.values() if each.stream]
+        """Frames of a stream, without asking for the session anew."""
+        tracking = [session for session in self.live.values() if session.stream]
         expected = tracking[pick % len(tracking)]
         for _ in range(count):
-            part = next(expected.stream, None)
+            result = next(expected.stream, None)
             expected.used = self.world.now
-            if not expected.parts:
-                assert part is None
-                expected.stream = expected.parts = None
+            if not expected.pending:
+                assert result is None
+                expected.stream = expected.pending = None
                 return
-            frame, masks = part
-            assert frame == expected.parts.pop(0)
+            frame, masks = result
+            assert frame == expected.pending.pop(0)
             expected.tracked[frame] = {object for object, prompts in expected.prompts.items() if prompts}
             assert sizes(masks) == expected.masks(frame)
             expected.keep(frame)
@@ -290,7 +290,7 @@ class SessionMachine(RuleBasedStateMachine):
             expected.stream.close()
             self._end_stream(expected)
         elif expected.stream is not None:
-            expected.stream = expected.parts = None
+            expected.stream = expected.pending = None
             gc.collect(0)
 
     @precondition(lambda self: self.streams)
@@ -340,8 +340,8 @@ class SessionMachine(RuleBasedStateMachine):
         self._device_of(expected).dead = True
         with pytest.raises(NotFound, match="the process of its model died"):
             expected.session.snapshot()
-        for each in [each for each in self.live.values() if each.device == expected.device]:
-            self._ended(each, "ended when the process of its model died")
+        for session in [session for session in self.live.values() if session.device == expected.device]:
+            self._ended(session, "ended when the process of its model died")
 
     @precondition(lambda self: self.over)
     @rule(pick=picks)
@@ -362,7 +362,7 @@ class SessionMachine(RuleBasedStateMachine):
         if self.world is None:
             return
         if self.world.sessions._thread is not None:
-            settle(self.world.sessions)
+            wait_for_background(self.world.sessions)
         assert set(self.world.sessions._sessions) == set(self.live)
         for expected in self.live.values():
             session = expected.session
@@ -374,11 +374,11 @@ class SessionMachine(RuleBasedStateMachine):
             assert not session.is_busy
             assert session.nbytes >= FRAMES * 1000
         for i, made in enumerate(self.world.made):
-            on_device = {id: each for id, each in self.live.items() if each.device == i}
+            on_device = {id: session for id, session in self.live.items() if session.device == i}
             if made and not made[-1].dead:
                 assert set(made[-1].sessions) == set(on_device)
-                for id, each in on_device.items():
-                    assert (made[-1].sessions[id].parts or None) == (each.parts or None)
+                for id, session in on_device.items():
+                    assert (made[-1].sessions[id].pending or None) == (session.pending or None)
             else:
                 assert not on_device
             assert all(inference.overlaps == [] for inference in made)

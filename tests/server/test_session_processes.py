@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 from clips import HEIGHT, WIDTH, write_clip
+from remote.processes import is_gone
 from server.fake_inference import FakeInference
-from server.test_predictors import FAKE, _is_gone, needs_remote
+from server.test_predictors import FAKE, needs_remote
 from server.waiting import Thread, wait_until
 from server.world import CLIP, POINT
 
+from omniops.remote import process_id
 from omniops.sam2 import remote, rle
 from omniops.server import predictors
 from omniops.server.errors import NotFound, ServerError
@@ -37,7 +39,7 @@ def test_a_process_that_is_killed_in_the_middle_of_a_stream_ends_its_sessions_al
     stream, untouched = killed.propagate(0), safe.propagate(0)
     assert next(stream)[0] == next(untouched)[0] == 0
     with sessions.predictors[0].turns.frame():
-        pid = sessions.predictors[0]._inference._remote._child.pid
+        pid = process_id(sessions.predictors[0]._inference._remote)
         reading = Thread(next, stream)
         clicking = Thread(asleep.add_points, 0, 1, POINT, [1])
         wait_until(lambda: sessions.predictors[0].turns.waiting == 2)
@@ -47,7 +49,7 @@ def test_a_process_that_is_killed_in_the_middle_of_a_stream_ends_its_sessions_al
             thread.result()
         assert raised.value.message == DIED
     assert list(stream) == []
-    assert _is_gone(pid)
+    assert is_gone(pid)
     assert [frame for frame, _ in untouched] == list(range(1, 10))
     assert len(sessions) == 1
     anew = sessions.start(CLIP, "clip.mp4")
@@ -55,9 +57,9 @@ def test_a_process_that_is_killed_in_the_middle_of_a_stream_ends_its_sessions_al
     anew.add_points(0, 1, POINT, [1])
     assert [frame for frame, _ in anew.propagate(0)] == list(range(10))
     assert sessions.predictors[0].restarts == 1
-    last = sessions.predictors[0]._inference._remote._child.pid
+    last = process_id(sessions.predictors[0]._inference._remote)
     sessions.shutdown()
-    assert _is_gone(last)
+    assert is_gone(last)
 
 
 def test_sessions_over_a_model(tmp_path, monkeypatch):
@@ -74,14 +76,14 @@ def test_sessions_over_a_model(tmp_path, monkeypatch):
     shown = session.nbytes
     stream = session.propagate(1)
     assert stream.total == 5
-    parts = dict([next(stream), next(stream)])
+    tracked = dict([next(stream), next(stream)])
     other.add_points(0, 0, [[0.5, 0.5]], [1])  # somebody else's click between two frames
     hovered = session.preview(3, [[0.5, 0.5]], [1])
     assert rle.decode(hovered).shape == (HEIGHT, WIDTH)
-    parts.update(stream)
-    assert sorted(parts) == [0, 1, 2, 3]
-    assert session.found == {t: {object: mask["counts"] for object, mask in parts[t]} for t in parts}
-    assert [object for object, _ in parts[3]] == [5, 2]
+    tracked.update(stream)
+    assert sorted(tracked) == [0, 1, 2, 3]
+    assert session.found == {t: {object: mask["counts"] for object, mask in tracked[t]} for t in tracked}
+    assert [object for object, _ in tracked[3]] == [5, 2]
     assert rle.decode(clicked[0][1]).any()
     assert other.found.keys() == {0}
 
@@ -89,7 +91,7 @@ def test_sessions_over_a_model(tmp_path, monkeypatch):
     assert session.remove(5)[0][0] == 1
     assert all(list(found) == [2] for found in session.found.values())
     snapshot = session.snapshot()
-    assert [each["object_id"] for each in snapshot["objects"]] == [2]
+    assert [item["object_id"] for item in snapshot["objects"]] == [2]
     assert snapshot["objects"][0]["prompts"][0]["box"] == [0.6, 0.6, 0.9, 0.95]
     stream = session.propagate(0)
     next(stream)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from server.fake_inference import BATCHES
-from server.waiting import Thread, hasty, held, settle, wait_until
+from server.waiting import Thread, hasty, held, wait_for_background, wait_until
 from server.world import POINT
 
 from omniops.server.errors import Busy, NotFound, ServerError
@@ -18,10 +18,10 @@ def frames(stream):
 
 def begun(world, session):
     """Whether the predictor has a propagation of the session."""
-    return world.inference.sessions[session.id].parts is not None
+    return world.inference.sessions[session.id].pending is not None
 
 
-# The whole of it.
+# From its beginning to its end.
 
 
 def test_frames_come_to_the_end_and_then_back_to_the_beginning(world, session):
@@ -61,7 +61,7 @@ def test_a_part_that_fails_ends_the_stream_with_its_error(world, session, error)
         next(stream)
     assert type(raised.value) is kind
     assert list(stream) == []
-    settle(world.sessions)
+    wait_for_background(world.sessions)
     assert not session.tracking
     assert not begun(world, session)
     assert frames(session.propagate(0)) == list(range(10))
@@ -83,7 +83,7 @@ def test_who_stops_reading_holds_no_turn(world, session):
     assert len(frames(stream)) == 9
 
 
-def test_a_stream_that_is_closed_frees_its_place(world, session):
+def test_a_stream_that_is_closed_frees_its_slot(world, session):
     stream = session.propagate(0)
     next(stream)
     stream.close()
@@ -94,20 +94,20 @@ def test_a_stream_that_is_closed_frees_its_place(world, session):
     assert len(world.inference.called("stop")) == 1
 
 
-@pytest.mark.parametrize("parts", [0, 1])
-def test_a_stream_that_is_dropped_frees_its_place(world, session, parts):
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_stream_that_is_dropped_frees_its_slot(world, session, count):
     stream = session.propagate(0)
-    for _ in range(parts):
+    for _ in range(count):
         next(stream)
     with world.predictors[0].turns.frame():  # garbage is collected by any thread, also one that has a turn
         del stream
         gc.collect()
         assert not session.tracking
-    settle(world.sessions)
+    wait_for_background(world.sessions)
     assert not begun(world, session)
 
 
-def test_a_generator_over_it_that_is_dropped_frees_its_place(world, session):
+def test_a_generator_over_it_that_is_dropped_frees_its_slot(world, session):
     def body():
         for frame, _ in session.propagate(0):
             yield frame
@@ -117,7 +117,7 @@ def test_a_generator_over_it_that_is_dropped_frees_its_place(world, session):
     generator.close()
     del generator
     gc.collect()
-    settle(world.sessions)
+    wait_for_background(world.sessions)
     assert not begun(world, session)
     assert not session.tracking
 
@@ -226,16 +226,16 @@ def test_cancel_does_not_wait_for_the_part_that_is_computed(world, session):
         assert not session.tracking
         gate.open()
         assert reader.result() == []  # without the part
-    settle(world.sessions)
+    wait_for_background(world.sessions)
     assert set(session.found) == {0}
     assert not begun(world, session)
 
 
-def test_cancel_of_a_stream_that_nobody_reads_frees_its_place(world, session):
+def test_cancel_of_a_stream_that_nobody_reads_frees_its_slot(world, session):
     stream = session.propagate(0)
     next(stream)
     session.cancel()
-    settle(world.sessions)
+    wait_for_background(world.sessions)
     assert not begun(world, session)
     assert list(stream) == []
 
@@ -331,7 +331,7 @@ def test_the_second_propagation_ends_the_first(world, session):
     first.close()
     del first
     gc.collect()
-    settle(world.sessions)
+    wait_for_background(world.sessions)
     assert session.tracking
     assert frames(second) == [5, 6, 7, 8, 9, 5, 4, 3, 2, 1, 0]
 
@@ -361,7 +361,7 @@ def test_closing_a_session_ends_its_propagation_quietly(world, session):
     assert list(stream) == []
 
 
-def test_a_click_that_waits_while_its_session_is_closed_is_told(world, session):
+def test_a_click_that_waits_while_its_session_is_closed_fails_by_name(world, session):
     with world.predictors[0].turns.frame():
         click = Thread(session.add_points, 0, 1, POINT, [1])
         wait_until(lambda: world.predictors[0].turns.waiting == 1)
@@ -376,6 +376,27 @@ def test_a_click_that_waits_while_its_session_is_closed_is_told(world, session):
 # All at once.
 
 
+def do_anything(world, session, dice):
+    """One of the things that people do with a session, or the death of a predictor."""
+    choice = dice.randrange(12)
+    if choice < 4:
+        session.add_points(dice.randrange(10), dice.randrange(3), POINT, [1])
+    elif choice == 4:
+        session.clear_frame(dice.randrange(10), dice.randrange(3))
+    elif choice == 5:
+        session.remove(dice.randrange(3))
+    elif choice < 8:
+        list(zip(session.propagate(dice.randrange(10)), range(dice.randrange(12)), strict=False))
+    elif choice == 8:
+        session.cancel()
+    elif choice == 9:
+        world.sessions.get(session.id).snapshot()
+    elif choice == 10 and dice.random() < 0.3:
+        world.sessions.close(session.id)
+    elif choice == 11 and dice.random() < 0.1:
+        dice.choice(world.made)[-1].dead = True
+
+
 def test_many_people_at_once_lose_nothing(make_world):
     """8 threads do at random what can be done, on sessions that they share; the predictors die now and then."""
     world = make_world(2, max_sessions=6)
@@ -386,25 +407,8 @@ def test_many_people_at_once_lose_nothing(make_world):
         dice = random.Random(seed)
         for _ in range(150):
             i = dice.randrange(len(shared))
-            session = shared[i]
             try:
-                what = dice.randrange(12)
-                if what < 4:
-                    session.add_points(dice.randrange(10), dice.randrange(3), POINT, [1])
-                elif what == 4:
-                    session.clear_frame(dice.randrange(10), dice.randrange(3))
-                elif what == 5:
-                    session.remove(dice.randrange(3))
-                elif what < 8:
-                    list(zip(session.propagate(dice.randrange(10)), range(dice.randrange(12)), strict=False))
-                elif what == 8:
-                    session.cancel()
-                elif what == 9:
-                    world.sessions.get(session.id).snapshot()
-                elif what == 10 and dice.random() < 0.3:
-                    world.sessions.close(session.id)
-                elif what == 11 and dice.random() < 0.1:
-                    dice.choice(world.made)[-1].dead = True
+                do_anything(world, shared[i], dice)
                 counted["answered"] += 1
             except ServerError as error:
                 counted["refused"] += 1
@@ -423,7 +427,7 @@ def test_many_people_at_once_lose_nothing(make_world):
         for thread in [Thread(work, seed) for seed in range(8)]:
             thread.result()
     gc.collect()
-    settle(world.sessions)
+    wait_for_background(world.sessions)
     assert unexpected == []
     assert counted["answered"] > 300
     for predictor, made in zip(world.predictors, world.made, strict=True):
@@ -432,7 +436,7 @@ def test_many_people_at_once_lose_nothing(make_world):
             live = [session for session in world.sessions._sessions.values() if session.predictor is predictor]
             assert set(made[-1].sessions) == {session.id for session in live}
             for session in live:
-                assert session.tracking or made[-1].sessions[session.id].parts is None
+                assert session.tracking or made[-1].sessions[session.id].pending is None
                 assert not session.is_busy
                 assert session._found_bytes == sum(
                     len(counts) + 120 for found in session.found.values() for counts in found.values()

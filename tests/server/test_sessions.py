@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from server.fake_inference import FEATURE_BYTES, TRACKED_BYTES, FakeInference
-from server.waiting import Thread, held, settle, wait_until
+from server.waiting import Thread, held, wait_for_background, wait_until
 from server.world import CLIP, POINT, missing
 
 from omniops.server import sessions as sessions_module
@@ -52,8 +52,8 @@ def test_what_is_asked_of_a_session_reaches_the_predictor(world):
     assert first[0][1]["size"] == [24, 32]
     session.add_box(3, 0, (0, 0, 1, 1), points=((0.5, 0.5),), labels=(0,))
     session.add_mask(4, 0, {"size": (24, 32), "counts": "o0"})
-    both = session.clear_frame(4, 0)
-    assert [object for object, _ in both] == [7, 0]
+    masks = session.clear_frame(4, 0)
+    assert [object for object, _ in masks] == [7, 0]
     assert session.preview(0, ((0.5, 0.5),), (1,), box=(0, 0, 1, 1))["size"] == [24, 32]
     assert session.everything(1, points_per_side=8)[0]["area"] == 24 * 32
     id = session.id
@@ -83,7 +83,7 @@ def test_what_was_found_is_kept_until_its_object_is_removed(world):
     assert before > 10 * FEATURE_BYTES + 20 * TRACKED_BYTES
     changed = session.remove(7)
     assert [frame for frame, _ in changed] == [2]
-    assert session.found == {frame: {1: each[1]} for frame, each in tracked.items()}
+    assert session.found == {frame: {1: masks[1]} for frame, masks in tracked.items()}
     assert session.nbytes < before
     cleared = session.clear_frame(2, 1)
     assert session.found[2] == counts(cleared)
@@ -189,7 +189,7 @@ def test_a_session_that_never_was_might_have_expired(world):
     missing(world, "never", "might have expired")
 
 
-def test_a_closed_session_is_told_so_and_frees_the_predictor(world):
+def test_a_closed_session_says_so_and_frees_the_predictor(world):
     session = world.start()
     assert world.sessions.close(session.id) is True
     assert world.inference.sessions == {}
@@ -205,7 +205,7 @@ def test_a_session_that_nobody_uses_expires(make_world):
     assert world.sessions.get(used.id) is used
     world.now += 1
     missing(world, idle, "expired after 30 minutes without use")
-    settle(world.sessions)
+    wait_for_background(world.sessions)
     assert set(world.inference.sessions) == {used.id, swept.id}
     world.sessions.sweep()
     assert set(world.inference.sessions) == {used.id}
@@ -265,7 +265,7 @@ def test_a_session_whose_page_was_left_ends_in_a_minute_unless_it_is_used(world)
     assert world.sessions.get(back.id) is back
 
 
-def test_the_reasons_of_a_thousand_are_remembered(make_world):
+def test_the_reasons_of_a_thousand_are_kept(make_world):
     world = make_world(max_sessions=1100)
     started = [world.start() for _ in range(1003)]
     for session in started:
@@ -291,7 +291,7 @@ def test_the_background_goes_on_after_an_error(monkeypatch, caplog, world):
         raise RuntimeError("odd")
 
     world.sessions.later(fail)
-    settle(world.sessions)
+    wait_for_background(world.sessions)
     assert "odd" in caplog.text
     assert world.sessions.get(session.id) is session
 
@@ -301,7 +301,7 @@ def test_nothing_is_left_of_what_is_not_used_any_more(monkeypatch):
     threads = set(threading.enumerate())
     sessions = Sessions(Settings(), [Predictor(FakeInference)])
     sessions.start(CLIP, "clip.mp4")
-    settle(sessions)
+    wait_for_background(sessions)
     (thread,) = set(threading.enumerate()) - threads
     reference = weakref.ref(sessions)
     del sessions

@@ -21,21 +21,21 @@ def produced(*items):
         yield item
 
 
-def test_a_part_without_objects():
-    assert stream.part(3, []).endswith(b'Content-Length: 33\r\n\r\n{"frame_index": 3, "results": []}')
+def test_a_body_part_without_objects():
+    assert stream.body_part(3, []).endswith(b'Content-Length: 33\r\n\r\n{"frame_index": 3, "results": []}')
 
 
 def test_the_first_part_is_computed_before_anything_is_answered():
     with pytest.raises(ServerError, match="nothing to track"):
-        stream.Parts(produced(ServerError("nothing to track")))
+        stream.MultipartStream(produced(ServerError("nothing to track")))
     frames = produced((0, []), (1, []))
-    parts = stream.Parts(frames)
+    body = stream.MultipartStream(frames)
     assert next(frames) == (1, [])
-    assert list(parts) == [stream.part(0, [])]
+    assert list(body) == [stream.body_part(0, [])]
 
 
 def test_a_propagation_of_nothing_is_an_empty_stream():
-    assert list(stream.Parts(produced())) == []
+    assert list(stream.MultipartStream(produced())) == []
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,10 @@ def test_a_propagation_of_nothing_is_an_empty_stream():
 )
 def test_an_error_in_the_middle_ends_inside_of_a_part_after_its_words(error, message, caplog):
     with caplog.at_level(logging.ERROR):
-        chunks = list(stream.Parts(produced((0, [(1, MASK)]), error)))
-    assert chunks[0] == stream.part(0, [(1, MASK)])
+        chunks = list(stream.MultipartStream(produced((0, [(1, MASK)]), error)))
+    assert chunks[0] == stream.body_part(0, [(1, MASK)])
     parser = Parser(stream.CONTENT_TYPE)
-    (first, last) = [part for chunk in chunks for part in parser.push(chunk)]
+    (first, last) = itertools.chain.from_iterable(map(parser.push, chunks))
     assert json.loads(first[1])["frame_index"] == 0
     assert not last[0]["Content-Type"].startswith("application/json")
     assert json.loads(last[1]) == {"error": {"message": message}}
@@ -60,9 +60,9 @@ def test_an_error_in_the_middle_ends_inside_of_a_part_after_its_words(error, mes
 
 
 def test_after_an_error_there_is_nothing():
-    parts = stream.Parts(produced((0, []), ServerError("over"), (1, [])))
-    assert len(list(parts)) == 2
-    assert list(parts) == []
+    body = stream.MultipartStream(produced((0, []), ServerError("over"), (1, [])))
+    assert len(list(body)) == 2
+    assert list(body) == []
 
 
 def test_closing_ends_the_propagation_once():
@@ -75,31 +75,31 @@ def test_closing_ends_the_propagation_once():
         finally:
             ended.append("frames")
 
-    parts = stream.Parts(endless(), on_close=lambda: ended.append("slot"))
-    next(parts)
-    parts.close()
-    parts.close()
+    body = stream.MultipartStream(endless(), on_close=lambda: ended.append("slot"))
+    next(body)
+    body.close()
+    body.close()
     assert ended == ["frames", "slot"]
-    assert list(parts) == []
+    assert list(body) == []
 
 
-def test_a_stream_that_nobody_closes_gives_its_place_back():
+def test_a_stream_that_nobody_closes_gives_its_slot_back():
     ended = []
-    parts = stream.Parts(produced((0, [])), on_close=lambda: ended.append("slot"))
-    del parts
+    body = stream.MultipartStream(produced((0, [])), on_close=lambda: ended.append("slot"))
+    del body
     gc.collect()
     assert ended == ["slot"]
 
 
-def test_places_come_back_however_often_garbage_is_collected():
-    places = stream.Places(2)
+def test_slots_come_back_however_often_garbage_is_collected():
+    slots = stream.StreamSlots(2)
     taken = []
 
     def begin_and_forget():
         for _ in range(200):
-            while not places.take(0):  # until what was forgotten is collected
+            while not slots.take(0):  # until what was forgotten is collected
                 pass
-            forgotten = [stream.Parts(produced((0, [])), places.give_back)]
+            forgotten = [stream.MultipartStream(produced((0, [])), slots.give_back)]
             forgotten.append(forgotten)
             del forgotten
             taken.append(True)
@@ -114,30 +114,30 @@ def test_places_come_back_however_often_garbage_is_collected():
         gc.set_threshold(*before)
     assert len(taken) == 200
     gc.collect()
-    assert [places.take(0) for _ in range(3)] == [True, True, False]
+    assert [slots.take(0) for _ in range(3)] == [True, True, False]
 
 
 def test_who_stalled_longest_makes_room_but_nobody_who_reads(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("omniops.server.stream.time.monotonic", lambda: now[0])
-    places = stream.Places(3)
+    slots = stream.StreamSlots(3)
     broken_off = []
     streams = {}
 
     def begin(name):
-        assert places.take(0)
-        parts = stream.Parts(produced(*((frame, []) for frame in range(9))), places.give_back)
-        parts.break_off = lambda: (broken_off.append(name), parts.close())
-        places.watch(parts)
-        streams[name] = parts
-        next(parts)
+        assert slots.take(0)
+        body = stream.MultipartStream(produced(*((frame, []) for frame in range(9))), slots.give_back)
+        body.break_off = lambda: (broken_off.append(name), body.close())
+        slots.watch(body)
+        streams[name] = body
+        next(body)
 
     for name in ("first", "second", "reads"):
         begin(name)
         now[0] += 1
     now[0] += 6.5  # the first has stalled for 9.5 seconds
     next(streams["reads"])
-    assert not places.take(0)
+    assert not slots.take(0)
     assert broken_off == []
     now[0] += 1
     begin("third")
@@ -145,7 +145,7 @@ def test_who_stalled_longest_makes_room_but_nobody_who_reads(monkeypatch):
     now[0] += 1
     begin("fourth")
     assert broken_off == ["first", "second"]
-    assert not places.take(0)
+    assert not slots.take(0)
 
 
 def tracked(api, object_id=0):
@@ -157,9 +157,9 @@ def tracked(api, object_id=0):
 
 def test_the_order_of_frames(api):
     session = tracked(api)
-    assert [part["frame_index"] for part in api.propagate(session)] == list(range(10))
-    assert [part["frame_index"] for part in api.propagate(session, 7)] == [7, 8, 9, 7, 6, 5, 4, 3, 2, 1, 0]
-    assert [part["frame_index"] for part in api.propagate(session, 9)] == [9, *range(9, -1, -1)]
+    assert [frame["frame_index"] for frame in api.propagate(session)] == list(range(10))
+    assert [frame["frame_index"] for frame in api.propagate(session, 7)] == [7, 8, 9, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert [frame["frame_index"] for frame in api.propagate(session, 9)] == [9, *range(9, -1, -1)]
 
 
 def test_cancelling_ends_the_stream_without_the_part_that_was_being_computed(app, api, inference):
@@ -202,7 +202,7 @@ def test_a_client_that_goes_away_ends_its_propagation(app, api, inference):
     assert not app.extensions["omniops"].sessions.get(session).tracking
     asked = len(inference.called("next"))
     assert asked < 10
-    assert [part["frame_index"] for part in api.propagate(session)] == list(range(10))
+    assert [frame["frame_index"] for frame in api.propagate(session)] == list(range(10))
 
 
 def test_only_so_many_are_tracked_at_once(make_app, monkeypatch):
@@ -217,7 +217,7 @@ def test_only_so_many_are_tracked_at_once(make_app, monkeypatch):
     running[0].close()
     assert len(list(api.propagate(sessions[2]))) == 10
     running[1].close()
-    for session in sessions * 2:  # neither ends nor errors keep a place
+    for session in sessions * 2:  # neither ends nor errors keep a slot
         assert len(list(api.propagate(session))) == 10
         assert api.post_propagate(session, 99).status_code == 400
         assert api.post_propagate("unknown").status_code == 404
@@ -239,7 +239,7 @@ def test_a_session_that_dies_says_so_in_its_stream(api, inference):
     parser = Parser(response.headers["Content-Type"])
     parser.push(next(chunks))
     inference.dead = True
-    ((headers, body),) = [part for chunk in chunks for part in parser.push(chunk)]
+    ((headers, body),) = itertools.chain.from_iterable(map(parser.push, chunks))
     assert headers["Content-Type"] == "application/problem+json; charset=utf-8"
     assert json.loads(body)["error"]["message"].startswith("Cannot find session ID; it ended when")
     with pytest.raises(EOFError):

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 from video_files import HEIGHT, WIDTH, beep_of, picture, shown, turn, write_clip
 
-pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 pytest.importorskip("av", reason="videos need PyAV")
 
 import av
@@ -44,11 +43,11 @@ def require_plain(path: Path, count: int) -> Frames:
     frames = Frames(path)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        packets = [each for each in container.demux(stream) if each.size]
+        packets = [packet for packet in container.demux(stream) if packet.size]
         assert len(packets) == stream.frames == len(frames) == count
-        assert [each.pts for each in packets] == [each.dts for each in packets]
+        assert [packet.pts for packet in packets] == [packet.dts for packet in packets]
         assert packets[0].pts == 0
-        assert not any(each.is_discard for each in packets)
+        assert not any(packet.is_discard for packet in packets)
         codec = stream.codec_context
         assert (codec.name, codec.pix_fmt, stream.sample_aspect_ratio) == ("h264", "yuv420p", 1)
         assert frames.colour.matrix in (1, 6)
@@ -115,7 +114,7 @@ def test_frames_in_order_with_their_times(tmp_path, out):
     result = transcode(source, out, Encoding())
     frames = require_plain(out, 20)
     assert result == (20, 320, 240)
-    assert [shown(each) for each in frames] == list(range(20))
+    assert [shown(frame) for frame in frames] == list(range(20))
     assert frames.times == pytest.approx([i / 24 for i in range(20)], abs=1e-3)
     assert frames.fps == 24
 
@@ -135,14 +134,14 @@ def test_a_constant_rate_as_the_filter_makes_it(tmp_path, out, name, fps):
     expected = ticks_of_the_filter(Frames(source).times, fps)
     transcode(source, out, Encoding(fps=Fraction(fps)))
     frames = require_plain(out, len(expected))
-    assert [shown(each) for each in frames] == expected
+    assert [shown(frame) for frame in frames] == expected
 
 
 def test_a_part_of_it(tmp_path, out):
     source = write_clip(tmp_path / "in.mp4", 20, options=B_FRAMES, size=(320, 240), rate=12)
     transcode(source, out, Encoding(), start=0.5, duration=0.5)
     frames = require_plain(out, 12)
-    assert [shown(each) for each in frames] == [6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 11]
+    assert [shown(frame) for frame in frames] == [6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 11]
 
 
 @pytest.mark.parametrize("name", ["in.mp4", "in.mkv", "in.ts", "in.avi"])
@@ -154,7 +153,7 @@ def test_a_start_far_behind_keyframes(tmp_path, out, name):
         options = {"x264-params": "keyint=100:scenecut=0"}
         source = write_clip(tmp_path / name, pictures=pictures, size=(320, 240), options=options)
     transcode(source, out, Encoding(), start=7.5, duration=0.25)
-    assert [shown(each) for each in require_plain(out, 6)] == [0, 1, 2, 3, 4, 5]
+    assert [shown(frame) for frame in require_plain(out, 6)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_every_frame_at_its_own_time(tmp_path, out):
@@ -162,7 +161,7 @@ def test_every_frame_at_its_own_time(tmp_path, out):
     source = write_clip(tmp_path / "in.mkv", len(times), times=times, rate=25, size=(320, 240))
     transcode(source, out, Encoding(fps=None))
     frames = require_plain(out, len(times))
-    assert [shown(each) for each in frames] == list(range(len(times)))
+    assert [shown(frame) for frame in frames] == list(range(len(times)))
     assert frames.times == pytest.approx(times, abs=1e-3)
 
 
@@ -223,7 +222,7 @@ def test_codecs_layouts_and_odd_sizes(tmp_path, out, codec, pix_fmt, name, size)
     source = write_clip(tmp_path / name, 6, codec=codec, pix_fmt=pix_fmt, size=size, rate=rate, options=options)
     transcode(source, out, Encoding())
     frames = require_plain(out, 6)
-    even = tuple(each + each % 2 for each in size)
+    even = tuple(side + side % 2 for side in size)
     assert (frames.width, frames.height) == even
     expected = Frames(source)
     for i in range(6):
@@ -240,8 +239,8 @@ def test_pixels_that_are_not_square(tmp_path, out):
     assert differs(frames[2], resized(picture(2, 240, 240), 320, 240)) < 4
     turn(source, MATRICES["90 clockwise"])
     transcode(source, out, Encoding())
-    turned = require_plain(out, 3)
-    assert (turned.width, turned.height) == (240, 320)
+    upright = require_plain(out, 3)
+    assert (upright.width, upright.height) == (240, 320)
 
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 60, 30), (255, 255, 255), (0, 0, 0)]
@@ -341,16 +340,16 @@ def test_pictures_that_begin_after_the_sound(tmp_path, out):
     times = [0.5 + i / 24 for i in range(20)]
     source = write_clip(tmp_path / "in.mkv", 20, times=times, size=(320, 240), beep=0.7)
     transcode(source, out, Encoding())
-    assert [shown(each) for each in require_plain(out, 20)] == list(range(20))
+    assert [shown(frame) for frame in require_plain(out, 20)] == list(range(20))
     assert beep_of(out) == pytest.approx(0.2, abs=0.05)
 
 
 def test_a_size_that_changes_on_the_way(tmp_path, out):
     small = write_clip(tmp_path / "a.ts", 6, size=(320, 240))
     large = write_clip(tmp_path / "b.ts", 6, size=(640, 480))
-    both = tmp_path / "both.ts"
-    both.write_bytes(small.read_bytes() + large.read_bytes())
-    transcode(both, out, Encoding())
+    source = tmp_path / "both.ts"
+    source.write_bytes(small.read_bytes() + large.read_bytes())
+    transcode(source, out, Encoding())
     frames = require_plain(out, 12)
     assert (frames.width, frames.height) == (320, 240)
     assert differs(frames[10], resized(picture(4, 640, 480), 320, 240)) < 4
@@ -358,23 +357,23 @@ def test_a_size_that_changes_on_the_way(tmp_path, out):
 
 def test_damage_and_files_that_break_off(tmp_path, out):
     source = write_clip(tmp_path / "in.mkv", 20, size=(320, 240), options={"x264-params": "keyint=5:scenecut=0"})
-    whole = source.read_bytes()
-    source.write_bytes(whole[: len(whole) * 6 // 10])
+    data = source.read_bytes()
+    source.write_bytes(data[: len(data) * 6 // 10])
     with pytest.warns(IncompleteVideoWarning):
         broken = Frames(source)
-    assert [shown(each) for each in broken] == [0, 1, 2, 3, 4, 5, 6, 7, 9]  # in the order of decoding 9 came before 8
+    assert [shown(frame) for frame in broken] == [0, 1, 2, 3, 4, 5, 6, 7, 9]  # in the order of decoding 9 came before 8
     transcode(source, out, Encoding(), threads=2)
-    assert [shown(each) for each in require_plain(out, 10)] == [0, 1, 2, 3, 4, 5, 6, 7, 7, 9]
+    assert [shown(frame) for frame in require_plain(out, 10)] == [0, 1, 2, 3, 4, 5, 6, 7, 7, 9]
     damaged = write_clip(
         tmp_path / "in.mp4", 20, size=(320, 240), options={"x264-params": "keyint=5:bframes=0:scenecut=0"}
     )
     data = bytearray(damaged.read_bytes())
     with av.open(str(damaged)) as container:
-        packet = [each for each in container.demux(video=0) if each.size][10]
+        packet = [packet for packet in container.demux(video=0) if packet.size][10]
     data[packet.pos : packet.pos + packet.size] = bytes(packet.size)
     damaged.write_bytes(data)
     transcode(damaged, out, Encoding(), threads=2)
-    found = [shown(each) for each in require_plain(out, 20)]
+    found = [shown(frame) for frame in require_plain(out, 20)]
     assert found == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, *found[11:15], 15, 16, 17, 18, 19]
 
 
@@ -422,9 +421,9 @@ def test_the_official_messages(tmp_path, out):
     assert message(video, out, start=5) == end
     no_frames = tmp_path / "none.mp4"
     data = video.read_bytes()
-    place = data.index(b"mdat") + 4
-    size = int.from_bytes(data[place - 8 : place - 4], "big") - 8
-    no_frames.write_bytes(data[:place] + bytes(size) + data[place + size :])
+    offset = data.index(b"mdat") + 4
+    size = int.from_bytes(data[offset - 8 : offset - 4], "big") - 8
+    no_frames.write_bytes(data[:offset] + bytes(size) + data[offset + size :])
     assert message(no_frames, out) == end
     assert message(no_frames, out, threads=2) == end
 
@@ -440,9 +439,9 @@ def test_too_many_pixels(tmp_path, out):
     assert "320 x 240 pixels" in message(source, out, max_pixels=320 * 240 - 1)
     assert transcode(source, out, Encoding(), max_pixels=320 * 240).frames == 3
     large = write_clip(tmp_path / "b.ts", 6, size=(640, 480))
-    both = tmp_path / "both.ts"
-    both.write_bytes(write_clip(tmp_path / "a.ts", 6, size=(320, 240)).read_bytes() + large.read_bytes())
-    assert transcode(both, out, Encoding(), max_pixels=320 * 240).frames == 6  # what is larger is not decoded
+    growing = tmp_path / "both.ts"
+    growing.write_bytes(write_clip(tmp_path / "a.ts", 6, size=(320, 240)).read_bytes() + large.read_bytes())
+    assert transcode(growing, out, Encoding(), max_pixels=320 * 240).frames == 6  # what is larger is not decoded
 
 
 @pytest.mark.parametrize(
@@ -467,15 +466,15 @@ def test_what_is_given_up_stops(tmp_path, out):
 
     class GivenUp(Progress):
         def update(self, done, total=None, what=None):
-            seen.append((done, total))
+            updates.append((done, total))
             if done == 5:
                 self.cancel()
             super().update(done, total, what)
 
-    seen: list[tuple[int, int | None]] = []
+    updates: list[tuple[int, int | None]] = []
     with pytest.raises(Cancelled):
         transcode(source, out, Encoding(), progress=GivenUp("converting"))
-    assert seen == [(i, 20) for i in range(1, 6)]
+    assert updates == [(i, 20) for i in range(1, 6)]
 
 
 def test_without_x264(tmp_path, out, monkeypatch):

@@ -50,25 +50,25 @@ def test_clicks_go_before_frames_and_each_in_the_order_in_which_they_came():
 
 
 def test_sessions_that_are_tracked_take_turns_frame_by_frame():
-    turns, order, parts = Turns(), [], 20
+    turns, order, rounds = Turns(), [], 20
     inside = threading.Barrier(3)
 
     def track(name):
         inside.wait(10)
-        for _ in range(parts):
+        for _ in range(rounds):
             with turns.frame():
                 order.append(name)
-                wait_until(lambda: turns.waiting == 2 or len(order) > 3 * parts - 6)
+                wait_until(lambda: turns.waiting == 2 or len(order) > 3 * rounds - 6)
 
     threads = [threading.Thread(target=track, args=(name,)) for name in "abc"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(10)
-    assert len(order) == 3 * parts
+    assert len(order) == 3 * rounds
     first = order[:3]
     assert sorted(first) == ["a", "b", "c"]
-    for i in range(0, 3 * parts - 9, 3):
+    for i in range(0, 3 * rounds - 9, 3):
         assert order[i : i + 3] == first
 
 
@@ -117,7 +117,7 @@ class Watched(Turns):
     def __init__(self):
         super().__init__()
         self.met = {}
-        self.most = 0
+        self.frames_waited_for = 0
 
     def _advance(self):
         for click in self._clicks:
@@ -127,7 +127,7 @@ class Watched(Turns):
         if self._holder is not before and self._holder is not None and self._holder.is_frame:
             for click in self._clicks:
                 self.met[click] += 1
-        self.most = max([self.most, *(self.met[click] for click in self._clicks)])
+        self.frames_waited_for = max([self.frames_waited_for, *(self.met[click] for click in self._clicks)])
 
 
 def test_of_many_threads_one_is_in_and_no_click_waits_for_two_frames():
@@ -152,7 +152,7 @@ def test_of_many_threads_one_is_in_and_no_click_waits_for_two_frames():
         thread.join(60)
     assert overlaps == []
     assert sum(served) == 12 * 200
-    assert turns.most == 1
+    assert turns.frames_waited_for == 1
     assert turns.waiting == 0
 
 

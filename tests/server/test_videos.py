@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from video_files import HEIGHT, WIDTH, write_clip
 
-pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
 pytest.importorskip("av", reason="videos need PyAV")
 
 from omniops.sam2.frames import Frames
@@ -40,7 +39,7 @@ def videos(tmp_path, gallery) -> Videos:
 
 
 def names(found: list[Video]) -> list[str]:
-    return [each.path for each in found]
+    return [video.path for video in found]
 
 
 def test_the_gallery_in_natural_order_with_its_folders(clip, gallery, videos):
@@ -49,9 +48,9 @@ def test_the_gallery_in_natural_order_with_its_folders(clip, gallery, videos):
         shutil.copy(clip, gallery / name)
     expected = ["gallery/A.mp4", "gallery/b/clip1.mp4", "gallery/clip2.mp4", "gallery/clip10.mp4"]
     assert names(videos.videos()) == expected
-    for each in videos.videos():
-        assert (each.width, each.height, each.frames, each.fps, each.is_picture) == (WIDTH, HEIGHT, 6, 24, False)
-        assert len(Frames(videos.find(each.path))) == each.frames
+    for video in videos.videos():
+        assert (video.width, video.height, video.frames, video.fps, video.is_picture) == (WIDTH, HEIGHT, 6, 24, False)
+        assert len(Frames(videos.find(video.path))) == video.frames
     assert videos.find("gallery/b/clip1.mp4") == gallery / "b/clip1.mp4"
 
 
@@ -193,8 +192,8 @@ def test_what_is_no_video_is_left_out_and_said(clip, gallery, videos, caplog, co
         with pytest.raises(NotFound):
             videos.find("gallery/bad.mp4")
         assert names(videos.videos()) == ["gallery/good.mp4"]
-    assert [each.getMessage() for each in caplog.records if "bad.mp4 is left out" in each.getMessage()]
-    assert len([each for each in caplog.records if "left out" in each.getMessage()]) == 1
+    assert [record.getMessage() for record in caplog.records if "bad.mp4 is left out" in record.getMessage()]
+    assert len([record for record in caplog.records if "left out" in record.getMessage()]) == 1
 
 
 def test_posters(clip, tmp_path, gallery, videos):
@@ -202,14 +201,14 @@ def test_posters(clip, tmp_path, gallery, videos):
         write_clip(gallery / folder / "same.mp4", count)
     found = videos.videos()
     assert not (tmp_path / "posters").exists()  # until one is asked for
-    assert len({each.poster_path for each in found}) == 2
-    for each in found:
-        assert each.poster_path is not None
-        poster = videos.poster(each.poster_path)
+    assert len({video.poster_path for video in found}) == 2
+    for video in found:
+        assert video.poster_path is not None
+        poster = videos.poster(video.poster_path)
         assert poster.parent == tmp_path / "posters"
         with Image.open(poster) as picture:
             assert (picture.format, picture.size) == ("JPEG", (WIDTH, HEIGHT))
-            first = Frames(videos.find(each.path))[0]
+            first = Frames(videos.find(video.path))[0]
             assert np.abs(np.asarray(picture).astype(int) - first).mean() < 4
     old = videos.poster(found[0].poster_path)
     (gallery / "a" / "same.mp4").unlink()
@@ -229,10 +228,10 @@ def test_posters_asked_for_at_once(clip, gallery, videos):
         made.append(videos.poster(poster).read_bytes())
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(made) == 8
     assert len(set(made)) == 1
 

@@ -34,22 +34,22 @@ def test_a_small_model_in_this_process_does_all_of_it(data):
     session = api.start_session(api.default_video()["path"])
     clicked = api.add_points(session, 0, 0, [[0.5, 0.5]])
     assert clicked["rleMaskList"][0]["rleMask"]["size"] == [24, 32]
-    parts = [part["frame_index"] for part in api.propagate(session, 8)]
-    assert parts == [8, 9, *range(8, -1, -1)]
+    tracked = [frame["frame_index"] for frame in api.propagate(session, 8)]
+    assert tracked == [8, 9, *range(8, -1, -1)]
     chunks = iter(api.post_propagate(session).response)
     next(chunks)
     assert api.cancel(session) is True
     assert list(chunks) == []
-    both = api.add_points(session, 3, 5, [[0.2, 0.2], [0.9, 0.9]], [1, 0])
-    assert [each["objectId"] for each in both["rleMaskList"]] == [0, 5]
+    second = api.add_points(session, 3, 5, [[0.2, 0.2], [0.9, 0.9]], [1, 0])
+    assert [mask["objectId"] for mask in second["rleMaskList"]] == [0, 5]
     cleared = api.clear_frame(session, 3, 5)["rleMaskList"]
-    assert [each["objectId"] for each in cleared] == [0, 5]
+    assert [mask["objectId"] for mask in cleared] == [0, 5]
     assert not rle.decode(cleared[1]["rleMask"]).any()
     with pytest.raises(ApiError, match="no frame 99"):
         api.add_points(session, 99, 6, [[0.5, 0.5]])
-    parts = list(api.propagate(session))  # neither the object without points nor the click that failed poisons it
-    assert all([each["object_id"] for each in part["results"]] == [0, 5] for part in parts)
-    assert [[each["objectId"] for each in frame["rleMaskList"]] for frame in api.remove_object(session, 0)] == [[5]]
+    tracked = list(api.propagate(session))  # neither the object without points nor the click that failed poisons it
+    assert all([result["object_id"] for result in frame["results"]] == [0, 5] for frame in tracked)
+    assert [[mask["objectId"] for mask in frame["rleMaskList"]] for frame in api.remove_object(session, 0)] == [[5]]
     assert api.remove_object(session, 5) == api.remove_object(session, 7) == []
     assert api.clear_video(session) is True
     assert api.post_propagate(session).status_code == 400
@@ -106,13 +106,13 @@ def test_the_page_and_all_of_its_files(client):
     assert response.content_type == "text/html; charset=utf-8"
     assert response.text.lower().startswith("<!doctype html>")
     types = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".html": "text/html"}
-    for each in (files("omniops.server") / "page").iterdir():
-        response = client.get(f"/page/{each.name}")
-        assert response.data == each.read_bytes()
-        assert response.content_type == f"{types[each.suffix]}; charset=utf-8"
+    for file in (files("omniops.server") / "page").iterdir():
+        response = client.get(f"/page/{file.name}")
+        assert response.data == file.read_bytes()
+        assert response.content_type == f"{types[file.suffix]}; charset=utf-8"
         assert response.headers["Cache-Control"] == "no-cache"
         assert "Content-Security-Policy" in response.headers
-        known = client.get(f"/page/{each.name}", headers={"If-None-Match": response.headers["ETag"]})
+        known = client.get(f"/page/{file.name}", headers={"If-None-Match": response.headers["ETag"]})
         assert (known.status_code, known.data) == (304, b"")
     assert client.get("/favicon.ico").content_type == "image/svg+xml; charset=utf-8"
 
@@ -140,7 +140,7 @@ def test_leaving_ends_a_session_unless_it_is_used_again(app, api, client):
     assert api.cancel(kept) is True
 
 
-def test_progress_is_told_by_its_key(app, client):
+def test_progress_is_reported_by_its_key(app, client):
     jobs = app.extensions["omniops"].videos.jobs
     jobs.announce("a-key", "Converting").update(3, 10)
     response = client.get("/progress/a-key")
@@ -175,8 +175,8 @@ def test_what_is_too_large_is_read_to_its_end_but_no_further_than_an_upload_may_
     app = make_app(max_upload_bytes=20_000_000)
     for size, read in ((9_000_000, 9_000_000), (50_000_000, 20_000_000)):
         body = io.BytesIO(b"x" * size)
-        given = {"content_length": size, "content_type": "application/json"}
-        assert app.test_client().post("/graphql", input_stream=body, **given).status_code == 413
+        headers = {"content_length": size, "content_type": "application/json"}
+        assert app.test_client().post("/graphql", input_stream=body, **headers).status_code == 413
         assert body.tell() == read
 
 
@@ -193,9 +193,9 @@ def test_an_uploaded_video_is_one_like_those_of_the_gallery(api, client, clip, p
         "height": 24,
         "width": 32,
     }
-    sent = client.get(video["url"])
-    assert sent.content_type == "video/mp4"
-    assert hashlib.sha256(sent.data).hexdigest() == name
+    video_response = client.get(video["url"])
+    assert video_response.content_type == "video/mp4"
+    assert hashlib.sha256(video_response.data).hexdigest() == name
     poster = client.get(video["posterUrl"])
     assert poster.content_type == "image/jpeg"
     assert Image.open(io.BytesIO(poster.data)).size == (32, 24)
@@ -216,29 +216,29 @@ def test_an_uploaded_picture(api, client):
 
 def test_an_upload_goes_to_the_disk_as_it_comes(make_app, data, monkeypatch):
     app = make_app()
-    seen = []
+    sizes = []
 
     class Body(io.BytesIO):
         def readinto(self, buffer):
-            seen.extend(path.stat().st_size for path in (data / "uploads").glob(".incoming-*"))
+            sizes.extend(path.stat().st_size for path in (data / "uploads").glob(".incoming-*"))
             return super().readinto(buffer)
 
     head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.mp4"\r\n\r\n'
     body = head + b"x" * 3_000_000 + b"\r\n--x--\r\n"
-    given = {"content_length": len(body), "content_type": "multipart/form-data; boundary=x"}
+    headers = {"content_length": len(body), "content_type": "multipart/form-data; boundary=x"}
     tracemalloc.start()
-    app.test_client().post("/graphql?upload=key", input_stream=Body(body), **given)
+    app.test_client().post("/graphql?upload=key", input_stream=Body(body), **headers)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert max(seen) > 2_000_000
+    assert max(sizes) > 2_000_000
     assert peak < 1_500_000
     assert list((data / "uploads").iterdir()) == []
     assert app.test_client().get("/progress/key").json["what"] == "receiving"
 
 
 def test_the_progress_of_an_upload_has_its_key(api, client, clip):
-    for given in ({"query_string": {"upload": "one"}}, {"headers": {"Upload": "two"}}):
-        assert api.upload("clip.mp4", clip.read_bytes(), **given)
+    for options in ({"query_string": {"upload": "one"}}, {"headers": {"Upload": "two"}}):
+        assert api.upload("clip.mp4", clip.read_bytes(), **options)
     for key in ("one", "two"):
         progress = client.get(f"/progress/{key}").json
         assert progress["done"] == 10
@@ -254,7 +254,7 @@ def test_only_so_many_uploads_come_at_once(make_app, clip):
     words = "The server receives as many uploads as it can: try again in a minute"
     assert response.json["errors"] == [{"message": words}]
     receiving.release()
-    for _ in range(3):  # neither success nor failure keeps a place
+    for _ in range(3):  # neither success nor failure keeps a slot
         assert api.upload("clip.mp4", clip.read_bytes())
         with pytest.raises(ApiError):
             api.upload("clip.mp4", b"no video")

@@ -8,11 +8,15 @@ from contextlib import contextmanager
 SECONDS = 20.0  # after which a test fails rather than hangs
 
 
-def wait_until(condition):
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.001)
+def wait_until(is_met, seconds=SECONDS, what="it"):
+    """What ``is_met()`` returns, once that is true."""
+    end = time.monotonic() + seconds
+    pause = 0.001
+    while not (result := is_met()):
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+    return result
 
 
 class Thread(threading.Thread):
@@ -84,7 +88,7 @@ def hasty():
         sys.setswitchinterval(interval)
 
 
-def settle(sessions):
+def wait_for_background(sessions):
     """Until what was put off to the background is done."""
     done = threading.Event()
     sessions.later(done.set)

@@ -39,8 +39,8 @@ class World:
         """That of the first device."""
         return self.made[0][-1]
 
-    def start(self, name="gallery/clip.mp4", **given):
-        return self.sessions.start(CLIP, name, **given)
+    def start(self, name="gallery/clip.mp4", **options):
+        return self.sessions.start(CLIP, name, **options)
 
 
 @contextmanager

@@ -34,11 +34,12 @@ from torch import Tensor
 
 from omniops.backends import accumulator, memory_format, strides
 
+Call = Callable[["Geometry", Sequence[int], Sequence[int], torch.dtype, torch.dtype], Any]
 Sample = Callable[[Tensor, Tensor, "Tensor | None", Any, int, Tensor], None]
 Gradients = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Any, int, Tensor, Tensor, "Tensor | None"], None]
 
-KEPT_CHUNKS = 8
-"""How many are kept for a kind of call; more are made anew each time, which takes little beside their work."""
+MAX_KEPT_CHUNKS = 8
+"""How many chunks are kept for a kind of call; more are made anew each time, which is short beside their work."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ class Columns:
 
     sample: Sample
     gradients: Gradients
-    most_bytes: int
+    max_bytes: int
     """What the columns of a chunk take at most, if they are those of more than one position."""
-    call: Callable[[Geometry, Sequence[int], Sequence[int], torch.dtype, torch.dtype], Any] = lambda *given: given[0]
+    call: Call = lambda geometry, *_: geometry
     """What the kernels get of a geometry, the shapes of image and offset, and the dtypes of these and of columns."""
     columns_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
     """What the columns are in, and the products with them, for each dtype of the input."""
@@ -97,7 +98,7 @@ class Columns:
         """The kernel of ``deform_conv2d``, prepared."""
         plan = self._plan(input, offset, weight, stride, padding, dilation)
         channels_last = memory_format(input) == torch.channels_last
-        of_out = strides(plan.out, memory_format(input))
+        out_strides = strides(plan.out, memory_format(input))
         to_image, to_kernels = self._by_channel(input, plan.image), self._by_channel(weight, plan.kernels, plan.dtype)
         groups = plan.kernels[0]
         chunks = plan.chunks(channels_last)
@@ -109,22 +110,22 @@ class Columns:
         ) -> Tensor:
             image, kernels = to_image(input), to_kernels(weight).mT
             offset, mask = offset.contiguous(), None if mask is None else mask.contiguous()
-            out = input.new_empty_strided(plan.out, of_out)
+            out = input.new_empty_strided(plan.out, out_strides)
             bias = bias if bias is None or groups == 1 else bias.view(groups, 1, -1)
             memory = plan.memory(image)
-            for first, count, place in chunks:
+            for first, count, view in chunks:
                 columns = plan.columns_of(memory, count)
                 self.sample(image, offset, mask, plan.call, first, columns)
-                part = place.of(out)
-                target = part if same_dtype and self._takes(plan, place, part) else None
+                target = view.of(out)
+                product_out = target if same_dtype and self._writes_into(plan, view, target) else None
                 if bias is not None and fused_bias:
-                    product = torch.baddbmm(bias, columns, kernels, out=target)
+                    product = torch.baddbmm(bias, columns, kernels, out=product_out)
                 else:
-                    product = self._product(columns, kernels, target)
+                    product = self._product(columns, kernels, product_out)
                     if bias is not None:
                         product += bias
-                if target is None:
-                    part.copy_(product.view(place.size))
+                if product_out is None:
+                    target.copy_(product.view(view.size))
             return out
 
         return run
@@ -144,12 +145,12 @@ class Columns:
         """The kernel of ``deform_conv2d_backward``, prepared."""
         plan = self._plan(input, offset, weight, stride, padding, dilation)
         to_image, to_kernels = self._by_channel(input, plan.image), self._by_channel(weight, plan.kernels, plan.dtype)
-        to_grads, chunks = self._parts_of(grad, plan)
+        to_grads, chunks = self._grad_views(grad, plan)
         sums, same_dtype = accumulator(input), grad.dtype == plan.dtype
         to_input, to_weight = self._by_position(input, sums), self._by_position(weight, sums)
-        of_offset, of_mask = memory_format(offset), memory_format(offset if mask is None else mask)
+        offset_format, mask_format = memory_format(offset), memory_format(offset if mask is None else mask)
         # Those of a contiguous tensor may differ where a dimension is 1.
-        dense_offset, dense_mask = strides(offset.shape), () if mask is None else strides(mask.shape)
+        offset_strides, mask_strides = strides(offset.shape), () if mask is None else strides(mask.shape)
         for_input, for_offset, for_weight, for_bias, for_mask = output_mask
         for_samples = for_input or for_offset or for_mask
 
@@ -157,26 +158,30 @@ class Columns:
             grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *_: Any
         ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             image, kernels, grads = to_image(input), to_kernels(weight), to_grads(grad)
-            moves, factors = offset.contiguous(), None if mask is None else mask.contiguous()
+            dense_offset, dense_mask = offset.contiguous(), None if mask is None else mask.contiguous()
             by_image, total = image.new_zeros(plan.image if for_samples else (0,), dtype=sums), None
-            by_offset = offset.new_empty_strided(offset.shape, dense_offset)
-            by_mask = None if mask is None else mask.new_empty_strided(mask.shape, dense_mask)
+            by_offset = offset.new_empty_strided(offset.shape, offset_strides)
+            by_mask = None if mask is None else mask.new_empty_strided(mask.shape, mask_strides)
             memory = plan.memory(image)
-            for first, count, place in chunks if for_samples or for_weight else ():
+            for first, count, view in chunks if for_samples or for_weight else ():
                 columns = plan.columns_of(memory, count)
-                part = place.of(grads) if same_dtype else place.of(grads).to(plan.dtype)
+                chunk_grads = view.of(grads) if same_dtype else view.of(grads).to(plan.dtype)
                 if for_weight:
-                    self.sample(image, moves, factors, plan.call, first, columns)
-                    total = _plus_product(total, part.mT, columns, sums)
+                    self.sample(image, dense_offset, dense_mask, plan.call, first, columns)
+                    total = _plus_product(total, chunk_grads.mT, columns, sums)
                 if for_samples:
-                    self._product(part, kernels, columns)
-                    self.gradients(columns, image, moves, factors, plan.call, first, by_image, by_offset, by_mask)
+                    self._product(chunk_grads, kernels, columns)
+                    self.gradients(
+                        columns, image, dense_offset, dense_mask, plan.call, first, by_image, by_offset, by_mask
+                    )
             return (
                 to_input(by_image) if for_input else grad.new_empty(0),
-                by_offset.contiguous(memory_format=of_offset) if for_offset else grad.new_empty(0),
+                by_offset.contiguous(memory_format=offset_format) if for_offset else grad.new_empty(0),
                 grad.new_empty(0) if total is None else to_weight(total),
                 grad.sum((0, 2, 3)) if for_bias else grad.new_empty(0),
-                by_mask.contiguous(memory_format=of_mask) if for_mask and by_mask is not None else grad.new_empty(0),
+                by_mask.contiguous(memory_format=mask_format)
+                if for_mask and by_mask is not None
+                else grad.new_empty(0),
             )
 
         return run
@@ -195,43 +200,43 @@ class Columns:
         geometry = geometry_of(offset, weight.shape[2:], groups, stride, padding, dilation)
         self.check(input.shape, offset.shape, c_out, geometry)
         dtype = self.columns_dtype(input.dtype)
-        most = self.most_bytes // (geometry.taps * c * dtype.itemsize)
-        most = most if self.longest_sum is None else min(most, self.longest_sum)
-        _, largest = next(chunks(n, offset.shape[2] * offset.shape[3], max(1, most)))
+        max_positions = self.max_bytes // (geometry.taps * c * dtype.itemsize)
+        max_positions = max_positions if self.longest_sum is None else min(max_positions, self.longest_sum)
+        _, largest = next(chunks(n, offset.shape[2] * offset.shape[3], max(1, max_positions)))
         length = geometry.taps * weight.shape[1]
         return _Plan(
             self.call(geometry, (n, h, w, c), offset.shape, input.dtype, dtype),
             dtype,
             # Those of bfloat16 go element by element through views that are not contiguous.
             self.products_of_views and dtype != torch.bfloat16,
-            max(1, most),
+            max(1, max_positions),
             image=(n, h, w, c),
             kernels=(groups, c_out // groups, length),
             columns=(groups, largest, length),
             out=(n, c_out, offset.shape[2], offset.shape[3]),
         )
 
-    def _parts_of(
+    def _grad_views(
         self, grad: Tensor, plan: _Plan
-    ) -> tuple[Callable[[Tensor], Tensor], Iterable[tuple[int, int, _Part]]]:
-        """What makes a dense tensor of the gradient of the result, and the chunks with their parts of it.
+    ) -> tuple[Callable[[Tensor], Tensor], Iterable[tuple[int, int, _View]]]:
+        """What makes a dense tensor of the gradient of the result, and the chunks with their views of it.
 
-        A part is (G, P, C_out / G): it is left where it is if it has such strides, else the whole is copied before.
+        A view is (G, P, C_out / G): the gradient stays as it is if it has such strides, else it is copied before.
         """
         channels_last = memory_format(grad) == torch.channels_last
         if plan.of_views and grad.dtype == plan.dtype and (channels_last or grad.is_contiguous()):
-            found = plan.chunks(channels_last)
-            if all(len(part.size) == 3 for *_, part in found):
-                return lambda grad: grad, found
+            views = plan.chunks(channels_last)
+            if all(len(view.size) == 3 for *_, view in views):
+                return lambda grad: grad, views
         n, c, h, w = plan.out
         return self._by_channel(grad, (n, h, w, c)), plan.chunks(True)
 
-    def _takes(self, plan: _Plan, place: _Part, part: Tensor) -> bool:
+    def _writes_into(self, plan: _Plan, view: _View, target: Tensor) -> bool:
         """Whether a product writes its result there."""
         if plan.of_views:
-            return place.dense
-        begins = self.products_of_views or part.storage_offset() == 0
-        return bool(begins and part.is_contiguous() and len(place.size) == 3)
+            return view.dense
+        begins = self.products_of_views or target.storage_offset() == 0
+        return bool(begins and target.is_contiguous() and len(view.size) == 3)
 
     def _product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """(G, P, K) times (G, K, M), its sums in parts that are not too long."""
@@ -280,7 +285,7 @@ class _Plan:
     """Of the columns and of the products with them."""
     of_views: bool
     """Whether these products read and write views of any strides as fast as contiguous tensors."""
-    most: int
+    max_positions: int
     """How many positions a chunk has at most."""
     image: tuple[int, int, int, int]
     """The shape (N, H, W, C)."""
@@ -293,24 +298,24 @@ class _Plan:
 
     def memory(self, like: Tensor) -> Tensor:
         """New, for the columns of the largest chunk."""
-        _, most, length = self.columns
-        return like.new_empty_strided(self.columns, (most * length, length, 1), dtype=self.dtype)
+        _, max_positions, length = self.columns
+        return like.new_empty_strided(self.columns, (max_positions * length, length, 1), dtype=self.dtype)
 
     def columns_of(self, memory: Tensor, count: int) -> Tensor:
         """Columns for so many positions, in the memory of the largest chunk's."""
-        groups, most, length = self.columns
-        if count == most:
+        groups, max_positions, length = self.columns
+        if count == max_positions:
             return memory
         return memory.view(-1, length)[: groups * count].view(groups, count, length)
 
-    def chunks(self, channels_last: bool) -> Iterable[tuple[int, int, _Part]]:
-        """Each chunk's first position, number of positions and part of a tensor of the shape ``out``."""
-        found = _Chunks(self, channels_last)
-        few = list(islice(found, KEPT_CHUNKS + 1))
-        return few if len(few) <= KEPT_CHUNKS else found
+    def chunks(self, channels_last: bool) -> Iterable[tuple[int, int, _View]]:
+        """Each chunk's first position, number of positions and view of a tensor of the shape ``out``."""
+        views = _Chunks(self, channels_last)
+        kept = list(islice(views, MAX_KEPT_CHUNKS + 1))
+        return kept if len(kept) <= MAX_KEPT_CHUNKS else views
 
-    def part(self, first: int, count: int, channels_last: bool) -> _Part:
-        """Where a chunk lies in a tensor of the shape ``out``."""
+    def chunk_view(self, first: int, count: int, channels_last: bool) -> _View:
+        """The view of a chunk in a tensor of the shape ``out``."""
         groups, channels, area = self.kernels[0], self.kernels[1], self.out[2] * self.out[3]
         image, position = divmod(first, area)
         images = -(-count // area)
@@ -318,9 +323,9 @@ class _Plan:
         by_image, by_group = groups * channels * area, channels * by_channel
         start, dense = image * by_image + position * by_position, channels_last or count % area == 0
         if images == 1 or by_image == area * by_position:
-            return _Part((groups, count, channels), (by_group, by_position, by_channel), start, dense)
+            return _View((groups, count, channels), (by_group, by_position, by_channel), start, dense)
         size = (groups, images, count // images, channels)
-        return _Part(size, (by_group, by_image, by_position, by_channel), start, False)
+        return _View(size, (by_group, by_image, by_position, by_channel), start, False)
 
 
 @dataclass(frozen=True)
@@ -330,15 +335,15 @@ class _Chunks:
     plan: _Plan
     channels_last: bool
 
-    def __iter__(self) -> Iterator[tuple[int, int, _Part]]:
+    def __iter__(self) -> Iterator[tuple[int, int, _View]]:
         n, _, height, width = self.plan.out
-        for first, count in chunks(n, height * width, self.plan.most):
-            yield first, count, self.plan.part(first, count, self.channels_last)
+        for first, count in chunks(n, height * width, self.plan.max_positions):
+            yield first, count, self.plan.chunk_view(first, count, self.channels_last)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A chunk of a dense tensor (N, C_out, H_out, W_out), as (G, P, C_out / G) where it has such strides.
+class _View:
+    """A view of a chunk of a dense tensor (N, C_out, H_out, W_out): (G, P, C_out / G) where it has such strides.
 
     Else it is (G, images, P / images, C_out / G).
     """
@@ -363,17 +368,17 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype
     return total
 
 
-def chunks(images: int, positions: int, most: int) -> Iterator[tuple[int, int]]:
-    """(first position, number of positions) of chunks of at most ``most``: whole images, or parts of one.
+def chunks(images: int, positions: int, max_positions: int) -> Iterator[tuple[int, int]]:
+    """(first position, number of positions) of chunks of at most ``max_positions``: whole images, or parts of one.
 
     None is larger than the first, nor much smaller: a short one at the end would keep the device half idle.
     """
-    if most >= positions:
-        size = -(-images // -(-images // (most // positions))) * positions
+    if max_positions >= positions:
+        size = -(-images // -(-images // (max_positions // positions))) * positions
         for first in range(0, images * positions, size):
             yield first, min(size, images * positions - first)
     else:
-        size = -(-positions // -(-positions // most))
+        size = -(-positions // -(-positions // max_positions))
         for image in range(images):
             for start in range(0, positions, size):
                 yield image * positions + start, min(size, positions - start)

@@ -30,42 +30,42 @@ COMMANDS = {
         "doctor", "doctor", "Show versions, devices, and the kernel that serves each operator on each device."
     ),
     "selftest": Command(
-        "selftest",
+        "selftest.command",
         "selftest",
         "Check operators and models, in every dtype, against the CPU in float64 or exact integers.",
     ),
     "bench": Command(
-        "bench",
+        "bench.command",
         "bench",
         "Time every operator beside what you would call instead, and beside the time that moving its bytes takes.",
     ),
     "demo": Command(
-        "demo",
+        "demo.command",
         "demo",
         "Train one small network three times on a photo, upsampling with nearest, bilinear and CARAFE, and compare.",
     ),
     "detect": Command(
-        "detect",
+        "detect.command",
         "detect",
         "Find COCO's 80 kinds of objects in pictures: draw their boxes, masks, classes and scores, and write them "
         "down.",
     ),
     "detect-eval": Command(
-        "detect_eval",
+        "detect.evaluate",
         "detect_eval",
         "Compute COCO's average precision and recall of boxes, and of masks where model and annotations have them.",
     ),
     "segment": Command(
-        "segment", "segment", "Cut objects out of a picture, or follow them through a video, with SAM 2."
+        "segment.command", "segment", "Cut objects out of a picture, or follow them through a video, with SAM 2."
     ),
     "serve": Command(
-        "serve",
+        "serve.command",
         "serve",
         "Serve SAM 2 in the browser: the API of its demo, a page, and sessions for several people at once.",
     ),
     # omniops bench --help names it
     _BENCH_SAM2: Command(
-        "bench_sam2",
+        "bench.sam2",
         "bench_sam2",
         "Time SAM 2 on one device beside another: set_image, predict of one click, and the two together.",
         hidden=True,
@@ -74,7 +74,7 @@ COMMANDS = {
 
 
 @contextmanager
-def _reported() -> Iterator[None]:
+def _report_errors() -> Iterator[None]:
     try:
         yield
     except (errors.CommandError, KeyboardInterrupt, OSError) as error:
@@ -89,20 +89,20 @@ class _Commands(TyperGroup):
         if " ".join(args[:2]) == _BENCH_SAM2:
             args = [_BENCH_SAM2, *args[2:]]
         name, command, rest = super().resolve_command(ctx, args)
-        return name, command if name is None else _imported(name), rest
+        return name, command if name is None else _import_command(name), rest
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         """Parse; end here what Typer would end in its own ways."""
-        with _reported():
+        with _report_errors():
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; end here what Typer would end in its own ways."""
-        with _reported():
+        with _report_errors():
             return super().invoke(ctx)
 
 
-def _app() -> typer.Typer:
+def _make_app() -> typer.Typer:
     return typer.Typer(
         name="omniops",
         cls=_Commands,
@@ -113,22 +113,22 @@ def _app() -> typer.Typer:
     )
 
 
-def _imported(name: str) -> Any:
+def _import_command(name: str) -> Any:
     command = COMMANDS[name]
     function = getattr(import_module(f"omniops.cli.{command.module}"), command.function)
     errors.raise_received()
-    alone = _app()
+    alone = _make_app()
     alone.command(name)(function)
     return typer.main.get_group(alone).commands[name]
 
 
-def _not_imported() -> None:
+def _placeholder() -> None:
     """In the place of a command until it is called."""
 
 
 def run_app(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, run the command and exit."""
-    app = _app()
+    app = _make_app()
     for name, command in COMMANDS.items():
-        app.command(name, help=command.summary, hidden=command.hidden)(_not_imported)
+        app.command(name, help=command.summary, hidden=command.hidden)(_placeholder)
     app(args=None if arguments is None else list(arguments), prog_name="omniops")

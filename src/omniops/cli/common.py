@@ -27,7 +27,7 @@ EXTRAS = {
     "cli": {"typer": "typer", "rich": "rich"},
     "pictures": {"pillow": "PIL", "matplotlib": "matplotlib"},
     "detect": {"torchvision": "torchvision", "faster-coco-eval": "faster_coco_eval"},
-    "sam2": {"transformers": "transformers", "av": "av"},
+    "sam2": {"huggingface-hub": "huggingface_hub", "safetensors": "safetensors", "av": "av"},
     "server": {
         "flask": "flask",
         "strawberry-graphql": "strawberry",
@@ -64,16 +64,6 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def digits(number: float) -> str:
-    """Three significant digits, or all before the point: 0.00789, 0.100, 12.3, 1234."""
-    return f"{number:#.3g}" if number < 99.95 else f"{number:.0f}"
-
-
 class _Output(Console):
     """Which leaves it to ``errors`` what a closed pipe means."""
 
@@ -90,12 +80,12 @@ def output() -> Console:
 def print_lines(*lines: str, above: Progress | None = None) -> None:
     """Results, as they are, and at once; in a terminal above a progress bar that is running."""
     console = output()
-    in_the_way = above is not None and above.console.is_terminal and console.is_terminal
-    if above is not None and in_the_way:
+    is_covered = above is not None and above.console.is_terminal and console.is_terminal
+    if above is not None and is_covered:
         above.stop()
-    for each in lines:
-        console.print(each, markup=False, soft_wrap=True)
-    if above is not None and in_the_way:
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+    if above is not None and is_covered:
         above.start()
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from collections.abc import Iterable, Mapping
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -20,11 +19,11 @@ from rich.table import Table
 from omniops import device as devices
 from omniops.backends import BACKENDS, cpu, reference
 from omniops.cli import cases
-from omniops.cli.common import EXTRAS, dtype_name, missing_packages, output, require_writable
+from omniops.cli.common import EXTRAS, missing_packages, output, require_writable
 from omniops.dropin import LIBRARIES
 from omniops.dropin._extension import Extension
-
-PACKAGES = ("omniops", "torch", "numpy", "triton")
+from omniops.environment import installed, is_for, machine, operators, serving, versions
+from omniops.formatting import dtype_name
 
 
 def doctor(
@@ -47,25 +46,27 @@ def doctor(
     console.print(table)
 
     table = Table("device", "name", "memory", box=SIMPLE_HEAD)
-    for each in found["devices"]:
-        limit = each["memory"]
-        table.add_row(each["device"], each["name"], "" if limit is None else f"{limit / 2**30:.1f} GiB")
+    for device in found["devices"]:
+        limit = device["memory"]
+        table.add_row(device["device"], device["name"], "" if limit is None else f"{limit / 2**30:.1f} GiB")
     console.print(table)
 
     table = Table("operator", "device", "found", "kernel", "dtypes", box=SIMPLE_HEAD)
-    for each in found["operators"]:
-        is_found = {True: "yes", False: "no", None: ""}[each["found"]]
-        table.add_row(each["operator"], each["device"], is_found, each["kernel"], ", ".join(each["dtypes"]))
+    for row in found["operators"]:
+        is_found = {True: "yes", False: "no", None: ""}[row["found"]]
+        table.add_row(row["operator"], row["device"], is_found, row["kernel"], ", ".join(row["dtypes"]))
     console.print(table)
 
     served = found["libraries"]
-    columns = list(dict.fromkeys(device_type for each in served for device_type in each["served by"]))
+    columns = list(dict.fromkeys(device_type for library in served for device_type in library["served by"]))
     caption = "Enabled in this process, which calls omniops.enable() for none: a program calls it for itself."
     table = Table("library", "version", "enabled", *columns, box=SIMPLE_HEAD, caption=caption, caption_justify="left")
-    for each in served:
-        is_enabled = "yes" if each["enabled"] else "no"
-        servers = each["served by"]
-        table.add_row(each["library"], each["version"], is_enabled, *(servers.get(column, "") for column in columns))
+    for library in served:
+        is_enabled = "yes" if library["enabled"] else "no"
+        servers = library["served by"]
+        table.add_row(
+            library["library"], library["version"], is_enabled, *(servers.get(column, "") for column in columns)
+        )
     console.print(table)
 
     for sentence in found["remarks"]:
@@ -74,13 +75,14 @@ def doctor(
 
 def facts() -> dict[str, Any]:
     """All that ``doctor`` knows, as JSON can hold it; memory in bytes."""
-    here = devices.found()
-    types = {device.type for device in here}
+    found = devices.found()
+    types = {device.type for device in found}
     served = {library: who_serves(library) for library in LIBRARIES}
+    distributions = packages_distributions()  # reads the files of every installed package
     rows: list[tuple[str, str, bool | None, ModuleType]] = []
     for operator in operators():
         shown = ("cpu", "cuda", "mps", *sorted(types - {"cpu", "cuda", "mps"}))
-        rows += [(operator, each, each in types, serving(operator, each)) for each in shown]
+        rows += [(operator, device_type, device_type in types, serving(operator, device_type)) for device_type in shown]
         rows.append((operator, "any other", None, reference))
     return {
         "versions": versions(),
@@ -94,22 +96,22 @@ def facts() -> dict[str, Any]:
                 "memory": devices.memory(device).limit,
                 "half precision": dtype_name(devices.autocast_dtype(device)),
             }
-            for device in here
+            for device in found
         ],
         "operators": [
             {
                 "operator": operator,
-                "device": each,
+                "device": device_type,
                 "found": is_found,
                 "kernel": backend.TITLE,
                 "dtypes": [dtype_name(dtype) for dtype in cases.dtypes(operator, backend)],
             }
-            for operator, each, is_found, backend in rows
+            for operator, device_type, is_found, backend in rows
         ],
         "libraries": [
             {
                 "library": library,
-                "version": library_version(library),
+                "version": library_version(library, distributions),
                 "enabled": LIBRARIES[library].enabled(),
                 "served by": servers,
             }
@@ -119,26 +121,15 @@ def facts() -> dict[str, Any]:
     }
 
 
-def operators() -> list[str]:
-    """The operators that omniops registered with PyTorch's dispatcher, without those that are another's backward."""
-    names = (name.removeprefix("omniops::") for name in torch._C._dispatch_get_all_op_names() if "omniops::" in name)
-    return sorted(name for name in names if not name.endswith("_backward"))
+def library_version(library: str, distributions: Mapping[str, list[str]]) -> str:
+    """The version of a library that ``omniops.enable`` knows, with its distribution where that is called otherwise.
 
-
-def serving(operator: str, device_type: str) -> ModuleType:
-    """The backend that the dispatcher calls for an operator on a type of device."""
-    key = _dispatch_key(device_type)
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"omniops::{operator}", key):
-        return next(backend for backend in BACKENDS if _serves(backend, device_type))
-    return reference
-
-
-def library_version(library: str) -> str:
-    """The version of a library that ``omniops.enable`` knows, with its distribution where that is called otherwise."""
+    ``distributions`` are as ``importlib.metadata.packages_distributions`` gives them.
+    """
     if not LIBRARIES[library].installed():
         return "not installed"
-    distributions = packages_distributions().get(library, [])
-    found = (version(name) if name == library else f"{version(name)} ({name})" for name in dict.fromkeys(distributions))
+    names = dict.fromkeys(distributions.get(library, []))
+    found = (version(name) if name == library else f"{version(name)} ({name})" for name in names)
     of_no_package = isinstance(LIBRARIES[library], Extension) and not LIBRARIES[library].package
     return ", ".join(found) or ("of no package" if of_no_package else "unknown")
 
@@ -151,27 +142,6 @@ def who_serves(library: str) -> tuple[dict[str, str], str]:
         return LIBRARIES[library].serving(), ""
     except RuntimeError as error:
         return {}, str(error)
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that matter here."""
-    return {"python": platform.python_version(), **installed(PACKAGES)}
-
-
-def installed(packages: Iterable[str]) -> dict[str, str]:
-    """The version of each package, or that it is not installed."""
-    return {package: _version(package) for package in packages}
-
-
-def machine() -> dict[str, str]:
-    """The machine in words, its CPU and the instruction set that the C++ kernels use on it."""
-    macos = platform.mac_ver()[0]
-    system = f"macOS {macos}" if macos else platform.system()
-    words = {"machine": f"{system} on {platform.machine()}, {os.cpu_count()} CPUs"}
-    if cpu.AVAILABLE:
-        compiled = import_module("omniops._C")
-        words["instruction set"] = f"{compiled.instruction_set()}, of the C++ kernels"
-    return words
 
 
 def _system() -> dict[str, Any]:
@@ -202,7 +172,7 @@ def missing(device_types: Iterable[str]) -> list[str]:
         f"The {backend.TITLE} kernels cannot run, so the reference kernels serve {device_type}: {backend.REMEDY}."
         for device_type in device_types
         for backend in BACKENDS
-        if not backend.AVAILABLE and backend is not cpu and _serves(backend, device_type)
+        if not backend.AVAILABLE and backend is not cpu and is_for(backend, device_type)
     ]
     return sentences
 
@@ -216,18 +186,3 @@ def missing_extras() -> list[str]:
             verb = "is" if len(packages) == 1 else "are"
             sentences.append(f"{' and '.join(packages)} {verb} not installed: pip install 'omniops[{extra}]'")
     return sentences
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _serves(backend: ModuleType, device_type: str) -> bool:
-    return bool(_dispatch_key(device_type) == backend.DISPATCH_KEY)
-
-
-def _dispatch_key(device_type: str) -> str:
-    return str(torch._C._dispatch_key_for_device(device_type))

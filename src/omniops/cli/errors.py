@@ -84,8 +84,8 @@ def report(error: BaseException) -> int:
             _discard_output()
             say(f"error: cannot write the output: {reason(error)}")
         else:
-            place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-            say(f"error: {place}{reason(error)}")
+            prefix = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+            say(f"error: {prefix}{reason(error)}")
         return 1
     if _is_memory(error):
         say(f"error: not enough memory: {reason(error)}")

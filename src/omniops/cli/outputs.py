@@ -18,7 +18,7 @@ from omniops.cli.errors import CommandError, reason
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")]
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
-_NAMED = 10
+_MAX_NAMED = 10
 """How many of the files that are in the way an error names."""
 
 
@@ -34,7 +34,7 @@ def require_new(paths: Iterable[Path | None], overwrite: bool, sources: Sequence
             raise CommandError(f"{path} would be overwritten: it is what is read, so --out must be another")
     existing = [path for path in wanted if os.path.lexists(path) and not _is_stream(path) and not os.path.isdir(path)]
     if existing and not overwrite:
-        raise CommandError(f"{_listed(existing)} already: --overwrite replaces what is there")
+        raise CommandError(f"{_describe_existing(existing)} already: --overwrite replaces what is there")
     for path in wanted:
         require_writable(path)
         if not _is_stream(path) and not os.access(path.parent, os.W_OK):
@@ -66,25 +66,25 @@ def writing(path: Path, overwrite: bool) -> Iterator[Path]:
     Raises CommandError, status 1, for whatever keeps it from being written.
     """
     if _is_stream(path):
-        with _errors_name(path):
+        with _errors_of_file(path):
             yield path
         return
     target = Path(os.path.realpath(path)) if overwrite else path
     ending = path.suffix if len(path.suffix) < 10 else ""
-    part = target.with_name(f".omniops-{os.getpid()}-{secrets.token_hex(4)}{ending}")
+    temporary = target.with_name(f".omniops-{os.getpid()}-{secrets.token_hex(4)}{ending}")
     try:
-        with _errors_name(path):
-            yield part
-            _rename(part, target, overwrite)
+        with _errors_of_file(path):
+            yield temporary
+            _rename(temporary, target, overwrite)
     finally:
         with suppress(OSError):
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, overwrite: bool, indent: int | None = None) -> None:
     """Write a value as JSON; what is there under that name is never a part of it."""
     text = json.dumps(value, indent=indent) + "\n"
-    with writing(path, overwrite) as part, part.open("w", encoding="utf-8") as file:
+    with writing(path, overwrite) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         if not _is_stream(path):
@@ -102,14 +102,14 @@ class Records:
         self.lines = lines_of(path)
         self._overwrite = overwrite
         self._file: BinaryIO | None = None
-        self._whole = 0
+        self._size = 0
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Write lines, or none where there is no room for all."""
-        text = "".join(f"{json.dumps(each)}\n" for each in records).encode()
+        text = "".join(f"{json.dumps(record)}\n" for record in records).encode()
         if _is_stream(self.path):
             return
-        with _errors_name(self.lines):
+        with _errors_of_file(self.lines):
             if self._file is None:
                 self._file = self.lines.open("wb" if self._overwrite else "xb", buffering=0)
             try:
@@ -117,9 +117,9 @@ class Records:
                 while left:
                     left = left[self._file.write(left) :]
             except BaseException:
-                self._file.truncate(self._whole)
+                self._file.truncate(self._size)
                 raise
-            self._whole += len(text)
+            self._size += len(text)
 
     def finish(self, records: Sequence[dict[str, Any]]) -> None:
         """Write all of them as one JSON file, in the order given, in place of the lines."""
@@ -140,22 +140,22 @@ def lines_of(path: Path) -> Path:
     return path.with_suffix(".jsonl")
 
 
-def _rename(part: Path, target: Path, overwrite: bool) -> None:
+def _rename(temporary: Path, target: Path, overwrite: bool) -> None:
     if overwrite:
-        os.replace(part, target)
+        os.replace(temporary, target)
         return
     try:
-        os.link(part, target)  # which fails where somebody else was faster: a renamed file would replace theirs
+        os.link(temporary, target)  # which fails where somebody else was faster: a renamed file would replace theirs
     except FileExistsError:
         raise CommandError(f"cannot write {target}: meanwhile it is there", status=1) from None
     except OSError:  # a file system without hard links
         if os.path.lexists(target):
             raise CommandError(f"cannot write {target}: meanwhile it is there", status=1) from None
-        os.replace(part, target)
+        os.replace(temporary, target)
 
 
 @contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
+def _errors_of_file(path: Path) -> Iterator[None]:
     """Errors of writing, as errors of the file that is meant."""
     try:
         yield
@@ -165,9 +165,9 @@ def _errors_name(path: Path) -> Iterator[None]:
         raise CommandError(f"cannot write {path}: {reason(error)}", status=1) from None
 
 
-def _listed(paths: Sequence[Path]) -> str:
-    names = ", ".join(map(str, paths[:_NAMED]))
-    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+def _describe_existing(paths: Sequence[Path]) -> str:
+    names = ", ".join(map(str, paths[:_MAX_NAMED]))
+    more = f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
     return f"{names}{more} {'is' if len(paths) == 1 else 'are'} there"
 
 

@@ -10,38 +10,64 @@ import numpy as np
 
 from omniops.cli.common import CommandError
 from omniops.cli.errors import reason, say
-from omniops.sam2.picture_files import KINDS, UNREADABLE, animated, endings, needed, opened
+from omniops.sam2.picture_files import (
+    KINDS,
+    UNREADABLE,
+    is_animated,
+    missing_decoder,
+    open_picture,
+    readable_endings,
+    register_heif,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def find_pictures(places: Sequence[Path]) -> list[Path]:
+def find_pictures(sources: Sequence[Path]) -> list[Path]:
     """The files named, and those of the folders named that end as pictures do; each once.
 
     Pictures of a folder that are of a kind that is not read are named on stderr.
     """
     found: dict[Path, Path] = {}
     unread: list[Path] = []
-    for place in places:
+    for source in sources:
         try:
-            if place.is_dir():
-                files = [each for each in place.iterdir() if not each.name.startswith("._") and not each.is_dir()]
-                inside = [each for each in files if each.suffix.lower() in KINDS]
-                unread += sorted(each for each in files if each.suffix.lower() in UNREADABLE)
+            if source.is_dir():
+                files = [file for file in source.iterdir() if not file.name.startswith("._") and not file.is_dir()]
+                pictures = [file for file in files if file.suffix.lower() in KINDS]
+                unread += sorted(file for file in files if file.suffix.lower() in UNREADABLE)
             else:
-                place.stat()
-                inside = [place]
+                source.stat()
+                pictures = [source]
         except OSError as error:
-            raise CommandError(f"cannot read {place}: {error.strerror}") from None
-        for each in sorted(inside):
-            found.setdefault(each.resolve(), each)
+            raise CommandError(f"cannot read {source}: {error.strerror}") from None
+        for path in sorted(pictures):
+            found.setdefault(path.resolve(), path)
     if not found:
         of_others = f", and {unread[0]} is of a kind that is not read" if unread else ""
-        raise CommandError(f"no pictures in {', '.join(map(str, places))}: no file ends with {endings()}{of_others}")
-    for each in unread:
-        say(f"{each} is left out: a picture of a kind that is not read")
+        raise CommandError(
+            f"no pictures in {', '.join(map(str, sources))}: no file ends with {readable_endings()}{of_others}"
+        )
+    for path in unread:
+        say(f"{path} is left out: a picture of a kind that is not read")
     return list(found.values())
+
+
+def is_picture(path: Path) -> bool:
+    """Whether Pillow takes the file for one picture, whatever it is called; an animation is a video."""
+    from PIL import Image, UnidentifiedImageError
+
+    register_heif()
+    try:
+        with Image.open(path) as picture:
+            # Pillow knows MPEG, and cannot read it.
+            return bool(picture.format != "MPEG" and not is_animated(picture))
+    except UnidentifiedImageError:
+        # HEIF without pillow-heif: what reads pictures says what is missing.
+        return bool(missing_decoder(path))
+    except Exception:  # Pillow's decoders raise what they like on damaged files
+        return True
 
 
 def read_picture(path: Path, size: tuple[int, int] | None = None) -> Image:
@@ -53,20 +79,20 @@ def read_picture(path: Path, size: tuple[int, int] | None = None) -> Image:
 
     try:
         try:
-            picture = opened(path)
+            picture = open_picture(path)
         except ValueError:
-            raise CommandError(f"not a picture that Pillow can read: {path}{needed(path)}") from None
+            raise CommandError(f"not a picture that Pillow can read: {path}{missing_decoder(path)}") from None
         with picture as stored:
-            if animated(stored):
+            if is_animated(stored):
                 raise CommandError(f"{path} is an animation or has several pages, not one picture")
-            turned = ImageOps.exif_transpose(stored)
-            if size is not None and turned.size != size:
+            oriented = ImageOps.exif_transpose(stored)
+            if size is not None and oriented.size != size:
                 if stored.size != size:
                     raise CommandError(
-                        f"{path} has {turned.width} x {turned.height} pixels, its annotations {size[0]} x {size[1]}"
+                        f"{path} has {oriented.width} x {oriented.height} pixels, its annotations {size[0]} x {size[1]}"
                     )
-                turned = stored
-            return _to_rgb(turned)
+                oriented = stored
+            return _to_rgb(oriented)
     except FileNotFoundError:
         raise CommandError(f"no such file: {path}") from None
     except CommandError:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from operator import index
 from os import PathLike
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights, resnet50
@@ -94,6 +94,12 @@ class CARAFERCNN(GeneralizedRCNN):  # type: ignore[misc]
 
     The arguments whose names begin with ``rpn_`` and ``box_`` are torchvision's ``FasterRCNN``'s; their defaults are
     MMDetection's.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     model = faster_rcnn_resnet50_fpn_carafe(num_classes=3)
+        >>> isinstance(model, CARAFERCNN)
+        True
     """
 
     def __init__(
@@ -124,12 +130,7 @@ class CARAFERCNN(GeneralizedRCNN):  # type: ignore[misc]
         box_positive_fraction: float = 0.25,
         mask_threshold: float | None = None,
     ) -> None:
-        try:
-            num_classes = index(num_classes)
-        except TypeError:
-            raise TypeError(f"num_classes must be an int, got {num_classes!r}") from None
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2: the background and one more, got {num_classes}")
+        num_classes = _as_num_classes(num_classes)
         rpn = RegionProposalNetwork(
             AnchorGenerator(),
             RPNHead(256, num_anchors=3),
@@ -153,11 +154,7 @@ class CARAFERCNN(GeneralizedRCNN):  # type: ignore[misc]
             box_score_thresh,
             box_nms_thresh,
             box_detections_per_img,
-            *(
-                (RoIAlign(14), MaskRCNNHeads(256, (256,) * 4, 1), CARAFEMaskPredictor(256, num_classes))
-                if masks
-                else ()
-            ),
+            *(_mask_modules(num_classes) if masks else ()),
         )
         # 64: the coarsest stride, so that every level's size is exact.
         transform = Transform(min_size, max_size, image_mean, image_std, 64, mask_threshold)
@@ -179,6 +176,21 @@ class CARAFERCNN(GeneralizedRCNN):  # type: ignore[misc]
             names = ("boxes", "labels", "masks") if self.roi_heads.has_mask() else ("boxes", "labels")
             require_targets(images, targets, names)
         return super().forward(images, targets)
+
+
+def _as_num_classes(num_classes: SupportsIndex) -> int:
+    try:
+        number = index(num_classes)
+    except TypeError:
+        raise TypeError(f"num_classes must be an int, got {num_classes!r}") from None
+    if number < 2:
+        raise ValueError(f"num_classes must be at least 2: the background and one more, got {number}")
+    return number
+
+
+def _mask_modules(num_classes: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """``RoIHeads``'s ``mask_roi_pool``, ``mask_head`` and ``mask_predictor``."""
+    return RoIAlign(14), MaskRCNNHeads(256, (256,) * 4, 1), CARAFEMaskPredictor(256, num_classes)
 
 
 def _build(
@@ -240,6 +252,13 @@ def faster_rcnn_resnet50_fpn_carafe(
         TypeError: for ``num_classes`` that is no integer, and for a string as ``fresh``.
         FileNotFoundError: where there is no such file.
         ConnectionError: for weights that cannot be fetched.
+
+    Example:
+        >>> model = faster_rcnn_resnet50_fpn_carafe(min_size=64, rpn_post_nms_top_n_test=50).eval()  # random weights
+        >>> with torch.no_grad():
+        ...     (found,) = model([torch.rand(3, 48, 64)])
+        >>> sorted(found)
+        ['boxes', 'labels', 'scores']
     """
     return _build(
         "faster_rcnn_resnet50_fpn_carafe", False, weights, num_classes, weights_backbone, trainable_backbone_layers,
@@ -263,6 +282,12 @@ def mask_rcnn_resnet50_fpn_carafe(
     probabilities, as torchvision's; at least 0.5 is MMDetection's mask, and ``mask_threshold=0.5`` gives that alone.
     Targets have ``masks`` (N, H, W), 0 or 1. For other classes
     ``fresh=("roi_heads.box_predictor", "roi_heads.mask_predictor.mask_fcn_logits")``.
+
+    Example:
+        >>> model = mask_rcnn_resnet50_fpn_carafe(weights="coco", mask_threshold=0.5).eval()  # needs: the network
+        >>> (found,) = model([torch.rand(3, 480, 640)])
+        >>> found["masks"].dtype
+        torch.bool
     """
     return _build(
         "mask_rcnn_resnet50_fpn_carafe", True, weights, num_classes, weights_backbone, trainable_backbone_layers,

@@ -45,11 +45,16 @@ def load_checkpoint(
 
     Raises:
         TypeError, ValueError, FileNotFoundError, ConnectionError: as ``faster_rcnn_resnet50_fpn_carafe``.
+
+    Example:
+        >>> model = omniops.detection.mask_rcnn_resnet50_fpn_carafe()
+        >>> published = omniops.detection.COCO_WEIGHTS["mask_rcnn_resnet50_fpn_carafe"]
+        >>> load_checkpoint(model, published)  # needs: the network
     """
     if isinstance(fresh, str):
         raise TypeError(f"fresh must be a sequence of names, got the string {fresh!r}: pass [{fresh!r}]")
-    place = fspath(source)
-    path = weights.fetch(place, progress) if re.match(r"\w+://", place) else Path(place)
+    location = fspath(source)
+    path = weights.fetch(location, progress) if re.match(r"\w+://", location) else Path(location)
     state = weights.read(path)
     if any(name.startswith("roi_head.") for name in state):
         state = from_openmmlab(state)
@@ -72,6 +77,12 @@ def from_openmmlab(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     MMDetection has the background last among the scores and nowhere else. Here, as in torchvision, it is the first of
     the scores, boxes and masks; what has no counterpart is zero, and never looked at. Names that are not known stay.
+
+    Example:
+        >>> scores = torch.arange(3.0)[:, None]  # two classes, and the background at the end
+        >>> converted = from_openmmlab({"roi_head.bbox_head.fc_cls.weight": scores})
+        >>> {name: tensor.flatten().tolist() for name, tensor in converted.items()}
+        {'roi_heads.box_predictor.cls_score.weight': [2.0, 0.0, 1.0]}
     """
     converted = {}
     for name, value in state.items():

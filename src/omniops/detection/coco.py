@@ -78,7 +78,7 @@ def label_ids(annotations: Mapping[str, Any]) -> tuple[int, ...]:
     COCO's own where the file's categories are among COCO's, by id and name. Otherwise the file's, by id: what a
     detector that was trained on such a file has learnt.
     """
-    categories = {each["id"]: each["name"] for each in annotations["categories"]}
+    categories = {category["id"]: category["name"] for category in annotations["categories"]}
     if categories.items() <= dict(zip(COCO_CATEGORY_IDS, COCO_CATEGORIES, strict=True)).items():
         return COCO_CATEGORY_IDS
     return (0, *sorted(categories))
@@ -86,7 +86,7 @@ def label_ids(annotations: Mapping[str, Any]) -> tuple[int, ...]:
 
 def has_masks(annotations: Mapping[str, Any]) -> bool:
     """Whether every object has a mask, so that those of detections can be judged."""
-    return all(each.get("segmentation") for each in annotations["annotations"])
+    return all(annotation.get("segmentation") for annotation in annotations["annotations"])
 
 
 def average_precision(
@@ -105,13 +105,13 @@ def average_precision(
     """
     found = []
     for number, result in enumerate(results, 1):
-        # Small, medium and large are told by the area of what is judged.
+        # Small, medium and large go by the area of what is judged.
         area = rle.area(result["segmentation"]) if masks else result["bbox"][2] * result["bbox"][3]
         found.append({**result, "id": number, "area": float(area), "iscrowd": 0})
     truth = [
         # The evaluation takes an id of 0 for none.
-        {"area": each["bbox"][2] * each["bbox"][3], "iscrowd": 0, **each, "id": number}
-        for number, each in enumerate(annotations["annotations"], 1)
+        {"area": annotation["bbox"][2] * annotation["bbox"][3], "iscrowd": 0, **annotation, "id": number}
+        for number, annotation in enumerate(annotations["annotations"], 1)
     ]
     sets = []
     for objects in (truth, found):
@@ -130,43 +130,43 @@ def average_precision(
     }
 
 
-def _whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return type(value) is int and abs(value) < 2**63
 
 
-def _size(value: Any) -> bool:
-    return _whole(value) and value > 0
+def _is_size(value: Any) -> bool:
+    return _is_integer(value) and value > 0
 
 
-def _text(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _number(value: Any, below: int) -> bool:
+def _is_number(value: Any, below: int) -> bool:
     return type(value) in (int, float) and abs(value) < below  # which NaN is not
 
 
-def _numbers(value: Any) -> bool:
+def _are_numbers(value: Any) -> bool:
     # Farther out no picture has a pixel, and COCO's code that draws polygons asks for memory in proportion.
-    return isinstance(value, list) and all(_number(each, 2**20) for each in value)
+    return isinstance(value, list) and all(_is_number(item, 2**20) for item in value)
 
 
-def _box(value: Any) -> bool:
-    return _numbers(value) and len(value) == 4 and min(value[2:]) >= 0
+def _is_box(value: Any) -> bool:
+    return _are_numbers(value) and len(value) == 4 and min(value[2:]) >= 0
 
 
 _FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
     "images": {
-        "id": (_whole, "an integer"),
-        "file_name": (_text, "a file's name"),
-        "height": (_size, "a positive integer"),
-        "width": (_size, "a positive integer"),
+        "id": (_is_integer, "an integer"),
+        "file_name": (_is_text, "a file's name"),
+        "height": (_is_size, "a positive integer"),
+        "width": (_is_size, "a positive integer"),
     },
-    "categories": {"id": (_whole, "an integer"), "name": (_text, "a name")},
+    "categories": {"id": (_is_integer, "an integer"), "name": (_is_text, "a name")},
     "annotations": {
-        "image_id": (_whole, "an integer"),
-        "category_id": (_whole, "an integer"),
-        "bbox": (_box, "[x, y, width, height]"),
+        "image_id": (_is_integer, "an integer"),
+        "category_id": (_is_integer, "an integer"),
+        "bbox": (_is_box, "[x, y, width, height]"),
     },
 }
 
@@ -196,25 +196,25 @@ def _complaint(content: Any) -> str:
             return f"annotations[{number}] is of an image that is not listed, {entry['image_id']}"
         if entry["category_id"] not in categories:
             return f"annotations[{number}] is of a category that is not listed, {entry['category_id']}"
-        if not _number(entry.get("area", 0), 2**40) or entry.get("iscrowd", 0) not in (0, 1):
+        if not _is_number(entry.get("area", 0), 2**40) or entry.get("iscrowd", 0) not in (0, 1):
             return f"annotations[{number}] must have a number as 'area' and 0 or 1 as 'iscrowd'"
-        if not _segmentation(entry.get("segmentation"), images[entry["image_id"]]):
+        if not _is_segmentation(entry.get("segmentation"), images[entry["image_id"]]):
             return f"annotations[{number}] must have polygons or run lengths of its image's size as 'segmentation'"
     return ""
 
 
-def _segmentation(value: Any, image: Mapping[str, Any]) -> bool:
+def _is_segmentation(value: Any, image: Mapping[str, Any]) -> bool:
     """Whether it is none, a list of polygons, or run lengths, compressed or not, of the image's size."""
     if not value:
         return True
     if isinstance(value, list):
-        return all(_numbers(each) and len(each) >= 6 and len(each) % 2 == 0 for each in value)
+        return all(_are_numbers(polygon) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in value)
     size = [image["height"], image["width"]]
     if not isinstance(value, dict) or value.get("size") != size:
         return False
     counts = value.get("counts")
     if isinstance(counts, list):
-        return all(_whole(each) and each >= 0 for each in counts) and sum(counts) == math.prod(size)
+        return all(_is_integer(count) and count >= 0 for count in counts) and sum(counts) == math.prod(size)
     try:
         rle.decode({"size": size, "counts": str(counts).encode()})
     except (ValueError, RuntimeError):  # not as long as the image, or damaged

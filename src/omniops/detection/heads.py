@@ -1,4 +1,4 @@
-"""The parts behind the feature pyramid, where MMDetection's detectors differ from torchvision's.
+"""What follows the feature pyramid, where MMDetection's detectors differ from torchvision's.
 
 Boxes are float32 whatever the network computes in: bfloat16 has steps of 8 pixels at 1333.
 """
@@ -70,7 +70,7 @@ class BoxCoder(detection_utils.BoxCoder):  # type: ignore[misc]
 def classwise_nms(boxes: Tensor, scores: Tensor, classes: Tensor, iou_threshold: float) -> Tensor:
     """Non-maximum suppression among the boxes of each class -> the indices of those kept, the highest score first.
 
-    Each class is moved to a place of its own. That rounds the coordinates, which decides about boxes on the threshold:
+    Each class is moved away from the others. That rounds the coordinates, which decides about boxes on the threshold:
     torchvision's ``batched_nms`` does it for other numbers of boxes than MMDetection, and decides otherwise.
     """
     if len(boxes) == 0:
@@ -81,8 +81,8 @@ def classwise_nms(boxes: Tensor, scores: Tensor, classes: Tensor, iou_threshold:
         together: Tensor = nms(moved, scores, iou_threshold)
         return together
     kept = torch.zeros_like(classes, dtype=torch.bool)
-    for each in classes.cpu().unique():  # MPS takes integers through float32 (pytorch issue 195595)
-        own = (classes == each).nonzero()[:, 0]
+    for label in classes.cpu().unique():  # MPS takes integers through float32 (pytorch issue 195595)
+        own = (classes == label).nonzero()[:, 0]
         kept[own[nms(moved[own], scores[own], iou_threshold)]] = True
     indices = kept.nonzero()[:, 0]
     return indices[scores[indices].argsort(descending=True)]
@@ -122,11 +122,11 @@ class RegionProposalNetwork(TorchvisionRPN):  # type: ignore[misc]
 
     def _best(self, scores: Tensor, num_anchors_per_level: list[int]) -> tuple[Tensor, Tensor]:
         """The indices of each level's best anchors, and their levels."""
-        most = self.pre_nms_top_n()
+        limit = self.pre_nms_top_n()
         indices = torch.arange(len(scores), device=scores.device).split(num_anchors_per_level)
         best = [
             # Among equal scores this leaves the choice to PyTorch's sort, as MMDetection does.
-            own[level.sort(descending=True)[1][:most]] if len(own) > most else own
+            own[level.sort(descending=True)[1][:limit]] if len(own) > limit else own
             for own, level in zip(indices, scores.split(num_anchors_per_level), strict=True)
         ]
         return torch.cat(best), torch.cat([torch.full_like(own, number) for number, own in enumerate(best)])
@@ -157,7 +157,7 @@ class RoIAlign(nn.Module):
         maps = list(features.values())[:4]
         if _is_empty_on_mps(boxes[0], sum(map(len, boxes))):
             return maps[0].new_zeros(0, maps[0].shape[1], self.output_size, self.output_size)
-        images = torch.cat([each.new_full((len(each), 1), number) for number, each in enumerate(boxes)])
+        images = torch.cat([own.new_full((len(own), 1), number) for number, own in enumerate(boxes)])
         together = torch.cat(boxes)
         scales = (together[:, 2:] - together[:, :2]).prod(dim=1).sqrt()
         levels = (scales / 56 + 1e-6).log2().floor().clamp(0, len(maps) - 1)
@@ -181,6 +181,10 @@ class CARAFEMaskPredictor(nn.Sequential):
     Args:
         in_channels: C of the features.
         num_classes: with the background, which is the first.
+
+    Example:
+        >>> CARAFEMaskPredictor(16, num_classes=3)(torch.randn(2, 16, 14, 14)).shape
+        torch.Size([2, 3, 28, 28])
     """
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
@@ -228,18 +232,7 @@ class RoIHeads(TorchvisionRoIHeads):  # type: ignore[misc]
             classifier, box_reg = fastrcnn_loss(logits, differences, labels, regression_targets)
             losses = {"loss_classifier": classifier, "loss_box_reg": box_reg}
             if self.has_mask():
-                positive = [each > 0 for each in labels]
-                boxes = [each[chosen] for each, chosen in zip(proposals, positive, strict=True)]
-                truth = [
-                    _mask_targets(target["masks"], each, indices[chosen], 2 * self.mask_roi_pool.output_size)
-                    for target, each, indices, chosen in zip(targets, boxes, matched, positive, strict=True)
-                ]
-                predicted = self._mask_logits(features, boxes, image_shapes)
-                classes = torch.cat([each[chosen] for each, chosen in zip(labels, positive, strict=True)])
-                predicted = predicted[torch.arange(len(classes), device=classes.device), classes]
-                # The mean over nothing would be NaN.
-                total = F.binary_cross_entropy_with_logits(predicted, torch.cat(truth), reduction="sum")
-                losses["loss_mask"] = total / max(1, predicted.numel())
+                losses["loss_mask"] = self._mask_loss(features, image_shapes, proposals, matched, labels, targets)
             return [], losses
 
         detections = [
@@ -249,8 +242,8 @@ class RoIHeads(TorchvisionRoIHeads):  # type: ignore[misc]
             )
         ]
         if self.has_mask():
-            mask_logits = self._mask_logits(features, [each["boxes"] for each in detections], image_shapes)
-            masks = maskrcnn_inference(mask_logits, [each["labels"] for each in detections])
+            mask_logits = self._mask_logits(features, [found["boxes"] for found in detections], image_shapes)
+            masks = maskrcnn_inference(mask_logits, [found["labels"] for found in detections])
             for detection, mask in zip(detections, masks, strict=True):
                 detection["masks"] = mask
         return detections, {}
@@ -258,6 +251,29 @@ class RoIHeads(TorchvisionRoIHeads):  # type: ignore[misc]
     def _box_logits(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         logits, differences = self.box_predictor(self.box_head(devices.without_single_row(pooled)))
         return logits[: len(pooled)].float(), differences[: len(pooled)].float()
+
+    def _mask_loss(
+        self,
+        features: dict[str, Tensor],
+        image_shapes: list[ResizedSize],
+        proposals: list[Tensor],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[Target],
+    ) -> Tensor:
+        """The mean binary cross entropy of the masks, of each image's proposals that have an object's label."""
+        boxes, classes, truth = [], [], []
+        for proposed, indices, proposed_labels, target in zip(proposals, matched, labels, targets, strict=True):
+            positive = proposed_labels > 0
+            boxes.append(proposed[positive])
+            classes.append(proposed_labels[positive])
+            side = 2 * self.mask_roi_pool.output_size
+            truth.append(_mask_targets(target["masks"], boxes[-1], indices[positive], side))
+        label = torch.cat(classes)
+        logits = self._mask_logits(features, boxes, image_shapes)[torch.arange(len(label), device=label.device), label]
+        # The mean over nothing would be NaN.
+        total = F.binary_cross_entropy_with_logits(logits, torch.cat(truth), reduction="sum")
+        return total / max(1, logits.numel())
 
     def _mask_logits(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[ResizedSize]) -> Tensor:
         pooled: Tensor = self.mask_roi_pool(features, boxes, image_shapes)
@@ -275,10 +291,10 @@ class RoIHeads(TorchvisionRoIHeads):  # type: ignore[misc]
         Where masks follow, boxes are in the batch's pixels; else they are in the image's own already before the
         suppression, which depends on them in the last bits: both as in MMDetection.
         """
-        counts = [len(each) for each in proposals]
+        counts = [len(own) for own in proposals]
         if _is_empty_on_mps(class_logits, sum(counts)):
-            nothing = [each.new_empty(0) for each in proposals]
-            return [each.view(0, 4) for each in nothing], nothing, [each.long() for each in nothing]
+            empty = [own.new_empty(0) for own in proposals]
+            return [own.view(0, 4) for own in empty], empty, [own.long() for own in empty]
         results = []
         for boxes, scores, size in zip(
             self.box_coder.decode(box_regression, proposals).split(counts),
@@ -302,7 +318,7 @@ class RoIHeads(TorchvisionRoIHeads):  # type: ignore[misc]
 
 
 def _mask_targets(masks: Tensor, boxes: Tensor, indices: Tensor, size: int) -> Tensor:
-    """Masks (N, H, W), boxes (K, 4) and the mask of each -> what each box should see of it, 0 or 1, (K, S, S)."""
+    """Masks (N, H, W), boxes (K, 4) and the mask of each -> the part of it in each box, 0 or 1, (K, S, S)."""
     rois = torch.cat([indices[:, None].to(boxes.dtype), boxes], dim=1)
-    seen: Tensor = roi_align(masks[:, None].to(boxes.dtype), rois, size, sampling_ratio=0, aligned=True)
-    return (seen[:, 0] >= 0.5).to(boxes.dtype)
+    pooled: Tensor = roi_align(masks[:, None].to(boxes.dtype), rois, size, sampling_ratio=0, aligned=True)
+    return (pooled[:, 0] >= 0.5).to(boxes.dtype)

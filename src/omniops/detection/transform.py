@@ -73,11 +73,11 @@ class Transform(GeneralizedRCNNTransform):  # type: ignore[misc]
         if targets is not None:
             require_targets(images, targets, ("boxes",))
         originals = [_size(image) for image in images]
-        given: Sequence[Target | None] = [None] * len(images) if targets is None else targets
-        pairs = [self.resize(image, target) for image, target in zip(images, given, strict=True)]
-        moved = None if targets is None else [target for _, target in pairs]
-        require_values(images, targets, moved)
-        images, targets = [image for image, _ in pairs], moved
+        optional_targets: Sequence[Target | None] = [None] * len(images) if targets is None else targets
+        pairs = [self.resize(image, target) for image, target in zip(images, optional_targets, strict=True)]
+        resized_targets = None if targets is None else [target for _, target in pairs]
+        require_values(images, targets, resized_targets)
+        images, targets = [image for image, _ in pairs], resized_targets
         sizes = [ResizedSize(_size(image), original) for image, original in zip(images, originals, strict=True)]
         batch = self.batch_images([self.normalize(image) for image in images], self.size_divisible)
         return ImageList(batch, sizes), targets
@@ -139,8 +139,8 @@ def resize_bilinear(image: Tensor, size: tuple[int, int]) -> Tensor:
         return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
     left, right, of_left, of_right = _taps(image.shape[2], size[1], image.device, border=False)
     above, below, of_above, of_below = (
-        each[:, None] if each.dtype == torch.int32 else each
-        for each in _taps(image.shape[1], size[0], image.device, border=True)
+        tensor[:, None] if tensor.dtype == torch.int32 else tensor
+        for tensor in _taps(image.shape[1], size[0], image.device, border=True)
     )
     values = image.float().round().clamp(0, 255).int()
     rows = (values[:, :, left] * of_left + values[:, :, right] * of_right) >> 4
@@ -153,9 +153,9 @@ def _taps(old: int, new: int, device: torch.device, border: bool) -> tuple[Tenso
 
     Beyond the border both are the pixel there; OpenCV still weighs rows as if they were two, columns as one.
     """
-    place = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
-    first = place.floor()
-    second_weight = place - first
+    position = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
+    first = position.floor()
+    second_weight = position - first
     if not border:
         second_weight[(first < 0) | (first >= old - 1)] = 0
     return (

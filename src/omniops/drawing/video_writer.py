@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,14 +105,15 @@ class VideoWriter:
         height, width = frame.shape[:2]
         even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         try:
-            if self._file is None:
-                self._open(even.shape[0], even.shape[1], time)
-            picture = av.VideoFrame.from_ndarray(even, format="rgba" if self._is_transparent else "rgb24")
-            picture.pts, picture.time_base = self._ticks(time), self._clock
-            self._encode(self._converted(picture))
+            with _signals_afterwards():
+                if self._file is None:
+                    self._open(even.shape[0], even.shape[1], time)
+                picture = av.VideoFrame.from_ndarray(even, format="rgba" if self._is_transparent else "rgb24")
+                picture.pts, picture.time_base = self._ticks(time), self._clock
+                self._encode(self._converted(picture))
+                self._count += 1
         except (av.FFmpegError, OSError) as error:
             raise self._failed(error) from None
-        self._count += 1
 
     def close(self) -> None:
         """Write what the encoder still holds, and the end; after an error, only let go of the file."""
@@ -119,9 +123,10 @@ class VideoWriter:
             return
         try:
             if not self._file.failed:
-                self._encode(None)
-                self._container.close()
-                self._file.finish()
+                with _signals_afterwards():
+                    self._encode(None)
+                    self._container.close()
+                    self._file.finish()
         except (av.FFmpegError, OSError) as error:
             raise self._failed(error) from None
         finally:
@@ -239,6 +244,33 @@ class VideoWriter:
             self._file.keep()
 
 
+@contextmanager
+def _signals_afterwards() -> Iterator[None]:
+    """Meanwhile the handlers of Ctrl-C and of requests to end are not called, but after it.
+
+    What they raise while FFmpeg calls Python is lost in PyAV, and with it the bytes that were to be written.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where Python calls no handlers
+        yield
+        return
+    received: list[tuple[int, FrameType | None]] = []
+    handlers = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        handler = None if number is None else signal.getsignal(number)
+        if number is not None and callable(handler):
+            handlers[int(number)] = handler
+    try:
+        for number in handlers:
+            signal.signal(number, lambda number, frame: received.append((number, frame)))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in received:
+            handlers[number](number, frame)
+
+
 class _Output:
     """The file that FFmpeg writes to. It is opened here, so that any name will do and errors are the system's own.
 
@@ -247,8 +279,8 @@ class _Output:
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115
-        self._at = 0
-        self._whole = 0
+        self._position = 0
+        self._readable_size = 0
         self._changes: list[tuple[int, bytes]] = []
         self.failed = False
         self.closed = False
@@ -256,22 +288,22 @@ class _Output:
     def write(self, data: bytes) -> int:
         if self.failed:
             raise OSError("it was given up")
-        if self._at < self._whole:
-            self._changes.append((self._at, bytes(data)))
+        if self._position < self._readable_size:
+            self._changes.append((self._position, bytes(data)))
         else:
             self._append(data)
-        self._at += len(data)
+        self._position += len(data)
         return len(data)
 
     def keep(self) -> None:
         """Call what was written until now a file that can be read."""
         if self.seekable():
-            self._whole = self._at
+            self._readable_size = self._position
 
     def finish(self) -> None:
         """Make the changes."""
-        for place, data in self._changes:
-            self._file.seek(place)
+        for offset, data in self._changes:
+            self._file.seek(offset)
             self._file.write(data)
 
     def seekable(self) -> bool:
@@ -279,12 +311,12 @@ class _Output:
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         if whence == os.SEEK_CUR:
-            offset, whence = self._at + offset, os.SEEK_SET
-        self._at = self._file.seek(offset, whence)
-        return self._at
+            offset, whence = self._position + offset, os.SEEK_SET
+        self._position = self._file.seek(offset, whence)
+        return self._position
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def close(self) -> None:
         self.closed = True
@@ -299,5 +331,5 @@ class _Output:
             self.failed = True
             if self.seekable():  # a fragment whose head is cut off would make all of the file unreadable
                 with suppress(OSError):
-                    self._file.truncate(self._whole)
+                    self._file.truncate(self._readable_size)
             raise

@@ -1,7 +1,7 @@
 """Existing code on our kernels with one line: what ``omniops.enable`` and ``omniops.disable`` do.
 
-There is one file a library, or for libraries that compile the same functions. Each library, a module or an
-``Extension``, has ``installed``, ``enable``, ``disable``, ``enabled`` and ``serving``, and is imported when that is
+There is one file a library, or for libraries that compile the same functions. Each library, a module, ``Changes`` or
+an ``Extension``, has ``installed``, ``enable``, ``disable``, ``enabled`` and ``serving``, and is imported when that is
 first needed.
 """
 
@@ -13,8 +13,17 @@ from types import ModuleType
 
 import torch
 
-from omniops.dropin import _dcn_v2, _deform_conv, _detectron2, _mmcv, _multi_scale_deform_attn, _sam2, _torchvision
-from omniops.dropin._extension import Extension
+from omniops.dropin import (
+    _dcn_v2,
+    _deform_conv,
+    _detectron2,
+    _mmcv,
+    _multi_scale_deform_attn,
+    _sam2,
+    _torchvision,
+    _transformers,
+)
+from omniops.dropin._extension import Changes
 
 EXTENSIONS = (
     _mmcv.mmcv,
@@ -29,8 +38,9 @@ EXTENSIONS = (
     _deform_conv.deform_conv_cuda,
     _dcn_v2.DCNv2,
 )
-LIBRARIES: dict[str, ModuleType | Extension] = {
+LIBRARIES: dict[str, ModuleType | Changes] = {
     "torchvision": _torchvision,
+    "transformers": _transformers.transformers,
     **{extension.library: extension for extension in EXTENSIONS},
 }
 """What can be enabled. torchvision is first, as the others use it."""
@@ -40,13 +50,17 @@ _LOCK = RLock()
 
 
 def enable(*libraries: str, devices: Sequence[str] | None = None) -> None:
-    """Let code written for torchvision, mmcv, sam2 and others run on our kernels, unchanged.
+    """Let code written for torchvision, transformers, mmcv, sam2 and others run on our kernels, unchanged.
 
-    ``torchvision``: ``torchvision.ops.deform_conv2d`` and what uses it. ``mmcv``: ``mmcv.ops`` without mmcv's compiled
-    extension. ``sam2``, ``sam2_train`` (MedSAM-2) and ``efficient_track_anything``: the connected components with which
-    they fill holes, without their compiled extension. ``MultiScaleDeformableAttention``, the module that Deformable
-    DETR, DINO, Mask2Former and others compile, and ``groundingdino`` and ``detrex``, which have the same functions.
-    ``detectron2``: its deformable convolutions and rotated boxes, and all of it that needs no compiled function.
+    ``torchvision``: ``torchvision.ops.deform_conv2d`` and what uses it. ``transformers``: the multi-scale deformable
+    attention of its models, Deformable DETR, RT-DETR, D-FINE, Grounding DINO, Mask2Former and all others that have it,
+    and the connected components and the suppression of masks that SAM 3 skips on a video without a kernel for CUDA.
+    Hugging Face's kernels for CUDA stay where they are loaded.
+    ``mmcv``: ``mmcv.ops`` without mmcv's compiled extension. ``sam2``, ``sam2_train`` (MedSAM-2) and
+    ``efficient_track_anything``: the connected components with which they fill holes, without their compiled extension.
+    ``MultiScaleDeformableAttention``, the module that Deformable DETR, DINO, Mask2Former and others compile, and
+    ``groundingdino`` and ``detrex``, which have the same functions. ``detectron2``: its deformable convolutions and
+    rotated boxes, and all of it that needs no compiled function.
     ``deform_conv_ext``, the module that BasicSR and its copies compile, ``deform_conv_cuda``, its older name in EDVR,
     and ``DCNv2``, the module ``_ext`` of CenterNet, CenterTrack and FairMOT: their deformable convolutions run on every
     device then.
@@ -66,6 +80,11 @@ def enable(*libraries: str, devices: Sequence[str] | None = None) -> None:
         ValueError: for a name that is none of these, or no type of device.
         ModuleNotFoundError: for a named library that is not installed.
         RuntimeError: if torchvision is installed but cannot be imported.
+
+    Example:
+        >>> omniops.enable()  # all that is installed
+        >>> omniops.enable("torchvision", devices=("cuda", "cpu"))  # and there in place of torchvision's own kernels
+        >>> omniops.disable()
     """
     _check_names(libraries)
     types = None if devices is None else _device_types(devices)
@@ -91,6 +110,10 @@ def disable(*libraries: str) -> None:
     Raises:
         TypeError: for a name that is no str.
         ValueError: for a name that is none of these.
+
+    Example:
+        >>> omniops.enable("torchvision")
+        >>> omniops.disable("torchvision")
     """
     _check_names(libraries)
     with _LOCK:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.utils import _pair
 
+from omniops._torch_private import as_pair
 from omniops.dropin._extension import Extension
 from omniops.dropin.mmcv_ext import deform_conv as mmcv_ext
 
@@ -51,7 +51,7 @@ def _forward(
     im2col_step: int = 64,
 ) -> Tensor:
     ctx.save_for_backward(input, offset, weight)
-    pairs = _pair(stride), _pair(padding), _pair(dilation)
+    pairs = as_pair(stride), as_pair(padding), as_pair(dilation)
     sizes = (size for pair in (weight.shape[2:], *pairs) for size in pair)
     ctx.numbers = dict(zip(("kH", "kW", "dH", "dW", "padH", "padW", "dilationH", "dilationW"), sizes, strict=True))
     ctx.numbers |= {"group": groups, "deformable_group": deformable_groups, "im2col_step": im2col_step}
@@ -91,13 +91,15 @@ def _modulated_forward(
     deformable_groups: int = 1,
 ) -> Tensor:
     ctx.save_for_backward(input, offset, mask, weight, bias)
-    pairs = _pair(stride), _pair(padding), _pair(dilation)
+    pairs = as_pair(stride), as_pair(padding), as_pair(dilation)
     sizes = (size for pair in (weight.shape[2:], *pairs) for size in pair)
     ctx.numbers = (*sizes, groups, deformable_groups, bias is not None)
     output = input.new_empty(result_shape(input, weight, *pairs))
     ones, columns = _buffers(input)
-    given = ones if bias is None else bias
-    mmcv_ext.modulated_deform_conv_forward(input, weight, given, ones, offset, mask, output, columns, *ctx.numbers)
+    bias_or_ones = ones if bias is None else bias
+    mmcv_ext.modulated_deform_conv_forward(
+        input, weight, bias_or_ones, ones, offset, mask, output, columns, *ctx.numbers
+    )
     return output
 
 
@@ -105,10 +107,11 @@ def _modulated_forward(
 def _modulated_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, offset, mask, weight, bias = ctx.saved_tensors
     ones, columns = _buffers(input)
-    given = ones if bias is None else bias
-    by_input, by_offset, by_mask, by_weight, by_bias = map(torch.zeros_like, (input, offset, mask, weight, given))
+    bias_or_ones = ones if bias is None else bias
+    tensors = input, offset, mask, weight, bias_or_ones
+    by_input, by_offset, by_mask, by_weight, by_bias = map(torch.zeros_like, tensors)
     mmcv_ext.modulated_deform_conv_backward(
-        *(input, weight, given, ones, offset, mask, columns),
+        *(input, weight, bias_or_ones, ones, offset, mask, columns),
         *(by_input, by_weight, by_bias, by_offset, by_mask, grad_output, *ctx.numbers),
     )
     return by_input, by_offset, by_mask, by_weight, None if bias is None else by_bias, *(None,) * 5

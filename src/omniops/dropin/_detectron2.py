@@ -7,11 +7,13 @@ through PyTorch's dispatcher, where the compiled module registers them, and so d
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from omniops._torch_private import destroy
 from omniops.dropin import _deform_conv
 from omniops.dropin._extension import Extension, StandIn
 from omniops.dropin.mmcv_ext import deform_conv as mmcv_ext
@@ -83,7 +85,7 @@ def _register_operators(extension: Extension, module: ModuleType) -> None:
     if not isinstance(module, StandIn):
         return
     library = torch.library.Library("detectron2", "FRAGMENT")
-    extension.undo(library._destroy)
+    extension.undo(partial(destroy, library))
     for schema in _OPERATORS:
         name = library.define(schema)
         library.impl(name, extension.functions[name], "CompositeExplicitAutograd")

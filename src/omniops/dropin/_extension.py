@@ -1,4 +1,7 @@
-"""A library's compiled module: ours where it is missing, and beside it on the devices that it has no kernels for."""
+"""A library's compiled module: ours where it is missing, and beside it on the devices that it has no kernels for.
+
+``Changes`` is what that shares with libraries that have no compiled module: changes to modules as they are imported.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import module_from_spec
@@ -14,14 +18,103 @@ from typing import Any
 
 from torch import Tensor
 
-Change = Callable[["Extension", ModuleType], None]
+Change = Callable[[Any, ModuleType], None]
+"""What is done to a module, given the ``Changes`` or ``Extension`` that it belongs to."""
 
 # What a compiled module says on CUDA if it was built without, and mmcv's of any device that it has no kernel for.
 _LACKING = re.compile(r"not compiled with GPU support|implementation for device \S+ not found", re.IGNORECASE)
 _NOTHING: Mapping[str, Change] = MappingProxyType({})
 
 
-class Extension(MetaPathFinder):
+class Changes(MetaPathFinder):
+    """What ``omniops.enable`` and ``omniops.disable`` do to modules of a library, which are not imported for it.
+
+    Args:
+        package: the package that has to be installed; empty if none has to be.
+        changes: what has to be done to modules once they are imported, by their full names. A name that begins with a
+            dot is a module of whatever package, and "*" in it stands for anything. A change registers what undoes it,
+            by ``undo`` or ``replace``.
+        library: its name for ``omniops.enable``; that of the package by default.
+    """
+
+    def __init__(self, package: str, changes: Mapping[str, Change], *, library: str = "") -> None:
+        self.package = package
+        """The package around the modules; empty for modules of none, or of any."""
+        self.library = library or package
+        self._changes = changes
+        self.devices: frozenset[str] = frozenset()
+        """The types of devices where ours serve in place of the library's own kernels too."""
+        self._undo: list[Callable[[], None]] = []
+
+    def installed(self) -> bool:
+        """Whether the package is installed, which a folder of its name is not.
+
+        A module of no package is always served: nothing but an import of it tells that a project needs it.
+        """
+        return not self.package or _is_file(_located(self.package))
+
+    def enabled(self) -> bool:
+        """Whether ours serve."""
+        return self in sys.meta_path
+
+    def enable(self, devices: tuple[str, ...] | None) -> None:
+        """Change the modules, whether they have been imported or not.
+
+        The library's own kernels go on to serve where they did, but for ``devices``.
+        """
+        self.devices = frozenset(devices or ())
+        if self.enabled():
+            return
+        sys.meta_path.insert(0, self)
+        # A module that its user forbids is there as None.
+        imported = [(name, module) for name, module in sys.modules.items() if isinstance(module, ModuleType)]
+        self._change_imported(imported)
+
+    def disable(self) -> None:
+        """Leave the modules as they were."""
+        if self.enabled():
+            sys.meta_path.remove(self)
+        while self._undo:
+            self._undo.pop()()
+        self.devices = frozenset()
+
+    def serving(self) -> dict[str, str]:
+        """For each type of device who serves the library there, or would if this were enabled."""
+        return dict.fromkeys(("cpu", "cuda", "mps", "any other"), "omniops")
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The modules that have to be changed; nothing of all others."""
+        change = self._change(fullname)
+        spec = _found(fullname, path, self) if change else None
+        if change and spec and spec.loader:
+            spec.loader = _ChangingLoader(self, change, spec.loader)
+        return spec
+
+    def undo(self, step: Callable[[], None]) -> None:
+        """Have something done when this is disabled."""
+        self._undo.append(step)
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute until this is disabled."""
+        if name in vars(owner):
+            before = vars(owner)[name]
+            self._undo.append(lambda: setattr(owner, name, before))
+        else:
+            self._undo.append(lambda: delattr(owner, name))
+        setattr(owner, name, value)
+
+    def _change_imported(self, imported: Sequence[tuple[str, ModuleType]]) -> None:
+        for name, module in imported:
+            if change := self._change(name):
+                change(self, module)
+
+    def _change(self, fullname: str) -> Change | None:
+        return next((change for name, change in self._changes.items() if _matches(fullname, name)), None)
+
+
+class Extension(Changes):
     """What ``omniops.enable`` and ``omniops.disable`` do for one compiled module.
 
     Where the module is not found, or was built for another PyTorch, the import finds a stand-in with our functions.
@@ -32,8 +125,7 @@ class Extension(MetaPathFinder):
         name: the module's full name. One that begins with a dot is a module of whatever package, or of none, as of
             sources that projects copy.
         functions: ours by their names in the module, with its functions' arguments.
-        changes: what has to be done to this and other modules once they are imported, by their names, which may begin
-            with a dot too. A change registers what undoes it, by ``undo`` or ``replace``.
+        changes: what has to be done to this and other modules once they are imported, as for ``Changes``.
         of_stand_in: what the stand-in has beyond these, and of a compiled module is left alone.
         lacking: what else the compiled module has, which the stand-in refuses when it is called; None for whatever else
             is asked for.
@@ -59,9 +151,7 @@ class Extension(MetaPathFinder):
     ) -> None:
         self.name = name.removeprefix(".")
         package = self.name.rpartition(".")[0]
-        self.package = package
-        """The package around the module; empty for a module of none, or of any."""
-        self.library = library or package or self.name
+        super().__init__(package, changes, library=library or package or self.name)
         self._remedy = remedy or f"the compiled {self.name}"
         self.functions: Mapping[str, Callable[..., Any]] = {
             **{name: self.refusal(name) for name in lacking or ()},
@@ -71,52 +161,16 @@ class Extension(MetaPathFinder):
         self.has_every_name = lacking is None
         """Whether the stand-in has all other names too, and refuses them when they are called."""
         self._ours, self._compiled_for = functions, compiled_for
-        self._pattern, self._changes, self._homes = name, changes, homes or (name,)
-        self.devices: frozenset[str] = frozenset()
-        """The types of devices where ours serve beside a compiled module too."""
-        self._undo: list[Callable[[], None]] = []
-
-    def installed(self) -> bool:
-        """Whether the package around the module is installed, which a folder of its name is not.
-
-        A module of no package is always served: nothing but an import of it tells that a project needs it.
-        """
-        return not self.package or _is_file(_located(self.package))
-
-    def enabled(self) -> bool:
-        """Whether ours serve."""
-        return self in sys.meta_path
-
-    def enable(self, devices: tuple[str, ...] | None) -> None:
-        """Serve the module, whether it or what imports it has been imported or not.
-
-        A compiled module goes on to serve where it did, but for ``devices``.
-        """
-        self.devices = frozenset(devices or ())
-        if self.enabled():
-            return
-        sys.meta_path.insert(0, self)
-        # A module that its user forbids is there as None.
-        imported = [(name, module) for name, module in sys.modules.items() if isinstance(module, ModuleType)]
-        for name, module in imported:
-            if _matches(name, self._pattern):
-                self._complete(module)
-        for name, module in imported:
-            if change := self._change(name):
-                change(self, module)
+        self._pattern, self._homes = name, homes or (name,)
 
     def disable(self) -> None:
         """Leave the module as it was, or missing. Who holds a stand-in gets an error by name from it."""
-        if self.enabled():
-            sys.meta_path.remove(self)
+        super().disable()
         for name in [name for name, module in sys.modules.items() if self._is_stand_in(module)]:
             parent, _, attribute = name.rpartition(".")
             del sys.modules[name]
             if parent in sys.modules:
                 vars(sys.modules[parent]).pop(attribute, None)
-        while self._undo:
-            self._undo.pop()()
-        self.devices = frozenset()
 
     def serving(self) -> dict[str, str]:
         """For each type of device who serves the functions there, or would if this were enabled."""
@@ -136,27 +190,13 @@ class Extension(MetaPathFinder):
             theirs = _found(fullname, path, self)
             theirs = theirs if _is_file(theirs) else None
             return ModuleSpec(fullname, _ExtensionLoader(self, theirs), origin=theirs.origin if theirs else __file__)
-        change = self._change(fullname)
-        spec = _found(fullname, path, self) if change else None
-        if change and spec and spec.loader:
-            spec.loader = _ChangingLoader(self, change, spec.loader)
-        return spec
+        return super().find_spec(fullname, path, target)
 
-    def undo(self, step: Callable[[], None]) -> None:
-        """Have something done when this is disabled."""
-        self._undo.append(step)
-
-    def replace(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute until this is disabled."""
-        if name in vars(owner):
-            before = vars(owner)[name]
-            self._undo.append(lambda: setattr(owner, name, before))
-        else:
-            self._undo.append(lambda: delattr(owner, name))
-        setattr(owner, name, value)
-
-    def _change(self, fullname: str) -> Change | None:
-        return next((change for name, change in self._changes.items() if _matches(fullname, name)), None)
+    def _change_imported(self, imported: Sequence[tuple[str, ModuleType]]) -> None:
+        for name, module in imported:
+            if _matches(name, self._pattern):
+                self._complete(module)
+        super()._change_imported(imported)
 
     def _is_stand_in(self, module: object) -> bool:
         return isinstance(module, StandIn) and module._extension is self
@@ -251,8 +291,8 @@ class _ExtensionLoader(Loader):
 class _ChangingLoader(Loader):
     """Another finder's loader, after which a module is changed; the module keeps nothing of this one."""
 
-    def __init__(self, extension: Extension, change: Change, theirs: Loader) -> None:
-        self._extension, self._change, self._theirs = extension, change, theirs
+    def __init__(self, changes: Changes, change: Change, theirs: Loader) -> None:
+        self._changes, self._change, self._theirs = changes, change, theirs
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._theirs, name)
@@ -267,11 +307,13 @@ class _ChangingLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._theirs
         self._theirs.exec_module(module)
-        if self._extension.enabled():
-            self._change(self._extension, module)
+        if self._changes.enabled():
+            self._change(self._changes, module)
 
 
 def _matches(fullname: str, name: str) -> bool:
+    if "*" in name:
+        return fnmatchcase(fullname, name)
     return f".{fullname}".endswith(name) if name.startswith(".") else fullname == name
 
 
@@ -280,13 +322,13 @@ def _is_file(spec: ModuleSpec | None) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def _found(fullname: str, path: Sequence[str] | None, after: Extension | None = None) -> ModuleSpec | None:
-    """What the finders after an extension find, of which others change modules too; or all that are no extensions."""
+def _found(fullname: str, path: Sequence[str] | None, after: Changes | None = None) -> ModuleSpec | None:
+    """What the finders after an extension find, of which others change modules too; or all that change none."""
     finders = list(sys.meta_path)
     if after in finders:
         finders = finders[finders.index(after) + 1 :]
     else:
-        finders = [finder for finder in finders if not isinstance(finder, Extension)]
+        finders = [finder for finder in finders if not isinstance(finder, Changes)]
     return next(filter(None, (finder.find_spec(fullname, path, None) for finder in finders)), None)
 
 

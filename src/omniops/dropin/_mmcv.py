@@ -7,7 +7,9 @@ for the devices that it was not compiled for.
 
 from __future__ import annotations
 
+import functools
 import pkgutil
+import sys
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -16,7 +18,8 @@ import torch
 from torch import Tensor
 
 from omniops.dropin import mmcv_ext
-from omniops.dropin._extension import Extension
+from omniops.dropin._extension import Extension, StandIn
+from omniops.dropin.mmcv_ext.multi_scale_deform_attn import attend
 
 
 class _Mmcv(Extension):
@@ -25,8 +28,8 @@ class _Mmcv(Extension):
         ours = "omniops" if find_spec("torchvision") else "omniops, without torchvision no nms and RoIAlign"
         if not self.is_compiled():
             return dict.fromkeys(("cpu", "cuda", "mps", "any other"), ours)
-        both = f"mmcv's compiled functions, {ours} for those that it lacks"
-        return {device: ours if device in self.devices else both for device in ("cpu", "cuda", "mps")}
+        compiled = f"mmcv's compiled functions, {ours} for those that it lacks"
+        return {device: ours if device in self.devices else compiled for device in ("cpu", "cuda", "mps")}
 
 
 def _free_carafe_naive(extension: Extension, module: ModuleType) -> None:
@@ -86,6 +89,36 @@ def _let_sync_bn_be_alone(extension: Extension, module: ModuleType) -> None:
     extension.replace(module, "dist", distributed)
 
 
+def _attend_by_the_operator(extension: Extension, module: ModuleType) -> None:
+    """Let multi-scale attention be our operator where mmcv composes it of grid_sample, and where its kernels are ours.
+
+    mmcv's autograd function makes positions of half precision, and its derivative has none.
+    """
+    name = "multi_scale_deformable_attn_pytorch"
+    composed, function = vars(module)[name], module.MultiScaleDeformableAttnFunction
+
+    @functools.wraps(composed)
+    def attend_anywhere(
+        value: Tensor, value_spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
+    ) -> Tensor:
+        # Who imported it by name has it after disable too.
+        by_operator = attend if extension.enabled() else composed
+        result: Tensor = by_operator(value, value_spatial_shapes, sampling_locations, attention_weights)
+        return result
+
+    def apply(cls: Any, *args: Any) -> Any:  # torch.compile fails on named arguments, in torch 2.15
+        if cls is function and len(args) == 6:
+            value, shapes, _, locations, weights, _ = args
+            if isinstance(module.ext_module, StandIn) or value.device.type in extension.devices:
+                return attend(value, shapes, locations, weights)
+        return super(function, cls).apply(*args)
+
+    extension.replace(function, "apply", classmethod(apply))
+    for user in [candidate for candidate in sys.modules.values() if isinstance(candidate, ModuleType)]:
+        if vars(user).get(name) is composed:
+            extension.replace(user, name, attend_anywhere)
+
+
 def _give_find_loader(extension: Extension, module: ModuleType) -> None:
     """Give pkgutil back what Python 3.14 removed, with which mmengine asks whether ``mmcv._ext`` is there."""
     if not hasattr(module, "find_loader"):
@@ -104,6 +137,7 @@ mmcv = _Mmcv(
     {
         "mmcv.ops.carafe": _free_carafe_naive,
         "mmcv.ops.masked_conv": _complete_masked_conv,
+        "mmcv.ops.multi_scale_deform_attn": _attend_by_the_operator,
         "mmcv.ops.sync_bn": _let_sync_bn_be_alone,
         pkgutil.__name__: _give_find_loader,
     },

@@ -6,17 +6,16 @@ its source. groundingdino and detrex have the same functions in a ``_C`` of thei
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from omniops.dropin._extension import Extension
 from omniops.dropin.mmcv_ext import multi_scale_deform_attn as mmcv_ext
+from omniops.dropin.mmcv_ext._kernel import kernel
 
 
 def ms_deform_attn_forward(
@@ -37,13 +36,13 @@ def ms_deform_attn_forward(
     Raises:
         ValueError: for a wrong shape.
     """
-    spatial_shapes = spatial_shapes.cpu()  # read several times, waited for once
     _check(value, spatial_shapes, sampling_loc, attn_weight)
-    values, locations, weights = _of_one_dtype(value, sampling_loc, attn_weight)
-    result = mmcv_ext.ms_deform_attn_forward(values, spatial_shapes, level_start_index, locations, weights, im2col_step)
-    return result.to(value.dtype)
+    return mmcv_ext.ms_deform_attn_forward(
+        value, spatial_shapes, level_start_index, sampling_loc, attn_weight, im2col_step
+    )
 
 
+@kernel
 def ms_deform_attn_backward(
     value: Tensor,
     spatial_shapes: Tensor,
@@ -58,23 +57,15 @@ def ms_deform_attn_backward(
     Raises:
         ValueError: for a wrong shape.
     """
-    spatial_shapes = spatial_shapes.cpu()  # read several times, waited for once
     _check(value, spatial_shapes, sampling_loc, attn_weight)
     n, _, heads, depth = value.shape
     expected = (n, sampling_loc.shape[1], heads * depth)
     if grad_output.shape != expected:
         raise ValueError(f"grad_output must have shape (N, Q, M * D) = {expected}, got {tuple(grad_output.shape)}")
-    gradients = torch.empty_like(value), torch.empty_like(sampling_loc), torch.empty_like(attn_weight)
-    values, locations, weights, grad = _of_one_dtype(value, sampling_loc, attn_weight, grad_output)
-    mmcv_ext.ms_deform_attn_backward(
-        values, spatial_shapes, level_start_index, locations, weights, grad, *gradients, im2col_step
+    by_value, by_locations, by_weights = mmcv_ext.gradients(
+        value, spatial_shapes, sampling_loc, attn_weight, grad_output
     )
-    return gradients
-
-
-def _of_one_dtype(*tensors: Tensor) -> list[Tensor]:
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
-    return [tensor.to(dtype) for tensor in tensors]
+    return by_value.to(value.dtype), by_locations.to(sampling_loc.dtype), by_weights.to(attn_weight.dtype)
 
 
 def _check(value: Tensor, spatial_shapes: Tensor, sampling_loc: Tensor, attn_weight: Tensor) -> None:
@@ -82,7 +73,7 @@ def _check(value: Tensor, spatial_shapes: Tensor, sampling_loc: Tensor, attn_wei
         raise ValueError(f"value must have shape (N, pixels of all levels, M, D), got {tuple(value.shape)}")
     if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
         raise ValueError(f"spatial_shapes must have shape (L, 2), got {tuple(spatial_shapes.shape)}")
-    n, pixels, heads, _ = value.shape
+    n, _, heads, _ = value.shape
     levels = spatial_shapes.shape[0]
     shape = tuple(sampling_loc.shape)
     if len(shape) != 6 or (shape[0], *shape[2:4], shape[5]) != (n, heads, levels, 2):
@@ -91,9 +82,6 @@ def _check(value: Tensor, spatial_shapes: Tensor, sampling_loc: Tensor, attn_wei
         )
     if attn_weight.shape != shape[:5]:
         raise ValueError(f"attn_weight must have shape (N, Q, M, L, P) = {shape[:5]}, got {tuple(attn_weight.shape)}")
-    sizes = spatial_shapes.tolist()
-    if sum(height * width for height, width in sizes) != pixels:
-        raise ValueError(f"value must have as many pixels as the levels of spatial_shapes, {sizes}, got {pixels}")
 
 
 def _give_module(extension: Extension, module: ModuleType) -> None:

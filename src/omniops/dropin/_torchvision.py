@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from omniops import device as devices_here
+from omniops._torch_private import destroy, dispatch_key, has_kernel
 from omniops.ops._library import AUTOCAST_KEYS, under_autocast
 
 _FORWARD, _BACKWARD = "deform_conv2d", "_deform_conv2d_backward"
@@ -56,7 +57,7 @@ def enable(devices: tuple[str, ...] | None) -> None:
     forward = torch.ops.torchvision.deform_conv2d.default
     autocast = [device_type for device_type in AUTOCAST_KEYS if _serves(_FORWARD, device_type)]
     with _overriding():
-        for key in ("CompositeExplicitAutograd", *map(_dispatch_key, named)):
+        for key in ("CompositeExplicitAutograd", *map(dispatch_key, named)):
             _library.impl(_FORWARD, _deform_conv2d, key)
             _library.impl(_BACKWARD, _deform_conv2d_backward, key)
         for device_type in autocast:
@@ -67,7 +68,7 @@ def disable() -> None:
     """Take our kernels back: what they replaced serves again."""
     global _library, _named
     if _library is not None:
-        _library._destroy()
+        destroy(_library)
     _library, _named = None, frozenset()
 
 
@@ -103,12 +104,8 @@ def _import() -> None:
 
 def _serves(operator: str, device_type: str) -> bool:
     """Whether an operator is ours on a type of device: one that was named, or one without a kernel of its own."""
-    key = _dispatch_key(device_type)
-    return device_type in _named or not torch._C._dispatch_has_kernel_for_dispatch_key(f"torchvision::{operator}", key)
-
-
-def _dispatch_key(device_type: str) -> str:
-    return str(torch._C._dispatch_key_for_device(device_type))
+    key = dispatch_key(device_type)
+    return device_type in _named or not has_kernel(f"torchvision::{operator}", key)
 
 
 @contextmanager
@@ -151,12 +148,12 @@ def _deform_conv2d(
         (dilation_h, dilation_w),
     )
     # torchvision's function infers these two from the shapes as ours does; who calls the operator itself may differ.
-    for name, given, inferred in (
+    for name, value, inferred in (
         ("groups", groups, input.shape[1] // weight.shape[1]),
         ("offset_groups", offset_groups, offset.shape[1] // (2 * weight.shape[2] * weight.shape[3])),
     ):
-        if given != inferred:
-            raise ValueError(f"{name} must be {inferred}, which the shapes say, got {given}")
+        if value != inferred:
+            raise ValueError(f"{name} must be {inferred}, which the shapes say, got {value}")
     # The fake kernels are torchvision's, and say that all results are so.
     return result.contiguous()
 

@@ -8,6 +8,7 @@ from omniops.nn.deform_conv2d import (
     ModulatedDeformConv2dPack,
 )
 from omniops.nn.fpn_carafe import FPNCarafe, PAFPNCarafe
+from omniops.nn.multi_scale_deform_attn import MultiScaleDeformableAttention
 from omniops.nn.replace_upsampling import UpsamplingReport, replace_upsampling
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "FPNCarafe",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv2dPack",
+    "MultiScaleDeformableAttention",
     "PAFPNCarafe",
     "UpsamplingReport",
     "replace_upsampling",

@@ -23,6 +23,11 @@ class CARAFE(nn.Module):
 
     Raises:
         TypeError, ValueError: for a number that no CARAFE can have.
+
+    Example:
+        >>> upsample = omniops.CARAFE(kernel_size=5, group_size=1, scale_factor=2)
+        >>> upsample(torch.randn(1, 8, 4, 4), torch.randn(1, 25, 8, 8).softmax(1)).shape
+        torch.Size([1, 8, 8, 8])
     """
 
     def __init__(self, kernel_size: int, group_size: int, scale_factor: int) -> None:
@@ -95,6 +100,11 @@ class CARAFEPack(_Pack):
 
     Raises:
         TypeError, ValueError: for a number that no CARAFE can have.
+
+    Example:
+        >>> upsample = omniops.CARAFEPack(channels=64, scale_factor=2)
+        >>> upsample(torch.randn(1, 64, 8, 8)).shape
+        torch.Size([1, 64, 16, 16])
     """
 
     def __init__(
@@ -115,7 +125,7 @@ class CARAFEPack(_Pack):
         kernel = "up_kernel" if kernel_size is None else "kernel_size"
         group = "up_group" if group_size is None else "group_size"
         (self.channels,) = _checks.integer(channels=channels)
-        (self.scale_factor,) = _checks.whole(scale_factor=scale_factor)
+        (self.scale_factor,) = _checks.whole_number(scale_factor=scale_factor)
         self.up_kernel, self.up_group, self.encoder_kernel, self.encoder_dilation, self.compressed_channels = (
             _checks.integer(
                 **{
@@ -229,7 +239,7 @@ class CARAFEDownsamplePack(_Pack):
     ) -> None:
         super().__init__()
         (self.channels,) = _checks.integer(channels=channels)
-        (self.stride,) = _checks.whole(stride=stride)
+        (self.stride,) = _checks.whole_number(stride=stride)
         self.kernel_size, self.group_size, self.encoder_kernel, self.encoder_dilation, self.compressed_channels = (
             _checks.integer(
                 kernel_size=kernel_size,

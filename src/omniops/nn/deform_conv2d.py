@@ -141,7 +141,7 @@ class _Pack(DeformConv2d):
         )
         if self._state_dict_may_lack_conv_offset:
             # Of this one alone: what a subclass puts in its place is loaded as strictly as any module.
-            self.conv_offset.register_load_state_dict_pre_hook(_keep_conv_offset_where_missing)
+            self.conv_offset.register_load_state_dict_pre_hook(_keep_missing_conv_offset)
         self.init_offset()
 
     @property
@@ -373,7 +373,7 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
         return super().forward(x)
 
 
-def _keep_conv_offset_where_missing(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _keep_missing_conv_offset(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     if not any(key.startswith(prefix) for key in state_dict):
         state_dict.update(module.state_dict(prefix=prefix, keep_vars=True))
 

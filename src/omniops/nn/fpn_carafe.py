@@ -45,6 +45,11 @@ class FPNCarafe(nn.Module):
 
     Raises:
         TypeError, ValueError: for an argument that no such pyramid can have.
+
+    Example:
+        >>> neck = omniops.nn.FPNCarafe([16, 32], 8, num_outs=3)
+        >>> [level.shape[2:] for level in neck([torch.randn(1, 16, 8, 8), torch.randn(1, 32, 4, 4)])]
+        [torch.Size([8, 8]), torch.Size([4, 4]), torch.Size([2, 2])]
     """
 
     extra_blocks: Callable[..., tuple[list[Tensor], list[str]]] | None
@@ -85,7 +90,7 @@ class FPNCarafe(nn.Module):
         self.end_level = end_level
         used = self.in_channels[start_level : last + 1]
         self._used = len(used)
-        self.num_outs = _at_least(self._used, num_outs)
+        self.num_outs = _num_outs(self._used, num_outs)
         convolution = partial(_convolution, out_channels, norm_layer, activation_layer)
         extra = self.num_outs - self._used
         self.lateral_convs = nn.ModuleList(convolution(channels, 1) for channels in used)
@@ -144,8 +149,8 @@ class FPNCarafe(nn.Module):
 class PAFPNCarafe(FPNCarafe):
     """Path aggregation pyramid with CARAFE in its top-down path (PANet, arXiv:1803.01534; MMDetection's ``PAFPN``).
 
-    ``FPNCarafe`` with a way back: from the finest level up, each result is downsampled by a convolution of stride 2
-    and added to the one above, then convolved once more. Parameters have the names of MMDetection's ``PAFPN``, and of
+    ``FPNCarafe`` with a bottom-up path: from the finest level up, each result is downsampled by a convolution of stride
+    2 and added to the one above, then convolved once more. Parameters have the names of MMDetection's ``PAFPN``, and of
     ``FPNCarafe`` for ``upsample_modules``: a state dict of the former lacks those alone.
 
     Args:
@@ -163,6 +168,11 @@ class PAFPNCarafe(FPNCarafe):
 
     Raises:
         TypeError, ValueError: for an argument that no such pyramid can have.
+
+    Example:
+        >>> neck = omniops.nn.PAFPNCarafe([16, 32], 8)
+        >>> [level.shape[2:] for level in neck([torch.randn(1, 16, 8, 8), torch.randn(1, 32, 4, 4)])]
+        [torch.Size([8, 8]), torch.Size([4, 4])]
     """
 
     def __init__(
@@ -182,7 +192,7 @@ class PAFPNCarafe(FPNCarafe):
             in_channels, out_channels, None, start_level, end_level, norm_layer=norm_layer,
             activation_layer=activation_layer, upsample_cfg=upsample_cfg, extra_blocks=extra_blocks,
         )  # fmt: skip
-        self.num_outs = _at_least(self._used, num_outs)
+        self.num_outs = _num_outs(self._used, num_outs)
         channels = self.out_channels
         convolution = partial(_convolution, channels, norm_layer, activation_layer, channels, 3)
         self.downsample_convs = nn.ModuleList(convolution(stride=2) for _ in range(self._used - 1))
@@ -220,7 +230,7 @@ def _convolution(
     return nn.Sequential(layers)
 
 
-def _at_least(used: int, num_outs: int | None) -> int:
+def _num_outs(used: int, num_outs: int | None) -> int:
     if num_outs is None:
         return used
     (num_outs,) = _checks.integer(num_outs=num_outs)

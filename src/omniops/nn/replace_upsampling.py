@@ -36,7 +36,13 @@ class Left(NamedTuple):
 
 
 class UpsamplingReport(NamedTuple):
-    """What ``replace_upsampling`` changed and what it left; ``str`` of it says so in a line each."""
+    """What ``replace_upsampling`` changed and what it left; ``str`` of it says so in a line each.
+
+    Example:
+        >>> report = replace_upsampling(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Upsample(scale_factor=2)))
+        >>> [change.name for change in report.changed], report.left
+        (['1'], [])
+    """
 
     changed: list[Changed]
     left: list[Left]
@@ -103,14 +109,30 @@ def replace_upsampling(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     up_kernel, compressed_channels = _checks.integer(up_kernel=up_kernel, compressed_channels=compressed_channels)
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        if not isinstance(patterns, Iterable):
-            raise TypeError(f"{argument} must be a name or several, got {type(patterns).__name__}")
-    included, excluded = ([names] if isinstance(names, str) else list(names) for names in (include, exclude))
+    included, excluded = _patterns(include=include, exclude=exclude)
 
     def pack(channels: int, scale_factor: int) -> CARAFEPack:
         return CARAFEPack(channels, scale_factor, up_kernel, compressed_channels=min(compressed_channels, channels))
 
+    return _replace(model, example_inputs, included, excluded, pack)
+
+
+def _patterns(**arguments: Any) -> list[list[str]]:
+    """The names that each argument has, one or several."""
+    for argument, names in arguments.items():
+        if not isinstance(names, Iterable):
+            raise TypeError(f"{argument} must be a name or several, got {type(names).__name__}")
+    return [[names] if isinstance(names, str) else list(names) for names in arguments.values()]
+
+
+def _replace(
+    model: nn.Module,
+    example_inputs: Any,
+    included: list[str],
+    excluded: list[str],
+    pack: Callable[[int, int], CARAFEPack],
+) -> UpsamplingReport:
+    """Replace the layers, and say which; the model is as it was where that raises."""
     separated = _separate(model)
     try:
         report, replacements, interpolations = _plan(model, example_inputs, included, excluded, pack)
@@ -129,13 +151,13 @@ def replace_upsampling(
 
 def _separate(model: nn.Module) -> dict[str, nn.Module]:
     """Put a copy in each further place of an nn.Upsample, to see each one's calls; returns what was there, by name."""
-    places: dict[nn.Module, dict[tuple[nn.Module, str], str]] = {}
+    names_of_modules: dict[nn.Module, dict[tuple[nn.Module, str], str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Upsample) and name:
             parent, _, child = name.rpartition(".")
             # A parent with several names is one place.
-            places.setdefault(module, {}).setdefault((model.get_submodule(parent), child), name)
-    further = {name: module for module, names in places.items() for name in list(names.values())[1:]}
+            names_of_modules.setdefault(module, {}).setdefault((model.get_submodule(parent), child), name)
+    further = {name: module for module, names in names_of_modules.items() for name in list(names.values())[1:]}
     for name, module in further.items():
         model.set_submodule(name, copy.deepcopy(module))
     return further
@@ -167,21 +189,21 @@ def _plan(
                 raise _LeftError(f"shared, also at {', '.join(others)}")
             if not name:
                 raise _LeftError("it is the model itself: make a CARAFEPack instead")
-            seen = calls.get(module, [])
-            if reasons := [reason for *_, reason in seen if reason]:
+            module_calls = calls.get(module, [])
+            if reasons := [reason for *_, reason in module_calls if reason]:
                 raise _LeftError(reasons[0])
-            found = _replacement(model, name, module, {channels for channels, *_ in seen}, names, pack)
+            found = _replacement(model, name, module, {channels for channels, *_ in module_calls}, names, pack)
         except _LeftError as error:
             report.left.append(Left(name, repr(module), str(error)))
             continue
-        device, dtype = _where(model, next(iter(found)))
+        device, dtype = _device_and_dtype(model, next(iter(found)))
         for replaced, new in found.items():
-            new.to(device=seen[0][1] if seen else device, dtype=dtype).train(module.training)
+            new.to(device=module_calls[0][1] if module_calls else device, dtype=dtype).train(module.training)
             if isinstance(new, CARAFEPacks):
-                for channels, where, _ in seen:
-                    new[str(channels)].to(device=where)
+                for channels, call_device, _ in module_calls:
+                    new[str(channels)].to(device=call_device)
             replacements[replaced] = new
-        counts = Counter(channels for channels, *_ in seen)
+        counts = Counter(channels for channels, *_ in module_calls)
         report.changed.append(
             Changed(
                 name,
@@ -207,7 +229,7 @@ def _replacement(
     model: nn.Module,
     name: str,
     module: nn.Module,
-    seen: set[int],
+    traced_channels: set[int],
     names: dict[nn.Module, list[str]],
     pack: Callable[[int, int], CARAFEPack],
 ) -> dict[str, nn.Module]:
@@ -219,7 +241,7 @@ def _replacement(
         if module.scale_factor is None:
             raise _LeftError("it has a size, not a scale_factor")
         factor = _factor(module.scale_factor)
-        channels = seen or _channels_beside(model, name)
+        channels = traced_channels or _channels_beside(model, name)
         if not channels:
             raise _LeftError("its channels are not known: give example_inputs with which it is called")
         packs = [pack(number, factor) for number in sorted(channels)]
@@ -293,11 +315,12 @@ def _neighbour(model: nn.Module, name: str, step: int) -> tuple[nn.Module | None
     parent = model.get_submodule(prefix)
     if type(parent).forward is not nn.Sequential.forward:
         return None, ""
-    children = list(parent._modules)  # named_children() leaves out what it has had already
-    place = children.index(child) + step
-    if not 0 <= place < len(children):
+    # named_children() leaves out what it has had already.
+    children = [name for name, _ in parent.named_modules(remove_duplicate=False) if name and "." not in name]
+    index = children.index(child) + step
+    if not 0 <= index < len(children):
         return None, ""
-    other = f"{prefix}.{children[place]}" if prefix else children[place]
+    other = f"{prefix}.{children[index]}" if prefix else children[index]
     return model.get_submodule(other), other
 
 
@@ -314,7 +337,7 @@ def _channels_beside(model: nn.Module, name: str) -> set[int]:
     return set()
 
 
-def _where(model: nn.Module, name: str) -> tuple[torch.device | None, torch.dtype | None]:
+def _device_and_dtype(model: nn.Module, name: str) -> tuple[torch.device | None, torch.dtype | None]:
     """Device and dtype of the nearest floating parameter around a module, its own first."""
     while True:
         for parameter in model.get_submodule(name).parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,19 @@ def an_int(**arguments: Any) -> list[int]:
     return numbers
 
 
+def ints(name: str, values: Iterable[Any]) -> list[int]:
+    """Several numbers as ints; TypeError as ``an_int``, ValueError for one that 64 bits cannot hold."""
+    numbers = []
+    for value in values:
+        number = value if type(value) is int else _int(value)
+        if number is None:
+            raise TypeError(f"{name} must hold ints, got {type(value).__name__}")
+        if type(number) is int and not -(2**63) <= number < 2**63:
+            raise ValueError(f"{name} must be at least 0 and below 2**63, got {number}")
+        numbers.append(number)
+    return numbers
+
+
 def integer(**arguments: Any) -> list[int]:
     """The arguments as ints; TypeError as ``an_int``, ValueError for one below 1 or too large to be a size."""
     numbers = []
@@ -52,7 +66,7 @@ def integer(**arguments: Any) -> list[int]:
     return numbers
 
 
-def whole(**arguments: Any) -> list[int]:
+def whole_number(**arguments: Any) -> list[int]:
     """``integer``, which takes a float that is a whole number too; ValueError for any other float."""
     numbers = {}
     for name, value in arguments.items():
@@ -77,12 +91,12 @@ def pair(name: str, value: Any) -> list[int]:
     if type(value) is int and -(2**31) < value < 2**31:  # first, as it nearly always is
         return [value, value]
     if isinstance(value, (Tensor, np.ndarray)) and tuple(value.shape) == (2,):
-        given = value.tolist()
+        values = value.tolist()
     else:
-        given = value if isinstance(value, (list, tuple)) else (value, value)
+        values = value if isinstance(value, (list, tuple)) else (value, value)
     numbers = []
-    for part in given:
-        if (number := _int(part)) is None:
+    for item in values:
+        if (number := _int(item)) is None:
             raise TypeError(f"{name} must be an int or two, got {value!r}")
         if not -(2**31) < number < 2**31:
             raise ValueError(f"{name} must be below 2**31 and not negative, got {value!r}")
@@ -126,11 +140,7 @@ def alike(**arguments: Tensor) -> None:
     if first.dtype not in FLOATING:
         raise TypeError(f"{first_name} must be float64, float32, float16 or bfloat16, got {dtype_name(first)}")
     for name, value in others:
-        if value.device != first.device:
-            raise ValueError(
-                f"{name} must be on the device of {first_name}, {first.device}, got {value.device}: "
-                f"move it there with {name}.to({first_name}.device)"
-            )
+        on_device_of(first_name, first, **{name: value})
         if value.dtype != first.dtype:
             raise TypeError(
                 f"{name} must have the dtype of {first_name}, {dtype_name(first)}, got {dtype_name(value)}: "
@@ -138,7 +148,17 @@ def alike(**arguments: Tensor) -> None:
             )
 
 
-def given(**arguments: Tensor | None) -> dict[str, Tensor]:
+def on_device_of(first_name: str, first: Tensor, **others: Tensor) -> None:
+    """Raise ValueError for one of the others that is not on the device of the first."""
+    for name, value in others.items():
+        if value.device != first.device:
+            raise ValueError(
+                f"{name} must be on the device of {first_name}, {first.device}, got {value.device}: "
+                f"move it there with {name}.to({first_name}.device)"
+            )
+
+
+def not_none(**arguments: Tensor | None) -> dict[str, Tensor]:
     """Those that are not None."""
     return {name: value for name, value in arguments.items() if value is not None}
 

@@ -21,16 +21,16 @@ def register(operator: Any, formula: Callable[..., int]) -> None:
     """Have ``formula``, which is called with the arguments of an operator, say how many operations a call is."""
     _FORMULAS[operator.overloadpacket] = formula
     if _COUNTER in sys.modules:
-        _tell(import_module(_COUNTER), operator.overloadpacket)  # imported to its end
+        _register_formula(import_module(_COUNTER), operator.overloadpacket)  # imported to its end
 
 
-def _tell(counter: ModuleType, packet: Any) -> None:
+def _register_formula(counter: ModuleType, packet: Any) -> None:
     formula = _FORMULAS[packet]
     counter.register_flop_formula(packet, get_raw=True)(lambda *args, out_val: formula(*args))
 
 
 class _AtImport(MetaPathFinder):
-    """Finds the counter as all others do, and tells it the formulas when it has run."""
+    """Finds the counter as all others do, and registers the formulas once it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -43,12 +43,12 @@ class _AtImport(MetaPathFinder):
             return spec
         run = spec.loader.exec_module
 
-        def run_and_tell(module: ModuleType) -> None:
+        def run_and_register(module: ModuleType) -> None:
             run(module)
             for packet in _FORMULAS:
-                _tell(module, packet)
+                _register_formula(module, packet)
 
-        spec.loader.exec_module = run_and_tell  # type: ignore[method-assign]
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
 
 

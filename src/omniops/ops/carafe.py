@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from omniops.ops import _checks
-from omniops.ops._library import Result, below_autograd, define, differentiate, gradients, without_autocast
+from omniops.ops._library import Result, below_autograd, call, define, differentiate, without_autocast
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
@@ -43,10 +43,15 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
     Raises:
         TypeError: for an argument of the wrong type or dtype.
         ValueError: for a wrong shape, number or device.
+
+    Example:
+        >>> features, masks = torch.randn(1, 8, 4, 4), torch.randn(1, 25, 8, 8).softmax(1)
+        >>> omniops.carafe(features, masks, kernel_size=5, group_size=1, scale_factor=2).shape
+        torch.Size([1, 8, 8, 8])
     """
     _checks.tensor(features=features, masks=masks)
     sizes = _checks.integer(kernel_size=kernel_size, group_size=group_size, scale_factor=scale_factor)
-    result: Tensor = _carafe(features, masks, *sizes, 1)
+    result: Tensor = call(_carafe, features, masks, *sizes, 1)
     return result
 
 
@@ -73,10 +78,15 @@ def carafe_downsample(features: Tensor, masks: Tensor, kernel_size: int, group_s
     Raises:
         TypeError: for an argument of the wrong type or dtype.
         ValueError: for a wrong shape, number or device.
+
+    Example:
+        >>> features, masks = torch.randn(1, 8, 5, 4), torch.randn(1, 25, 3, 2).softmax(1)
+        >>> omniops.carafe_downsample(features, masks, kernel_size=5, group_size=1, stride=2).shape
+        torch.Size([1, 8, 3, 2])
     """
     _checks.tensor(features=features, masks=masks)
     kernel_size, group_size, stride = _checks.integer(kernel_size=kernel_size, group_size=group_size, stride=stride)
-    result: Tensor = _carafe(features, masks, kernel_size, group_size, 1, stride)
+    result: Tensor = call(_carafe, features, masks, kernel_size, group_size, 1, stride)
     return result
 
 
@@ -136,21 +146,21 @@ def _backward_results(
     scale_factor: int,
     stride: int,
 ) -> list[Result]:
-    given = _checks.given(grad=grad, features=features, masks=masks)
-    _checks.four_dimensional(**given)
-    _checks.alike(**given)
+    tensors = _checks.not_none(grad=grad, features=features, masks=masks)
+    _checks.four_dimensional(**tensors)
+    _checks.alike(**tensors)
     n, c = grad.shape[:2]
     _check_sizes("grad", c, kernel_size, group_size, scale_factor, stride)
     result = _upsampled(height, width, scale_factor, stride)
     _checks.shape("grad", grad, (n, c, *result), _result_in_words(scale_factor, stride))
     if features is not None:
         _checks.shape("features", features, (n, c, height, width), "(N, C, H, W)")
-    of_masks = (n, group_size * kernel_size**2, *result)
+    masks_shape = (n, group_size * kernel_size**2, *result)
     if masks is not None:
-        _checks.shape("masks", masks, of_masks, _masks_in_words(scale_factor, stride))
+        _checks.shape("masks", masks, masks_shape, _masks_in_words(scale_factor, stride))
     return [
         Result((0,) if masks is None else (n, c, height, width), like=grad),
-        Result((0,) if features is None else of_masks, like=grad),
+        Result((0,) if features is None else masks_shape, like=grad),
     ]
 
 
@@ -189,8 +199,8 @@ class CARAFEFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, features: Tensor, masks: Tensor, *numbers: int) -> Tensor:
         """Run the operator, and keep of features and masks what the gradient of the other needs."""
-        _, of_features, of_masks, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(features if of_masks else None, masks if of_features else None)
+        _, needs_features, needs_masks, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(features if needs_masks else None, masks if needs_features else None)
         ctx.numbers = *features.shape[2:], *numbers
         result: Tensor = below_autograd(_carafe, keyset, features, masks, *numbers)
         return result
@@ -199,7 +209,7 @@ class CARAFEFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Give the gradients of features and masks."""
         features, masks = ctx.saved_tensors
-        by_features, by_masks = gradients(_carafe_backward, grad, features, masks, *ctx.numbers)
+        by_features, by_masks = call(_carafe_backward, grad, features, masks, *ctx.numbers)
         return (
             None,
             None if masks is None else by_features,
@@ -230,11 +240,11 @@ class CARAFEBackwardFunction(torch.autograd.Function):
     def backward(ctx: Any, by_features: Tensor | None, by_masks: Tensor | None) -> tuple[Any, ...]:
         """Give the gradients of grad, features and masks."""
         grad, features, masks = ctx.saved_tensors
-        of_grad, of_features, of_masks = ctx.needs_input_grad[1:4]
+        needs_grad, needs_features, needs_masks = ctx.needs_input_grad[1:4]
         # What has no elements stands for a gradient that nobody asked for.
         by_features, by_masks = (None if masks is None else by_features), (None if features is None else by_masks)
         gradient: Tensor | None = None
-        if of_grad:
+        if needs_grad:
             with without_autocast(grad):
                 terms = [
                     _carafe(first, second, *ctx.numbers[2:])
@@ -242,13 +252,13 @@ class CARAFEBackwardFunction(torch.autograd.Function):
                     if first is not None and second is not None
                 ]
             gradient = terms[0] + terms[1] if len(terms) == 2 else terms[0] if terms else None
-        of_features, of_masks = of_features and by_masks is not None, of_masks and by_features is not None
+        needs_features, needs_masks = needs_features and by_masks is not None, needs_masks and by_features is not None
         second = (None, None)
-        if of_features or of_masks:
+        if needs_features or needs_masks:
             second = _carafe_backward(
-                grad, by_features if of_masks else None, by_masks if of_features else None, *ctx.numbers
+                grad, by_features if needs_masks else None, by_masks if needs_features else None, *ctx.numbers
             )
-        return None, gradient, second[0] if of_features else None, second[1] if of_masks else None, *(None,) * 6
+        return None, gradient, second[0] if needs_features else None, second[1] if needs_masks else None, *(None,) * 6
 
 
 differentiate(_carafe, CARAFEFunction)

@@ -31,6 +31,14 @@ def connected_components(mask: Tensor, connectivity: int = 8) -> tuple[Tensor, T
     Raises:
         TypeError: for an argument of the wrong type or dtype.
         ValueError: for a wrong shape or connectivity, or masks of 2**31 pixels or more.
+
+    Example:
+        >>> mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1]])
+        >>> labels, counts = omniops.connected_components(mask[None, None])
+        >>> labels[0, 0].tolist()
+        [[1, 1, 0, 0], [0, 0, 0, 8], [0, 0, 0, 8]]
+        >>> counts[0, 0].tolist()
+        [[2, 2, 0, 0], [0, 0, 0, 2], [0, 0, 0, 2]]
     """
     _checks.tensor(mask=mask)
     (connectivity,) = _checks.an_int(connectivity=connectivity)
@@ -54,6 +62,11 @@ def fill_holes(mask_logits: Tensor, max_area: int) -> Tensor:
     Raises:
         TypeError: for an argument of the wrong type or dtype.
         ValueError: for a wrong shape or number.
+
+    Example:
+        >>> logits = torch.tensor([[5.0, 5.0, 5.0], [5.0, -5.0, 5.0], [5.0, 5.0, 5.0]])
+        >>> omniops.fill_holes(logits, max_area=8)[1].tolist()
+        [5.0, 0.10000000149011612, 5.0]
     """
     _checks.tensor(mask_logits=mask_logits)
     (max_area,) = _checks.integer(max_area=max_area)
@@ -81,6 +94,11 @@ def remove_small_components(mask: Tensor, min_area: int) -> Tensor:
     Raises:
         TypeError: for an argument of the wrong type or dtype.
         ValueError: for a wrong shape or number.
+
+    Example:
+        >>> mask = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 1]])
+        >>> omniops.remove_small_components(mask, min_area=2).tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0]]
     """
     _checks.tensor(mask=mask)
     (min_area,) = _checks.integer(min_area=min_area)

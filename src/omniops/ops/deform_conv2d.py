@@ -25,7 +25,7 @@ from torch import Tensor
 
 from omniops.backends.reference import deform_conv2d as reference
 from omniops.ops import _checks
-from omniops.ops._library import Result, below_autograd, define, differentiate, gradients, without_autocast
+from omniops.ops._library import Result, below_autograd, call, define, differentiate, reference_gradients
 
 
 def deform_conv2d(
@@ -73,18 +73,20 @@ def deform_conv2d(
     Raises:
         TypeError: for an argument of the wrong type or dtype.
         ValueError: for a wrong shape, number or device. C is at least 1, and so are H and W unless N is 0.
+
+    Example:
+        >>> x, weight = torch.randn(1, 4, 8, 8), torch.randn(6, 4, 3, 3)
+        >>> offset, mask = torch.randn(1, 2 * 9, 8, 8), torch.rand(1, 9, 8, 8)
+        >>> omniops.deform_conv2d(x, offset, weight, padding=1, mask=mask).shape
+        torch.Size([1, 6, 8, 8])
     """
-    _checks.tensor(input=input, offset=offset, weight=weight)
-    if bias is not None:
-        _checks.tensor(bias=bias)
-    if mask is not None:
-        _checks.tensor(mask=mask)
+    _checks.tensor(input=input, offset=offset, weight=weight, **_checks.not_none(bias=bias, mask=mask))
     strides, dilations = _checks.pair("stride", stride), _checks.pair("dilation", dilation)
     if isinstance(padding, str):
         input, paddings = _named_padding(input, weight, padding, strides, dilations)
     else:
         paddings = _checks.pair("padding", padding)
-    result: Tensor = _deform_conv2d(input, offset, weight, bias, mask, strides, paddings, dilations)
+    result: Tensor = call(_deform_conv2d, input, offset, weight, bias, mask, strides, paddings, dilations)
     return result
 
 
@@ -122,6 +124,12 @@ def modulated_deform_conv2d(
     Raises:
         TypeError: for an argument of the wrong type or dtype.
         ValueError: for a wrong shape, number or device.
+
+    Example:
+        >>> x, weight = torch.randn(1, 4, 8, 8), torch.randn(6, 4, 3, 3)
+        >>> offset, mask = torch.randn(1, 2 * 9, 8, 8), torch.rand(1, 9, 8, 8)
+        >>> omniops.modulated_deform_conv2d(x, offset, mask, weight, padding=1).shape
+        torch.Size([1, 6, 8, 8])
     """
     _checks.tensor(input=input, offset=offset, mask=mask, weight=weight)
     groups, deform_groups = _checks.integer(groups=groups, deform_groups=deform_groups)
@@ -235,7 +243,7 @@ def _forward_results(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> list[Result]:
-    _checks.alike(**_checks.given(input=input, offset=offset, weight=weight, bias=bias, mask=mask))
+    _checks.alike(**_checks.not_none(input=input, offset=offset, weight=weight, bias=bias, mask=mask))
     _checks.four_dimensional(input=input, offset=offset, weight=weight)
     height, width = _check(input, offset, weight.shape[2:], mask, stride, padding, dilation)
     _check_weight(input, weight)
@@ -255,7 +263,7 @@ def _backward_results(
     dilation: Sequence[int],
     output_mask: Sequence[bool],
 ) -> list[Result]:
-    _checks.alike(**_checks.given(grad=grad, input=input, offset=offset, weight=weight, mask=mask))
+    _checks.alike(**_checks.not_none(grad=grad, input=input, offset=offset, weight=weight, mask=mask))
     _checks.four_dimensional(grad=grad, weight=weight)
     height, width = _check(input, offset, weight.shape[2:], mask, stride, padding, dilation)
     _check_weight(input, weight)
@@ -327,9 +335,9 @@ class DeformConv2dFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Give the gradients of input, offset, weight, bias and mask."""
         wanted = ctx.needs_input_grad[1:6]
-        found = gradients(_deform_conv2d_backward, grad, *ctx.saved_tensors, *ctx.numbers, wanted)
-        of_tensors = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
-        return None, *of_tensors, None, None, None
+        gradients = call(_deform_conv2d_backward, grad, *ctx.saved_tensors, *ctx.numbers, wanted)
+        gradients = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+        return None, *gradients, None, None, None
 
 
 class DeformConv2dBackwardFunction(torch.autograd.Function):
@@ -358,26 +366,12 @@ class DeformConv2dBackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         """Give the gradients of grad, input, offset, weight and mask."""
-        saved = ctx.saved_tensors
-        with torch.enable_grad(), without_autocast(saved[0]):
-            # A view of its own for each, so that only the paths through this kernel are followed.
-            tensors: list[Any] = [value if value is None else value.view_as(value) for value in saved]
-            results = reference.deform_conv2d_backward(*tensors, *ctx.numbers)
-            pairs = [
-                (result, cotangent)
-                for result, cotangent in zip(results, cotangents, strict=True)
-                if cotangent is not None and result.requires_grad
-            ]
-            wanted = [i for i, need in enumerate(ctx.needs_input_grad[1:6]) if need]
-            gradients = torch.autograd.grad(
-                [result for result, _ in pairs],
-                [tensor for i in wanted if (tensor := tensors[i]) is not None],
-                [cotangent for _, cotangent in pairs],
-                create_graph=True,
-                allow_unused=True,
-            )
-        found = dict(zip(wanted, gradients, strict=True))
-        return None, *(found.get(i) for i in range(5)), *(None,) * len(ctx.numbers)
+
+        def kernel(*tensors: Any) -> tuple[Tensor, ...]:
+            return reference.deform_conv2d_backward(*tensors, *ctx.numbers)
+
+        found = reference_gradients(ctx, kernel, ctx.needs_input_grad[1:6], cotangents)
+        return None, *found, *(None,) * len(ctx.numbers)
 
 
 differentiate(_deform_conv2d, DeformConv2dFunction)

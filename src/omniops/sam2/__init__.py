@@ -1,15 +1,18 @@
 """SAM 2 (Ravi et al., 2024, https://arxiv.org/abs/2408.00714) on every device.
 
-The model is transformers' ``Sam2VideoModel``. Here are the weights' ways into it, and predictors with the names,
-arguments and results of the official package, so that a script written for that runs with its imports changed.
+The network, its checkpoints, and predictors with the names, arguments and results of the official package, so that a
+script written for that runs with its imports changed.
 
-What is asked for is imported when it is asked for: a web worker with a ``remote`` predictor needs no transformers.
+Names are imported at their first use: a web worker with a ``remote`` predictor does not import the network.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# The import of the module ``remote`` sets that attribute of the package, and this sets it to the function.
+from omniops.sam2.remote import RemoteError, remote
 
 if TYPE_CHECKING:
     from omniops.sam2.build_sam import (
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from omniops.sam2.checkpoints import load
     from omniops.sam2.image_predictor import SAM2ImagePredictor
     from omniops.sam2.mask_generator import SAM2AutomaticMaskGenerator
-    from omniops.sam2.remote_predictor import RemoteError, remote
     from omniops.sam2.video_predictor import SAM2VideoPredictor
 
 __all__ = [
@@ -37,8 +39,7 @@ __all__ = [
     "remote",
 ]
 
-_PLACES = {
-    "RemoteError": "remote_predictor",
+_MODULES = {
     "SAM2AutomaticMaskGenerator": "mask_generator",
     "SAM2ImagePredictor": "image_predictor",
     "SAM2VideoPredictor": "video_predictor",
@@ -47,18 +48,17 @@ _PLACES = {
     "build_sam2_video_predictor": "build_sam",
     "build_sam2_video_predictor_hf": "build_sam",
     "load": "checkpoints",
-    "remote": "remote_predictor",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        value = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     except ImportError as error:
-        if error.name not in ("transformers", "huggingface_hub"):
+        if error.name != "huggingface_hub":
             raise
-        raise ImportError(f"omniops.sam2 needs transformers ({error}): pip install 'omniops[sam2]'") from error
+        raise ImportError(f"omniops.sam2 needs huggingface_hub ({error}): pip install 'omniops[sam2]'") from error
     globals()[name] = value
     return value

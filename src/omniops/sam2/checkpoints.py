@@ -1,7 +1,9 @@
-"""SAM 2's weights, from the hub, a folder or Meta's own file, as transformers' model."""
+"""SAM 2's weights, from Meta's own file, from the hub, or from a folder as transformers writes it."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,58 +15,28 @@ from urllib.error import HTTPError
 
 import torch
 from huggingface_hub import hf_hub_url, snapshot_download
-from torch import Tensor
-from transformers import Sam2VideoConfig, Sam2VideoModel
+from torch import Tensor, nn
 
 from omniops import device as devices
 from omniops import weights
-from omniops.sam2.architectures import IMAGE_SIZE, SIZES, cast, lightened, new, recognise, set_image_size
+from omniops.sam2.architectures import IMAGE_SIZE, SIZES, cast, check_image_size, new, recognize
+from omniops.sam2.modeling.sam2 import SAM2Base
+from omniops.sam2.transformers_names import PREFIX as TRANSFORMERS_PREFIX
+from omniops.sam2.transformers_names import from_transformers
 
 _CONFIG, _TENSORS = "config.json", "model.safetensors"
+_MODEL_TYPE = "sam2_video"
+_SETTINGS: dict[str, tuple[str, float]] = {
+    "max_obj_ptrs_in_encoder": ("max_object_pointers_in_encoder", 16),
+    "multimask_min_pt_num": ("multimask_min_pt_num", 0),
+    "multimask_max_pt_num": ("multimask_max_pt_num", 1),
+    "sigmoid_scale_for_mem_enc": ("sigmoid_scale_for_mem_enc", 20.0),
+    "sigmoid_bias_for_mem_enc": ("sigmoid_bias_for_mem_enc", -10.0),
+}
+"""Attributes of the model that transformers' configuration may set: their names in it, and the defaults."""
 
 _Predictor = TypeVar("_Predictor")
 _LOAD_OPTIONS = ("device", "dtype", "image_size", "compile_encoder", "random_weights")
-
-# Meta's names, as patterns, and transformers'. The first that fits counts.
-_NAMES = {
-    r"maskmem_tpos_enc$": "memory_temporal_positional_encoding",
-    r"no_mem_embed$": "no_memory_embedding",
-    r"no_mem_pos_enc$": "no_memory_positional_encoding",
-    r"no_obj_ptr$": "no_object_pointer",
-    r"no_obj_embed_spatial$": "occlusion_spatial_embedding_parameter",
-    r"obj_ptr_tpos_proj\.": "temporal_positional_encoding_projection_layer.",
-    r"obj_ptr_proj\.": "object_pointer_proj.",
-    r"image_encoder\.trunk\.patch_embed\.proj\.": "vision_encoder.backbone.patch_embed.projection.",
-    r"image_encoder\.trunk\.": "vision_encoder.backbone.",
-    r"image_encoder\.neck\.convs\.(\d)\.conv\.": r"vision_encoder.neck.convs.\1.",
-    r"memory_attention\.norm\.": "memory_attention.layer_norm.",
-    r"memory_encoder\.mask_downsampler\.encoder\.12\.": "memory_encoder.mask_downsampler.final_conv.",
-    r"memory_encoder\.pix_feat_proj\.": "memory_encoder.feature_projection.",
-    r"memory_encoder\.out_proj\.": "memory_encoder.projection.",
-    r"memory_encoder\.fuser\.layers\.(\d)\.gamma$": r"memory_encoder.memory_fuser.layers.\1.scale",
-    r"memory_encoder\.fuser\.layers\.(\d)\.dwconv\.": r"memory_encoder.memory_fuser.layers.\1.depthwise_conv.",
-    r"memory_encoder\.fuser\.layers\.(\d)\.pwconv(\d)\.": r"memory_encoder.memory_fuser.layers.\1.pointwise_conv\2.",
-    r"memory_encoder\.fuser\.layers\.(\d)\.norm\.": r"memory_encoder.memory_fuser.layers.\1.layer_norm.",
-    r"sam_prompt_encoder\.mask_downscaling\.0\.": "prompt_encoder.mask_embed.conv1.",
-    r"sam_prompt_encoder\.mask_downscaling\.1\.": "prompt_encoder.mask_embed.layer_norm1.",
-    r"sam_prompt_encoder\.mask_downscaling\.3\.": "prompt_encoder.mask_embed.conv2.",
-    r"sam_prompt_encoder\.mask_downscaling\.4\.": "prompt_encoder.mask_embed.layer_norm2.",
-    r"sam_prompt_encoder\.mask_downscaling\.6\.": "prompt_encoder.mask_embed.conv3.",
-    r"sam_prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$": (
-        "prompt_encoder.shared_embedding.positional_embedding"
-    ),
-    r"sam_prompt_encoder\.": "prompt_encoder.",
-    r"sam_mask_decoder\.output_upscaling\.0\.": "mask_decoder.upscale_conv1.",
-    r"sam_mask_decoder\.output_upscaling\.1\.": "mask_decoder.upscale_layer_norm.",
-    r"sam_mask_decoder\.output_upscaling\.3\.": "mask_decoder.upscale_conv2.",
-    r"sam_mask_decoder\.transformer\.norm_final_attn\.": "mask_decoder.transformer.layer_norm_final_attn.",
-    r"sam_mask_decoder\.": "mask_decoder.",
-}
-# What is called otherwise inside of many modules.
-_PARTS = {
-    r"\.norm(\d)\.": r".layer_norm\1.",
-    r"\.out_proj\.": ".o_proj.",
-}
 
 
 def load(
@@ -75,7 +47,7 @@ def load(
     image_size: int | None = None,
     compile_encoder: bool = False,
     random_weights: bool = False,
-) -> Sam2VideoModel:
+) -> SAM2Base:
     """A model with its weights, for every predictor of ``omniops.sam2``.
 
     Args:
@@ -94,71 +66,82 @@ def load(
             it is asked for one, and its masks mean nothing.
 
     Returns:
-        transformers' ``Sam2VideoModel`` in evaluation mode.
+        The model in evaluation mode.
 
     Raises:
         FileNotFoundError: for a path where nothing is.
         ConnectionError: where the network or the hub cannot be reached.
         ValueError: for files that are no checkpoint of SAM 2, tensors that are missing or left over, arguments that
             are none of the above, or ``compile_encoder`` on MPS before torch 2.14.
+
+    Example:
+        >>> model = load("tiny", "cpu", random_weights=True, image_size=64)  # load("tiny") fetches Meta's weights
+        >>> model.image_size
+        64
     """
-    place = devices.pick(device)
-    precision = as_dtype(dtype, place)
+    target = devices.pick(device)
+    precision = to_torch_dtype(dtype, target)
     if compile_encoder:
-        require_compiler(place)
+        require_compiler(target)
     source = fspath(model)
     if random_weights:
-        built = _random(source, image_size)
-    elif re.match(r"\w+://", source):
-        built = _meta(weights.fetch(source), image_size)
-    elif Path(source).is_dir():
-        built = _folder(Path(source), image_size)
-    elif Path(source).is_file():
-        built = _meta(Path(source), image_size)
-    elif source in SIZES:
-        built = _folder(_fetched(f"facebook/sam2.1-hiera-{source}"), image_size)
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not source.endswith((".pt", ".pth")):
-        built = _folder(_fetched(source), image_size)
+        built = _random_model(source, IMAGE_SIZE if image_size is None else image_size)
     else:
-        raise FileNotFoundError(
-            f"there is no checkpoint at {source}: pass the path of Meta's .pt or of a folder with {_CONFIG} and "
-            f"{_TENSORS}, a hub id as facebook/sam2.1-hiera-tiny, or one of {', '.join(SIZES)}"
-        )
+        built = _read_model(source, image_size)
     cast(built, precision)
     if compile_encoder:
-        built.vision_encoder.backbone.compile()
-    with devices.exclusive(place):
-        return built.to(place).eval()
+        built.image_encoder.trunk.compile()
+    with devices.exclusive(target):
+        return built.to(target).eval()
+
+
+def _read_model(source: str, image_size: int | None) -> SAM2Base:
+    """The model of a file, folder, URL, hub id or size, in float32 on the CPU."""
+    side = IMAGE_SIZE if image_size is None else image_size
+    if re.match(r"\w+://", source):
+        return _from_meta(weights.fetch(source), side)
+    if Path(source).is_dir():
+        return _from_transformers(Path(source), image_size)
+    if Path(source).is_file():
+        return _from_meta(Path(source), side)
+    if source in SIZES:
+        return _from_transformers(_fetch(f"facebook/sam2.1-hiera-{source}"), image_size)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not source.endswith((".pt", ".pth")):
+        return _from_transformers(_fetch(source), image_size)
+    raise FileNotFoundError(
+        f"there is no checkpoint at {source}: pass the path of Meta's .pt or of a folder with {_CONFIG} and "
+        f"{_TENSORS}, a hub id as facebook/sam2.1-hiera-tiny, or one of {', '.join(SIZES)}"
+    )
 
 
 class Pretrained:
-    """What makes a predictor of a model's name."""
+    """The base of predictors, which can be made of a model's name."""
 
     @classmethod
     def from_pretrained(cls: Callable[..., _Predictor], model_id: str, **options: Any) -> _Predictor:
-        """With the weights of ``omniops.sam2.load(model_id)``; its options and those of the class are told apart."""
-        own = load_options(options)
-        signature(cls).bind(None, **options)  # which raises TypeError, before anything is fetched
-        return cls(load(model_id, **own), **options)
+        """A predictor of ``omniops.sam2.load(model_id)``; options are those of ``load`` and of the class."""
+        of_load = load_options(options)
+        signature(cls).bind(None, **options)  # raises TypeError for unknown options, before anything is fetched
+        return cls(load(model_id, **of_load), **options)
 
 
 def load_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Takes those of ``load`` out of a call's options."""
+    """Remove the options of ``load`` from a call's options, and return them."""
     return {name: options.pop(name) for name in _LOAD_OPTIONS if name in options}
 
 
 def require_model(model: object, argument: str) -> None:
-    """Raise where a predictor is given something else than what ``load`` returns.
+    """Raise unless a predictor's model is one that ``load`` returns.
 
     Raises:
         TypeError: for another type.
         ValueError: for a model that is in half precision all over.
     """
-    if not isinstance(model, Sam2VideoModel):
+    if not isinstance(model, SAM2Base):
         raise TypeError(
-            f"{argument} must be a Sam2VideoModel, got {type(model).__name__}: pass what omniops.sam2.load(...) returns"
+            f"{argument} must be a SAM2Base, got {type(model).__name__}: pass what omniops.sam2.load(...) returns"
         )
-    dtype = model.memory_attention.layer_norm.weight.dtype
+    dtype = model.memory_attention.norm.weight.dtype
     if dtype != torch.float32:
         raise ValueError(
             f"{argument} must have float32 where precision matters, as in its norms, got {dtype} all over: "
@@ -167,7 +150,7 @@ def require_model(model: object, argument: str) -> None:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise where what ``torch.compile`` makes for the device is known to be wrong.
+    """Raise where code of ``torch.compile`` is known to be wrong on the device.
 
     Raises:
         ValueError: on MPS before torch 2.14, whose compiled layer norms are wrong (pytorch issue 191976).
@@ -180,8 +163,8 @@ def require_compiler(device: torch.device) -> None:
         )
 
 
-def as_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """What ``load`` takes for a dtype as torch's, on that device."""
+def to_torch_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype argument of ``load`` as torch's, on that device."""
     if dtype == "auto":
         return devices.autocast_dtype(device)
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -190,106 +173,72 @@ def as_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return found
 
 
-def from_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of Meta's checkpoint by the names of transformers' ``Sam2VideoModel``. Names not known stay."""
-    depth: dict[str, int] = {}
-    for name in state:  # of each multilayer perceptron: its last layer
-        if found := re.match(r"(.*(?:_head|_mlps\.\d|ptr_proj|\.mlp))\.layers\.(\d)\.", name):
-            depth[found[1]] = max(depth.get(found[1], 0), int(found[2]))
-    converted = {}
-    for name, value in state.items():
-        if found := re.match(r"(.*)\.layers\.(\d)(\.\w+)$", name):
-            perceptron, layer, rest = found.groups()
-            if perceptron in depth:
-                place = "proj_in" if layer == "0" else f"layers.{int(layer) - 1}"
-                name = f"{perceptron}.{'proj_out' if int(layer) == depth[perceptron] else place}{rest}"
-        if found := re.match(r"memory_encoder\.mask_downsampler\.encoder\.([0-9]|1[01])\.(\w+)$", name):
-            block, layer = divmod(int(found[1]), 3)
-            name = f"memory_encoder.mask_downsampler.layers.{block}.{'layer_norm' if layer else 'conv'}.{found[2]}"
-        for pattern, replacement in _NAMES.items():
-            name, found_here = re.subn(f"^{pattern}", replacement, name)
-            if found_here:
-                break
-        for pattern, replacement in _PARTS.items():
-            name = re.sub(pattern, replacement, name)
-        converted[name] = value
-    labels = [name for i in range(4) if (name := f"prompt_encoder.point_embeddings.{i}.weight") in converted]
-    if labels:
-        converted["prompt_encoder.point_embed.weight"] = torch.cat([converted.pop(name) for name in labels])
-    matrix = converted.get("prompt_encoder.shared_embedding.positional_embedding")
-    if matrix is not None:
-        converted["shared_image_embedding.positional_embedding"] = matrix
-    return converted
-
-
-def _random(size: str, image_size: int | None) -> Sam2VideoModel:
+def _random_model(size: str, image_size: int) -> SAM2Base:
     if size not in SIZES:
         raise ValueError(f"random weights are of a size: model must be one of {', '.join(SIZES)}, got {size!r}")
-    with torch.random.fork_rng(devices=()):  # the caller's own random numbers stay what they would have been
+    with torch.random.fork_rng(devices=()):  # the caller's random numbers do not change
         torch.manual_seed(0)
-        made = new(size, image_size=IMAGE_SIZE if image_size is None else image_size)
-    with torch.no_grad():  # else the model says of every object on every frame that it is not there
-        made.mask_decoder.pred_obj_score_head.proj_out.bias += 1
-    made.has_random_weights = True
-    return made
-
-
-def _meta(path: Path, image_size: int | None) -> Sam2VideoModel:
-    state = weights.read(path, "model")
-    if "vision_encoder.backbone.pos_embed" in state:
-        raise ValueError(f"{path} holds the tensors of transformers' model: pass the folder that its {_CONFIG} is in")
-    try:
-        size, version = recognise(state)
-    except ValueError as error:
-        raise ValueError(f"{path} is {error}") from None
-    side = IMAGE_SIZE if image_size is None else image_size
-    model, converted = new(size, version, image_size=side), from_meta(state)
-    if complaint := weights.complaint(model.state_dict(), converted):
-        raise ValueError(f"{path} does not fit SAM {version} {size}: {complaint}")
-    model.load_state_dict(converted)
+        model = new(size, image_size=image_size)
+    with torch.no_grad():  # random weights would say of every object that it is not in the frame
+        last: nn.Linear = model.sam_mask_decoder.pred_obj_score_head.layers[-1]  # type: ignore[assignment]
+        last.bias.add_(1)
+    model.has_random_weights = True
     return model
 
 
-def _folder(folder: Path, image_size: int | None) -> Sam2VideoModel:
+def _from_meta(path: Path, image_size: int) -> SAM2Base:
+    state = weights.read(path, "model")
+    if any(name.startswith(TRANSFORMERS_PREFIX) for name in state):
+        raise ValueError(f"{path} holds the tensors of transformers' model: pass the folder that its {_CONFIG} is in")
+    return _load_weights(state, path, image_size)
+
+
+def _from_transformers(folder: Path, image_size: int | None) -> SAM2Base:
     for name in (_CONFIG, _TENSORS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"there is no {name} in {folder}")
     try:
-        content, _ = Sam2VideoConfig.get_config_dict(folder)
-        if content.get("model_type") != Sam2VideoConfig.model_type:
-            raise ValueError(f"its model_type is {content.get('model_type')!r}, not {Sam2VideoConfig.model_type!r}")
-        config = Sam2VideoConfig.from_dict(content)
-    except Exception as error:  # of many types, whatever the file holds
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        if config.get("model_type") != _MODEL_TYPE:
+            raise ValueError(f"its model_type is {config.get('model_type')!r}, not {_MODEL_TYPE!r}")
+        if image_size is None:
+            image_size = check_image_size(config.get("image_size", IMAGE_SIZE))
+        settings = {name: type(default)(config.get(theirs, default)) for name, (theirs, default) in _SETTINGS.items()}
+        if not all(map(math.isfinite, settings.values())):
+            raise ValueError(f"its settings must be finite, got {settings}")
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{folder / _CONFIG} is no configuration of SAM 2: {error}") from None
-    if image_size is not None:
-        set_image_size(config, image_size)
+    model = _load_weights(from_transformers(weights.read(folder / _TENSORS)), folder / _TENSORS, image_size)
+    for name, value in settings.items():
+        setattr(model, name, value)
+    return model
+
+
+def _load_weights(state: Mapping[str, Tensor], path: Path, image_size: int) -> SAM2Base:
+    """A model with the tensors of Meta's checkpoint."""
     try:
-        model, report = Sam2VideoModel.from_pretrained(
-            folder,
-            config=config,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-        )
-    except Exception as error:  # of many types, whatever the file holds
-        raise ValueError(f"{folder / _TENSORS} is no checkpoint, or a damaged one") from error
-    wrong = {what: sorted(map(str, report[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
-    if any(wrong.values()):
-        listed = "; ".join(f"{len(names)} {what} ({weights.shown(names)})" for what, names in wrong.items() if names)
-        raise ValueError(f"{folder} does not fit SAM 2's video model: {listed}")
-    return lightened(model)
+        size, version = recognize(state)
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from None
+    model = new(size, version, image_size=image_size)
+    if complaint := weights.complaint(model.state_dict(), state):
+        raise ValueError(f"{path} does not fit SAM {version} {size}: {complaint}")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # tensors without values, or sparse or quantized ones
+        raise ValueError(f"{path} has tensors that SAM {version} {size} cannot take: {error}") from None
+    return model
 
 
-def _fetched(name: str) -> Path:
+def _fetch(name: str) -> Path:
     """The hub's folder of that name in its own cache."""
     try:
-        # Whether the hub is there at all, which its own functions ask several times, and patiently.
+        # Fails quickly where the hub cannot be reached: its own functions retry for long.
         with suppress(HTTPError):
             weights.ask(hf_hub_url(name, _CONFIG)).close()
         folder = snapshot_download(name, allow_patterns=[_CONFIG, _TENSORS])
     except (OSError, ValueError) as error:  # ValueError: no name of a repository
-        try:  # what was fetched before
+        try:  # files that were fetched before
             return Path(snapshot_download(name, allow_patterns=[_CONFIG, _TENSORS], local_files_only=True))
         except (OSError, ValueError):
             pass

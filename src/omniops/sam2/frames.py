@@ -1,11 +1,12 @@
 """The frames of a video file, of a folder of pictures or of an animation, decoded when they are asked for.
 
-As the official package reads them for the network: pictures resized by PIL's default filter, a video's frames resized
-by swscale's bicubic filter on their way to RGB. decord, which the official package reads videos with, resizes by that
-filter too, but brings an FFmpeg of its own: single pixels may differ by a few steps of 255.
+They are resized for the network as in the official package: pictures by PIL's default filter, a video's frames by
+swscale's bicubic filter during their conversion to RGB. The official package reads videos with decord, which has that
+filter too, but another FFmpeg: pixels may differ by a few steps of 255.
 
-What differs: any video that FFmpeg reads; any pictures that PIL reads, turned as their EXIF data say; names sorted as
-people count, numbers or not; and never more than 256 MiB of decoded frames in memory.
+What differs: the video may be any that FFmpeg reads, and pictures any that PIL reads, rotated as their EXIF data say;
+file names need not be numbers, and are sorted with numbers by their value; and at most 256 MiB of decoded frames are in
+memory.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omniops.sam2 import picture_files
-from omniops.sam2.picture_sequences import Animation, Folder, FrameError, IncompleteVideoWarning
-from omniops.sam2.video_file import Colour, VideoFile
+from omniops.sam2.animation import Animation
+from omniops.sam2.frame_reader import Colour, FrameError, FrameReader, IncompleteVideoWarning
+from omniops.sam2.picture_folder import PictureFolder
+from omniops.sam2.video_file import VideoFile
 
 __all__ = ["Colour", "FrameError", "Frames", "IncompleteVideoWarning"]
 
@@ -29,7 +32,7 @@ __all__ = ["Colour", "FrameError", "Frames", "IncompleteVideoWarning"]
 class Frames:
     """The frames of a video.
 
-    ``len(frames)``, iteration, and ``frames[i]``, from 0 or backwards from -1: RGB, uint8, (H, W, 3), turned as the
+    ``len(frames)``, iteration, and ``frames[i]``, from 0 or backwards from -1: RGB, uint8, (H, W, 3), rotated as the
     video's metadata say. Several threads may use it.
 
     Args:
@@ -54,7 +57,7 @@ class Frames:
     times: Sequence[float] | None
     """When each frame is shown, in seconds after the first; None of a folder, of pages and of one picture."""
     time_base: Fraction | None
-    """The seconds of which the times are multiples, before some were counted from the first; None as ``times``."""
+    """Seconds of which the file's own times are multiples; None as ``times``."""
     sample_aspect_ratio: Fraction
     """Width of a pixel as it is shown, divided by its height."""
     colour: Colour | None
@@ -67,42 +70,42 @@ class Frames:
             raise TypeError(f"path must be the path of a video or a folder, got {type(path).__name__}") from None
         if not self.path.exists():
             raise FileNotFoundError(f"there is no video at {self.path}")
-        self._source = _opened(self.path)
-        self.height, self.width = self._source.height, self._source.width
-        self.fps, self.times, self.time_base = self._source.fps, self._source.times, self._source.time_base
-        self.sample_aspect_ratio, self.colour = self._source.sample_aspect_ratio, self._source.colour
+        self._reader = _open_reader(self.path)
+        self.height, self.width = self._reader.height, self._reader.width
+        self.fps, self.times, self.time_base = self._reader.fps, self._reader.times, self._reader.time_base
+        self.sample_aspect_ratio, self.colour = self._reader.sample_aspect_ratio, self._reader.colour
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._reader)
 
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
-        return self._source.frame(self._index(index))
+        return self._reader.frame(self._index(index))
 
     def __iter__(self) -> Iterator[NDArray[np.uint8]]:
         return (self[i] for i in range(len(self)))
 
-    def resized(self, index: int, side: int) -> NDArray[np.uint8]:
-        """A frame for the network: (side, side, 3), as the official package resizes it."""
-        return self._source.resized(self._index(index), side)
+    def resized(self, index: int, image_size: int) -> NDArray[np.uint8]:
+        """A frame for the network: (S, S, 3), as the official package resizes it."""
+        return self._reader.resized(self._index(index), image_size)
 
     @property
     def nbytes(self) -> int:
         """Bytes of decoded frames that are in memory now."""
-        return self._source.nbytes
+        return self._reader.nbytes
 
     def _index(self, index: int) -> int:
         count = len(self)
-        at = operator.index(index)
-        if not -count <= at < count:
-            raise IndexError(f"frame {at} of {self.path}, which has {count}")
-        return at % count
+        index = operator.index(index)
+        if not -count <= index < count:
+            raise IndexError(f"frame {index} of {self.path}, which has {count}")
+        return index % count
 
 
-def _opened(path: Path) -> Folder | Animation | VideoFile:
+def _open_reader(path: Path) -> FrameReader:
     if path.is_dir():
-        return Folder(path)
+        return PictureFolder(path)
     try:
-        is_picture = picture_files.has_pictures_signature(path)
+        is_picture = picture_files.has_picture_signature(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     return Animation(path) if is_picture else VideoFile(path)

@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from transformers import Sam2VideoModel
 
 from omniops import device as devices
 from omniops import fill_holes, remove_small_components
-from omniops.sam2 import network
+from omniops.sam2.arguments import check_upsampling
 from omniops.sam2.checkpoints import Pretrained, require_model
-from omniops.sam2.pictures import as_rgb, planes, resized
+from omniops.sam2.modeling.mask_decoder import Masks
+from omniops.sam2.modeling.sam2 import LARGEST_LOGIT, ImageFeatures, SAM2Base, normalize
+from omniops.sam2.prompts import ImagePrompts, check_image_prompts
+from omniops.sam2.transforms import resize, to_rgb, to_tensor
 from omniops.sam2.upsampling import guided
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 Predicted = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 
-_FILLED = 10.0
+_MENDED_LOGIT = 10.0
+"""How far pixels of holes are put above the threshold, and pixels of specks below it, as in the official package."""
 
 
 class SAM2ImagePredictor(Pretrained):
@@ -45,11 +48,18 @@ class SAM2ImagePredictor(Pretrained):
     Raises:
         TypeError: where ``sam_model`` is something else.
         ValueError: for another way of upsampling.
+
+    Example:
+        >>> predictor = SAM2ImagePredictor(omniops.sam2.load("tiny", random_weights=True, image_size=64))
+        >>> predictor.set_image(np.zeros((48, 64, 3), np.uint8))
+        >>> masks, scores, logits = predictor.predict(point_coords=[[32, 24]], point_labels=[1])
+        >>> masks.shape, scores.shape
+        ((3, 48, 64), (3,))
     """
 
     def __init__(
         self,
-        sam_model: Sam2VideoModel,
+        sam_model: SAM2Base,
         mask_threshold: float = 0.0,
         max_hole_area: float = 0.0,
         max_sprinkle_area: float = 0.0,
@@ -57,13 +67,11 @@ class SAM2ImagePredictor(Pretrained):
         upsampling: str = "bilinear",
     ) -> None:
         require_model(sam_model, "sam_model")
-        if upsampling not in ("bilinear", "guided"):
-            raise ValueError(f"upsampling must be bilinear or guided, got {upsampling!r}")
         self.model = sam_model
         self.mask_threshold = mask_threshold
         self.max_hole_area = max_hole_area
         self.max_sprinkle_area = max_sprinkle_area
-        self.upsampling = upsampling
+        self.upsampling = check_upsampling(upsampling)
         self.reset_predictor()
 
     @property
@@ -73,8 +81,8 @@ class SAM2ImagePredictor(Pretrained):
 
     def reset_predictor(self) -> None:
         """Forget the picture."""
-        self._features: network.Features | None = None
-        self._sizes: list[tuple[int, int]] = []
+        self._features: ImageFeatures | None = None
+        self._orig_hw: list[tuple[int, int]] = []
         self._guides: list[Tensor] = []
         self._is_batch = False
 
@@ -94,7 +102,14 @@ class SAM2ImagePredictor(Pretrained):
 
     @devices.exclusively
     def set_image_batch(self, image_list: Sequence[NDArray[Any] | Image]) -> None:
-        """Encode pictures, of any sizes, for ``predict_batch``; each as in ``set_image``."""
+        """Encode pictures, of any sizes, for ``predict_batch``.
+
+        Args:
+            image_list: pictures as ``set_image`` takes them.
+
+        Raises:
+            TypeError, ValueError: as ``set_image``, and for anything else than a list of one picture or more.
+        """
         if not isinstance(image_list, (list, tuple)):
             raise TypeError(f"image_list must be a list of pictures, got {type(image_list).__name__}")
         if not image_list:
@@ -114,7 +129,7 @@ class SAM2ImagePredictor(Pretrained):
     ) -> Predicted:
         """The masks of a prompt, or of B prompts at once.
 
-        As the official predictor, it takes places outside of the picture, and no prompt at all: then the masks are of
+        As the official predictor, it takes points outside of the picture, and no prompt at all: then the masks are of
         what the model finds first.
 
         Args:
@@ -141,8 +156,9 @@ class SAM2ImagePredictor(Pretrained):
             raise RuntimeError(
                 "pictures were set by set_image_batch: call predict_batch(...), or set_image(...) before"
             )
-        prompts = self._prompts(0, normalize_coords, point_coords, point_labels, box, mask_input)
-        return self._arrays(0, prompts, multimask_output, return_logits)
+        return self._predict(
+            0, (point_coords, point_labels, box, mask_input), multimask_output, return_logits, normalize_coords
+        )
 
     @devices.exclusively
     def predict_batch(
@@ -158,150 +174,121 @@ class SAM2ImagePredictor(Pretrained):
         """``predict`` for each picture of ``set_image_batch``, with a list of each result."""
         if self._features is None or not self._is_batch:
             raise RuntimeError("no pictures are set: call set_image_batch(...) before predict_batch(...)")
-        count = len(self._sizes)
-        given: dict[str, Sequence[ArrayLike | None] | None] = {
+        count = len(self._orig_hw)
+        batches: dict[str, Sequence[ArrayLike | None] | None] = {
             "point_coords_batch": point_coords_batch,
             "point_labels_batch": point_labels_batch,
             "box_batch": box_batch,
             "mask_input_batch": mask_input_batch,
         }
-        for name, batch in given.items():
+        for name, batch in batches.items():
             if batch is not None and len(batch) != count:
                 raise ValueError(f"{name} must have one entry for each of {count} pictures, got {len(batch)}")
         results = []
         for i in range(count):
-            each = [None if batch is None else batch[i] for batch in given.values()]
-            prompts = self._prompts(i, normalize_coords, *each)
-            results.append(self._arrays(i, prompts, multimask_output, return_logits))
+            prompts = tuple(None if batch is None else batch[i] for batch in batches.values())
+            results.append(self._predict(i, prompts, multimask_output, return_logits, normalize_coords))
         masks, scores, logits = zip(*results, strict=True)
         return list(masks), list(scores), list(logits)
 
     @devices.exclusively
     def get_image_embedding(self) -> Tensor:
-        """(N, 256, 64, 64), what the encoder makes of the N pictures that are set."""
+        """(N, 256, 64, 64), the image embeddings of the N pictures that are set."""
         if self._features is None:
             raise RuntimeError("no picture is set: call set_image(...) before get_image_embedding()")
-        return self._features.embedding.clone()  # which autograd takes, as it does not what inference mode made
+        return self._features.image_embed.clone()  # autograd refuses tensors of inference mode, and takes their copies
+
+    @devices.exclusively
+    def predict_low_res_masks(self, prompts: ImagePrompts, *, multimask_output: bool = True, img_idx: int = 0) -> Masks:
+        """``predict`` for checked prompts, up to the masks of low resolution: what the mask generator batches.
+
+        Args:
+            prompts: on the device.
+            multimask_output: as in ``predict``.
+            img_idx: of the picture, where several are set.
+
+        Returns:
+            low_res_masks (B, M, 256, 256), logits; ious (B, M); object_score_logits and tokens; all in float32.
+
+        Raises:
+            RuntimeError: where no picture is set.
+        """
+        if self._features is None:
+            raise RuntimeError("no picture is set: call set_image(...) before predict_low_res_masks(...)")
+        features = self._features.of(img_idx)
+        with torch.inference_mode(), self.model.autocast():
+            masks = self.model.run(
+                self.model.predict_masks, features, features.image_embed, *prompts, multimask_output=multimask_output
+            )
+        return Masks(*(tensor.float() for tensor in masks))
+
+    @devices.exclusively
+    def postprocess_masks(self, low_res_masks: Tensor, *, img_idx: int = 0) -> Tensor:
+        """(B, M, 256, 256) -> (B, M, H, W), small holes filled and specks removed before; as the official transforms.
+
+        Args:
+            low_res_masks: logits, of ``predict_low_res_masks``.
+            img_idx: of the picture, where several are set.
+        """
+        with torch.inference_mode():
+            logits = self._mend(low_res_masks)
+            if self.upsampling == "guided":
+                return guided(logits, self._guides[img_idx], self._orig_hw[img_idx])
+            return F.interpolate(logits, self._orig_hw[img_idx], mode="bilinear", align_corners=False)
 
     def _encode(self, images: Sequence[NDArray[Any] | Image], *, is_batch: bool) -> None:
         self.reset_predictor()
-        pictures = [as_rgb(image) for image in images]
+        pictures = [to_rgb(image) for image in images]
         side = self.model.image_size
-        with torch.inference_mode(), network.precision(self.model):
-            pixels = torch.stack([resized(picture, side, self.device) for picture in pictures])
-            features = network.encode(self.model, network.normalised(pixels))
-            self._features = features._replace(embedding=network.without_memory(self.model, features.embedding))
-        self._sizes = [picture.shape[:2] for picture in pictures]
+        with torch.inference_mode(), self.model.autocast():
+            pixels = torch.stack([resize(picture, side, self.device) for picture in pictures])
+            features = self.model.run(self.model.forward_image, normalize(pixels))
+            self._features = features._replace(image_embed=self.model.add_no_mem_embed(features.image_embed))
+        self._orig_hw = [picture.shape[:2] for picture in pictures]
         if self.upsampling == "guided":
-            self._guides = [planes(picture, self.device) for picture in pictures]
+            self._guides = [to_tensor(picture, self.device) for picture in pictures]
         self._is_batch = is_batch
-
-    def _prompts(
-        self,
-        image: int,
-        normalize_coords: bool,
-        point_coords: ArrayLike | None,
-        point_labels: ArrayLike | None,
-        box: ArrayLike | None,
-        mask_input: ArrayLike | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Points (B, P, 2) in the resized picture, their labels (B, P), and a mask (B, 1, 256, 256)."""
-        height, width = self._sizes[image] if normalize_coords else (1, 1)
-        scale = self.model.image_size / torch.tensor([width, height], dtype=torch.float32)
-        points, labels = [], []
-        if (point_coords is None) != (point_labels is None):
-            raise ValueError("point_coords and point_labels must be given together")
-        if box is not None:
-            corners = torch.as_tensor(box, dtype=torch.float32).cpu()
-            if corners.dim() not in (1, 2) or corners.shape[-1] != 4:
-                raise ValueError(f"box must be (4) or (B, 4), got {tuple(corners.shape)}")
-            corners = corners.reshape(-1, 2, 2)
-            if not (corners[:, 0] <= corners[:, 1]).all():
-                raise ValueError(
-                    f"box must be x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, got {corners.flatten(1).tolist()}"
-                )
-            points.append(corners)
-            labels.append(torch.tensor([[2, 3]]).expand(len(corners), 2))
-        if point_coords is not None:
-            coordinates = torch.as_tensor(point_coords, dtype=torch.float32).cpu()
-            signs = torch.as_tensor(point_labels, dtype=torch.int64).cpu()
-            if coordinates.dim() not in (2, 3) or coordinates.shape[-1] != 2:
-                raise ValueError(f"point_coords must be (P, 2) or (B, P, 2), got {tuple(coordinates.shape)}")
-            if signs.shape != coordinates.shape[:-1]:
-                raise ValueError(
-                    f"point_labels must be {tuple(coordinates.shape[:-1])} as point_coords say, got "
-                    f"{tuple(signs.shape)}"
-                )
-            if not torch.isin(signs, torch.tensor([-1, 0, 1, 2, 3])).all():
-                raise ValueError(f"point_labels must be 1 (object) or 0 (not), got {signs.unique().tolist()}")
-            points.append(coordinates if coordinates.dim() == 3 else coordinates[None])
-            labels.append(signs if signs.dim() == 2 else signs[None])
-        mask = None
-        side = self.model.image_size // 4
-        if mask_input is not None:
-            mask = torch.as_tensor(mask_input, dtype=torch.float32)
-            mask = mask[None] if mask.dim() == 3 else mask
-            if mask.dim() != 4 or mask.shape[1:] != (1, side, side):
-                raise ValueError(
-                    f"mask_input must be (1, {side}, {side}) or (B, 1, {side}, {side}), got {tuple(mask.shape)}"
-                )
-        counts = {len(each) for each in (*points, *([] if mask is None else [mask]))}
-        if len(counts) > 1:
-            raise ValueError(f"point_coords, box and mask_input must be of one number of prompts, got {sorted(counts)}")
-        if 0 in counts:
-            raise ValueError("point_coords, box and mask_input must hold a prompt or more, got none")
-        if mask is not None:
-            if not mask.isfinite().all():
-                raise ValueError("mask_input must be finite")
-            mask = mask.to(self.device)
-        if not points:
-            return None, None, mask
-        where = torch.cat(points, dim=1)
-        if not where.isfinite().all():
-            raise ValueError("point_coords and box must be finite")
-        return (where * scale).to(self.device), torch.cat(labels, dim=1).to(self.device), mask
 
     def _predict(
         self,
-        image: int,
-        prompts: tuple[Tensor | None, Tensor | None, Tensor | None],
-        multimask_output: bool,
-    ) -> network.Masks:
-        """The low-resolution masks of prompts in the resized picture, in float32."""
-        assert self._features is not None
-        features = self._features.of(image)
-        with torch.inference_mode(), network.precision(self.model):
-            masks = network.decode(self.model, features, features.embedding, *prompts, multimask=multimask_output)
-        return network.Masks(*(each.float() for each in masks))
-
-    def _upsampled(self, image: int, logits: Tensor) -> Tensor:
-        """(B, M, 256, 256) -> (B, M, H, W), small holes and specks mended before."""
-        with torch.inference_mode():
-            mask = logits > self.mask_threshold
-            if self.max_hole_area > 0:
-                filled = fill_holes(logits - self.mask_threshold, int(self.max_hole_area)) > 0
-                logits = torch.where(filled & (logits <= self.mask_threshold), self.mask_threshold + _FILLED, logits)
-            if self.max_sprinkle_area > 0:
-                # As it was before holes were filled, one of which may lie in a speck.
-                kept = remove_small_components(mask, int(self.max_sprinkle_area) + 1)
-                logits = torch.where(mask & ~kept, self.mask_threshold - _FILLED, logits)
-            if self.upsampling == "guided":
-                return guided(logits, self._guides[image], self._sizes[image])
-            return F.interpolate(logits, self._sizes[image], mode="bilinear", align_corners=False)
-
-    def _arrays(
-        self,
-        image: int,
-        prompts: tuple[Tensor | None, Tensor | None, Tensor | None],
+        img_idx: int,
+        prompts: tuple[ArrayLike | None, ...],
         multimask_output: bool,
         return_logits: bool,
+        normalize_coords: bool,
     ) -> Predicted:
-        low = self._predict(image, prompts, multimask_output)
-        masks = self._upsampled(image, low.logits)
+        """``predict`` for one of the pictures that are set."""
+        size = self._orig_hw[img_idx] if normalize_coords else (1, 1)
+        image_prompts = check_image_prompts(*prompts, size=size, image_size=self.model.image_size)
+        predicted = self.predict_low_res_masks(
+            image_prompts.to(self.device), multimask_output=multimask_output, img_idx=img_idx
+        )
+        masks = self.postprocess_masks(predicted.low_res_masks, img_idx=img_idx)
         if not return_logits:
             masks = masks > self.mask_threshold
-        each = (masks, low.scores, low.logits.clamp(-network.LARGEST_LOGIT, network.LARGEST_LOGIT))
-        one = len(low.scores) == 1
-        arrays = ((value[0] if one else value).cpu().numpy() for value in each)  # masks as bytes, a quarter of float32
-        masks_found, scores, logits = (array.astype(np.float32, copy=False) for array in arrays)
-        return masks_found, scores, logits
+        logits = predicted.low_res_masks.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+        return (
+            _to_array(masks),
+            _to_array(predicted.ious),
+            _to_array(logits),
+        )
+
+    def _mend(self, logits: Tensor) -> Tensor:
+        """The logits with small holes above the threshold, and small specks below it."""
+        mask = logits > self.mask_threshold
+        if self.max_hole_area > 0:
+            filled = fill_holes(logits - self.mask_threshold, int(self.max_hole_area)) > 0
+            holes = filled & (logits <= self.mask_threshold)
+            logits = torch.where(holes, self.mask_threshold + _MENDED_LOGIT, logits)
+        if self.max_sprinkle_area > 0:
+            # Of the mask before holes were filled: a speck may have a hole.
+            kept = remove_small_components(mask, int(self.max_sprinkle_area) + 1)
+            logits = torch.where(mask & ~kept, self.mask_threshold - _MENDED_LOGIT, logits)
+        return logits
+
+
+def _to_array(values: Tensor) -> NDArray[np.float32]:
+    """Float32 on the CPU, without the first dimension where there is one prompt."""
+    values = values[0] if len(values) == 1 else values
+    # Converted after the copy: bool masks are a quarter of the bytes of float32.
+    return values.cpu().numpy().astype(np.float32, copy=False)

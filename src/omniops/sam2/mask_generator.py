@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from transformers import Sam2VideoModel
 
 from omniops import device as devices
 from omniops.sam2 import rle
-from omniops.sam2.arguments import an_int
+from omniops.sam2.arguments import check_int
 from omniops.sam2.checkpoints import Pretrained
 from omniops.sam2.image_predictor import SAM2ImagePredictor
-from omniops.sam2.network import LARGEST_LOGIT, Masks
-from omniops.sam2.pictures import as_rgb
+from omniops.sam2.modeling.mask_decoder import Masks
+from omniops.sam2.modeling.sam2 import LARGEST_LOGIT, SAM2Base
+from omniops.sam2.prompts import ImagePrompts
+from omniops.sam2.transforms import to_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,20 +28,23 @@ if TYPE_CHECKING:
 Box = tuple[int, int, int, int]
 """x0, y0, x1, y1"""
 
-_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
-_EDGE = 20
+_OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
+_EDGE_TOLERANCE = 20
 """How near to the edge of its crop, in pixels, a mask counts as cut off by it."""
-_CHUNK = 2**25
-"""Bytes of logits at the size of the picture. More than C libraries keep ready for reuse is slower on the CPU."""
+MAX_CHUNK_BYTES = 2**25
+"""Of logits at the size of the picture. More than C libraries keep ready for reuse is slower on the CPU."""
 
 
-class _Found(NamedTuple):
-    runs: rle.Runs
+class _Mask(NamedTuple):
+    """A mask that may be among the results."""
+
+    counts: rle.Counts
     box: Box
-    crop: Box
-    score: float
-    stability: float
+    crop_box: Box
+    iou_pred: float
+    stability_score: float
     point: list[float]
+    """x, y in the picture."""
 
 
 class SAM2AutomaticMaskGenerator(Pretrained):
@@ -48,15 +52,15 @@ class SAM2AutomaticMaskGenerator(Pretrained):
 
     Args:
         model: of ``omniops.sam2.load`` or ``build_sam2``.
-        points_per_side: the points along a side of the grid, of which there are the square; None with ``point_grids``.
-        points_per_batch: the points that the model is given at once. More may be faster and need more memory.
+        points_per_side: how many points a side of the grid has; None with ``point_grids``.
+        points_per_batch: how many points the model takes as one batch. More may be faster and need more memory.
         pred_iou_thresh: a mask must have more than this IoU, as the model expects it; 0 for no such condition.
         stability_score_thresh: a mask must have at least this stability: the IoU of what is above and of what is below
             ``mask_threshold`` by ``stability_score_offset``; 0 for no such condition.
-        stability_score_offset: see there.
+        stability_score_offset: the difference of logits that ``stability_score_thresh`` means.
         mask_threshold: the logit above which a pixel belongs to a mask.
         box_nms_thresh: of two masks whose boxes have more than this IoU, the one with the better score stays.
-        crop_n_layers: how many times the picture is cut up too, into 4 crops, 16, ..., each prompted with a grid.
+        crop_n_layers: how many layers of crops are prompted too, 4 crops, 16, ..., with a grid in every crop.
         crop_nms_thresh: ``box_nms_thresh`` for masks of different crops, where that of the smaller crop stays.
         crop_overlap_ratio: how much of the shorter side of the picture two of the 4 crops share; half of it of the 16,
             and so on. From 0 to below 1.
@@ -67,18 +71,26 @@ class SAM2AutomaticMaskGenerator(Pretrained):
         min_mask_region_area: holes and specks up to that many pixels of the low-resolution mask (a quarter of the
             resized picture) are mended, as ``max_hole_area`` and ``max_sprinkle_area`` of ``SAM2ImagePredictor``.
         output_mode: what ``segmentation`` is: ``binary_mask``, ``uncompressed_rle`` or ``coco_rle``.
-        use_m2m: every mask is once more given to the model, to be refined, before any is left out.
+        use_m2m: every mask is refined by the model, as a prompt, before any is left out.
         multimask_output: three masks of each point, else one.
 
     Raises:
         TypeError: for a wrong type.
         ValueError: for another number, unless exactly one of ``points_per_side`` and ``point_grids`` is given, or for
             grids that are not points in the crop or too few.
+
+    Example:
+        >>> model = omniops.sam2.load("tiny", random_weights=True, image_size=64)
+        >>> every_mask = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}  # random weights find nothing good
+        >>> generator = SAM2AutomaticMaskGenerator(model, points_per_side=2, **every_mask)
+        >>> found = generator.generate(np.zeros((48, 64, 3), np.uint8))
+        >>> found[0]["segmentation"].shape
+        (48, 64)
     """
 
     def __init__(
         self,
-        model: Sam2VideoModel,
+        model: SAM2Base,
         points_per_side: int | None = 32,
         points_per_batch: int = 64,
         pred_iou_thresh: float = 0.8,
@@ -97,25 +109,25 @@ class SAM2AutomaticMaskGenerator(Pretrained):
         multimask_output: bool = True,
     ) -> None:
         if (points_per_side is None) == (point_grids is None):
-            given = "both" if point_grids is not None else "neither"
+            given_arguments = "both" if point_grids is not None else "neither"
             raise ValueError(
-                f"exactly one of points_per_side and point_grids must be given, got {given}: "
+                f"exactly one of points_per_side and point_grids must be given, got {given_arguments}: "
                 "with point_grids pass points_per_side=None"
             )
-        if output_mode not in _MODES:
-            raise ValueError(f"output_mode must be one of {', '.join(_MODES)}, got {output_mode!r}")
-        points_per_batch = _a_count("points_per_batch", points_per_batch)
-        crop_n_layers = an_int("crop_n_layers", crop_n_layers)
+        if output_mode not in _OUTPUT_MODES:
+            raise ValueError(f"output_mode must be one of {', '.join(_OUTPUT_MODES)}, got {output_mode!r}")
+        points_per_batch = _check_at_least_1("points_per_batch", points_per_batch)
+        crop_n_layers = check_int("crop_n_layers", crop_n_layers)
         for name, value in (("crop_n_layers", crop_n_layers), ("min_mask_region_area", min_mask_region_area)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if not 0 <= crop_overlap_ratio < 1:
             raise ValueError(f"crop_overlap_ratio must be from 0 to below 1, got {crop_overlap_ratio}")
         if point_grids is not None:
-            self.point_grids = _checked(point_grids, crop_n_layers + 1)
+            self.point_grids = _check_point_grids(point_grids, crop_n_layers + 1)
         else:
-            per_side = _a_count("points_per_side", points_per_side)
-            self.point_grids = _grids(per_side, crop_n_layers, crop_n_points_downscale_factor)
+            per_side = _check_at_least_1("points_per_side", points_per_side)
+            self.point_grids = _build_point_grids(per_side, crop_n_layers, crop_n_points_downscale_factor)
         self.predictor = SAM2ImagePredictor(
             model, max_hole_area=min_mask_region_area, max_sprinkle_area=min_mask_region_area
         )
@@ -149,7 +161,7 @@ class SAM2AutomaticMaskGenerator(Pretrained):
             progress: called after each batch with the number of points that are done, and of all.
 
         Returns:
-            For each mask, those that are surest first, of one crop after the other where there are no others:
+            For each mask, in descending order of ``predicted_iou``, but those of smaller crops first:
 
             - ``segmentation``: (H, W) in bool; or ``{"size": [H, W], "counts": ...}``, a list of runs or COCO's string
             - ``area``: its pixels
@@ -182,92 +194,107 @@ class SAM2AutomaticMaskGenerator(Pretrained):
         Returns:
             the masks, as the value of its StopIteration.
         """
-        picture = as_rgb(image)
+        picture = to_rgb(image)
         height, width = picture.shape[:2]
-        crops = list(_crops(height, width, self.crop_n_layers, self.crop_overlap_ratio))
+        crops = list(_generate_crop_boxes(height, width, self.crop_n_layers, self.crop_overlap_ratio))
         done, total = 0, sum(len(self.point_grids[layer]) for _, layer in crops)
-        found: list[_Found] = []
-        for crop, layer in crops:
-            x0, y0, x1, y1 = crop
+        masks: list[_Mask] = []
+        for crop_box, layer in crops:
+            x0, y0, x1, y1 = crop_box
             self.predictor.set_image(picture[y0:y1, x0:x1])
             points = torch.from_numpy(self.point_grids[layer] * (x1 - x0, y1 - y0)).float()
-            here: list[_Found] = []
+            crop_masks: list[_Mask] = []
             for batch in points.split(self.points_per_batch):
-                here += self._of(batch, crop, (height, width))
+                crop_masks += self._process_batch(batch, crop_box, (height, width))
                 done += len(batch)
                 yield done, total
-            found += _best(here, torch.tensor([each.score for each in here]), self.box_nms_thresh)
+            iou_preds = torch.tensor([mask.iou_pred for mask in crop_masks])
+            masks += _suppress(crop_masks, iou_preds, self.box_nms_thresh)
         self.predictor.reset_predictor()
         if len(crops) > 1:
-            found = _best(found, 1 / torch.tensor([_area(each.crop) for each in found]), self.crop_nms_thresh)
-        return [self._record(each, height, width) for each in found]
+            # Those of smaller crops are preferred.
+            areas = torch.tensor([_box_area(mask.crop_box) for mask in masks])
+            masks = _suppress(masks, 1 / areas, self.crop_nms_thresh)
+        return [self._to_record(mask, height, width) for mask in masks]
 
     @devices.exclusively
-    def _of(self, points: Tensor, crop: Box, size: tuple[int, int]) -> list[_Found]:
-        """The masks of (B, 2) points in the crop that are good enough."""
-        x0, y0, x1, y1 = crop
-        low = self._predict(points, crop, None, self.multimask_output)
-        points = points.repeat_interleave(low.scores.shape[1], 0)
-        logits, scores = low.logits.flatten(0, 1), low.scores.flatten()
+    def _process_batch(self, points: Tensor, crop_box: Box, orig_size: tuple[int, int]) -> list[_Mask]:
+        """The masks of (B, 2) points, in pixels of the crop, that are good enough."""
+        x0, y0, x1, y1 = crop_box
+        predicted = self._predict(points, crop_box, None, self.multimask_output)
+        points = points.repeat_interleave(predicted.ious.shape[1], 0)
+        logits, iou_preds = predicted.low_res_masks.flatten(0, 1), predicted.ious.flatten()
         if self.use_m2m:
-            prompts = logits.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)[:, None].split(self.points_per_batch)
-            each = zip(points.split(self.points_per_batch), prompts, strict=True)
-            refined = [self._predict(where, crop, prompt, False) for where, prompt in each]
-            logits = torch.cat([masks.logits for masks in refined]).flatten(0, 1)
-            scores = torch.cat([masks.scores for masks in refined]).flatten()
-        if self.pred_iou_thresh > 0:  # before masks are made of the size of the picture: most fail
-            good = scores > self.pred_iou_thresh
-            logits, scores, points = logits[good], scores[good], points[good.cpu()]
+            logits, iou_preds = self._refine_with_m2m(points, logits, crop_box)
+        if self.pred_iou_thresh > 0:  # before masks are resized, because most fail
+            keep = iou_preds > self.pred_iou_thresh
+            logits, iou_preds, points = logits[keep], iou_preds[keep], points[keep.cpu()]
         if not len(logits):  # which MPS may fail to resize (pytorch issue 187399)
             return []
 
-        found = []
-        chunk = max(1, _CHUNK // (4 * (x1 - x0) * (y1 - y0)))
-        for some, score, point in zip(logits.split(chunk), scores.split(chunk), points.split(chunk), strict=True):
-            masks, stability, kept = self._stable(self.predictor._upsampled(0, some[:, None])[:, 0])
-            runs = rle.runs(masks, (x0, y0), size)
-            rest = (score[kept].tolist(), stability.tolist(), (point + point.new_tensor([x0, y0]))[kept.cpu()].tolist())
-            for counts, *values in zip(runs, *rest, strict=True):
-                box = rle.box(counts, size[0]) or (x0, y0, x0, y0)
-                if not _is_cut_off(box, crop, size):
-                    found.append(_Found(counts, box, crop, *values))
-        return found
+        masks = []
+        chunk = max(1, MAX_CHUNK_BYTES // (4 * (x1 - x0) * (y1 - y0)))
+        chunks = zip(logits.split(chunk), iou_preds.split(chunk), points.split(chunk), strict=True)
+        for chunk_logits, chunk_ious, chunk_points in chunks:
+            upsampled = self.predictor.postprocess_masks(chunk_logits[:, None])[:, 0]
+            binary, stability_scores, keep = self._filter_stable(upsampled)
+            of_masks = zip(
+                rle.count_runs(binary, (x0, y0), orig_size),
+                chunk_ious[keep].tolist(),
+                stability_scores.tolist(),
+                (chunk_points + chunk_points.new_tensor([x0, y0]))[keep.cpu()].tolist(),
+                strict=True,
+            )
+            for counts, *values in of_masks:
+                box = rle.box(counts, orig_size[0]) or (x0, y0, x0, y0)
+                if not _is_box_near_crop_edge(box, crop_box, orig_size):
+                    masks.append(_Mask(counts, box, crop_box, *values))
+        return masks
 
-    def _predict(self, points: Tensor, crop: Box, masks: Tensor | None, multimask: bool) -> Masks:
-        x0, y0, x1, y1 = crop
-        side: Any = self.predictor.model.image_size  # transformers says that it might be a list
-        places = points / points.new_tensor([x1 - x0, y1 - y0]) * side
+    def _refine_with_m2m(self, points: Tensor, logits: Tensor, crop_box: Box) -> tuple[Tensor, Tensor]:
+        """The masks once more predicted, from themselves: logits (K, 256, 256), and the IoUs that the model expects."""
+        mask_inputs = logits.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)[:, None]
+        batches = zip(points.split(self.points_per_batch), mask_inputs.split(self.points_per_batch), strict=True)
+        refined = [self._predict(batch, crop_box, masks, False) for batch, masks in batches]
+        low_res_masks = torch.cat([predicted.low_res_masks for predicted in refined])
+        return low_res_masks.flatten(0, 1), torch.cat([predicted.ious for predicted in refined]).flatten()
+
+    def _predict(self, points: Tensor, crop_box: Box, mask_input: Tensor | None, multimask_output: bool) -> Masks:
+        x0, y0, x1, y1 = crop_box
+        image_size = self.predictor.model.image_size
+        coords = points / points.new_tensor([x1 - x0, y1 - y0]) * image_size
         labels = torch.ones((len(points), 1), dtype=torch.int64)
-        device = self.predictor.device
-        return self.predictor._predict(0, (places[:, None].to(device), labels.to(device), masks), multimask)
+        prompts = ImagePrompts(coords[:, None], labels, mask_input).to(self.predictor.device)
+        return self.predictor.predict_low_res_masks(prompts, multimask_output=multimask_output)
 
-    def _stable(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _filter_stable(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of (K, H, W) the masks that are stable enough and their stability; and which of the K they are."""
-        high, low = (
+        # The smaller mask lies within the larger, so that their IoU is the ratio of their areas.
+        intersections, unions = (
             (logits > self.mask_threshold + offset).sum(-1, dtype=torch.int32).sum(-1)
             for offset in (self.stability_score_offset, -self.stability_score_offset)
         )
-        stability = high / low
+        stability_scores = intersections / unions
         masks = logits > self.mask_threshold
         if self.stability_score_thresh > 0:
-            kept = stability >= self.stability_score_thresh
-            return masks[kept], stability[kept], kept
-        return masks, stability, torch.ones_like(stability, dtype=torch.bool)
+            keep = stability_scores >= self.stability_score_thresh
+            return masks[keep], stability_scores[keep], keep
+        return masks, stability_scores, torch.ones_like(stability_scores, dtype=torch.bool)
 
-    def _record(self, found: _Found, height: int, width: int) -> dict[str, Any]:
-        segmentation: Any = {"size": [height, width], "counts": found.runs.tolist()}
+    def _to_record(self, mask: _Mask, height: int, width: int) -> dict[str, Any]:
+        segmentation: Any = {"size": [height, width], "counts": mask.counts.tolist()}
         if self.output_mode == "binary_mask":
             segmentation = rle.decode(segmentation)
         elif self.output_mode == "coco_rle":
-            segmentation["counts"] = rle.compressed(found.runs)
+            segmentation["counts"] = rle.compress_counts(mask.counts)
         return {
             "segmentation": segmentation,
-            "area": rle.area(found.runs),
-            "bbox": _as_xywh(found.box),
-            "predicted_iou": found.score,
-            "point_coords": [found.point],
-            "stability_score": found.stability,
-            "crop_box": _as_xywh(found.crop),
+            "area": rle.area(mask.counts),
+            "bbox": _box_xyxy_to_xywh(mask.box),
+            "predicted_iou": mask.iou_pred,
+            "point_coords": [mask.point],
+            "stability_score": mask.stability_score,
+            "crop_box": _box_xyxy_to_xywh(mask.crop_box),
         }
 
 
@@ -290,39 +317,39 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         low = torch.maximum(boxes[best, :2], boxes[rest, :2])
         high = torch.minimum(boxes[best, 2:], boxes[rest, 2:])
         shared = (high - low).clamp(min=0).prod(1)
-        # In double, as there: next to the threshold it is another number in float. Boxes without area make NaN.
-        overlap = (shared / (areas[best] + areas[rest] - shared)).double()
-        order = rest[~(overlap > iou_threshold)]
+        # In double, as in torchvision: float rounds to another side of the threshold. Boxes without area give NaN.
+        ious = (shared / (areas[best] + areas[rest] - shared)).double()
+        order = rest[~(ious > iou_threshold)]
     return torch.stack(kept) if kept else order
 
 
-def _best(found: list[_Found], scores: Tensor, iou_threshold: float) -> list[_Found]:
-    boxes = torch.tensor([each.box for each in found], dtype=torch.float32).reshape(-1, 4)
-    kept = nms(boxes, scores, iou_threshold)
-    return [found[i] for i in kept.tolist()]
+def _suppress(masks: list[_Mask], scores: Tensor, iou_threshold: float) -> list[_Mask]:
+    """The masks that non-maximum suppression of their boxes keeps, best first."""
+    boxes = torch.tensor([mask.box for mask in masks], dtype=torch.float32).reshape(-1, 4)
+    return [masks[i] for i in nms(boxes, scores, iou_threshold).tolist()]
 
 
-def _crops(height: int, width: int, layers: int, overlap_ratio: float) -> Iterator[tuple[Box, int]]:
-    """The whole picture, then 4 crops, 16, ..., with the layer that each is of."""
+def _generate_crop_boxes(height: int, width: int, layers: int, overlap_ratio: float) -> Iterator[tuple[Box, int]]:
+    """The whole picture, then 4 crops, 16, ..., with the layer of each crop."""
     yield (0, 0, width, height), 0
     for layer in range(1, layers + 1):
         count = 2**layer
         overlap = int(overlap_ratio * min(height, width) * (2 / count))
-        w, h = (math.ceil((overlap * (count - 1) + length) / count) for length in (width, height))
+        crop_w, crop_h = (math.ceil((overlap * (count - 1) + length) / count) for length in (width, height))
         for column, row in product(range(count), repeat=2):
-            x, y = column * (w - overlap), row * (h - overlap)
-            if x < width and y < height:  # a picture of a few pixels has not that many crops
-                yield (x, y, min(x + w, width), min(y + h, height)), layer
+            x, y = column * (crop_w - overlap), row * (crop_h - overlap)
+            if x < width and y < height:  # a picture of a few pixels has fewer crops
+                yield (x, y, min(x + crop_w, width), min(y + crop_h, height)), layer
 
 
-def _a_count(name: str, value: Any) -> int:
-    count = an_int(name, value)
+def _check_at_least_1(name: str, value: Any) -> int:
+    count = check_int(name, value)
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")
     return count
 
 
-def _grids(per_side: int, layers: int, factor: float) -> list[NDArray[np.float64]]:
+def _build_point_grids(per_side: int, layers: int, factor: float) -> list[NDArray[np.float64]]:
     if not factor >= 1:
         raise ValueError(f"crop_n_points_downscale_factor must be at least 1, got {factor}")
     sides = [int(per_side / factor**layer) for layer in range(layers + 1)]
@@ -335,7 +362,7 @@ def _grids(per_side: int, layers: int, factor: float) -> list[NDArray[np.float64
     return [np.stack(np.meshgrid(line, line), -1).reshape(-1, 2) for line in lines]
 
 
-def _checked(grids: Sequence[ArrayLike], layers: int) -> list[NDArray[np.float64]]:
+def _check_point_grids(grids: Sequence[ArrayLike], layers: int) -> list[NDArray[np.float64]]:
     arrays = [np.asarray(grid, dtype=np.float64) for grid in grids]
     if len(arrays) < layers:
         raise ValueError(f"point_grids must have {layers} grids, for the picture and each layer, got {len(arrays)}")
@@ -350,16 +377,17 @@ def _checked(grids: Sequence[ArrayLike], layers: int) -> list[NDArray[np.float64
     return arrays
 
 
-def _is_cut_off(box: Box, crop: Box, size: tuple[int, int]) -> bool:
-    """Whether a box ends at an edge of its crop that is not the picture's."""
-    edges = zip(box, crop, (0, 0, size[1], size[0]), strict=True)
-    return any(abs(end - of_crop) <= _EDGE < abs(end - of_picture) for end, of_crop, of_picture in edges)
+def _is_box_near_crop_edge(box: Box, crop_box: Box, orig_size: tuple[int, int]) -> bool:
+    """Whether a box ends near an edge of its crop that is not near the picture's."""
+    height, width = orig_size
+    edges = zip(box, crop_box, (0, 0, width, height), strict=True)
+    return any(abs(x - of_crop) <= _EDGE_TOLERANCE < abs(x - of_picture) for x, of_crop, of_picture in edges)
 
 
-def _area(box: Box) -> int:
+def _box_area(box: Box) -> int:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def _as_xywh(box: Box) -> list[float]:
+def _box_xyxy_to_xywh(box: Box) -> list[float]:
     x0, y0, x1, y1 = map(float, box)
     return [x0, y0, x1 - x0, y1 - y0]

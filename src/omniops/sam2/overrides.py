@@ -1,4 +1,4 @@
-"""Hydra's overrides of the official package's configurations, as arguments of what is built here."""
+"""Hydra's overrides of the official package's configurations, as arguments of the models and predictors here."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PREDICTOR = {
     "clear_non_cond_mem_around_input": bool,
     "add_all_frames_to_correct_as_cond": bool,
 }
-"""Of the video predictor alone, whose arguments they are here."""
+"""Arguments of the video predictor, as in the official package."""
 _MEMORY = {"binarize_mask_from_pts_for_mem_enc": bool, "max_cond_frames_in_attn": int}
-"""Of every model there, without effect on pictures; arguments of the video predictor here."""
+"""Arguments of every model in the official package, without effect on pictures; of the video predictor here."""
 _BUILD = {"image_size": int, "compile_image_encoder": bool}
 _EXTRA = "sam_mask_decoder_extra_args."
 _DECODER = {
@@ -24,16 +24,16 @@ _DECODER = {
     f"{_EXTRA}dynamic_multimask_stability_delta": float,
     f"{_EXTRA}dynamic_multimask_stability_thresh": float,
 }
-_CONFIG = {
-    "sigmoid_scale_for_mem_enc": (float, "sigmoid_scale_for_mem_enc"),
-    "sigmoid_bias_for_mem_enc": (float, "sigmoid_bias_for_mem_enc"),
-    "multimask_min_pt_num": (int, "multimask_min_pt_num"),
-    "multimask_max_pt_num": (int, "multimask_max_pt_num"),
-    "max_obj_ptrs_in_encoder": (int, "max_object_pointers_in_encoder"),
+_MODEL = {
+    "sigmoid_scale_for_mem_enc": float,
+    "sigmoid_bias_for_mem_enc": float,
+    "multimask_min_pt_num": int,
+    "multimask_max_pt_num": int,
+    "max_obj_ptrs_in_encoder": int,
 }
-"""With the name in transformers' configuration."""
+"""Attributes of the model."""
 _FIXED: dict[str, tuple[Any, ...]] = {
-    # Objects are looked at one by one, there too, so that none can overlap another.
+    # The official predictor encodes the memories of one object at a time, whose masks cannot overlap.
     "non_overlap_masks_for_mem_enc": (False, True),
     "use_mask_input_as_output_without_sam": (True,),
     "directly_add_no_mem_embed": (True,),
@@ -52,19 +52,19 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "memory_temporal_stride_for_eval": (1,),
     "num_maskmem": (7,),
 }
-"""What the published configurations have, by which the model is built here: nothing else can be had."""
+"""Settings that the model here has fixed to those of the published configurations."""
 _FEAT_SIZES = ("memory_attention.layer.self_attention.feat_sizes", "memory_attention.layer.cross_attention.feat_sizes")
-"""What comes with another ``image_size``."""
+"""Settings that have to change with ``image_size``."""
 
 
 @dataclass
 class Overrides:
-    """What overrides ask for."""
+    """Overrides, by what they change."""
 
     predictor: dict[str, Any] = field(default_factory=dict)
     """Arguments of ``SAM2VideoPredictor``."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """Of transformers' configuration."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Attributes of the model."""
     decoder: dict[str, Any] = field(default_factory=dict)
     """Attributes of the mask decoder."""
     image_size: int | None = None
@@ -72,38 +72,37 @@ class Overrides:
     feat_sizes: Any = None
 
 
-def parsed(overrides: Iterable[str], *, video: bool) -> Overrides:
-    """The overrides of a video predictor or of a model for pictures; of one that is given twice the last counts.
+def parse_overrides(overrides: Iterable[str], *, video: bool) -> Overrides:
+    """The overrides of a video predictor or of a model for pictures; the last counts where one is repeated.
 
     Raises:
-        TypeError: for what is no list of str.
-        ValueError: for what is no override of the model, or one that cannot be had here, by its name.
+        TypeError: for anything else than a list of str.
+        ValueError: for anything else than an override of the model, or one that is not supported here, by its name.
     """
     if isinstance(overrides, str):
         raise TypeError(f"hydra_overrides_extra must be a list of str, got the str {overrides!r}")
     found = Overrides()
-    for each in overrides:
-        if not isinstance(each, str):
-            raise TypeError(f"hydra_overrides_extra must be a list of str, got {type(each).__name__} in it")
-        name, value = _split(each)
+    for override in overrides:
+        if not isinstance(override, str):
+            raise TypeError(f"hydra_overrides_extra must be a list of str, got {type(override).__name__} in it")
+        name, value = _split(override)
         if name in _MEMORY or (video and name in _PREDICTOR):
-            found.predictor[name] = _typed(each, value, {**_PREDICTOR, **_MEMORY}[name])
+            found.predictor[name] = _check_type(override, value, {**_PREDICTOR, **_MEMORY}[name])
         elif name in _DECODER:
-            found.decoder[name.removeprefix(_EXTRA)] = _typed(each, value, _DECODER[name])
-        elif name in _CONFIG:
-            kind, ours = _CONFIG[name]
-            found.config[ours] = _typed(each, value, kind)
+            found.decoder[name.removeprefix(_EXTRA)] = _check_type(override, value, _DECODER[name])
+        elif name in _MODEL:
+            found.model[name] = _check_type(override, value, _MODEL[name])
         elif name == "image_size":
-            found.image_size = _typed(each, value, int)
+            found.image_size = _check_type(override, value, int)
         elif name == "compile_image_encoder":
-            found.compile_encoder = _typed(each, value, bool)
+            found.compile_encoder = _check_type(override, value, bool)
         elif name in _FEAT_SIZES:
             found.feat_sizes = value
         elif name in _FIXED:
-            _require_fixed(each, value, _FIXED[name])
+            _require_fixed(override, value, _FIXED[name])
         else:
             raise ValueError(
-                f"hydra_overrides_extra cannot have {each!r} here: of model. it takes {', '.join(_names(video))}"
+                f"hydra_overrides_extra cannot have {override!r} here: of model. it takes {', '.join(_names(video))}"
             )
     return found
 
@@ -119,24 +118,24 @@ def require_feat_sizes(overrides: Overrides, image_size: int) -> None:
 
 
 def _names(video: bool) -> list[str]:
-    first = {**_PREDICTOR, **_MEMORY} if video else _MEMORY
-    return [*first, *_BUILD, *_DECODER, *_CONFIG, *_FEAT_SIZES, *_FIXED]
+    video_names = {**_PREDICTOR, **_MEMORY} if video else _MEMORY
+    return [*video_names, *_BUILD, *_DECODER, *_MODEL, *_FEAT_SIZES, *_FIXED]
 
 
 def _split(override: str) -> tuple[str, Any]:
-    matched = re.fullmatch(r"\s*(?:\+\+|\+)?model\.([\w.]+)\s*=\s*(.*?)\s*", override)
-    if not matched:
+    match = re.fullmatch(r"\s*(?:\+\+|\+)?model\.([\w.]+)\s*=\s*(.*?)\s*", override)
+    if not match:
         raise ValueError(
             "hydra_overrides_extra must hold overrides of the model, as ++model.non_overlap_masks=true, got "
             f"{override!r}"
         )
-    return matched[1], _value(matched[2])
+    return match[1], _parse_value(match[2])
 
 
-def _value(text: str) -> Any:
-    """As Hydra reads what stands behind the sign of equality."""
+def _parse_value(text: str) -> Any:
+    """The value of an override, as Hydra reads it."""
     if text.startswith("[") and text.endswith("]"):
-        return [_value(each.strip()) for each in text[1:-1].split(",") if each.strip()]
+        return [_parse_value(item.strip()) for item in text[1:-1].split(",") if item.strip()]
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if re.fullmatch(r"[+-]?\d+", text):
@@ -146,7 +145,7 @@ def _value(text: str) -> Any:
     return text
 
 
-def _typed(override: str, value: Any, kind: type) -> Any:
+def _check_type(override: str, value: Any, kind: type) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
@@ -155,7 +154,7 @@ def _typed(override: str, value: Any, kind: type) -> Any:
 
 
 def _require_fixed(override: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if not any(type(value) is type(each) and value == each for each in allowed):
+    if not any(type(value) is type(fixed) and value == fixed for fixed in allowed):
         raise ValueError(
             f"hydra_overrides_extra cannot have {override!r} here: every model has {' or '.join(map(str, allowed))}"
         )

@@ -1,4 +1,4 @@
-"""Files of pictures: which there are, and what Pillow, with pillow-heif where it is there, makes of them."""
+"""Files of pictures: their kinds, and how Pillow reads them, with pillow-heif where it is installed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import struct
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,15 +26,15 @@ _ENDINGS = {
     "WebP": (".webp",),
 }
 KINDS = {ending: kind for kind, endings in _ENDINGS.items() for ending in endings}
-"""The kind of the pictures that end so."""
+"""The kind of picture of each ending."""
 UNREADABLE = {
     *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"),  # of cameras
     *(".exr", ".hdr", ".jxl", ".psd", ".svg"),
 }
-"""The endings of pictures that are not read."""
-_ANIMATED = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
-"""What may hold a sequence, as Pillow calls it. Others hold smaller versions of one picture, depth and the like."""
-_TURNS = {
+"""The endings of pictures that cannot be read."""
+_ANIMATED_FORMATS = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
+"""The formats of sequences, as Pillow calls them. Others hold several versions of one picture, its depth, and so on."""
+_TRANSPOSES = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
     4: "FLIP_TOP_BOTTOM",
@@ -41,26 +43,31 @@ _TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-"""What makes a picture upright, by its orientation in EXIF."""
+"""Pillow's transposition that makes a picture upright, by its EXIF orientation."""
 _WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112
+"""Tags of EXIF and TIFF."""
 
 
-def endings() -> str:
-    """Those of pictures that are read, for errors."""
+class SizeError(ValueError):
+    """A picture of another size than the first of its video."""
+
+
+def readable_endings() -> str:
+    """The endings of pictures that can be read, as a list for error messages."""
     return ", ".join(sorted(KINDS))
 
 
-def has_pictures_signature(path: Path) -> bool:
-    """Whether a file begins as those do that Pillow reads better than FFmpeg: it may be a picture or a sequence.
+def has_picture_signature(path: Path) -> bool:
+    """Whether a file begins like those that Pillow reads better than FFmpeg, pictures or animations.
 
-    A JPEG is one by its name, too: videos may be JPEGs one behind the other.
+    A JPEG must have the ending of one, too: some videos are JPEGs one after another.
     """
     with path.open("rb") as file:
         start = file.read(12)
     return (
         start.startswith((b"GIF8", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"))
         or (start.startswith(b"RIFF") and start.endswith(b"WEBP"))
-        or _brand(start) in ("AVIF", "HEIF")
+        or _isobmff_kind(start) in ("AVIF", "HEIF")
         or (start.startswith(b"\xff\xd8\xff") and KINDS.get(path.suffix.lower()) == "JPEG")
     )
 
@@ -68,29 +75,31 @@ def has_pictures_signature(path: Path) -> bool:
 def is_animation(path: Path) -> bool:
     """Whether a file is a GIF, PNG, WebP, AVIF or TIFF of several pictures, which ``Frames`` takes for a video.
 
+    False for files that are no pictures.
+
     Raises:
-        OSError: where the file cannot be read; no picture at all is none.
+        OSError: where the file cannot be read.
     """
-    if not has_pictures_signature(path):
+    if not has_picture_signature(path):
         return False
     try:
-        with opened(path) as picture:
-            return animated(picture)
+        with open_picture(path) as picture:
+            return is_animated(picture)
     except ValueError:
         return False
 
 
-def animated(picture: Image) -> bool:
-    """Whether an opened picture is the first of several."""
-    return picture.format in _ANIMATED and bool(getattr(picture, "is_animated", False))
+def is_animated(picture: Image) -> bool:
+    """Whether an open picture is the first of several."""
+    return picture.format in _ANIMATED_FORMATS and bool(getattr(picture, "is_animated", False))
 
 
-def opened(path: Path) -> Image:
-    """The picture, its pixels not read yet.
+def open_picture(path: Path) -> Image:
+    """Open a picture; its pixels are not read yet.
 
     Raises:
         OSError: where the file cannot be read.
-        ValueError: where it is no picture, or of a kind that needs another library, which is named.
+        ValueError: where it is no picture, or of a kind that needs another library, by its name.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -98,7 +107,7 @@ def opened(path: Path) -> Image:
     try:
         return Image.open(path)
     except UnidentifiedImageError:
-        raise ValueError(f"{path} cannot be read as a picture{needed(path)}") from None
+        raise ValueError(f"{path} cannot be read as a picture{missing_decoder(path)}") from None
     except OSError as error:
         if error.errno:
             raise
@@ -109,7 +118,7 @@ def opened(path: Path) -> Image:
 
 @cache
 def register_heif() -> bool:
-    """Let Pillow read HEIF; False where pillow-heif is not there."""
+    """Let Pillow read HEIF; False where pillow-heif is not installed."""
     try:
         from pillow_heif import register_heif_opener  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -118,48 +127,73 @@ def register_heif() -> bool:
     return True
 
 
-def orientation(picture: Image) -> int:
-    """Of EXIF, 1 to 8, without reading the pixels; 1 is upright, and where nothing is said.
+def exif_orientation(picture: Image) -> int:
+    """The EXIF orientation, 1 to 8, without reading the pixels; 1 is upright, and the default.
 
-    Pillow turns TIFF itself when it reads the pixels, so that of TIFF is 1.
+    Of TIFF it is 1: Pillow rotates TIFF itself when it reads the pixels.
     """
     from PIL import Image
 
     if picture.format == "TIFF":
         return 1
     if picture.format == "PNG" and "exif" not in picture.info:
-        if _has_exif_behind(picture):
+        if _has_exif_chunk(picture):
             picture.load()
-        exif = Image.Image.getexif(picture)  # PNG's own reads all pixels, for EXIF may come after them
+        exif = Image.Image.getexif(picture)  # PNG's own method reads all pixels, because EXIF data may come after them
     else:
         exif = picture.getexif()
     number = exif.get(_ORIENTATION, 1)
-    return number if number in _TURNS else 1
+    return number if number in _TRANSPOSES else 1
 
 
-def size_of(picture: Image) -> tuple[int, int]:
+def upright_size(picture: Image) -> tuple[int, int]:
     """Width and height of the picture upright."""
-    if picture.format == "TIFF":  # of which Pillow has told one size or the other, by its version
+    if picture.format == "TIFF":  # whose size Pillow's versions give before or after the rotation
         tags = picture.tag_v2  # type: ignore[attr-defined]
         width, height = int(tags[_WIDTH]), int(tags[_HEIGHT])
         return (height, width) if tags.get(_ORIENTATION, 1) in range(5, 9) else (width, height)
     width, height = picture.size
-    return (height, width) if orientation(picture) >= 5 else (width, height)
+    return (height, width) if exif_orientation(picture) >= 5 else (width, height)
 
 
-def upright(picture: Image, turn: int) -> Image:
-    """A picture whose orientation is ``turn`` as it is to be seen."""
+def upright(picture: Image, orientation: int) -> Image:
+    """A picture of that EXIF orientation, rotated and flipped as it is to be shown."""
     from PIL import Image
 
-    return picture if turn == 1 else picture.transpose(Image.Transpose[_TURNS[turn]])
+    return picture if orientation == 1 else picture.transpose(Image.Transpose[_TRANSPOSES[orientation]])
 
 
-def _has_exif_behind(picture: Image) -> bool:
-    """Whether a PNG file has EXIF data anywhere, as its chunks say."""
+def to_rgb8(picture: Image) -> Image:
+    """An open picture in RGB, 8 bits a channel, its pixels read."""
+    from PIL import Image
+
+    from omniops.sam2.transforms import to_rgb
+
+    if picture.mode == "RGB":
+        picture.load()
+        return picture  # not a copy, which would hold Python's lock while other threads decode
+    rgb = to_rgb(picture)
+    if rgb.dtype != np.uint8:
+        white = np.iinfo(rgb.dtype).max if rgb.dtype.kind == "u" else 1
+        rgb = np.rint(rgb * (255 / white)).astype(np.uint8)
+    return Image.fromarray(rgb)
+
+
+def require_same_size(size: tuple[int, int], name: Path | str, expected: tuple[int, int], first: Path | str) -> None:
+    """Raise ``SizeError`` where a picture of that name has another width or height than the first one."""
+    if size != expected:
+        raise SizeError(
+            f"the pictures of a video must be of one size, got {'x'.join(map(str, size))} in {name} "
+            f"and {'x'.join(map(str, expected))} in {first}"
+        )
+
+
+def _has_exif_chunk(picture: Image) -> bool:
+    """Whether a PNG file has EXIF data, before the pixels or after them."""
     file = picture.fp  # type: ignore[attr-defined]
-    if file is None:  # read already
+    if file is None:  # Pillow has read all of it
         return False
-    here = file.tell()
+    position = file.tell()
     try:
         file.seek(8)
         while len(head := file.read(8)) == 8:
@@ -169,10 +203,10 @@ def _has_exif_behind(picture: Image) -> bool:
             file.seek(length + 4, 1)
         return False
     finally:
-        file.seek(here)
+        file.seek(position)
 
 
-def _brand(start: bytes) -> str | None:
+def _isobmff_kind(start: bytes) -> str | None:
     """HEIF or AVIF, by the first twelve bytes of a file."""
     if start[4:8] != b"ftyp":
         return None
@@ -180,12 +214,12 @@ def _brand(start: bytes) -> str | None:
     return (brands | {b"mif1": "HEIF", b"msf1": "HEIF", b"hevc": "HEIF", b"hevx": "HEIF"}).get(start[8:12])
 
 
-def needed(path: Path) -> str:
-    """What is missing to read a picture that Pillow does not know."""
+def missing_decoder(path: Path) -> str:
+    """For an error message of a picture that Pillow does not know: the library that could read it, or nothing."""
     with path.open("rb") as file:
         start = file.read(12)
-    if _brand(start) == "HEIF" and not register_heif():
+    if _isobmff_kind(start) == "HEIF" and not register_heif():
         return ", for HEIF needs pillow-heif: pip install 'omniops[heif]'"
-    if _brand(start) == "AVIF":
+    if _isobmff_kind(start) == "AVIF":
         return ", for AVIF needs Pillow 11.3 or newer"
     return ""

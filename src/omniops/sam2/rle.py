@@ -10,7 +10,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-Runs = NDArray[np.int64]
+Counts = NDArray[np.int64]
+"""The lengths of a mask's runs, of background first, which may be none."""
 
 
 def encode(mask: ArrayLike) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def encode(mask: ArrayLike) -> dict[str, Any]:
     values = np.asarray(mask)
     if values.ndim != 2:
         raise ValueError(f"mask must be (H, W), got {values.shape}")
-    return {"size": list(values.shape), "counts": compressed(runs(torch.from_numpy(values != 0)[None])[0])}
+    return {"size": list(values.shape), "counts": compress_counts(count_runs(torch.from_numpy(values != 0)[None])[0])}
 
 
 def decode(rle: dict[str, Any]) -> NDArray[np.bool_]:
@@ -33,54 +34,55 @@ def decode(rle: dict[str, Any]) -> NDArray[np.bool_]:
     """
     height, width = rle["size"]
     counts = rle["counts"]
-    lengths = _decompressed(counts) if isinstance(counts, (str, bytes)) else np.asarray(counts, np.int64)
+    lengths = decompress_counts(counts) if isinstance(counts, (str, bytes)) else np.asarray(counts, np.int64)
     if (lengths < 0).any() or lengths.sum() != height * width:
         raise ValueError(f"counts must be those of {height} x {width} pixels, got {lengths.sum()} in all")
     mask: NDArray[np.bool_] = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(width, height).T
     return mask
 
 
-def runs(masks: Tensor, corner: tuple[int, int] = (0, 0), size: tuple[int, int] | None = None) -> list[Runs]:
+def count_runs(masks: Tensor, corner: tuple[int, int] = (0, 0), size: tuple[int, int] | None = None) -> list[Counts]:
     """The lengths of the runs of each mask, of background first, which may be none.
 
     Args:
-        masks: (K, h, w), bool, on any device: the few places of change are found there, the rest is done on the CPU.
-        corner: where in the picture the masks lie: the x and y of their first pixel.
-        size: the height and width of the picture; that of the masks where it is not given.
+        masks: (K, h, w), bool, on any device, which finds the few pixels where runs begin; the CPU does the rest.
+        corner: the x and y in the picture of the masks' first pixel.
+        size: the height and width of the picture; by default those of the masks.
     """
     k, h, w = masks.shape
     height, width = size or (h, w)
-    # Every column's runs begin and end in it, so that it does not matter how much of the picture lies between two
-    # columns; where nothing does, one run's end is the next one's beginning, and both go.
+    # The runs of every column begin and end in it, so that the pixels of the picture between two columns need no care.
+    # Where one run ends at the beginning of the next, both marks are removed below.
     changes = torch.empty((k, h + 1, w), dtype=torch.bool, device=masks.device)
-    if h == 0:  # of no pixels there is no first one
+    if h == 0:  # no first row can be copied
         changes.fill_(False)
     else:
         changes[:, 0], changes[:, h] = masks[:, 0], masks[:, -1]
         changes[:, 1:h] = masks[:, 1:] != masks[:, :-1]
     if changes.device.type == "mps" and changes.numel() > 2**24:
-        changes = changes.cpu()  # MPS may find the places of so many wrongly (pytorch issue 122916)
+        changes = changes.cpu()  # MPS may give wrong indices for so many elements (pytorch issue 122916)
     mask, y, x = changes.nonzero().cpu().numpy().T
     pixels = height * width
-    places = np.sort(mask * (pixels + 1) + (x + corner[0]) * height + (y + corner[1]))
-    meet = places[1:] == places[:-1]
-    places = places[~(np.append(meet, False) | np.append(False, meet))] if len(places) else places
+    offsets = np.sort(mask * (pixels + 1) + (x + corner[0]) * height + (y + corner[1]))
+    if len(offsets):
+        is_repeated = offsets[1:] == offsets[:-1]
+        offsets = offsets[~(np.append(is_repeated, False) | np.append(False, is_repeated))]
 
     starts = np.arange(k + 1) * (pixels + 1)
-    found = []
-    for start, (first, last) in zip(starts, pairwise(np.searchsorted(places, starts)), strict=False):
-        counts = np.diff(places[first:last] - start, prepend=0, append=pixels)
-        # A last run of mask that ends with the picture leaves no background after it.
-        found.append(counts[:-1] if len(counts) > 1 and counts[-1] == 0 else counts)
-    return found
+    all_counts = []
+    for start, (first, last) in zip(starts, pairwise(np.searchsorted(offsets, starts)), strict=False):
+        counts = np.diff(offsets[first:last] - start, prepend=0, append=pixels)
+        # Where the last run of mask ends with the picture, no background comes after it.
+        all_counts.append(counts[:-1] if len(counts) > 1 and counts[-1] == 0 else counts)
+    return all_counts
 
 
-def area(counts: Runs) -> int:
+def area(counts: Counts) -> int:
     """The pixels of the mask."""
     return int(counts[1::2].sum())
 
 
-def box(counts: Runs, height: int) -> tuple[int, int, int, int] | None:
+def box(counts: Counts, height: int) -> tuple[int, int, int, int] | None:
     """The first and last column and row with a pixel of the mask, as x0, y0, x1, y1; None where there is no pixel."""
     first = counts.cumsum()[:-1:2]
     if not len(first):
@@ -92,39 +94,44 @@ def box(counts: Runs, height: int) -> tuple[int, int, int, int] | None:
     return int(x0[0]), int(y0.min()), int(x1[-1]), int(y1.max())
 
 
-def compressed(counts: Runs) -> str:
+def compress_counts(counts: Counts) -> str:
     """The runs as COCO's string, as pycocotools' ``rleToString``.
 
-    From the fourth on each is told by how much it differs from the one before the last. Six bits make a character from
-    "0" on: five of the number, the lowest first, and one that says whether more follow.
+    From the fourth on a count is written as its difference to the last but one before it. A character holds six bits,
+    from "0" on: five of the number, the lowest first, and one that says whether more follow.
     """
     rest = counts.copy()
     rest[3:] -= counts[1:-2]
-    digits, used = [], []
+    digits, has_digit = [], []
     more = np.ones(len(rest), dtype=bool)
     while more.any():
-        used.append(more)
+        has_digit.append(more)
         digit = rest & 31
         rest = rest >> 5
         more = more & (rest != np.where(digit & 16, -1, 0))
         digits.append(digit + 32 * more + 48)
     if not digits:
         return ""
-    return bytes(np.stack(digits, 1)[np.stack(used, 1)].astype(np.uint8)).decode("ascii")
+    return bytes(np.stack(digits, 1)[np.stack(has_digit, 1)].astype(np.uint8)).decode("ascii")
 
 
-def _decompressed(counts: str | bytes) -> Runs:
+def decompress_counts(counts: str | bytes) -> Counts:
+    """The lengths of the runs in COCO's string, as pycocotools' ``rleFrString``.
+
+    Raises:
+        ValueError: for a string that is not COCO's.
+    """
     text = counts.encode("ascii", "backslashreplace") if isinstance(counts, str) else counts
     codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     if ((codes < 0) | (codes > 63)).any() or (len(codes) and codes[-1] & 32):
         raise ValueError(f"counts must be COCO's string of runs, got {text[:40]!r}")
     last = np.flatnonzero(codes & 32 == 0)
     first = np.append(0, last[:-1] + 1)[: len(last)]
-    place = np.arange(len(codes)) - np.repeat(first, last - first + 1)
-    if (place > 11).any():
+    position = np.arange(len(codes)) - np.repeat(first, last - first + 1)
+    if (position > 11).any():
         raise ValueError("counts must be COCO's string of runs, got one of more than 60 bits")
-    lengths = np.add.reduceat((codes & 31) << 5 * place, first) if len(first) else np.zeros(0, np.int64)
-    lengths -= np.where(codes[last] & 16, 1 << 5 * (place[last] + 1), 0)
+    lengths = np.add.reduceat((codes & 31) << 5 * position, first) if len(first) else np.zeros(0, np.int64)
+    lengths -= np.where(codes[last] & 16, 1 << 5 * (position[last] + 1), 0)
     lengths[1::2] = lengths[1::2].cumsum()
     lengths[2::2] = lengths[2::2].cumsum()
     return lengths

@@ -10,10 +10,10 @@ where |p - q| is in low-resolution pixels, colour[q] is the guide's mean over q,
 the q inside the map. This is a reassembly with kernels that depend on the content: ``omniops.carafe``, its kernels
 computed, not predicted. All masks of a picture share them, as channels.
 
-CARAFE upsamples by one whole number s along both axes, and pictures are of any size. So the result is made on a grid of
-s*h x s*w places, with the least s that makes that nowhere coarser than the result: each place stands for the pixel that
-its middle is in, with its colour and its true position, and each pixel has a place or several. Nothing is interpolated
-a second time; the price is work for (s*h * s*w) / (H * W) times the pixels: from 256 x 256 to 1024 x 1024 that is 1, to
+CARAFE upsamples by one whole number s along both axes, and pictures are of any size. So it computes a grid of s*h x s*w
+cells, with the least s for which the grid is not coarser than the result. A cell has the colour and the position of the
+pixel that its centre lies in, and every pixel has one cell or more. Nothing is interpolated a second time; the price is
+work for (s*h * s*w) / (H * W) times the pixels: from 256 x 256 to 1024 x 1024 that is 1, to
 1200 x 1800 it is 1.9.
 """
 
@@ -29,8 +29,8 @@ from omniops import carafe
 from omniops.ops import _checks
 from omniops.ops._library import without_autocast
 
-_STRIP = 2**25
-"""Bytes of kernels, and of what is reassembled with them, at once: a cache's worth, and work enough for a GPU."""
+STRIP_BYTES = 2**25
+"""Bytes of the kernels and features of a strip: as much as caches hold, and enough to keep a GPU busy."""
 
 
 def guided(
@@ -46,7 +46,7 @@ def guided(
 
     The work is done in strips, so that beside the result it needs as much again and some 60 MB, or what two copies of
     the kernels of one row of the low-resolution map take. Where a gradient is asked for, all kernels are kept:
-    ``kernel_size**2`` numbers a place.
+    ``kernel_size**2`` numbers a cell.
 
     Args:
         logits: (B, M, h, w), float64, float32, float16 or bfloat16. A gradient reaches them, of any order.
@@ -83,16 +83,16 @@ def _guided(
 
     n, channels = features.shape[:2]
     row_bytes = n * (2 * kernel_size**2 + 2 * channels) * s * s * w * dtype.itemsize
-    per_strip = min(h, max(1, _STRIP // row_bytes))
+    per_strip = min(h, max(1, STRIP_BYTES // row_bytes))
     strips = []
     for first, kernels in _kernels(guide, (h, w), size, s, per_strip, kernel_size, sigma_space, sigma_colour, dtype):
         last = first + kernels.shape[2] // s
-        # The rows about the strip are reassembled too, with kernels of zeros, for the strip to see them.
+        # The rows around the strip are reassembled too, with kernels of zeros, because the strip averages over them.
         top, bottom = min(first, kernel_size // 2), min(h - last, kernel_size // 2)
         kernels = F.pad(kernels, (0, 0, top * s, bottom * s)) if top or bottom else kernels
         strip = carafe(features[:, :, first - top : last + bottom], kernels, kernel_size, 1, s)
-        here = rows[(rows >= first * s) & (rows < last * s)] - (first - top) * s
-        strips.append(_taken(strip, here.to(logits.device), columns).to(logits.dtype))
+        strip_rows = rows[(rows >= first * s) & (rows < last * s)] - (first - top) * s
+        strips.append(_select(strip, strip_rows.to(logits.device), columns).to(logits.dtype))
     return torch.cat(strips, 2).reshape(b, m, height, width)
 
 
@@ -111,20 +111,24 @@ def _kernels(
     """The kernels of every ``per_strip`` low-resolution rows, (N, k*k, rows * s, w * s), with the first of the rows."""
     (h, w), p = low, k // 2
     n, channels = guide.shape[:2]
-    to_guide = [_nearest(each * s, of).to(guide.device) for each, of in zip(low, guide.shape[2:], strict=True)]
+    guide_rows, guide_columns = (
+        _nearest(length * s, guide_length).to(guide.device)
+        for length, guide_length in zip(low, guide.shape[2:], strict=True)
+    )
 
     def colours(first: int, last: int) -> Tensor:
-        """Those of the places of low-resolution rows, (N, C, rows * s, w * s)."""
-        return _taken(guide, to_guide[0][first * s : last * s], to_guide[1]).to(dtype) / sigma_colour
+        """The colours of the cells of low-resolution rows, (N, C, rows * s, w * s)."""
+        return _select(guide, guide_rows[first * s : last * s], guide_columns).to(dtype) / sigma_colour
 
     starts = range(0, h, per_strip)
     means = torch.cat([F.avg_pool2d(colours(first, min(first + per_strip, h)), s) for first in starts], 2)
-    # The exponent of a weight but for what all weights of a pixel share: colour . mean - |mean|**2 / 2 - distance.
-    # Columns are repeated here, once, for what follows to run along contiguous rows.
+    # The exponents are colour . mean - |mean|**2 / 2 - distance. What all weights of a pixel share cancels in softmax.
+    # Columns are repeated once, before the loops, which then run along contiguous rows.
     lengths = F.pad(-(means**2).sum(1, keepdim=True) / 2, (p, p, p, p), value=-torch.inf).repeat_interleave(s, 3)
     means = F.pad(means, (p, p, p, p)).repeat_interleave(s, 3)
     down, across = (
-        _distances(each, of, s, k, sigma_space).to(guide.device, dtype) for each, of in zip(low, size, strict=True)
+        _distances(length, full_length, s, k, sigma_space).to(guide.device, dtype)
+        for length, full_length in zip(low, size, strict=True)
     )
     for first in starts:
         last = min(first + per_strip, h)
@@ -142,20 +146,21 @@ def _kernels(
         yield first, exponents.softmax(1).view(n, k * k, r * s, w * s)
 
 
-def _nearest(count: int, of: int) -> Tensor:
-    """For each of ``count`` pixels along an axis the one of ``of`` along the same that its middle lies in."""
-    return (2 * torch.arange(count) + 1) * of // (2 * count)
+def _nearest(num_cells: int, num_pixels: int) -> Tensor:
+    """The pixel that the centre of every cell lies in, along an axis that is divided into cells and into pixels."""
+    return (2 * torch.arange(num_cells) + 1) * num_pixels // (2 * num_cells)
 
 
-def _taken(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Rows and columns of (N, C, H, W). Columns are taken from two dimensions: from more PyTorch is slow on the CPU."""
-    found = x.index_select(2, rows)
-    taken: Tensor = found.flatten(0, 2).index_select(1, columns).unflatten(0, found.shape[:3])
-    return taken
+def _select(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Rows and columns of (N, C, H, W)."""
+    of_rows = x.index_select(2, rows)
+    # From more than two dimensions PyTorch is slow to select columns on the CPU.
+    selected: Tensor = of_rows.flatten(0, 2).index_select(1, columns).unflatten(0, of_rows.shape[:3])
+    return selected
 
 
 def _distances(low: int, high: int, s: int, k: int, sigma: float) -> Tensor:
-    """|p - q|**2 / (2 * sigma**2) along an axis, (k, low * s) in float64: from each place to its k neighbours."""
+    """|p - q|**2 / (2 * sigma**2) along an axis, (k, low * s) in float64: from every cell to its k neighbours."""
     position = (_nearest(low * s, high).double() + 0.5) * low / high - 0.5
     neighbours = torch.arange(low).repeat_interleave(s) + torch.arange(k)[:, None] - k // 2
     return ((position - neighbours) / sigma) ** 2 / 2

@@ -1,23 +1,23 @@
 """Masks of objects through a video, with the names, arguments and results of the official ``SAM2VideoPredictor``.
 
-As in the official predictor: which frames condition which, what a correction sees, what the memory encoder is given,
-hole filling, and the frames' pre-processing. With the same weights the mask logits are the same. So is this: a
-correction, after a propagation, of a frame with a first prompt shows in the call's result, but the next propagation
-goes on from the first prompt (``reset_state`` or ``clear_all_prompts_in_frame`` takes that back).
+As in the official predictor: which frames are conditioning frames, what a correction attends to, what the memory
+encoder takes, hole filling, and the frames' pre-processing. With the same weights the mask logits are the same. So is
+this: a correction, after a propagation, of a frame with a first prompt shows in the call's result, but the next
+propagation goes on from the first prompt (``reset_state`` or ``clear_all_prompts_in_frame`` takes that back).
 
 What differs:
 
 - Frames are decoded when they are needed and never kept on the device, so ``init_state`` returns at once, and
   ``offload_video_to_cpu`` and ``async_loading_frames`` have nothing left to do: while the model is at one frame of
   ``propagate_in_video`` threads decode the next eight. See ``omniops.sam2.frames``.
-- Objects that look back at the same frames run as one batch, the official predictor's one by one.
-- What is kept of a frame that was tracked. The official predictor keeps its map and mask as long as the state lives,
+- Objects that attend to memories of the same frames run as one batch, the official predictor's one by one.
+- What is kept of a frame that was tracked. The official predictor keeps its memory and mask as long as the state lives,
   0.75 MB for every frame and object at a size of 1024. Here the last 16 frames of each object keep them. Of an earlier
-  one a pointer stays, about 3 kB, and its low-resolution mask goes to a temporary file without a name (where
+  one the object pointer stays, about 3 kB, and its low-resolution mask goes to a temporary file without a name (where
   ``tempfile.gettempdir()`` says): 256 KiB for every frame and object at 1024, or 128 where the model computes in half
-  precision. Where a frame looks back at such frames, as a correction does, their maps are made again, from the frame
-  and that mask: the results do not change, but for the rounding of a given mask's edge in half precision. Frames with
-  first prompts keep all.
+  precision. Where a frame attends to such frames, as a correction does, their memories are encoded again, from the
+  frame and that mask: the results do not change, but for the rounding of the edge of a user's mask in half precision.
+  Frames with first prompts keep all.
 - On CUDA four frames are encoded as one batch, so that a caller who breaks off may have three encoded in vain.
 - A clear error comes before the model runs, ``ValueError`` or ``TypeError``, and leaves the state as it was. Unknown
   objects and frames are such errors. There is no progress bar.
@@ -40,26 +40,31 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
-from transformers import Sam2VideoModel
 
 from omniops import device as devices
-from omniops.sam2 import memory, network
-from omniops.sam2.arguments import an_int, tensor
-from omniops.sam2.checkpoints import require_model
+from omniops.sam2.arguments import check_int, check_upsampling
+from omniops.sam2.checkpoints import Pretrained, require_model
+from omniops.sam2.frame_inference import (
+    FrameInference,
+    VideoOptions,
+    apply_non_overlapping_constraints,
+    frames_per_batch,
+)
 from omniops.sam2.frames import FrameError, Frames
-from omniops.sam2.state import InferenceState, a_frame, a_state, a_track
-from omniops.sam2.tracking import Tracking, is_first, is_new
+from omniops.sam2.inference_state import InferenceState, check_frame_idx, check_state
+from omniops.sam2.modeling.sam2 import LARGEST_LOGIT, SAM2Base
+from omniops.sam2.prompts import PointInputs, check_mask, check_obj_id, check_video_prompts
 
-_AHEAD = 8
+_NUM_PREFETCHED = 8
 """How many frames are decoded before the model comes to them, 3 MB each at 1024."""
-_LOADERS = 4
-"""The threads that decode them: a GPU is faster than one thread at decoding and resizing pictures."""
+_NUM_DECODING_THREADS = 4
+"""A GPU is faster than one thread at decoding and resizing frames."""
 
 MasksOnFrame = tuple[int, list[Any], Tensor]
 """The frame, the objects' ids, and their mask logits (N, 1, H, W) at the size of the video, above 0 inside."""
 
 
-class SAM2VideoPredictor(Tracking):
+class SAM2VideoPredictor(Pretrained):
     """Follows objects through a video, from points, boxes or masks on any of its frames.
 
     Its methods may be called from several threads, for states of their own. On an Apple GPU they wait for each other, a
@@ -72,26 +77,35 @@ class SAM2VideoPredictor(Tracking):
             filled; 0 for none. 8 as the official ``build_sam2_video_predictor`` has it.
         non_overlap_masks: a pixel belongs to the object with the highest logit there alone.
         clear_non_cond_mem_around_input: forget what was tracked within ``num_maskmem`` (7) frames of a new prompt,
-            which may show the object as it was before a correction.
-        add_all_frames_to_correct_as_cond: corrections of tracked frames condition all other frames, as first prompts
-            do.
-        binarize_mask_from_pts_for_mem_enc: what is remembered of a frame with prompts is its mask as it is seen,
-            inside or outside; else how sure the model is of each pixel, as on tracked frames. As the official
-            ``build_sam2_video_predictor`` has it.
-        max_cond_frames_in_attn: at most so many frames with first prompts condition a frame, those nearest to it: the
-            last before, the next after, then the others; -1 for all.
+            where the object may look as it did before a correction.
+        add_all_frames_to_correct_as_cond: corrected frames become conditioning frames, to whose memories all other
+            frames attend, as to those of first prompts.
+        binarize_mask_from_pts_for_mem_enc: the memory encoder takes the mask of a frame with prompts as 0 and 1; else
+            as the sigmoid of its logits, as on tracked frames. As the official ``build_sam2_video_predictor`` has it.
+        max_cond_frames_in_attn: to how many conditioning frames a frame attends at most, those closest to it: the last
+            before, the next after, then the others; -1 for all.
         upsampling: how masks come to the size of the video: ``bilinear`` as in the official predictor, or ``guided``
-            by the frame's colours, with edges that follow its own (``omniops.sam2.upsampling``). What is remembered of
-            a frame is the same.
+            by the frame's colours, with edges that follow its own (``omniops.sam2.upsampling``). Memories are
+            the same.
 
     Raises:
         TypeError: where ``model`` or an argument is something else.
         ValueError: for an area below 0, less than 2 frames that are not -1, or another way of upsampling.
+
+    Example:
+        >>> predictor = SAM2VideoPredictor(omniops.sam2.load("tiny", random_weights=True, image_size=64))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for i in range(2):
+        ...         Image.new("RGB", (64, 48)).save(f"{folder}/{i}.png")
+        ...     state = predictor.init_state(folder)
+        ...     _ = predictor.add_new_points_or_box(state, frame_idx=0, obj_id=1, points=[[32, 24]], labels=[1])
+        ...     [(frame, ids, masks.shape) for frame, ids, masks in predictor.propagate_in_video(state)]
+        [(0, [1], torch.Size([1, 1, 48, 64])), (1, [1], torch.Size([1, 1, 48, 64]))]
     """
 
     def __init__(
         self,
-        model: Sam2VideoModel,
+        model: SAM2Base,
         *,
         fill_hole_area: int = 8,
         non_overlap_masks: bool = False,
@@ -103,19 +117,32 @@ class SAM2VideoPredictor(Tracking):
     ) -> None:
         require_model(model, "model")
         self.model = model
-        self.fill_hole_area = an_int("fill_hole_area", fill_hole_area)
+        self.fill_hole_area = check_int("fill_hole_area", fill_hole_area)
         if self.fill_hole_area < 0:
             raise ValueError(f"fill_hole_area must not be negative, got {fill_hole_area}")
         self.non_overlap_masks = non_overlap_masks
         self.clear_non_cond_mem_around_input = clear_non_cond_mem_around_input
         self.add_all_frames_to_correct_as_cond = add_all_frames_to_correct_as_cond
         self.binarize_mask_from_pts_for_mem_enc = binarize_mask_from_pts_for_mem_enc
-        self.max_cond_frames_in_attn = an_int("max_cond_frames_in_attn", max_cond_frames_in_attn)
+        self.max_cond_frames_in_attn = check_int("max_cond_frames_in_attn", max_cond_frames_in_attn)
         if self.max_cond_frames_in_attn != -1 and self.max_cond_frames_in_attn < 2:
             raise ValueError(f"max_cond_frames_in_attn must be -1 or at least 2, got {max_cond_frames_in_attn}")
-        if upsampling not in ("bilinear", "guided"):
-            raise ValueError(f"upsampling must be bilinear or guided, got {upsampling!r}")
-        self.upsampling = upsampling
+        self.upsampling = check_upsampling(upsampling)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def image_size(self) -> int:
+        """The side of the square that frames are resized to."""
+        return self.model.image_size
+
+    @property
+    def frames_at_once(self) -> int:
+        """How many frames the encoder is given as one batch."""
+        return frames_per_batch(self.device)
 
     def init_state(
         self,
@@ -160,43 +187,38 @@ class SAM2VideoPredictor(Tracking):
             obj_id: a number or a name of your choice.
             points: (P, 2), x and y in pixels of the video.
             labels: (P), 1 where a point is of the object and 0 where it is not; -1 for a point to ignore.
-            clear_old_points: the points replace those given before for this object and frame; else they join them.
+            clear_old_points: the points replace the earlier ones of this object and frame; else they join them.
             normalize_coords: the coordinates are pixels; else fractions of the frame, from 0 to 1.
             box: (4), x0, y0, x1, y1; points may come with it.
 
         Returns:
             The frame, all objects' ids, and their mask logits on this frame, (N, 1, H, W), float32, above 0 inside;
-            -1024 for an object that is unknown there.
+            -1024 for an object without a mask on it.
 
         Raises:
             TypeError: for arguments of wrong types.
-            ValueError: for a frame that there is none, wrong shapes, labels, boxes, or no prompt at all.
+            ValueError: for a frame out of range, wrong shapes, labels, boxes, or no prompt at all.
         """
-        state = a_state(inference_state)
-        frame = a_frame(state, "frame_idx", frame_idx)
-        where, which = self._prompt(state, points, labels, box, clear_old_points, normalize_coords)
-        track = a_track(state, obj_id)
-        if not clear_old_points and frame in track.points:
-            before = track.points[frame]
-            where, which = torch.cat((before[0], where), dim=1), torch.cat((before[1], which), dim=1)
-        first = is_first(track, frame)
-        conditioning = first or self.add_all_frames_to_correct_as_cond
-        latest = track.latest(frame, conditioning)
-        # As SAM was trained: a mask to correct is given within these bounds.
-        mask = None if latest is None else self._mask(latest).clamp(-network.LARGEST_LOGIT, network.LARGEST_LOGIT)
-        with network.precision(self.model):
-            features = self._features(state, frame)
-            if first:
-                embedding = network.without_memory(self.model, features.embedding)
-            else:
-                embedding = self._conditioned(state, [track], frame, features, reverse=track.reverse[frame])
-            seen = memory.segment(self.model, features, embedding, where, which, mask)
+        state = check_state(inference_state)
+        frame_idx = check_frame_idx(state, "frame_idx", frame_idx)
+        point_inputs = self._point_inputs(state, points, labels, box, clear_old_points, normalize_coords)
+        obj = state.object_or_new(check_obj_id(obj_id))
+        if not clear_old_points and frame_idx in obj.point_inputs:
+            point_inputs = obj.point_inputs[frame_idx].concat(point_inputs)
+        is_init_cond_frame = obj.is_init_cond_frame(frame_idx)
+        is_cond = is_init_cond_frame or self.add_all_frames_to_correct_as_cond
+        inference = self._frame_inference(state)
+        previous = obj.latest_output(frame_idx, is_cond)
+        # Masks to correct were within these bounds when SAM was trained.
+        logits = None if previous is None else inference.low_res_masks(previous).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+        memory_banks = []
+        if not is_init_cond_frame:
+            memory_banks = [inference.select_memories(obj, frame_idx, reverse=obj.frames_tracked[frame_idx])]
+        (output,) = inference.run_single_frame_inference(frame_idx, memory_banks, point_inputs, logits)
         with state.unchanged_on_error(obj_id):
-            track.points[frame] = where, which
-            track.prompted.add(frame)
-            track.new(conditioning)[frame] = self._outputs(state, seen, prompted=True)[0]
-            state._tracks[obj_id] = track
-            return frame, state.obj_ids, self._masks_on(state, frame, conditioning)
+            obj.set_prompt_output(frame_idx, point_inputs, output, is_cond)
+            state.set_object(obj_id, obj)
+            return self._consolidated(inference, frame_idx, is_cond)
 
     def add_new_points(self, *args: Any, **kwargs: Any) -> MasksOnFrame:
         """``add_new_points_or_box`` by its older name."""
@@ -218,29 +240,24 @@ class SAM2VideoPredictor(Tracking):
 
         Raises:
             TypeError: for arguments of wrong types.
-            ValueError: for a frame that there is none, or a mask of another shape.
+            ValueError: for a frame out of range, or a mask of another shape.
         """
-        state = a_state(inference_state)
-        frame = a_frame(state, "frame_idx", frame_idx)
-        inside = tensor("mask", mask)
-        if inside.dim() != 2 or 0 in inside.shape:
-            raise ValueError(f"mask must be (H, W) with H, W >= 1, got {tuple(inside.shape)}")
-        binary = (inside > 0).float()[None, None].to(self.device)
-        if binary.shape[-2:] != (self.image_size, self.image_size):
-            # Antialiased, as the official predictor; on the CPU, because not every device has it.
-            size = (self.image_size, self.image_size)
-            smooth = F.interpolate(binary.cpu(), size, mode="bilinear", align_corners=False, antialias=True)
-            binary = (smooth >= 0.5).float().to(self.device)
-        track = a_track(state, obj_id)
-        conditioning = is_first(track, frame) or self.add_all_frames_to_correct_as_cond
-        with network.precision(self.model):
-            seen = memory.given(self.model, self._features(state, frame), binary)
+        state = check_state(inference_state)
+        frame_idx = check_frame_idx(state, "frame_idx", frame_idx)
+        mask_inputs = check_mask(mask)
+        size = (self.image_size, self.image_size)
+        if mask_inputs.shape[-2:] != size:
+            # Antialiased, as in the official predictor; on the CPU, because not every device has it.
+            resized = F.interpolate(mask_inputs.cpu(), size, mode="bilinear", align_corners=False, antialias=True)
+            mask_inputs = (resized >= 0.5).float()
+        obj = state.object_or_new(check_obj_id(obj_id))
+        is_cond = obj.is_init_cond_frame(frame_idx) or self.add_all_frames_to_correct_as_cond
+        inference = self._frame_inference(state)
+        output = inference.use_mask_as_output(frame_idx, mask_inputs.to(self.device))
         with state.unchanged_on_error(obj_id):
-            track.points.pop(frame, None)
-            track.prompted.add(frame)
-            track.new(conditioning)[frame] = self._outputs(state, seen, prompted=True)[0]
-            state._tracks[obj_id] = track
-            return frame, state.obj_ids, self._masks_on(state, frame, conditioning)
+            obj.set_prompt_output(frame_idx, None, output, is_cond)
+            state.set_object(obj_id, obj)
+            return self._consolidated(inference, frame_idx, is_cond)
 
     @devices.exclusively
     @torch.inference_mode()
@@ -266,14 +283,12 @@ class SAM2VideoPredictor(Tracking):
         Raises:
             TypeError, ValueError: as ``add_new_points_or_box``.
         """
-        state = a_state(inference_state)
-        frame = a_frame(state, "frame_idx", frame_idx)
-        where, which = self._prompt(state, points, labels, box, True, normalize_coords)
-        with network.precision(self.model):
-            features = self._features(state, frame)
-            embedding = network.without_memory(self.model, features.embedding)
-            seen = memory.segment(self.model, features, embedding, where, which)
-        return self._resized(state, frame, self._outputs(state, seen, prompted=True))
+        state = check_state(inference_state)
+        frame_idx = check_frame_idx(state, "frame_idx", frame_idx)
+        point_inputs = self._point_inputs(state, points, labels, box, True, normalize_coords)
+        inference = self._frame_inference(state)
+        outputs = inference.run_single_frame_inference(frame_idx, point_inputs=point_inputs)
+        return inference.get_orig_video_res_output(frame_idx, outputs)
 
     @torch.inference_mode()
     def propagate_in_video(
@@ -300,70 +315,66 @@ class SAM2VideoPredictor(Tracking):
         Warns:
             UserWarning: where a frame cannot be decoded; it ends there.
         """
-        state = a_state(inference_state)
+        state = check_state(inference_state)
         if start_frame_idx is not None:
-            start_frame_idx = a_frame(state, "start_frame_idx", start_frame_idx)
-        count = state.num_frames
-        if max_frame_num_to_track is not None:
-            count = an_int("max_frame_num_to_track", max_frame_num_to_track)
-        if count < 0:
-            raise ValueError(f"max_frame_num_to_track must not be negative, got {count}")
+            start_frame_idx = check_frame_idx(state, "start_frame_idx", start_frame_idx)
+        if max_frame_num_to_track is None:
+            max_frame_num_to_track = state.num_frames
+        max_frame_num_to_track = check_int("max_frame_num_to_track", max_frame_num_to_track)
+        if max_frame_num_to_track < 0:
+            raise ValueError(f"max_frame_num_to_track must not be negative, got {max_frame_num_to_track}")
         with devices.exclusive(self.device):
-            self._settle(state)
-        tracks = dict(state._tracks)
-        start = min(t for track in tracks.values() for t in track.conditioning)
-        if start_frame_idx is not None:
-            start = start_frame_idx
-        if reverse:  # from the first frame there is no way back
-            order = range(start, max(start - count, 0) - 1, -1) if start > 0 else range(0)
-        else:
-            order = range(start, min(start + count, state.num_frames - 1) + 1)
-        images = state._images
-        with ThreadPoolExecutor(_LOADERS) as pool:
+            self._frame_inference(state).propagate_in_video_preflight()
+        objects, images = state.objects, state.images
+        processing_order = _processing_order(state, start_frame_idx, max_frame_num_to_track, reverse)
+        with ThreadPoolExecutor(_NUM_DECODING_THREADS) as pool:
             try:
-                for position, frame in enumerate(order, start=1):
-                    coming = order[position : position + _AHEAD]
-                    images.load([t for t in (frame, *coming) if t not in state._features], pool)
-                    masks = self._propagate(state, tracks, frame, coming, reverse)
-                    yield frame, list(tracks), masks
+                for i, frame_idx in enumerate(processing_order, start=1):
+                    next_frames = processing_order[i : i + _NUM_PREFETCHED]
+                    encoded = state.frames_with_features
+                    images.prefetch([t for t in (frame_idx, *next_frames) if t not in encoded], pool)
+                    inference = self._frame_inference(state)
+                    masks = inference.track(list(objects.values()), frame_idx, next_frames, reverse=reverse)
+                    yield frame_idx, list(objects), masks
             except FrameError as error:
-                warnings.warn(f"the masks end before frame {frame} of {len(state.frames)}: {error}", stacklevel=2)
-            finally:  # also where it is broken off
-                images.load((), pool)
+                warnings.warn(f"the masks end before frame {frame_idx} of {len(state.frames)}: {error}", stacklevel=2)
+            finally:  # also where the caller breaks off
+                images.prefetch((), pool)
 
     @devices.exclusively
     @torch.inference_mode()
     def clear_all_prompts_in_frame(
         self, inference_state: InferenceState, frame_idx: int, obj_id: Hashable, need_output: bool = True
     ) -> MasksOnFrame | None:
-        """Take back an object's prompts on a frame; its mask there, if it was propagated, stays as if tracked.
+        """Take back an object's prompts on a frame, whose mask, if it was propagated, stays as if it were tracked.
 
         Returns:
             As ``add_new_points_or_box``, or None without ``need_output``.
 
         Raises:
-            ValueError: for a frame or an object that there is none.
+            ValueError: for a frame out of range, or an unknown object.
         """
-        state = a_state(inference_state)
-        frame = a_frame(state, "frame_idx", frame_idx)
-        if obj_id not in state._tracks:
-            raise ValueError(f"obj_id {obj_id!r} is unknown: the objects are {state.obj_ids}")
-        self._clear(state, state._tracks[obj_id], frame)
+        state = check_state(inference_state)
+        frame_idx = check_frame_idx(state, "frame_idx", frame_idx)
+        obj = state.get_object(obj_id)
+        inference = self._frame_inference(state)
+        inference.clear_prompts(obj, frame_idx)
         if not need_output:
             return None
-        return frame, state.obj_ids, self._masks_on(state, frame, is_new(state, frame))
+        return self._consolidated(inference, frame_idx, state.has_temp_cond_outputs(frame_idx))
 
     @devices.exclusively
     @torch.inference_mode()
     def masks_on_frame(self, inference_state: InferenceState, frame_idx: int) -> MasksOnFrame:
-        """What is known of all objects on a frame, as ``add_new_points_or_box`` returns it; nothing is tracked.
+        """The masks of all objects on a frame so far, as ``add_new_points_or_box`` returns them; nothing is tracked.
 
         Raises:
-            ValueError: for a frame that there is none.
+            ValueError: for a frame out of range.
         """
-        state = a_state(inference_state)
-        frame = a_frame(state, "frame_idx", frame_idx)
-        return frame, state.obj_ids, self._masks_on(state, frame, is_new(state, frame))
+        state = check_state(inference_state)
+        frame_idx = check_frame_idx(state, "frame_idx", frame_idx)
+        inference = self._frame_inference(state)
+        return self._consolidated(inference, frame_idx, state.has_temp_cond_outputs(frame_idx))
 
     @devices.exclusively
     @torch.inference_mode()
@@ -375,7 +386,7 @@ class SAM2VideoPredictor(Tracking):
         Args:
             inference_state: of ``init_state``.
             obj_id: of the object.
-            strict: an object that there is none is an error.
+            strict: an unknown object is an error.
             need_output: give the remaining objects' masks on the frames where this one had prompts.
 
         Returns:
@@ -384,18 +395,69 @@ class SAM2VideoPredictor(Tracking):
         Raises:
             ValueError: where it is unknown, and ``strict``.
         """
-        state = a_state(inference_state)
-        if obj_id not in state._tracks:
-            if strict:
-                raise ValueError(f"obj_id {obj_id!r} is unknown: the objects are {state.obj_ids}")
+        state = check_state(inference_state)
+        if obj_id not in state.objects and not strict:
             return state.obj_ids, []
-        removed = state._tracks.pop(obj_id)
-        if not state._tracks or not need_output:
+        removed = state.get_object(obj_id)
+        state.remove_object(obj_id)
+        if not state.objects or not need_output:
             return state.obj_ids, []
-        return state.obj_ids, [(t, self._masks_on(state, t, is_new(state, t))) for t in sorted(removed.prompted)]
+        inference = self._frame_inference(state)
+        masks = [
+            inference.consolidate_temp_output_across_obj(t, is_cond=state.has_temp_cond_outputs(t))
+            for t in sorted(removed.prompt_frames)
+        ]
+        return state.obj_ids, list(zip(sorted(removed.prompt_frames), masks, strict=True))
 
     def reset_state(self, inference_state: InferenceState) -> None:
-        """Forget all objects, and what the encoder made of the frames; the video stays open."""
-        state = a_state(inference_state)
-        state._tracks.clear()
-        state._features.clear()
+        """Forget all objects and the image encoder's features of frames; the video stays open."""
+        state = check_state(inference_state)
+        state.remove_all_objects()
+        state.release_features()
+
+    def _apply_non_overlapping_constraints(self, pred_masks: Tensor) -> Tensor:
+        """``apply_non_overlapping_constraints``, which ``tools/vos_inference.py`` of the official repository calls."""
+        return apply_non_overlapping_constraints(pred_masks)
+
+    def _frame_inference(self, state: InferenceState) -> FrameInference:
+        """The model on frames of that state, with the options as they are now."""
+        options = VideoOptions(
+            fill_hole_area=self.fill_hole_area,
+            non_overlap_masks=self.non_overlap_masks,
+            clear_non_cond_mem_around_input=self.clear_non_cond_mem_around_input,
+            binarize_mask_from_pts_for_mem_enc=self.binarize_mask_from_pts_for_mem_enc,
+            max_cond_frames_in_attn=self.max_cond_frames_in_attn,
+            upsampling=self.upsampling,
+        )
+        return FrameInference(self.model, state, options)
+
+    def _point_inputs(
+        self,
+        state: InferenceState,
+        points: ArrayLike | Tensor | None,
+        labels: ArrayLike | Tensor | None,
+        box: ArrayLike | Tensor | None,
+        clear_old_points: bool,
+        normalize_coords: bool,
+    ) -> PointInputs:
+        """The prompt in pixels of the resized frame, on the device."""
+        size = state.video_size if normalize_coords else (1, 1)
+        video_prompts = check_video_prompts(points, labels, box, clear_old_points)
+        return video_prompts.scaled(size, self.image_size, self.device)
+
+    def _consolidated(self, inference: FrameInference, frame_idx: int, is_cond: bool) -> MasksOnFrame:
+        masks = inference.consolidate_temp_output_across_obj(frame_idx, is_cond=is_cond)
+        return frame_idx, inference.state.obj_ids, masks
+
+
+def _processing_order(
+    state: InferenceState, start_frame_idx: int | None, max_frame_num_to_track: int, reverse: bool
+) -> range:
+    """The frames that a propagation comes to; none in reverse from the first frame, as in the official predictor."""
+    if start_frame_idx is None:
+        start_frame_idx = min(t for obj in state.objects.values() for t in obj.output_dict.cond_frame_outputs)
+    if not reverse:
+        return range(start_frame_idx, min(start_frame_idx + max_frame_num_to_track, state.num_frames - 1) + 1)
+    if start_frame_idx == 0:
+        return range(0)
+    return range(start_frame_idx, max(start_frame_idx - max_frame_num_to_track, 0) - 1, -1)

@@ -24,7 +24,7 @@ def app() -> Flask:
     return create_app(Settings.from_environment())
 
 
-def create_app(settings: Settings, **parts: Any) -> Flask:
+def create_app(settings: Settings, **options: Any) -> Flask:
     """The WSGI application; see ``omniops.server.web.create_app``.
 
     Raises:
@@ -36,4 +36,4 @@ def create_app(settings: Settings, **parts: Any) -> Flask:
         if (error.name or "").partition(".")[0] not in ("flask", "werkzeug", "strawberry", "graphql", "av"):
             raise
         raise ImportError(f"omniops.server needs {error.name}: pip install 'omniops[server]'") from error
-    return web.create_app(settings, **parts)
+    return web.create_app(settings, **options)

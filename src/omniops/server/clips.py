@@ -1,4 +1,4 @@
-"""Video files as they come: opened without trusting them, and what they are told.
+"""Video files as they come: opened without trusting them, and their sizes, rates and durations.
 
 A file that someone sends may be a playlist, which FFmpeg would follow to any file and address. So it is opened as an
 object, by formats that hold their own data, with no protocol allowed.
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import av
 from av.stream import Disposition
 
-from omniops.sam2.video_file import turned
+from omniops.sam2.display_matrix import display_orientation
 from omniops.server.errors import ServerError
 
 _FORMATS = (
@@ -44,7 +44,7 @@ class Clip(NamedTuple):
     duration: float | None
     """Seconds, as its header says."""
     is_plain: bool
-    """Whether all browsers show all of its frames, in their places, as they are."""
+    """Whether all browsers show all of its frames, at their own times, as they are."""
 
 
 @contextmanager
@@ -76,9 +76,9 @@ def look(path: Path, max_pixels: int | None = None) -> Clip:
         first, starts_at_once = _first(container, stream)
         if first is None:
             raise ServerError(EMPTY)
-        transposed, flips = turned(first)
+        transposed, flips = display_orientation(first)
         width, height = shown_size(first.width, first.height, stream.sample_aspect_ratio, transposed)
-        is_upright = not transposed and all(each.step is None for each in flips)
+        is_upright = not transposed and all(flip.step is None for flip in flips)
         plain = starts_at_once and is_upright and (width, height) == (stream.width, stream.height)
         rate = stream.average_rate or stream.guessed_rate
         return Clip(
@@ -106,7 +106,7 @@ def duration_of(container: Any, stream: Any) -> float | None:
 
 
 class _Nameless:
-    """A file that FFmpeg reads from, whose name tells it nothing."""
+    """A file that FFmpeg reads from, without its real name, by which it would choose a format."""
 
     name = "video"
 
@@ -115,7 +115,7 @@ class _Nameless:
 
 
 def _main_video(container: Any, max_pixels: int | None) -> Any:
-    videos = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
+    videos = [video for video in container.streams.video if not video.disposition & Disposition.attached_pic]
     if not videos:
         raise ServerError(NO_STREAM)
     best = container.streams.best("video")
@@ -133,9 +133,11 @@ def _main_video(container: Any, max_pixels: int | None) -> Any:
     return stream
 
 
-def too_many_pixels(width: int, height: int, most: int) -> ServerError:
-    """The error that says so."""
-    return ServerError(f"It has {width} x {height} pixels, more than the {most / 1e6:.0f} million that are taken.", 413)
+def too_many_pixels(width: int, height: int, max_pixels: int) -> ServerError:
+    """The error of a frame with more pixels than ``max_pixels``."""
+    return ServerError(
+        f"It has {width} x {height} pixels, more than the {max_pixels / 1e6:.0f} million that are taken.", 413
+    )
 
 
 def _first(container: Any, stream: Any) -> tuple[Any, bool]:
@@ -169,7 +171,7 @@ def _has_every_frame(stream: Any, size: int) -> bool:
     """Whether the header lists all frames, each of which is shown and lies in the file."""
     entries = stream.index_entries
     listed = 0 < stream.frames == len(entries)
-    return listed and all(not each.is_discard and each.pos + each.size <= size for each in entries)
+    return listed and all(not entry.is_discard and entry.pos + entry.size <= size for entry in entries)
 
 
 def first_picture(path: Path) -> Any:

@@ -31,7 +31,7 @@ def is_gone(environ: dict[str, Any]) -> bool:
         return False
     try:
         readable, _, _ = select.select([found], [], [], 0)
-        # Of TLS only the end of the TCP connection could be told from data by reading, which would take the data.
+        # With TLS the end of the connection is known only by reading, which would consume the client's data.
         return bool(readable) and not hasattr(found, "cipher") and found.recv(1, socket.MSG_PEEK) == b""
     except (OSError, ValueError):  # closed on this side, too
         return True
@@ -49,7 +49,7 @@ def break_off(environ: dict[str, Any]) -> None:
 def drain(environ: dict[str, Any], limit: int) -> None:
     """Read what the client still sends, so that it comes to reading the answer; at most ``limit`` bytes.
 
-    A client whose body is refused half-way sees a connection that broke off, in the place of the reason.
+    A client whose body is refused half-way sees a connection that broke off, instead of the reason.
     """
     left = min(int(environ.get("CONTENT_LENGTH") or 0), limit)
     try:

@@ -1,4 +1,4 @@
-"""What was found, as files: COCO's JSON, pictures of masks, the objects coloured, and the objects cut out."""
+"""The masks of a session as files: COCO's JSON, pictures of masks, the objects coloured, and the objects cut out."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from PIL import Image
 from omniops.drawing import VideoWriter, paint
 from omniops.sam2 import rle
 from omniops.sam2.frames import Frames
-from omniops.server.errors import ServerError
+from omniops.server.errors import ServerError, full_disk_errors
 from omniops.server.jobs import Jobs, Progress
 from omniops.server.settings import Settings
-from omniops.server.uploads import room
 
-__all__ = ["Downloads", "Found", "Made"]
+__all__ = ["Download", "Downloads", "MaskSource"]
 
 _TYPES = {
     ".json": "application/json",
@@ -41,8 +40,8 @@ _EDGE = 8
 """Pixels around an object that keep their colours where it is cut out of a video, for its edge is mixed with them."""
 
 
-class Found(Protocol):
-    """What is asked of a session."""
+class MaskSource(Protocol):
+    """What ``Downloads`` needs of a session."""
 
     path: Path
     name: str
@@ -59,19 +58,19 @@ class Found(Protocol):
         """Whether it is a picture rather than a video."""
 
 
-class Made(NamedTuple):
-    """A file that was made; it is gone when it is closed."""
+class Download(NamedTuple):
+    """A file to be sent; it is removed when it is closed."""
 
     file: io.FileIO
     size: int
     type: str
     """Its media type."""
     name: str
-    """What it is to be called where it is saved."""
+    """The name under which the client saves it."""
 
 
 class Downloads:
-    """Makes files of what was found, by the threads of ``jobs``."""
+    """Makes files of a session's masks, by the threads of ``jobs``."""
 
     def __init__(self, settings: Settings, jobs: Jobs) -> None:
         self.jobs = jobs
@@ -79,20 +78,20 @@ class Downloads:
 
     def make(
         self,
-        session: Found,
+        session: MaskSource,
         format: str,
         kind: str | None = None,
         *,
         key: str | None = None,
         gone: Callable[[], bool] | None = None,
-    ) -> Made:
+    ) -> Download:
         """Make a file, and wait for it.
 
         Args:
             format: ``coco``, ``png`` (a zip of masks), ``overlay`` or ``cutout``.
             kind: ``mp4``, ``webm`` or ``png``, what an overlay or cut-out is written as; None for what suits.
-            key: under which its progress is told.
-            gone: whether the one who waits for it has gone, which ends it.
+            key: under which ``GET /progress/<key>`` reports its progress.
+            gone: whether the client has gone, which ends the job.
 
         Raises:
             ServerError: for what there is not, and where nothing was found yet.
@@ -113,33 +112,33 @@ class Downloads:
         progress = self.jobs.announce(key, "writing")
         job = None
         try:
-            job = self.jobs.start(lambda each: self._run(write, work, each), progress)
+            job = self.jobs.start(lambda progress: self._run(write, work, progress), progress)
             job.result(gone)
-            file = _Vanishing(out)
+            file = _TemporaryFile(out)
         except BaseException:
             if job is not None:
                 job.cancel()
                 job.wait()
             out.unlink(missing_ok=True)
             raise
-        return Made(file, out.stat().st_size, _TYPES[suffix], f"{_stem(session.name)}-{format}{suffix}")
+        return Download(file, out.stat().st_size, _TYPES[suffix], f"{_stem(session.name)}-{format}{suffix}")
 
     def _run(self, write: Callable[[_Work, Progress], None], work: _Work, progress: Progress) -> None:
-        with self.jobs.budget.threads(1), room():
+        with self.jobs.budget.threads(1), full_disk_errors("files"):
             progress.check()
             write(work, progress)
 
     def _remove_abandoned(self) -> None:
         with suppress(OSError):
-            for each in self._folder.glob(f"{_PREFIX}*"):
-                if time.time() - each.stat().st_mtime > _ABANDONED:
-                    each.unlink(missing_ok=True)
+            for path in self._folder.glob(f"{_PREFIX}*"):
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink(missing_ok=True)
 
 
 class _Work:
     """One file to be written."""
 
-    def __init__(self, session: Found, found: dict[int, dict[int, str]], out: Path) -> None:
+    def __init__(self, session: MaskSource, found: dict[int, dict[int, str]], out: Path) -> None:
         self.found, self.out = found, out
         self.size = [session.height, session.width]
         self.is_picture, self.names, self._path = session.is_picture, dict(session.names), session.path
@@ -161,8 +160,8 @@ class _Work:
             yield number, rle.decode({"size": self.size, "counts": counts})
 
 
-class _Vanishing(io.FileIO):
-    """A file that is gone when it is closed."""
+class _TemporaryFile(io.FileIO):
+    """A file that is removed when it is closed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -207,12 +206,12 @@ def _write_coco(work: _Work, progress: Progress) -> None:
     with work.out.open("w", encoding="utf-8") as file:
         for i, (frame, masks) in enumerate(work.found.items()):
             for j, (number, mask) in enumerate(work.masks(frame)):
-                place: dict[str, Any] = {} if work.is_picture else {"frame": frame}
+                position: dict[str, Any] = {} if work.is_picture else {"frame": frame}
                 if times is not None:
-                    place["time"] = float(times[frame])
+                    position["time"] = float(times[frame])
                 name = {"name": work.names[number]} if number in work.names else {}
                 segmentation = {"size": work.size, "counts": masks[number]}
-                record = {**place, "id": number, **name, "segmentation": segmentation, "area": int(mask.sum())}
+                record = {**position, "id": number, **name, "segmentation": segmentation, "area": int(mask.sum())}
                 file.write(("[" if i == j == 0 else ",\n") + json.dumps(record))
             progress.update(i + 1, len(work.found))
         file.write("]\n")
@@ -239,57 +238,55 @@ def _folder_of(number: int, name: str) -> str:
 
 
 def _write_overlay(work: _Work, progress: Progress) -> None:
-    def shown(frame: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def draw(frame: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         # The largest first, so that none is hidden by what it lies in.
-        paint(pixels, sorted(work.masks(frame), key=lambda each: -int(each[1].sum())))
+        paint(pixels, sorted(work.masks(frame), key=lambda item: -int(item[1].sum())))
         return pixels
 
-    _write_frames(work, progress, shown)
+    _write_frames(work, progress, draw)
 
 
 def _write_cutout(work: _Work, progress: Progress) -> None:
     """The objects alone: on nothing where the file knows transparency, on black in MP4, which does not."""
     is_opaque = work.out.suffix == ".mp4"
 
-    def shown(frame: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def draw(frame: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         inside = np.zeros(pixels.shape[:2], np.bool_)
         for _, mask in work.masks(frame):
             inside |= mask
-        kept = inside if work.is_picture or is_opaque else _grown(inside, _EDGE)
+        kept = inside if work.is_picture or is_opaque else _dilated(inside, _EDGE)
         pixels = np.where(kept[..., None], pixels, 0)
         return pixels if is_opaque else np.dstack([pixels, inside.astype(np.uint8) * 255])
 
-    _write_frames(work, progress, shown)
+    _write_frames(work, progress, draw)
 
 
-def _write_frames(
-    work: _Work, progress: Progress, shown: Callable[[int, NDArray[np.uint8]], NDArray[np.uint8]]
-) -> None:
-    """Every frame of the source as ``shown`` makes it of its number and pixels."""
+def _write_frames(work: _Work, progress: Progress, draw: Callable[[int, NDArray[np.uint8]], NDArray[np.uint8]]) -> None:
+    """Every frame of the source as ``draw`` makes it of its number and pixels."""
     source = work.opened()
     if work.is_picture:
-        Image.fromarray(shown(0, source[0])).save(work.out, "PNG")
+        Image.fromarray(draw(0, source[0])).save(work.out, "PNG")
         return
     with VideoWriter(work.out, like=source) as writer:
         for i in range(len(source)):
-            writer.write(shown(i, source[i]), None if source.times is None else float(source.times[i]))
+            writer.write(draw(i, source[i]), None if source.times is None else float(source.times[i]))
             progress.update(i + 1, len(source))
 
 
-def _grown(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
-    """The mask and all within a square of so many pixels around it."""
+def _dilated(mask: NDArray[np.bool_], radius: int) -> NDArray[np.bool_]:
+    """The mask, dilated by a square of ``2 * radius + 1`` pixels."""
     for axis in (0, 1):
-        grown = mask.copy()
+        dilated = mask.copy()
         reach = 1
-        left = by
-        while left > 0:  # doubling: what has grown by n grows to 2 n in one step
+        left = radius
+        while left > 0:  # doubling: what is dilated by n is dilated by 2 n in one step
             step = min(reach, left)
-            before = grown.copy()
-            ahead, behind = [slice(None)] * 2, [slice(None)] * 2
-            ahead[axis], behind[axis] = slice(step, None), slice(None, -step)
-            grown[tuple(ahead)] |= before[tuple(behind)]
-            grown[tuple(behind)] |= before[tuple(ahead)]
+            previous = dilated.copy()
+            later, earlier = [slice(None)] * 2, [slice(None)] * 2
+            later[axis], earlier[axis] = slice(step, None), slice(None, -step)
+            dilated[tuple(later)] |= previous[tuple(earlier)]
+            dilated[tuple(earlier)] |= previous[tuple(later)]
             left -= step
             reach *= 2
-        mask = grown
+        mask = dilated
     return mask

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 UNKNOWN_ERROR = "An unknown error occurred."
 
 
@@ -42,3 +46,14 @@ class Busy(ServerError):  # noqa: N818  # named as HTTP names it
     """The server does as much as it can, or cannot work as it was started; the request may be repeated later."""
 
     status = 503
+
+
+@contextmanager
+def full_disk_errors(kind: str) -> Iterator[None]:
+    """Within it a full disk is a ``ServerError`` of status 507, which says that there is no room for that kind."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ServerError(f"The server has no room left for {kind}.", 507) from None
+        raise

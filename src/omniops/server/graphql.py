@@ -102,14 +102,14 @@ def _parse(text: str | bytes) -> Any:
         raise _BadRequestError("Unable to parse request body as JSON") from None
 
 
-def _with_files(operations: Any, places: Any, files: Mapping[str, Any]) -> Any:
-    """``operations`` with each file of the form in its places, as the multipart request specification has it.
+def _with_files(operations: Any, file_map: Any, files: Mapping[str, Any]) -> Any:
+    """``operations`` with each file of the form at its paths, as the multipart request specification has it.
 
-    What stood there does not matter: the specification has null, the official front end an object.
+    The value that a file replaces does not matter: the specification has null, the official front end an object.
     """
-    if not isinstance(places, dict) or not all(isinstance(paths, list) for paths in places.values()):
+    if not isinstance(file_map, dict) or not all(isinstance(paths, list) for paths in file_map.values()):
         raise _BadRequestError("The form's map must be an object of lists")
-    for name, paths in places.items():
+    for name, paths in file_map.items():
         if name not in files:
             raise _BadRequestError("File(s) missing in form data")
         for path in paths:

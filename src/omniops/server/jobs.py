@@ -1,6 +1,6 @@
-"""Work that takes long, in a few threads of its own, which tells how far it is and can be given up.
+"""Work that takes long, in a few threads of its own, which reports its progress and can be cancelled.
 
-Requests are answered by other threads: they start a job and wait for it, and give it up when their client is gone.
+Requests are answered by other threads: they start a job and wait for it, and cancel it when their client is gone.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from omniops.server.errors import Busy, ServerError
 
 Result = TypeVar("Result")
 
-_REMEMBERED = 1000
-"""Keys whose progress is told after the end of their jobs."""
+_KEPT_KEYS = 1000
+"""Keys whose progress is still reported after the end of their jobs."""
 _LOOK_AGAIN = 0.5
 """Seconds between two looks at whether the client is still there."""
 
 
 class Cancelled(ServerError):  # noqa: N818  # what happened to a job, not a fault
-    """The job was given up before its end."""
+    """The job was cancelled before its end."""
 
     def __init__(self) -> None:
         super().__init__("It was cancelled.", 409)
 
 
 class Progress:
-    """How far a job is: ``done`` of ``total``, None where that is not known, and in words ``what`` is done."""
+    """How far a job is: ``done`` of ``total``, None where that is not known, and ``what`` is done, in words."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -41,21 +41,21 @@ class Progress:
         self._cancelled = threading.Event()
 
     def update(self, done: int, total: int | None = None, what: str | None = None) -> None:
-        """Tell how far the job is.
+        """Report how far the job is.
 
         Raises:
-            Cancelled: where the job was given up meanwhile.
+            Cancelled: where the job was cancelled meanwhile.
         """
         self.done, self.total, self.what = done, total, what or self.what
         self.check()
 
     def check(self) -> None:
-        """Raise ``Cancelled`` where the job was given up."""
+        """Raise ``Cancelled`` where the job was cancelled."""
         if self._cancelled.is_set():
             raise Cancelled
 
     def cancel(self) -> None:
-        """Give the job up: its next ``update`` raises."""
+        """Cancel the job: its next ``update`` raises."""
         self._cancelled.set()
 
     def as_json(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Job(Generic[Result]):
         return self._ended.is_set()
 
     def cancel(self) -> None:
-        """Give the job up."""
+        """Cancel the job."""
         self.progress.cancel()
 
     def wait(self, seconds: float | None = None) -> None:
@@ -97,10 +97,10 @@ class Job(Generic[Result]):
         self._ended.wait(seconds)
 
     def result(self, gone: Callable[[], bool] | None = None) -> Result:
-        """Wait for the end. ``gone`` tells whether the client went meanwhile, which cancels the job.
+        """Wait for the end. ``gone`` says whether the client went meanwhile, which cancels the job.
 
         Raises:
-            Cancelled: where the job was given up; else whatever the work raised.
+            Cancelled: where the job was cancelled; else whatever the work raised.
         """
         while not self._ended.wait(None if gone is None else _LOOK_AGAIN):
             if gone is not None and gone():
@@ -119,11 +119,11 @@ class Budget:
         self._changed = threading.Condition()
 
     @contextmanager
-    def threads(self, most: int | None = None) -> Iterator[int]:
-        """Wait for a free thread; take all that are free, ``most`` at most, and give how many these are."""
+    def threads(self, max_threads: int | None = None) -> Iterator[int]:
+        """Wait for a free thread; take all that are free, ``max_threads`` at most, and give how many these are."""
         with self._changed:
             self._changed.wait_for(lambda: self._free > 0)
-            taken = self._free if most is None else min(most, self._free)
+            taken = self._free if max_threads is None else min(max_threads, self._free)
             self._free -= taken
         try:
             yield taken
@@ -168,13 +168,13 @@ class Jobs:
         return job
 
     def announce(self, key: str | None, what: str) -> Progress:
-        """The progress of something that begins, which is told to who asks for ``key``."""
+        """The progress of a job that begins, which ``progress(key)`` returns."""
         progress = Progress(what)
         if key:
             with self._lock:
                 self._progress[key[:100]] = progress
                 self._progress.move_to_end(key[:100])
-                while len(self._progress) > _REMEMBERED:
+                while len(self._progress) > _KEPT_KEYS:
                     self._progress.popitem(last=False)
         return progress
 

@@ -70,14 +70,14 @@ class Metrics:
             session_bytes: what they hold together.
             queue: how many calls wait for a predictor.
             restarts: how often a predictor was started after its process had died.
-            device_memory: allocated bytes of each device that tells.
+            device_memory: allocated bytes of each device that reports them.
         """
         rate = self.frames_per_second()
         with self._lock:
             recent = sorted(self._recent_clicks)
             clicks, seconds, frames = self._clicks, self._click_seconds, self._frames
         summary: list[Sample] = [
-            ("omniops_click_seconds", {"quantile": f"{each:g}"}, _quantile(recent, each)) for each in _QUANTILES
+            ("omniops_click_seconds", {"quantile": f"{q:g}"}, _quantile(recent, q)) for q in _QUANTILES
         ]
         summary += [("omniops_click_seconds_sum", {}, seconds), ("omniops_click_seconds_count", {}, clicks)]
         memory = [("omniops_device_memory_bytes", {"device": name}, used) for name, used in device_memory.items()]

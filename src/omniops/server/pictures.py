@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omniops.sam2 import picture_files
-from omniops.sam2.picture_sequences import as_8_bits
 from omniops.server.errors import ServerError, TooLarge
 
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF", "JPEG2000", "PPM")
 """Pillow's names of those that it reads by itself: others call programs, or are no pictures."""
 _NO_PICTURE = "This is not a picture that can be read. JPEG, PNG, WebP, GIF, TIFF and BMP are."
-MOST_PIXELS = 2**28
+MAX_PIXELS = 2**28
 
 
 class Picture(NamedTuple):
@@ -27,7 +26,7 @@ class Picture(NamedTuple):
     """Whether all browsers show it as it is, and as the model sees it."""
 
 
-def look(path: Path, max_pixels: int = MOST_PIXELS) -> Picture:
+def look(path: Path, max_pixels: int = MAX_PIXELS) -> Picture:
     """What a picture is, by its header.
 
     Raises:
@@ -35,25 +34,25 @@ def look(path: Path, max_pixels: int = MOST_PIXELS) -> Picture:
         TooLarge: where it has too many pixels.
     """
     with _opened(path, max_pixels) as picture:
-        width, height = picture_files.size_of(picture)
+        width, height = picture_files.upright_size(picture)
         simple = (
             picture.format in ("JPEG", "PNG") and picture.mode in ("RGB", "L") and "transparency" not in picture.info
         )
-        plain = simple and not picture_files.animated(picture) and picture_files.orientation(picture) == 1
+        plain = simple and not picture_files.is_animated(picture) and picture_files.exif_orientation(picture) == 1
         return Picture(width, height, plain)
 
 
-def read(path: Path, max_pixels: int = MOST_PIXELS) -> Any:
+def read(path: Path, max_pixels: int = MAX_PIXELS) -> Any:
     """Pillow's picture, in RGB and upright; of several, the first.
 
     Raises:
         ServerError, TooLarge: as ``look``.
     """
     with _opened(path, max_pixels) as picture:
-        return picture_files.upright(as_8_bits(picture), picture_files.orientation(picture))
+        return picture_files.upright(picture_files.to_rgb8(picture), picture_files.exif_orientation(picture))
 
 
-def write(source: Path, folder: Path, stem: str, max_pixels: int = MOST_PIXELS) -> Path:
+def write(source: Path, folder: Path, stem: str, max_pixels: int = MAX_PIXELS) -> Path:
     """Write a picture as PNG, or as JPEG where it came so, into the folder; upright, without what else it carries.
 
     Its colour profile stays with it.
@@ -84,13 +83,13 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Any]:
 
     picture_files.register_heif()
     Image.init()
-    formats = [each for each in _FORMATS if each in Image.OPEN]
+    formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
         with Image.open(path, formats=formats) as picture:
             if picture.width * picture.height > max_pixels:
-                most = f"{max_pixels / 1e6:.0f} million"
+                limit = f"{max_pixels / 1e6:.0f} million"
                 raise TooLarge(
-                    f"It has {picture.width} x {picture.height} pixels, more than the {most} that are taken."
+                    f"It has {picture.width} x {picture.height} pixels, more than the {limit} that are taken."
                 )
             yield picture
     except ServerError:

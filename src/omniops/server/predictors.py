@@ -7,7 +7,6 @@ import functools
 import logging
 import math
 import os
-import signal
 import threading
 import time
 import weakref
@@ -15,7 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
-from omniops.sam2.remote_predictor import Remote, RemoteError, remote
+from omniops.remote import Remote, RemoteError, call, kill
+from omniops.sam2 import remote
 from omniops.server.errors import Busy, ServerError
 from omniops.server.settings import Settings
 from omniops.server.turns import Turns
@@ -96,7 +96,7 @@ class Predictor:
         Raises:
             StartError: if the model cannot be loaded.
             DiedError: if the process is not that of ``start`` any more, or dies within the turn.
-            ServerError: in the place of a ValueError, and where the device has no memory left.
+            ServerError: instead of a ValueError, and where the device has no memory left.
         """
         attempts = self._attempts
         with self.turns.click() if kind == "click" else self.turns.frame(), self._timed():
@@ -273,7 +273,7 @@ class _Process:
 
     def close(self, session: str) -> None:
         """Close a session. ``Remote`` has a method of that name, which ends the process."""
-        self._remote.__getattr__("close")(session)
+        call(self._remote, "close", session)
 
     def shutdown(self) -> None:
         """End the process."""
@@ -281,10 +281,7 @@ class _Process:
 
     def abort(self) -> None:
         """Kill the process, whatever it is doing: the call in progress raises RemoteError."""
-        child = self._remote._child
-        if child is not None:
-            with suppress(ProcessLookupError):
-                os.kill(child.pid, signal.SIGKILL)
+        kill(self._remote)
 
 
 def _watch(reference: weakref.ref[Predictor], inference: _Process, interval: float) -> None:
@@ -341,13 +338,13 @@ _predictors: weakref.WeakSet[Predictor] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    for each in list(_predictors):
-        each._after_fork()
+    for predictor in list(_predictors):
+        predictor._after_fork()
 
 
 def _close_all() -> None:
-    for each in list(_predictors):
-        each.close(timeout=0)  # a process that computes ends by itself when this one is gone
+    for predictor in list(_predictors):
+        predictor.close(timeout=0)  # a process that computes ends by itself when this one is gone
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

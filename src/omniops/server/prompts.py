@@ -1,4 +1,4 @@
-"""What a user gives for an object on a frame, checked, with errors in words for who uses the server."""
+"""The prompts of an object on a frame, whose errors are in words for who uses the server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_POINTS = 500
 
 @dataclass
 class Prompt:
-    """What a user gave for an object on a frame, places as fractions of its width and height."""
+    """The prompt of an object on a frame; coordinates are fractions of the frame's width and height."""
 
     points: list[list[float]] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -20,41 +20,53 @@ class Prompt:
     mask: bool = False
 
 
-def whole(name: str, value: object) -> int:
-    """A whole number; ValueError for anything else, by its name."""
+def require_int(name: str, value: object) -> int:
+    """A whole number.
+
+    Raises:
+        ValueError: for anything else, which calls the value by its name.
+    """
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number, got {repr(value)}.")
     return value
 
 
-def checked(points: Sequence[Sequence[float]], labels: Sequence[int], box: Sequence[float] | None) -> Prompt:
-    """What was given, places as fractions of the frame; ValueError for what is no prompt."""
-    places = [_fractions("A point", point, 2) for point in points]
-    if len(places) != len(labels):
-        raise ValueError(f"There must be as many labels as points, got {len(labels)} and {len(places)}.")
+def make_prompt(points: Sequence[Sequence[float]], labels: Sequence[int], box: Sequence[float] | None) -> Prompt:
+    """The prompt of points (n, 2), their labels, and a box [x0, y0, x1, y1]; coordinates are fractions of the frame.
+
+    Raises:
+        ValueError: for what is no prompt.
+    """
+    coords = [_fractions("A point", point, 2) for point in points]
+    if len(coords) != len(labels):
+        raise ValueError(f"There must be as many labels as points, got {len(labels)} and {len(coords)}.")
     for label in labels:
-        if whole("A label", label) not in (0, 1):
+        if require_int("A label", label) not in (0, 1):
             raise ValueError(f"A label must be 1 for a point of the object or 0 for one that is not, got {label}.")
     if box is not None:
         box = _fractions("A box", box, 4)
         if box[0] > box[2] or box[1] > box[3]:
             raise ValueError(f"A box must be left, top, right, bottom, got {box}.")
-    prompt = Prompt(places, list(labels), box)
-    if not places and box is None:
+    prompt = Prompt(coords, list(labels), box)
+    if not coords and box is None:
         raise ValueError("There is no prompt: give a point or a box.")
     _require_few(prompt)
     return prompt
 
 
-def joined(before: Prompt, prompt: Prompt) -> Prompt:
-    """The points of a prompt behind those that were there before."""
+def append_points(previous: Prompt, prompt: Prompt) -> Prompt:
+    """The previous prompt with the points of another one behind its own.
+
+    Raises:
+        ValueError: where the other one has a box, the previous one is a mask, or there are too many points.
+    """
     if prompt.box is not None:
         raise ValueError("A box comes before all points: it must replace what was shown before on this frame.")
-    if before.mask:
+    if previous.mask:
         raise ValueError("The object was shown by a mask on this frame: points must replace it.")
-    both = Prompt(before.points + prompt.points, before.labels + prompt.labels, before.box)
-    _require_few(both)
-    return both
+    extended = Prompt(previous.points + prompt.points, previous.labels + prompt.labels, previous.box)
+    _require_few(extended)
+    return extended
 
 
 def _require_few(prompt: Prompt) -> None:

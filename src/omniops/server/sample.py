@@ -43,12 +43,12 @@ def frame(index: int) -> NDArray[np.uint8]:
         centre_x = _reflected(x0 + right * index, radius, WIDTH - radius)
         centre_y = _reflected(y0 + down * index, radius, HEIGHT - radius)
         left, top = max(0, int(centre_x - radius) - 1), max(0, int(centre_y - radius) - 1)
-        part = pixels[top : int(centre_y + radius) + 2, left : int(centre_x + radius) + 2]
-        y, x = np.ogrid[top : top + part.shape[0], left : left + part.shape[1]]
+        box = pixels[top : int(centre_y + radius) + 2, left : int(centre_x + radius) + 2]
+        y, x = np.ogrid[top : top + box.shape[0], left : left + box.shape[1]]
         distance = np.hypot(x - centre_x, y - centre_y)[..., None]
         inside = np.clip(radius - distance + 0.5, 0, 1)  # smooth at the border
         light = 1.15 - 0.35 * distance / radius
-        part += (np.array(colour) * light - part) * inside
+        box += (np.array(colour) * light - box) * inside
     np.clip(np.rint(pixels, out=pixels), 0, 255, out=pixels)
     return pixels.astype(np.uint8)
 
@@ -62,7 +62,7 @@ def _background() -> NDArray[np.float64]:
     return np.add(shade, (38, 44, 58))
 
 
-def _reflected(place: float, low: float, high: float) -> float:
-    """Where something is that turns back at both ends."""
-    way = (place - low) % (2 * (high - low))
+def _reflected(position: float, low: float, high: float) -> float:
+    """The position of something that turns back at both ends."""
+    way = (position - low) % (2 * (high - low))
     return low + min(way, 2 * (high - low) - way)

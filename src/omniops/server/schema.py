@@ -18,6 +18,7 @@ from strawberry.schema.config import StrawberryConfig
 from strawberry.types import Info
 
 from omniops.server import videos as catalogue
+from omniops.server.masks import RLE, Masks
 from omniops.server.schema_types import (
     AddBoxInput,
     AddMaskInput,
@@ -50,8 +51,6 @@ from omniops.server.session import Session
 from omniops.server.sessions import Sessions
 from omniops.server.settings import Settings
 
-Masks = list[tuple[int, dict[str, Any]]]
-
 _HOVER_IMAGE_SIZE = 512
 _CACHED_DOCUMENTS = 64
 
@@ -75,7 +74,7 @@ class Context:
 RequestInfo = Info[Context, None]
 
 
-def _rle_mask(rle: dict[str, Any]) -> RLEMask:
+def _rle_mask(rle: RLE) -> RLEMask:
     return RLEMask(size=list(rle["size"]), counts=rle["counts"], order="F")
 
 
@@ -146,18 +145,18 @@ class Query:
         state = session.snapshot()
         objects = [
             ObjectState(
-                object_id=each["object_id"],
-                name=each["name"],
-                prompts=[Prompts(**prompts) for prompts in each["prompts"]],
+                object_id=item["object_id"],
+                name=item["name"],
+                prompts=[Prompts(**prompts) for prompts in item["prompts"]],
             )
-            for each in state.pop("objects")
+            for item in state.pop("objects")
         ]
         frames = [_on_frame(frame_index, masks) for frame_index, masks in state.pop("frames")]
         return SessionState(**state, guided=session.guided, objects=objects, frames=frames)
 
 
 def _can_hover(described: dict[str, Any]) -> bool:
-    """Whether a mask for every place of the pointer comes fast enough: on a GPU, or from a small picture on a CPU."""
+    """Whether masks come fast enough to follow the pointer: on a GPU, or from a small picture on a CPU."""
     return bool(described.get("device_type", "cpu") != "cpu") or 0 < described.get("image_size", 0) <= _HOVER_IMAGE_SIZE
 
 
@@ -228,8 +227,8 @@ class Mutation:
         """The masks of all that is found on a frame; the session stays as it is."""
         found = _session(info, input.session_id).everything(input.frame_index, input.points_per_side)
         return [
-            FoundMask(rle_mask=_rle_mask(each["mask"]), score=each["predicted_iou"], area=each["area"], box=each["box"])
-            for each in found
+            FoundMask(rle_mask=_rle_mask(mask["mask"]), score=mask["predicted_iou"], area=mask["area"], box=mask["box"])
+            for mask in found
         ]
 
     @strawberry.mutation

@@ -94,8 +94,8 @@ class Guard:
     def allowed_origin(self, request: Request) -> str | None:
         """The request's origin, if its pages may read answers; None where there is none, too."""
         origin = request.headers.get("Origin", "")
-        parts = urlsplit(origin.lower())
-        is_own = parts.scheme in ("http", "https") and parts.netloc == request.environ.get("HTTP_HOST", "").lower()
+        url = urlsplit(origin.lower())
+        is_own = url.scheme in ("http", "https") and url.netloc == request.environ.get("HTTP_HOST", "").lower()
         return origin if origin and (is_own or origin.lower() in self._origins) else None
 
     def add_cors(self, request: Request, response: Response) -> None:
@@ -168,5 +168,5 @@ def _is_loopback(name: str) -> bool:
 
 def _is_proxied(request: Request) -> bool:
     """Whether a proxy says that it asks for another machine."""
-    asked_for = [part.strip() for name in _PROXY_HEADERS for part in request.headers.get(name, "").split(",")]
-    return any(part and not _is_loopback(part) for part in asked_for)
+    clients = [text.strip() for name in _PROXY_HEADERS for text in request.headers.get(name, "").split(",")]
+    return any(client and not _is_loopback(client) for client in clients)

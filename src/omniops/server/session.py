@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 from omniops.server.errors import NotFound, ServerError
+from omniops.server.masks import RLE, Masks
+from omniops.server.metrics import Metrics
 from omniops.server.predictors import DiedError, Predictor
-
-if TYPE_CHECKING:
-    from omniops.server.sessions import Sessions
-
-RLE = dict[str, Any]
-"""``{"size": [H, W], "counts": str}``"""
-Masks = list[tuple[int, RLE]]
-"""Of all objects of a session on one frame, in the order of their first prompt."""
 
 _MAX_NAME = 200  # characters
 _MAX_NAMES = 255  # as many as there may be objects; names may be given before the first prompt
@@ -29,11 +23,30 @@ def missing(reason: str) -> NotFound:
     return NotFound(f"Cannot find session ID; it {reason}")
 
 
+class Owner(Protocol):
+    """What a session asks of whoever keeps all sessions: ``Sessions``."""
+
+    metrics: Metrics
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Seconds since some moment."""
+
+    def later(self, job: Callable[[], None]) -> None:
+        """Have something done by another thread. Takes no lock."""
+
+    def make_room(self, newest: Session | None = None) -> None:
+        """End idle sessions until all together hold no more than they may, but for ``newest``."""
+
+    def lose(self, session: Session) -> None:
+        """End a session that its predictor does not know any more."""
+
+
 class Session:
     """One video or picture in a predictor; made by ``Sessions.start``. Every method may be called from any thread.
 
     Frames count from 0; points and boxes are (x, y) from 0 to 1 of width and height. Whatever changes the session ends
-    its propagation first: the stream ends between two parts. A call that fails changes nothing else.
+    its propagation first: the stream ends between two frames. A call that fails changes nothing else.
 
     Every method raises ``NotFound`` once the session has ended, with the reason; ``ServerError`` for arguments that do
     not fit, with words that a person understands.
@@ -41,7 +54,7 @@ class Session:
 
     def __init__(
         self,
-        owner: Sessions,
+        owner: Owner,
         predictor: Predictor,
         id: str,
         path: Path,
@@ -87,12 +100,12 @@ class Session:
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is being computed for it, or waits for its turn; not between two parts of a propagation."""
+        """Whether something is computed for it, or waits for its turn; not between two frames of a propagation."""
         return self._calls > 0
 
     @property
     def nbytes(self) -> int:
-        """What it holds, in the predictor and here."""
+        """The bytes that it holds, in the predictor and in this process."""
         in_predictor: int = self.predictor.memory["sessions"].get(self.id, self._opened_bytes)
         return in_predictor + self._found_bytes
 
@@ -121,7 +134,7 @@ class Session:
         Returns:
             the masks of all objects on this frame.
         """
-        return self._prompt(frame, "add", object, [list(each) for each in points], list(labels), None, clear)
+        return self._prompt(frame, "add", object, [list(point) for point in points], list(labels), None, clear)
 
     def add_box(
         self,
@@ -133,7 +146,7 @@ class Session:
         clear: bool = True,
     ) -> Masks:
         """Prompt an object with the box [x0, y0, x1, y1] around it, and with points within it."""
-        return self._prompt(frame, "add", object, [list(each) for each in points], list(labels), list(box), clear)
+        return self._prompt(frame, "add", object, [list(point) for point in points], list(labels), list(box), clear)
 
     def add_mask(self, frame: int, object: int, rle: Mapping[str, Any]) -> Masks:
         """Prompt an object with its mask."""
@@ -158,9 +171,9 @@ class Session:
             with self._lock:
                 self.names.pop(object, None)
                 for frame, found in list(self._found.items()):
-                    self._put(frame, {each: counts for each, counts in found.items() if each != object})
+                    self._put(frame, {other: counts for other, counts in found.items() if other != object})
                 for frame, masks in changed:
-                    self._put(frame, {each: rle["counts"] for each, rle in masks})
+                    self._put(frame, _counts(masks))
             return changed
 
     def rename(self, object: int, name: str) -> None:
@@ -186,7 +199,7 @@ class Session:
         """The mask that a prompt would give for a new object. Changes nothing, and lets clicks go before it."""
         with self._turn("frame") as inference:
             mask: RLE = inference.preview(
-                self.id, frame, [list(each) for each in points], list(labels), None if box is None else list(box)
+                self.id, frame, [list(point) for point in points], list(labels), None if box is None else list(box)
             )
             return mask
 
@@ -223,7 +236,7 @@ class Session:
         try:
             self._owner.make_room(self)
             with self._turn("frame") as inference:
-                self._settle(inference)
+                self._stop_propagation(inference)
                 if not stream.is_over:
                     total = inference.begin(self.id, start)
                     self._begun = stream
@@ -233,7 +246,7 @@ class Session:
         return Propagation(self, stream, total)
 
     def cancel(self) -> None:
-        """End the propagation, if there is one, without waiting for the part that is being computed."""
+        """End the propagation, if there is one, without waiting for the frame that is being computed."""
         stream = self._end_stream()
         if stream is not None:
             # Whoever reads the stream may have stalled, and would not have the predictor stop.
@@ -260,11 +273,11 @@ class Session:
             "is_picture": self.is_picture,
             "tracking": self.tracking,
             "objects": [
-                {"object_id": each, "name": self.names.get(each, ""), "prompts": _prompts(frames)}
-                for each, frames in prompts.items()
+                {"object_id": object, "name": self.names.get(object, ""), "prompts": _prompts(frames)}
+                for object, frames in prompts.items()
             ],
             "frames": [
-                (frame, [(each, {"size": size, "counts": counts}) for each, counts in found[frame].items()])
+                (frame, [(object, {"size": size, "counts": counts}) for object, counts in found[frame].items()])
                 for frame in sorted(found)
             ],
         }
@@ -281,18 +294,18 @@ class Session:
                 self._stop(inference, stream)
 
     def _next(self, stream: _Stream) -> tuple[int, Masks] | None:
-        """The next part of a propagation; None if it is over."""
+        """The next frame of a propagation, and the masks on it; None if it is over."""
         with self._turn("frame") as inference:
-            part: tuple[int, Masks] | None = None if stream.is_over else inference.next(self.id)
-            if part is None or stream.is_over:  # ended while it was computed
+            result: tuple[int, Masks] | None = None if stream.is_over else inference.next(self.id)
+            if result is None or stream.is_over:  # ended while it was computed
                 stream.end()
                 self._stop(inference, stream)
                 return None
-            self._keep(*part)
+            self._keep(*result)
             self.predictor.note_memory(inference)
         self._owner.metrics.frame()
         self._owner.make_room(self)
-        return part
+        return result
 
     def _later(self, stream: _Stream) -> None:
         """As ``_finish``, soon and in another thread; takes no lock, so it may be called while garbage is collected."""
@@ -311,7 +324,7 @@ class Session:
         arrived = self._owner.clock()
         self._end_stream()
         with self._turn("click") as inference:
-            self._settle(inference)
+            self._stop_propagation(inference)
             yield inference
             self.predictor.note_memory(inference)
         self._owner.metrics.click(self._owner.clock() - arrived)
@@ -354,7 +367,7 @@ class Session:
             stream.end(error)
             return stream
 
-    def _settle(self, inference: Any) -> None:
+    def _stop_propagation(self, inference: Any) -> None:
         """In a turn: end what the predictor propagates for this session."""
         if self._begun is not None:
             self._begun.end()
@@ -368,10 +381,10 @@ class Session:
 
     def _keep(self, frame: int, masks: Masks) -> None:
         with self._lock:
-            self._put(frame, {each: rle["counts"] for each, rle in masks})
+            self._put(frame, _counts(masks))
 
     def _put(self, frame: int, counts: dict[int, str]) -> None:
-        """What was found on a frame, in the place of what was there. The lock is held."""
+        """Replace the masks that were found on a frame. The lock is held."""
         self._found_bytes -= _nbytes(self._found.pop(frame, {}))
         if counts:
             self._found[frame] = counts
@@ -379,7 +392,7 @@ class Session:
 
 
 class Propagation(Iterator[tuple[int, Masks]]):
-    """The parts of a propagation: (frame, masks of all objects). Between two parts it holds nothing: no lock, no turn.
+    """The frames of a propagation: (frame, masks of all objects). Between two it holds nothing: no lock, no turn.
 
     It ends early, without an error, when it is cancelled, when the session is changed, closed or propagated anew, and
     with ``NotFound`` when the session ended otherwise. ``close()``, which a reader calls who wants no more, and garbage
@@ -388,25 +401,25 @@ class Propagation(Iterator[tuple[int, Masks]]):
 
     def __init__(self, session: Session, stream: _Stream, total: int) -> None:
         self.total = total
-        """How many parts there are if nothing ends it early."""
+        """How many frames there are if nothing ends it early."""
         self._session = session
         self._stream = stream
 
     def __next__(self) -> tuple[int, Masks]:
-        part = None
+        result = None
         if not self._stream.is_over:
             try:
-                part = self._session._next(self._stream)
+                result = self._session._next(self._stream)
             except ServerError as error:
                 self._stream.end(error)
             except BaseException:
                 self._session._later(self._stream)
                 raise
-        if part is None:
+        if result is None:
             self.close()
             reason, self._stream.error = self._stream.error, None
             raise reason or StopIteration
-        return part
+        return result
 
     def close(self) -> None:
         """End it."""
@@ -445,5 +458,10 @@ def _prompts(frames: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _counts(masks: Masks) -> dict[int, str]:
+    """COCO's counts by object."""
+    return {object: rle["counts"] for object, rle in masks}
+
+
 def _nbytes(counts: Mapping[int, str]) -> int:
-    return sum(len(each) + _ENTRY_BYTES for each in counts.values())
+    return sum(len(text) + _ENTRY_BYTES for text in counts.values())

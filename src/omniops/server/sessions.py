@@ -22,7 +22,7 @@ from omniops.server.settings import Settings
 
 _IDLE = 60.0  # seconds after which a session may have to make room for another
 _LEFT = 60.0  # seconds that a session stays whose page was left: it may only have been loaded again
-_REMEMBERED = 1000  # sessions that ended
+_KEPT_REASONS = 1000  # sessions that ended
 _SWEEP = 10.0  # seconds between looks for what has expired
 
 _CLOSED = "was closed"
@@ -226,8 +226,10 @@ class Sessions:
             with self._lock:
                 if len(self._sessions) + self._opening.total() < self._settings.max_sessions:
                     counts = Counter(session.predictor for session in self._sessions.values())
-                    left = [each for each in self.predictors if each not in tried]
-                    chosen = min(left, key=lambda each: (each.failure is not None, counts[each] + self._opening[each]))
+                    chosen = min(
+                        (predictor for predictor in self.predictors if predictor not in tried),
+                        key=lambda p: (p.failure is not None, counts[p] + self._opening[p]),
+                    )
                     self._opening[chosen] += 1
                     return chosen
                 idle = self._idle()
@@ -240,7 +242,7 @@ class Sessions:
                 self._give_back(idle)
 
     def _open(self, predictor: Predictor, path: Path, name: str, guided: bool) -> Session:
-        """A session in the place that was reserved for it, which is free again if this fails."""
+        """A session, for which ``_reserve`` counted one already; that count is taken back if this fails."""
         id = str(uuid.uuid4())
         session: Session | None = None
         try:
@@ -271,7 +273,7 @@ class Sessions:
             del self._sessions[session.id]
             session.ended = reason
             self._ended[session.id] = reason
-            while len(self._ended) > _REMEMBERED:
+            while len(self._ended) > _KEPT_REASONS:
                 self._ended.popitem(last=False)
         session.end(None if is_quiet else missing(reason))
         return True
@@ -371,8 +373,8 @@ _all: weakref.WeakSet[Sessions] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    for each in list(_all):
-        each._reset()  # the sessions are those of the process that this one was forked from
+    for sessions in list(_all):
+        sessions._reset()  # the sessions are those of the process that this one was forked from
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

@@ -1,4 +1,4 @@
-"""What the server is told when it starts: by the official server's environment variables and by ours, OMNIOPS_*."""
+"""The server's settings, and how environment variables set them: the official server's, and ours, OMNIOPS_*."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FALSE = ("", "0", "false", "no", "off")
 
 @dataclass(frozen=True)
 class Settings:
-    """All that the server can be told. Sizes are in bytes and times in seconds.
+    """The settings of a server. Sizes are in bytes and times in seconds.
 
     Args:
         data: the folder of gallery, posters and uploads; nothing outside it and ``gallery`` is opened.
@@ -29,7 +29,7 @@ class Settings:
             empty, the one that the request came to.
         model: a checkpoint or a size, as ``omniops.sam2.load`` takes it.
         device: one device or several, separated by commas; a predictor runs on each.
-        token: what clients that are not on this machine have to know; None where none is asked for.
+        token: the token that clients have to send; None where none is needed.
         insecure: whether other machines are served without a token.
         origins, hosts: pages (``https://name:port``) and Host headers (``name`` or ``name:port``) that are served
             besides the server's own.
@@ -121,35 +121,34 @@ class Settings:
             ValueError: that names the variable, if its value is not of its kind.
         """
         environment = os.environ if environment is None else environment
-        given: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for variable, (name, read) in _VARIABLES.items():
             text = environment.get(variable, "").strip()
             if text:
                 try:
-                    given[name] = read(text)
+                    values[name] = read(text)
                 except ValueError as error:
                     raise ValueError(f"{variable}: {error}") from None
         if environment.get("SAM2_DEMO_FORCE_CPU_DEVICE", "").strip().lower() in _TRUE:
-            given["device"] = "cpu"
-        if "model" not in given:
+            values["device"] = "cpu"
+        if "model" not in values:
             size = environment.get("MODEL_SIZE", "")
-            given["model"] = _official_model(environment, size if size in MODEL_SIZES else "base_plus", given)
+            size = size if size in MODEL_SIZES else "base_plus"
+            values["model"] = size if values.get("random_weights") else _official_checkpoint(environment, size)
         try:
-            return cls(**given)
+            return cls(**values)
         except ValueError as error:
             variables = {name: variable for variable, (name, _) in _VARIABLES.items()}
             name, _, rest = str(error).partition(" ")
             raise ValueError(f"{variables.get(name, name)} {rest}") from None
 
 
-def _official_model(environment: Mapping[str, str], size: str, given: Mapping[str, Any]) -> str:
-    """The checkpoint where the official server looks for it; random weights need only its size."""
-    if given.get("random_weights"):
-        return size
+def _official_checkpoint(environment: Mapping[str, str], size: str) -> str:
+    """The checkpoint of a size, where the official server looks for it."""
     return str(Path(environment.get("APP_ROOT") or "/opt/sam2") / "checkpoints" / f"sam2.1_hiera_{size}.pt")
 
 
-def _whole(text: str) -> int:
+def _integer(text: str) -> int:
     value = _number(text)  # 500e6 is a whole number, too
     if value != int(value):
         raise ValueError(f"{text!r} is not a whole number")
@@ -179,8 +178,8 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 _READERS: dict[str, Callable[[str], Any]] = {
-    "int": _whole,
-    "int | None": _whole,
+    "int": _integer,
+    "int | None": _integer,
     "float": _number,
     "bool": _flag,
     "tuple[str, ...]": _names,

@@ -10,23 +10,23 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
 
 from omniops.server.errors import UNKNOWN_ERROR, ServerError
+from omniops.server.masks import Masks
 
 # The official front end takes all after "boundary=" for the boundary: no quotes, nothing behind it.
 CONTENT_TYPE = "multipart/x-savi-stream; boundary=frame"
 
-_STALLED = 10.0  # seconds after which a reader that takes nothing may lose its place to another
+_STALLED = 10.0  # seconds after which a reader that takes nothing may lose its slot to another
 
 _logger = logging.getLogger(__name__)
 
 
-def part(frame_index: int, masks: list[tuple[int, dict[str, Any]]]) -> bytes:
-    """One frame's part.
+def body_part(frame_index: int, masks: Masks) -> bytes:
+    """The body part of a frame.
 
     Args:
-        masks: each object's id and mask, as ``{"size": [H, W], "counts": ...}``, in the objects' order.
+        masks: each object's id and mask, in the objects' order.
     """
     results = [
         {"object_id": object_id, "mask": {"size": list(mask["size"]), "counts": mask["counts"]}}
@@ -62,14 +62,14 @@ def failure(message: str) -> bytes:
     ) % (len(body), body)
 
 
-class Parts:
-    """The parts of a propagation, as WSGI iterates over them; the first is computed when this is made.
+class MultipartStream:
+    """The body parts of a propagation, as WSGI iterates over them; the first is computed when this is made.
 
     So what goes wrong before it is raised here, where an answer with a status is still possible. Closing it, which WSGI
     servers do when the client went away, ends the propagation.
 
     Args:
-        frames: (frame, masks), as ``part`` takes them.
+        frames: (frame, masks), as ``body_part`` takes them.
         on_close: called once, when it is closed or garbage; not where making it raises. Garbage is collected anywhere,
             also where a lock is held, so it must not take one.
         break_off: ends the connection of who reads.
@@ -77,7 +77,7 @@ class Parts:
 
     def __init__(
         self,
-        frames: Iterator[tuple[int, list[tuple[int, dict[str, Any]]]]],
+        frames: Iterator[tuple[int, Masks]],
         on_close: Callable[[], None] = lambda: None,
         break_off: Callable[[], None] = lambda: None,
     ) -> None:
@@ -89,7 +89,7 @@ class Parts:
         self._is_over = False
         try:
             for frame_index, masks in frames:
-                self._first.append(part(frame_index, masks))
+                self._first.append(body_part(frame_index, masks))
                 break
         except BaseException:
             self._close_frames()
@@ -102,9 +102,9 @@ class Parts:
 
     def __next__(self) -> bytes:
         self.waits_since = None
-        made = self._next()
+        chunk = self._next()
         self.waits_since = time.monotonic()
-        return made
+        return chunk
 
     def _next(self) -> bytes:
         if self._first:
@@ -112,7 +112,7 @@ class Parts:
         if self._is_over:
             raise StopIteration
         try:
-            return part(*next(self._frames))
+            return body_part(*next(self._frames))
         except StopIteration:
             self._is_over = True
             raise
@@ -139,10 +139,10 @@ class Parts:
             close()
 
 
-class Places:
-    """So many streams at once, each of which takes a thread of the server while it lasts.
+class StreamSlots:
+    """How many streams there may be at once, each of which takes a thread of the server while it lasts.
 
-    Who has stalled for 10 seconds loses the place, and the connection, once another asks for it.
+    A reader that has stalled for 10 seconds loses its slot, and the connection, once another asks for one.
     """
 
     def __init__(self, count: int) -> None:
@@ -151,10 +151,10 @@ class Places:
         for _ in range(count):
             self._free.put(None)
         self._lock = threading.Lock()
-        self._open: weakref.WeakSet[Parts] = weakref.WeakSet()
+        self._open: weakref.WeakSet[MultipartStream] = weakref.WeakSet()
 
     def take(self, timeout: float) -> bool:
-        """Whether there is a place, or one becomes free within ``timeout`` seconds; ``give_back`` returns it."""
+        """Whether there is a free slot, or one becomes free within ``timeout`` seconds; ``give_back`` returns it."""
         with suppress(queue.Empty):
             self._free.get_nowait()
             return True
@@ -167,18 +167,18 @@ class Places:
         return False
 
     def give_back(self) -> None:
-        """Free a place. Takes no lock."""
+        """Free a slot. Takes no lock."""
         self._free.put(None)
 
-    def watch(self, parts: Parts) -> None:
-        """Have a stream that has a place lose it if its reader stalls."""
+    def watch(self, stream: MultipartStream) -> None:
+        """Have a stream that has a slot lose it if its reader stalls."""
         with self._lock:
-            self._open.add(parts)
+            self._open.add(stream)
 
-    def _stalled(self) -> Parts | None:
+    def _stalled(self) -> MultipartStream | None:
         """The stream that has waited longest for its reader, if for too long."""
         latest = time.monotonic() - _STALLED
         with self._lock:
-            waiting = [(each.waits_since, each) for each in self._open]
-        late = [(since, each) for since, each in waiting if since is not None and since <= latest]
-        return min(late, key=lambda found: found[0])[1] if late else None
+            waiting = [(stream.waits_since, stream) for stream in self._open]
+        late = [(since, stream) for since, stream in waiting if since is not None and since <= latest]
+        return min(late, key=lambda item: item[0])[1] if late else None

@@ -9,7 +9,6 @@ stay. Sound becomes AAC of two channels.
 
 from __future__ import annotations
 
-import errno
 import math
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,9 +19,9 @@ from typing import Any, NamedTuple
 
 import av
 
-from omniops.sam2.video_file import turned
+from omniops.sam2.display_matrix import display_orientation
 from omniops.server import clips
-from omniops.server.errors import ServerError
+from omniops.server.errors import ServerError, full_disk_errors
 from omniops.server.jobs import Progress
 from omniops.server.settings import Settings
 from omniops.server.sound import Sound
@@ -41,11 +40,11 @@ _SD_HEIGHT = 576
 _BT2020_AND_P3 = (9, 11, 12)
 """Primaries of wide gamuts, and below transfer functions of HDR, by the numbers of ITU-T H.273."""
 _PQ_AND_HLG = (16, 18)
-_FARTHER = 20.0
-"""Seconds before the start where a keyframe is sought, if the nearest was not found."""
+_PREROLL = 20.0
+"""Seconds before the start from which a keyframe is sought, if seeking to the start found a later one."""
 _ROUNDED = 1e-5
-_HELD_BACK = 1000
-"""Frames of sound that come before the first picture."""
+_MAX_EARLY_SOUND = 1000
+"""Frames of sound that are kept until the first picture comes."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,8 @@ class Transcoded(NamedTuple):
     height: int
 
 
-class _Damaged(Exception):  # noqa: N818  # it is decoded again, by one thread
-    pass
+class _DecodingError(Exception):
+    """A packet that several threads could not decode; the file is decoded again, by one thread."""
 
 
 def output_size(width: int, height: int, max_width: int, max_height: int) -> tuple[int, int]:
@@ -88,7 +87,7 @@ def output_size(width: int, height: int, max_width: int, max_height: int) -> tup
     The official rule bounds the height of what is higher than wide, and the width of all else. The other side is
     bounded too where its bound is not the official one: somebody has set it.
     """
-    max_width, max_height = (max(2, each - each % 2) for each in (max_width, max_height))
+    max_width, max_height = (max(2, side - side % 2) for side in (max_width, max_height))
     ratio = Fraction(width, height)
     is_upright = ratio < 1
     if is_upright:
@@ -118,26 +117,22 @@ def transcode(
     Args:
         max_pixels: of a frame, where these are bounded.
         threads: how many decode.
-        progress: is told how far it is.
+        progress: gets the number of frames that are written.
 
     Raises:
         ServerError: in the official server's words, for what is no video or has no frame there.
-        Cancelled: where the job was given up. ``out`` is left unfinished then, as after any error.
+        Cancelled: where the job was cancelled. ``out`` is left unfinished then, as after any error.
     """
 
     def run(count: int) -> Transcoded:
         work = _Transcoding(source, out, encoding, start, duration, progress or Progress("converting"))
         return work.run(count, max_pixels)
 
-    try:
+    with full_disk_errors("videos"):
         try:
             return run(threads)
-        except _Damaged:  # FFmpeg's threads lose whole frames beside damage
+        except _DecodingError:  # FFmpeg's threads lose whole frames beside damage
             return run(1)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ServerError("The server has no room left for videos.", 507) from None
-        raise
 
 
 class _Transcoding:
@@ -155,14 +150,14 @@ class _Transcoding:
         self._last = -1  # tick
 
     def run(self, threads: int, max_pixels: int | None) -> Transcoded:
-        """Write all. Where what was sought lies behind the start, it is sought farther ahead, then not at all."""
-        ahead = (0.0, _FARTHER, None) if self._start > 0 else (None,)
-        for back in ahead:
+        """Write all. Where seeking finds a frame behind the start, it is repeated with a preroll, then left out."""
+        prerolls = (0.0, _PREROLL, None) if self._start > 0 else (None,)
+        for preroll in prerolls:
             try:
                 with clips.opened(self._source, max_pixels) as (container, stream):
                     if threads > 1:
                         stream.codec_context.thread_count, stream.codec_context.thread_type = threads, "AUTO"
-                    if self._copy(container, stream, threads, back):
+                    if self._copy(container, stream, threads, preroll):
                         break
             finally:
                 self._early.clear()
@@ -173,41 +168,45 @@ class _Transcoding:
             raise ServerError(clips.EMPTY)
         return Transcoded(self._count, *self._size)
 
-    def _copy(self, container: Any, stream: Any, threads: int, back: float | None) -> bool:
-        """Write all, from a place that is sought so many seconds before the start; False where that lies behind it."""
+    def _copy(self, container: Any, stream: Any, threads: int, preroll: float | None) -> bool:
+        """Write all, after seeking to ``preroll`` seconds before the start, where that is not None.
+
+        Returns:
+            False where the first frame after seeking lies behind the start, and nothing was written.
+        """
         # Times are sums of ticks, and FFmpeg rounds the beginning of the file to microseconds.
         self._begin = (container.start_time or 0) / 1e6 + self._start - _ROUNDED
         self._end = self._begin + self._duration
-        if back is not None:
+        if preroll is not None:
             with suppress(av.FFmpegError):
-                container.seek(int(max(0.0, self._begin - back) * 1e6), backward=True)
+                container.seek(int(max(0.0, self._begin - preroll) * 1e6), backward=True)
         sound = container.streams.best("audio")
         if sound is not None and (sound.codec_context is None or not sound.codec_context.sample_rate):
             sound = None
         self._input, self._input_sound, self._threads = stream, sound, threads
         self._expect(clips.duration_of(container, stream))
-        times = _Times(container, stream)
-        placed = None
+        times = _Timestamps(container, stream)
+        converter = None
         is_first = True
         for frame in self._decoded(container):
             begin, end = times.of(frame)
-            if is_first and back is not None and begin > self._begin + 2 * _ROUNDED:
+            if is_first and preroll is not None and begin > self._begin + 2 * _ROUNDED:
                 return False
             is_first = False
             if begin < self._begin:
                 continue
-            if placed is None:
+            if converter is None:
                 self._open(frame, begin)
-                placed = _Placed(self._encoding.fps, self._origin, self._end)
-            for picture, at in placed.then(frame, begin, end):
-                self._write(picture, at)
+                converter = _FrameRateConverter(self._encoding.fps, self._origin, self._end)
+            for picture, time in converter.push(frame, begin, end):
+                self._write(picture, time)
             if begin >= self._end:
                 break
             self._progress.check()
-        if placed is None:
-            return back is None
-        for picture, at in placed.rest():
-            self._write(picture, at)
+        if converter is None:
+            return preroll is None
+        for picture, time in converter.flush():
+            self._write(picture, time)
         self._close()
         return True
 
@@ -221,13 +220,13 @@ class _Transcoding:
         """The pictures; sound is passed on as it comes."""
         streams = [self._input] if self._input_sound is None else [self._input, self._input_sound]
         with suppress(av.FFmpegError):  # where the file breaks off
-            for packet in _whole(container.demux(streams), self._input.index):
+            for packet in _without_cut_end(container.demux(streams), self._input.index):
                 is_sound = packet.stream.index != self._input.index
                 try:
                     frames = packet.decode()
                 except av.FFmpegError:
                     if self._threads > 1 and not is_sound:
-                        raise _Damaged from None
+                        raise _DecodingError from None
                     continue
                 if not is_sound:
                     yield from frames
@@ -238,12 +237,12 @@ class _Transcoding:
     def _hear(self, frame: Any) -> None:
         if self._sound is not None:
             self._mux(self._sound.packets(frame))
-        elif self._output is None and len(self._early) < _HELD_BACK:
+        elif self._output is None and len(self._early) < _MAX_EARLY_SOUND:
             self._early.append(frame)
 
     def _open(self, first: Any, begin: float) -> None:
         """Begin the file with the size of this frame, which is shown at once."""
-        self._pictures = _Pictures(self._encoding, first, self._input)
+        self._pictures = _PictureFilter(self._encoding, first, self._input)
         self._size = self._pictures.size
         options = {"movflags": "+faststart"}
         self._output = av.open(f"file:{self._out}", "w", format="mp4", options=options)
@@ -254,14 +253,14 @@ class _Transcoding:
         self._origin = begin if fps is None else self._begin + _nearest((begin - self._begin) * fps) / fps
         if self._input_sound is not None:
             self._sound = Sound(self._output, self._origin, self._end)
-            for each in self._early:
-                self._mux(self._sound.packets(each))
+            for frame in self._early:
+                self._mux(self._sound.packets(frame))
             self._early.clear()
 
-    def _write(self, frame: Any, at: Fraction) -> None:
+    def _write(self, frame: Any, time: Fraction) -> None:
         picture = self._pictures.converted(frame)
         picture.time_base = self._stream.codec_context.time_base
-        self._last = picture.pts = max(self._last + 1, round(at / picture.time_base))
+        self._last = picture.pts = max(self._last + 1, round(time / picture.time_base))
         picture.pict_type = 0  # not that of the source, which the encoder would follow
         self._mux(self._stream.encode(picture))
         self._count += 1
@@ -280,7 +279,7 @@ class _Transcoding:
             self._output.mux(packet)
 
 
-def _whole(packets: Iterator[Any], index: int) -> Iterator[Any]:
+def _without_cut_end(packets: Iterator[Any], index: int) -> Iterator[Any]:
     """The packets without the last of that stream, where it is cut off. Others may seem to be so and are not."""
     doubtful: list[Any] = []
     for packet in packets:
@@ -296,7 +295,7 @@ def _whole(packets: Iterator[Any], index: int) -> Iterator[Any]:
             yield packet
 
 
-class _Times:
+class _Timestamps:
     """When frames are shown, in seconds. Those without times follow the one before; times that start again go on."""
 
     def __init__(self, container: Any, stream: Any) -> None:
@@ -321,7 +320,7 @@ class _Times:
         return begin, begin + length
 
 
-class _Placed:
+class _FrameRateConverter:
     """Which frame is shown at which tick of a constant rate, as FFmpeg's filter fps has it; or each at its own time."""
 
     def __init__(self, fps: Fraction | None, origin: float, end: float) -> None:
@@ -331,7 +330,7 @@ class _Placed:
         self._until = 0
         self._any = False
 
-    def then(self, frame: Any, begin: float, end: float) -> Iterator[tuple[Any, Fraction]]:
+    def push(self, frame: Any, begin: float, end: float) -> Iterator[tuple[Any, Fraction]]:
         """Give the frame that comes next. Yields the ones to be written, and when: seconds after the first."""
         if self._fps is None:
             if begin < self._end:
@@ -343,7 +342,7 @@ class _Placed:
             self._frame, self._tick = frame, tick
             self._until = self._nearest(min(end, self._end))
 
-    def rest(self) -> Iterator[tuple[Any, Fraction]]:
+    def flush(self) -> Iterator[tuple[Any, Fraction]]:
         """The last frame, as long as it is shown."""
         if self._fps is not None:
             yield from self._show(self._until if self._any else max(self._until, self._tick + 1))
@@ -360,11 +359,11 @@ class _Placed:
         return _nearest((time - self._origin) * self._fps)
 
 
-class _Pictures:
+class _PictureFilter:
     """Frames as they are encoded: upright, of one size and in one kind of yuv420p. What comes may change on the way."""
 
     def __init__(self, encoding: Encoding, first: Any, stream: Any) -> None:
-        self._transposed, self._flips = turned(first)
+        self._transposed, self._flips = display_orientation(first)
         ratio = stream.sample_aspect_ratio
         shown = clips.shown_size(first.width, first.height, ratio, self._transposed)
         self.size = output_size(*shown, encoding.max_width, encoding.max_height)
@@ -380,7 +379,7 @@ class _Pictures:
         context.colorspace, context.color_range = self._tag, _LIMITED
         named = (int(self._codec.color_primaries), int(self._codec.color_trc))
         context.color_primaries, context.color_trc = (
-            _BT709 if self._maps or each == _UNSPECIFIED else each for each in named
+            _BT709 if self._maps or number == _UNSPECIFIED else number for number in named
         )
 
     def converted(self, frame: Any) -> Any:
@@ -455,15 +454,15 @@ def _add_video(output: Any, encoding: Encoding, size: tuple[int, int], source: A
 
 def _encoder(wanted: str) -> str:
     """The codec that was asked for, or one that writes H.264 too."""
-    found = next((each for each in (wanted, "libx264", *_OTHERS) if each in av.codecs_available), None)
+    found = next((codec for codec in (wanted, "libx264", *_OTHERS) if codec in av.codecs_available), None)
     if found is None:
         raise ServerError("This server cannot write videos: its FFmpeg has no encoder of H.264.", 501)
     return found
 
 
 def _even(side: Fraction) -> int:
-    whole = max(1, int(side))
-    return whole + whole % 2
+    pixels = max(1, int(side))
+    return pixels + pixels % 2
 
 
 def _nearest(value: float | Fraction) -> int:

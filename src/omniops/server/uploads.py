@@ -1,8 +1,7 @@
-"""Videos and pictures that people send: written to the disk as they come, checked, converted, and removed when old."""
+"""Uploaded videos and pictures: written to the disk as they arrive, checked, converted, and removed when old."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import math
@@ -19,20 +18,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from omniops.server import pictures
-from omniops.server.errors import NotFound, ServerError, TooLarge
+from omniops.server.errors import NotFound, ServerError, TooLarge, full_disk_errors
 from omniops.server.jobs import Jobs, Progress
 from omniops.server.settings import Settings
 from omniops.server.transcode import Encoding, transcode
 from omniops.server.videos import Video, Videos
 
-__all__ = ["Incoming", "Uploads", "room", "temporary_file"]
+__all__ = ["Incoming", "Uploads", "temporary_file"]
 
-_PART = 2**20
+_CHUNK_BYTES = 2**20
 _PREFIX = ".incoming-"
 _ABANDONED = 3600.0
 """Seconds after which an unfinished file is nobody's any more."""
 _SWEEP = 60.0
-_REMEMBERED = 1000
+_KEPT_CLIPS = 1000
 """Clips of which is known what was made of them."""
 _KEPT = re.compile(r"[0-9a-f]{64}\.(mp4|png|jpg)")
 
@@ -41,25 +40,25 @@ class Incoming(io.FileIO):
     """A file of its own in the folder of uploads, which is gone when it is closed.
 
     Raises:
-        TooLarge: by ``write``, for more than ``most`` bytes.
+        TooLarge: by ``write``, for more than ``max_bytes``.
         ServerError: by ``write``, where the disk is full.
     """
 
-    def __init__(self, folder: Path, most: int, progress: Progress | None = None) -> None:
+    def __init__(self, folder: Path, max_bytes: int, progress: Progress | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
         os.close(handle)
         self.path = Path(name)
-        self._most, self._progress = most, progress
+        self._max_bytes, self._progress = max_bytes, progress
         super().__init__(name, "w+b")
 
     def write(self, data: Any) -> int:
         """Append ``data``, all of it."""
         left = memoryview(data).cast("B")
-        if self.tell() + len(left) > self._most:
-            raise TooLarge(f"It has more than the {self._most / 1e6:g} megabytes that are taken.")
+        if self.tell() + len(left) > self._max_bytes:
+            raise TooLarge(f"It has more than the {self._max_bytes / 1e6:g} megabytes that are taken.")
         count = len(left)
-        with room():
+        with full_disk_errors("files"):
             while left:
                 left = left[super().write(left) or 0 :]
         if self._progress is not None:
@@ -83,7 +82,7 @@ class Uploads:
 
     Args:
         settings: has the limits, the folder, and how videos are written.
-        videos: tells of what was made.
+        videos: describes what was made.
         in_use: the API's paths (``uploads/HASH.mp4``) of which nothing is removed; asked before anything is.
     """
 
@@ -112,8 +111,8 @@ class Uploads:
             stream: the file, an ``Incoming`` or anything that can be read; it is closed.
             start: seconds into the video where it begins; None for what the settings say.
             duration: seconds of it, of which no more are taken than the settings say.
-            key: under which its progress is told.
-            gone: whether the one who waits for it has gone, which ends it.
+            key: under which ``GET /progress/<key>`` reports its progress.
+            gone: whether the client has gone, which ends the job.
 
         Raises:
             TooLarge: for too many bytes or pixels.
@@ -129,7 +128,7 @@ class Uploads:
             incoming.flush()
             make = self._picture if picture else self._video
             progress.update(0, None, "converting")
-            job = self.jobs.start(lambda each: make(incoming.path, begin, seconds, each), progress)
+            job = self.jobs.start(lambda progress: make(incoming.path, begin, seconds, progress), progress)
             try:
                 path = job.result(gone)
             except BaseException:
@@ -147,29 +146,29 @@ class Uploads:
             self._swept = time.monotonic()
             in_use = {*self.in_use(), keep}
             now, all_stored = time.time(), sorted(self._stored(), reverse=True)
-            total = sum(size for _, size, place in all_stored if f"uploads/{place.name}" in in_use)
-            for used, size, place in all_stored:
-                if f"uploads/{place.name}" in in_use:
+            total = sum(size for _, size, path in all_stored if f"uploads/{path.name}" in in_use)
+            for used, size, path in all_stored:
+                if f"uploads/{path.name}" in in_use:
                     continue
                 if now - used > self.settings.upload_age or total + size > self.settings.max_uploads_bytes:
                     with suppress(OSError):
-                        place.unlink()
-                        (self.settings.posters / f"{place.stem}.jpg").unlink(missing_ok=True)
+                        path.unlink()
+                        (self.settings.posters / f"{path.stem}.jpg").unlink(missing_ok=True)
                 else:
                     total += size
             with suppress(OSError):
-                for each in self.settings.uploads.glob(f"{_PREFIX}*"):
-                    if now - each.stat().st_mtime > _ABANDONED:
-                        each.unlink(missing_ok=True)
+                for path in self.settings.uploads.glob(f"{_PREFIX}*"):
+                    if now - path.stat().st_mtime > _ABANDONED:
+                        path.unlink(missing_ok=True)
 
     def _stored(self) -> Iterator[tuple[float, int, Path]]:
-        """When each upload was used last, its size and place."""
+        """When each upload was used last, its size and path."""
         with suppress(OSError):
-            for each in list(self.settings.uploads.iterdir()):
+            for path in list(self.settings.uploads.iterdir()):
                 with suppress(OSError):
-                    found = each.lstat()
-                    if _KEPT.fullmatch(each.name):
-                        yield max(found.st_atime, found.st_mtime), found.st_size, each
+                    found = path.lstat()
+                    if _KEPT.fullmatch(path.name):
+                        yield max(found.st_atime, found.st_mtime), found.st_size, path
 
     def _span(self, start: float | None, duration: float | None) -> tuple[float, float]:
         begin = self.settings.video_encode_seek_time if start is None else start
@@ -183,7 +182,7 @@ class Uploads:
     def _copied(self, stream: BinaryIO, progress: Progress) -> Incoming:
         incoming = temporary_file(self.settings, progress)
         try:
-            shutil.copyfileobj(stream, incoming, _PART)
+            shutil.copyfileobj(stream, incoming, _CHUNK_BYTES)
         except BaseException:
             incoming.close()
             raise
@@ -215,14 +214,14 @@ class Uploads:
                 progress.check()
                 path = self._made[asked] = self._store(out)
             with self._lock:
-                while len(self._made) > _REMEMBERED:
+                while len(self._made) > _KEPT_CLIPS:
                     self._made.popitem(last=False)
             return path
 
     def _picture(self, source: Path, _begin: float, _seconds: float, progress: Progress) -> str:
         with self.jobs.budget.threads(1):
             progress.check()
-            with room():
+            with full_disk_errors("files"):
                 out = pictures.write(source, self.settings.uploads, source.name, self.settings.max_upload_pixels)
         try:
             return self._store(out)
@@ -246,31 +245,20 @@ class Uploads:
 
     def _store(self, made: Path) -> str:
         """Give a file the name that its content has. Returns the API's path."""
-        place = self.settings.uploads / f"{_digest(made)}{made.suffix}"
+        path = self.settings.uploads / f"{_digest(made)}{made.suffix}"
         os.chmod(made, 0o644)
         with self._lock:  # not between a look at what is old and its removal
-            if place.is_file():
-                os.utime(place, ns=(time.time_ns(), place.stat().st_mtime_ns))
+            if path.is_file():
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
             else:
-                os.replace(made, place)
-        return f"uploads/{place.name}"
+                os.replace(made, path)
+        return f"uploads/{path.name}"
 
 
 def _digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
-        while part := file.read(_PART):
-            digest.update(part)
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
     return digest.hexdigest()
-
-
-@contextmanager
-def room() -> Iterator[None]:
-    """Say so where the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ServerError("The server has no room left for files.", 507) from None
-        raise

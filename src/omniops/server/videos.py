@@ -1,8 +1,8 @@
 """The videos and pictures that the server offers: the gallery, what was uploaded, and their posters.
 
-What may be opened is what was listed: a path of the API is looked up, never put together with a folder. Files of the
-gallery that not all browsers can show as they are, or not all of whose frames, are converted once; what came of it
-stands for them under their own path.
+Only what was listed may be opened: a path of the API is looked up, never joined to a folder. Files of the
+gallery that not all browsers can show as they are, or not all of whose frames, are converted once; the result
+is offered under their own path.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _OTHER = "There is no such video. It may have been removed."
 
 @dataclass(frozen=True)
 class Video:
-    """A video or a picture, as the API tells of it."""
+    """A video or a picture, as the API describes it."""
 
     path: str
     """``gallery/NAME.mp4`` or ``uploads/HASH.mp4``, as it is: not quoted for URLs."""
@@ -77,7 +77,7 @@ class Videos:
     """The registry of what may be opened. Several threads may use it.
 
     Args:
-        settings: tells the folders, and how videos are converted.
+        settings: have the folders, and how videos are converted.
         jobs: what converts them.
     """
 
@@ -119,7 +119,7 @@ class Videos:
                         break
         if not found:
             raise NotFound("There is no video in the gallery yet. Upload one, or put an MP4 file into the gallery.")
-        return next((each for each in found if each.path == self.settings.default_video), found[0])
+        return next((video for video in found if video.path == self.settings.default_video), found[0])
 
     def find(self, path: str) -> Path:
         """Where a video or picture of the gallery, or an upload, lies on the disk, to be opened or sent.
@@ -137,7 +137,7 @@ class Videos:
         if entry.shown is None and entry.job is not None:
             entry.job.wait(_PATIENCE)
             if entry.job.ended:
-                self._settle(path, entry)
+                self._take_converted(path, entry)
         if entry.failed:
             raise NotFound(_OTHER)
         if entry.shown is None:
@@ -145,18 +145,18 @@ class Videos:
         return entry.shown
 
     def describe(self, path: str) -> Video:
-        """What the API tells of a path that ``find`` finds.
+        """The description of a path that ``find`` finds.
 
         Raises:
             NotFound: as ``find``.
         """
-        place = self.find(path)
+        file = self.find(path)
         if path.startswith("uploads/"):
             found = self._uploads.get(path)
             if found is None:
                 if len(self._uploads) >= _DESCRIBED:
                     self._uploads.clear()
-                found = self._uploads[path] = self._described(path, None, place)
+                found = self._uploads[path] = self._described(path, None, file)
             return found
         video = self._entry(path).video
         if video is None:
@@ -173,20 +173,20 @@ class Videos:
         source = self._of_poster(named[1]) if named else None
         if named is None or source is None:
             raise NotFound("There is no such poster.")
-        place = self.settings.posters / f"{named[1]}.jpg"
-        if not place.is_file():
+        poster = self.settings.posters / f"{named[1]}.jpg"
+        if not poster.is_file():
             shown = self.find(source)
             with self._posters:
-                if not place.is_file():
-                    self._write_poster(shown, place)
-        return place
+                if not poster.is_file():
+                    self._write_poster(shown, poster)
+        return poster
 
     def _of_poster(self, key: str) -> str | None:
         """The API's path of what the poster shows."""
         if len(key) == 64:
             names = (f"{key}.{suffix}" for suffix in ("mp4", "png", "jpg"))
-            return next((f"uploads/{each}" for each in names if (self.settings.uploads / each).is_file()), None)
-        return next((at for at, each in list(self._entries.items()) if each.key == key), None)
+            return next((f"uploads/{name}" for name in names if (self.settings.uploads / name).is_file()), None)
+        return next((path for path, entry in list(self._entries.items()) if entry.key == key), None)
 
     def _listed(self, is_picture: bool) -> list[Video]:
         found = []
@@ -209,13 +209,13 @@ class Videos:
         """Look through the gallery. What has not changed stays as it is known."""
         with self._lock:
             entries: dict[str, _Entry] = {}
-            for path, place, state in _files(self.settings.gallery):
+            for path, file, state in _files(self.settings.gallery):
                 known = self._entries.get(path)
                 if known is None or known.state != state:
-                    known = _Entry(place, state, self._key(path, state))
+                    known = _Entry(file, state, self._key(path, state))
                 entries[path] = known
             if entries.keys() != self._entries.keys() or any(
-                self._entries[path] is not each for path, each in entries.items()
+                self._entries[path] is not entry for path, entry in entries.items()
             ):
                 self._entries = entries
                 self._forget_others()
@@ -228,12 +228,12 @@ class Videos:
 
     def _forget_others(self) -> None:
         """Remove posters and converted files of what is not in the gallery any more."""
-        keys = {each.key for each in self._entries.values()}
+        keys = {entry.key for entry in self._entries.values()}
         for folder in (self.settings.posters, self._converted):
             with suppress(OSError):
-                for each in list(folder.iterdir()):
-                    if _OURS.fullmatch(each.name) and each.stem not in keys:
-                        each.unlink(missing_ok=True)
+                for file in list(folder.iterdir()):
+                    if _OURS.fullmatch(file.name) and file.stem not in keys:
+                        file.unlink(missing_ok=True)
 
     def _prepare(self, path: str, entry: _Entry) -> None:
         """Find out what a file is, or begin to convert it."""
@@ -242,10 +242,10 @@ class Videos:
                 return
             if entry.job is not None:
                 if entry.job.ended:
-                    self._settle(path, entry)
+                    self._take_converted(path, entry)
                 return
             try:
-                converted = next((each for each in self._converted.glob(f"{entry.key}.*")), None)
+                converted = next(self._converted.glob(f"{entry.key}.*"), None)
                 if converted is None and not self._is_plain(path, entry.path):
                     entry.job = self._conversions.start(
                         lambda progress: self._convert(path, entry, progress), what="converting"
@@ -259,8 +259,8 @@ class Videos:
             except (ServerError, OSError) as error:
                 self._leave_out(path, entry, error)
 
-    def _settle(self, path: str, entry: _Entry) -> None:
-        """Take over what a job that ended has made."""
+    def _take_converted(self, path: str, entry: _Entry) -> None:
+        """Offer the file that the job of an entry, which has ended, has made."""
         assert entry.job is not None
         try:
             shown = entry.job.result()
@@ -274,10 +274,10 @@ class Videos:
             entry.failed = True
             _log.warning("%s is left out of the gallery: %s", path, error)
 
-    def _is_plain(self, path: str, place: Path) -> bool:
+    def _is_plain(self, path: str, file: Path) -> bool:
         if _is_picture(path):
-            return pictures.look(place).is_plain
-        return clips.look(place).is_plain
+            return pictures.look(file).is_plain
+        return clips.look(file).is_plain
 
     def _convert(self, path: str, entry: _Entry, progress: Progress) -> Path:
         from omniops.server.transcode import Encoding, transcode
@@ -294,32 +294,32 @@ class Videos:
             unfinished.unlink(missing_ok=True)
         return out
 
-    def _described(self, path: str, poster: str | None, place: Path) -> Video:
-        if place.suffix != ".mp4":
-            picture = pictures.look(place)
+    def _described(self, path: str, poster: str | None, file: Path) -> Video:
+        if file.suffix != ".mp4":
+            picture = pictures.look(file)
             return Video(path, poster, picture.width, picture.height, 1, None, True)
-        clip = clips.look(place)
+        clip = clips.look(file)
         return Video(path, poster, clip.width, clip.height, clip.frames, clip.fps, False)
 
-    def _write_poster(self, source: Path, place: Path) -> None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = place.with_name(f".{place.name}")
+    def _write_poster(self, source: Path, poster: Path) -> None:
+        poster.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = poster.with_name(f".{poster.name}")
         picture = pictures.read(source) if source.suffix != ".mp4" else clips.first_picture(source)
         picture.thumbnail((_POSTER_SIDE, _POSTER_SIDE))
         picture.save(unfinished, format="JPEG", quality=85)
-        os.replace(unfinished, place)
+        os.replace(unfinished, poster)
 
     def _upload(self, path: str) -> Path:
-        place = self.settings.uploads / path.removeprefix("uploads/")
+        file = self.settings.uploads / path.removeprefix("uploads/")
         try:
-            found = place.lstat()
+            found = file.lstat()
             if not stat.S_ISREG(found.st_mode):
                 raise NotFound(_OTHER)
             # Uploads are removed by when they were last used; their date stays, for browsers know them by it.
-            os.utime(place, ns=(time.time_ns(), found.st_mtime_ns))
+            os.utime(file, ns=(time.time_ns(), found.st_mtime_ns))
         except OSError:
             raise NotFound(_OTHER) from None
-        return place
+        return file
 
 
 def _is_picture(path: str) -> bool:
@@ -344,43 +344,43 @@ def _inside(path: Path, folder: Path) -> bool:
 
 
 def _files(gallery: Path) -> list[tuple[str, Path, tuple[int, ...]]]:
-    """The API's path, the place and the state of each file that may be offered, in natural order."""
+    """The API's path, the path on the disk and the state of each file that may be offered, in natural order."""
     found = []
-    for place in _walk(gallery, gallery, set()):
-        name = place.relative_to(gallery).as_posix()
-        if place.suffix != ".mp4" and place.suffix.lower() not in KINDS:
+    for file in _walk(gallery, gallery, set()):
+        name = file.relative_to(gallery).as_posix()
+        if file.suffix != ".mp4" and file.suffix.lower() not in KINDS:
             continue
-        state = _state(place)
-        if state is None or not _inside(place, gallery):
+        state = _state(file)
+        if state is None or not _inside(file, gallery):
             continue
         try:
             name.encode()
         except UnicodeEncodeError:  # JSON has no such names
             continue
-        found.append((f"gallery/{name}", place, state))
-    return sorted(found, key=lambda each: _natural(each[0]))
+        found.append((f"gallery/{name}", file, state))
+    return sorted(found, key=lambda item: _natural(item[0]))
 
 
-def _walk(folder: Path, gallery: Path, seen: set[Path]) -> Iterator[Path]:
+def _walk(folder: Path, gallery: Path, visited: set[Path]) -> Iterator[Path]:
     """The files of a folder and those in it, each folder once; links that lead out of the gallery are not followed."""
     try:
         real = folder.resolve(strict=True)
-        if real in seen or not real.is_relative_to(gallery.resolve(strict=True)):
+        if real in visited or not real.is_relative_to(gallery.resolve(strict=True)):
             return
-        seen.add(real)
-        inside = sorted(folder.iterdir())
+        visited.add(real)
+        paths = sorted(folder.iterdir())
     except (OSError, RuntimeError):
         return
-    for each in inside:
-        if each.name.startswith("."):
+    for path in paths:
+        if path.name.startswith("."):
             continue
-        if each.is_dir():
-            yield from _walk(each, gallery, seen)
+        if path.is_dir():
+            yield from _walk(path, gallery, visited)
         else:
-            yield each
+            yield path
 
 
 def _natural(path: str) -> tuple[list[list[tuple[bool, int, str]]], str]:
     """Numbers in names by their value: 2 before 10."""
-    parts = [re.findall(r"\d+|\D+", each.casefold()) for each in path.split("/")]
-    return [[(not p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in each] for each in parts], path
+    names = [re.findall(r"\d+|\D+", name.casefold()) for name in path.split("/")]
+    return [[(not run.isdecimal(), int(run) if run.isdecimal() else 0, run) for run in name] for name in names], path

@@ -66,7 +66,7 @@ class Server:
         self.sessions = Sessions(settings, predictors)
         self.uploads = Uploads(settings, self.videos, self.sessions.names)
         self.downloads = Downloads(settings, self.videos.jobs)
-        self.streams = stream.Places(settings.max_streams)
+        self.stream_slots = stream.StreamSlots(settings.max_streams)
         # One less, so that of the official command's 8 threads one is left to answer clicks.
         self.receiving = threading.BoundedSemaphore(max(1, settings.max_streams - 1))
         self.page_headers = page_headers(settings)
@@ -248,44 +248,44 @@ def _json_object() -> dict[str, Any]:
 
 
 def _propagate() -> Response:
-    body = _json_object()
-    session_id = body.get("session_id")
+    fields = _json_object()
+    session_id = fields.get("session_id")
     if not isinstance(session_id, str):
         raise ServerError("The request has to name its session_id, a string")
-    start = body.get("start_frame_index", 0)
+    start = fields.get("start_frame_index", 0)
     if not isinstance(start, int) or isinstance(start, bool):
         raise ServerError("start_frame_index has to be a whole number")
     server = _server()
     session = server.sessions.get(session_id)
     if session.tracking:
         session.cancel()  # what it does until now makes room for what it is asked for
-    places, environ = server.streams, request.environ
-    if not places.take(_STREAM_PATIENCE):
+    slots, environ = server.stream_slots, request.environ
+    if not slots.take(_STREAM_PATIENCE):
         raise Busy(f"{server.settings.max_streams} videos are tracked right now, which is all that the server does")
     try:
-        parts = stream.Parts(session.propagate(start), places.give_back, lambda: connection.break_off(environ))
+        body = stream.MultipartStream(session.propagate(start), slots.give_back, lambda: connection.break_off(environ))
     except BaseException:
-        places.give_back()
+        slots.give_back()
         raise
-    places.watch(parts)
-    return Response(parts, content_type=stream.CONTENT_TYPE, direct_passthrough=True)
+    slots.watch(body)
+    return Response(body, content_type=stream.CONTENT_TYPE, direct_passthrough=True)
 
 
 def _media(folder: str, name: str) -> Response:
     videos, path = _server().videos, f"{folder}/{name}"
-    place = videos.poster(path) if folder == "posters" else videos.find(path)
-    suffix = place.suffix.lower()
+    file = videos.poster(path) if folder == "posters" else videos.find(path)
+    suffix = file.suffix.lower()
     kind = "video/mp4" if suffix == ".mp4" else "image/jpeg" if KINDS.get(suffix) == "JPEG" else "image/png"
     shown_name = PurePosixPath(name).with_suffix(suffix).name  # what a file was converted to has its name
     try:
-        return send_file(place, kind, conditional=True, download_name=shown_name)
+        return send_file(file, kind, conditional=True, download_name=shown_name)
     except OSError:
         raise NotFound("There is no such file") from None
 
 
 def _page(name: str = "index.html") -> Response:
     folder = files("omniops.server") / "page"
-    known = {each.name: each for each in folder.iterdir() if each.is_file()}
+    known = {file.name: file for file in folder.iterdir() if file.is_file()}
     suffix = name[name.rfind(".") :]
     if name not in known or suffix not in _TYPES:
         raise NotFound(_WORDS[404])

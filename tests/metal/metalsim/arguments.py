@@ -91,14 +91,14 @@ def bind(
         raise TypeError(f"kernel {kernel}: arg_casts must be a string or a dict, got {type(arg_casts).__name__}")
     bound: list[Tensor | Inline] = []
     for index, (value, parameter) in enumerate(zip(args, parameters, strict=True)):
-        where = f"kernel {kernel}, argument {index} ({parameter})"
+        label = f"kernel {kernel}, argument {index} ({parameter})"
         if isinstance(value, Tensor):
-            _check_tensor(where, value, parameter)
+            _check_tensor(label, value, parameter)
             bound.append(value)
         else:
             cast = arg_casts.get(index) if isinstance(arg_casts, Mapping) else arg_casts
-            inline = _inline(where, value, cast)
-            _check_inline(where, value, inline, parameter)
+            inline = _inline(label, value, cast)
+            _check_inline(label, value, inline, parameter)
             bound.append(inline)
     if isinstance(arg_casts, Mapping):
         for index in arg_casts:
@@ -107,41 +107,41 @@ def bind(
     return bound
 
 
-def _check_tensor(where: str, tensor: Tensor, parameter: BufferType) -> None:
+def _check_tensor(label: str, tensor: Tensor, parameter: BufferType) -> None:
     if tensor.dtype not in _TENSOR_ELEMENTS:
-        raise TypeError(f"{where}: MPS has no {tensor.dtype}")
+        raise TypeError(f"{label}: MPS has no {tensor.dtype}")
     if parameter.element not in _TENSOR_ELEMENTS[tensor.dtype]:
-        raise TypeError(f"{where}: got a {tensor.dtype} tensor")
+        raise TypeError(f"{label}: got a {tensor.dtype} tensor")
     if tensor.is_conj() or tensor.is_neg():
-        raise TypeError(f"{where}: a lazily conjugated or negated tensor is not what its storage holds")
+        raise TypeError(f"{label}: a lazily conjugated or negated tensor is not what its storage holds")
     if tensor.layout != torch.strided:
-        raise TypeError(f"{where}: got a {tensor.layout} tensor")
+        raise TypeError(f"{label}: got a {tensor.layout} tensor")
     if parameter.constant and tensor.storage_offset() * tensor.element_size() % 4:
-        raise ValueError(f"{where}: a constant buffer has to begin at a multiple of 4 bytes")
+        raise ValueError(f"{label}: a constant buffer has to begin at a multiple of 4 bytes")
 
 
-def _inline(where: str, value: object, cast: str | None) -> Inline:
+def _inline(label: str, value: object, cast: str | None) -> Inline:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if not values:
-        raise ValueError(f"{where}: got an empty list")
+        raise ValueError(f"{label}: got an empty list")
     for item in values:
         if isinstance(item, bool) or not isinstance(item, (int, float)):
-            raise TypeError(f"{where}: Metal takes tensors, int, float and lists of them, got {type(item).__name__}")
+            raise TypeError(f"{label}: Metal takes tensors, int, float and lists of them, got {type(item).__name__}")
     kinds = {int if isinstance(item, int) else float for item in values}
     if len(kinds) > 1:
-        raise TypeError(f"{where}: got a list of both int and float")
+        raise TypeError(f"{label}: got a list of both int and float")
     integer = kinds == {int}
     if cast is not None and cast not in _CASTS:
-        raise ValueError(f"{where}: unknown arg_casts {cast!r}; known are {', '.join(_CASTS)}")
+        raise ValueError(f"{label}: unknown arg_casts {cast!r}; known are {', '.join(_CASTS)}")
     code = _CASTS[cast] if cast else "q" if integer else "f"
     if not integer and code not in ("f", "e", "bf16"):
-        raise TypeError(f"{where}: arg_casts {cast!r} would truncate the float {value}")
+        raise TypeError(f"{label}: arg_casts {cast!r} would truncate the float {value}")
     try:
         data = b"".join(_pack(code, item) for item in values)
     except (struct.error, OverflowError) as error:
-        raise ValueError(f"{where}: {value} does not fit into {cast or 'int64'}") from error
+        raise ValueError(f"{label}: {value} does not fit into {cast or 'int64'}") from error
     if len(data) > MAX_INLINE_BYTES:
-        raise ValueError(f"{where}: {len(data)} bytes, but Metal's setBytes takes at most {MAX_INLINE_BYTES}")
+        raise ValueError(f"{label}: {len(data)} bytes, but Metal's setBytes takes at most {MAX_INLINE_BYTES}")
     return Inline(data, _LETTERS[code])
 
 
@@ -153,16 +153,16 @@ def _pack(code: str, value: float) -> bytes:
     return struct.pack(f"<{code}", value)
 
 
-def _check_inline(where: str, value: object, inline: Inline, parameter: BufferType) -> None:
+def _check_inline(label: str, value: object, inline: Inline, parameter: BufferType) -> None:
     if not parameter.constant:
-        raise TypeError(f"{where}: a Python value needs a constant parameter")
+        raise TypeError(f"{label}: a Python value needs a constant parameter")
     if parameter.element != "?" and parameter.element != inline.element:
         raise TypeError(
-            f"{where}: {value} arrives as {_NAMES[inline.element]}; "
+            f"{label}: {value} arrives as {_NAMES[inline.element]}; "
             f"declare constant {_NAMES[inline.element]} or use arg_casts"
         )
     if len(inline.data) < parameter.size or (parameter.reference and len(inline.data) != parameter.size):
-        raise TypeError(f"{where}: {value} has {len(inline.data)} bytes, the parameter has {parameter.size}")
+        raise TypeError(f"{label}: {value} has {len(inline.data)} bytes, the parameter has {parameter.size}")
 
 
 def dispatch(

@@ -64,7 +64,7 @@ def compile_library(source: str, fast_math: bool) -> tuple[list[parser.Kernel], 
 
 
 def _build(text: str, flags: Sequence[str], optimise: str, path: Path) -> None:
-    source, plain, checked = path.with_suffix(".cpp"), path.with_suffix(".ll"), path.with_suffix(".checked.ll")
+    source, plain, instrumented = (path.with_suffix(end) for end in (".cpp", ".ll", ".instrumented.ll"))
     source.write_text(text)
     machine = ("-target", toolchain.target())
     emit = ("-O1", "-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes", "-I", str(HERE / "include" / "emulator"))
@@ -72,9 +72,9 @@ def _build(text: str, flags: Sequence[str], optimise: str, path: Path) -> None:
     for line in done.stderr.splitlines():
         if "implicit conversion" in line and ("to 'bfloat'" in line or "(aka '__bf16')" in line.split(" to ")[-1]):
             raise CompileError(f"Metal has no implicit conversion to bfloat: {line}")
-    checked.write_text(instrument(plain.read_text()))
+    instrumented.write_text(instrument(plain.read_text()))
     made = path.with_suffix(".o")
-    toolchain.run((*_CLANG, *machine, optimise, "-fPIC", "-w", "-c", str(checked), "-o", str(made)))
+    toolchain.run((*_CLANG, *machine, optimise, "-fPIC", "-w", "-c", str(instrumented), "-o", str(made)))
     toolchain.link([made], path)
 
 
@@ -86,12 +86,12 @@ def _translation_unit(shader: parser.Shader) -> str:
             f'metal::emulator::threadgroup_variable<{variable.site}, {shape}>("{variable.name}", __builtin_LINE());'
         )
 
-    parts = ["#include <metal_stdlib>\n", shader.render(declare), "\n"]
+    lines = ["#include <metal_stdlib>\n", shader.render(declare), "\n"]
     for i, kernel in enumerate(shader.kernels):
         function = f"emulator_function_{i}"
-        parts.append(f"using {function} = metal::emulator::Kernel<decltype(&{kernel.function})>;\n")
+        lines.append(f"using {function} = metal::emulator::Kernel<decltype(&{kernel.function})>;\n")
         rows = [f"{function}::BufferAt<{kernel.parameters.index(p)}>::parameter" for p in kernel.buffers]
-        parts.append(
+        lines.append(
             f'extern "C" const metal::host::Parameter emulator_parameters_{i}[] = {{{", ".join(rows) or "{}"}}};\n'
         )
         arguments = [
@@ -100,8 +100,8 @@ def _translation_unit(shader: parser.Shader) -> str:
             else f"{function}::builtin<{n}>(position->{p.builtin})"
             for n, p in enumerate(kernel.parameters)
         ]
-        parts.append(
+        lines.append(
             f'extern "C" void emulator_kernel_{i}(const metal::emulator::Position* position, const ulong* buffers) '
             f"{{ {kernel.function}({', '.join(arguments)}); }}\n"
         )
-    return "".join(parts)
+    return "".join(lines)

@@ -141,22 +141,22 @@ class _Parser:
 
     # Access by position among the code tokens.
 
-    def _text(self, at: int) -> str:
-        return self.tokens[self.code[at]].text if 0 <= at < len(self.code) else ""
+    def _text(self, position: int) -> str:
+        return self.tokens[self.code[position]].text if 0 <= position < len(self.code) else ""
 
-    def _fail(self, at: int, message: str) -> CompileError:
-        return CompileError(f"line {self.tokens[self.code[min(at, len(self.code) - 1)]].line}: {message}")
+    def _fail(self, position: int, message: str) -> CompileError:
+        return CompileError(f"line {self.tokens[self.code[min(position, len(self.code) - 1)]].line}: {message}")
 
-    def _close(self, at: int, pairs: str = "()[]{}") -> int:
-        """The position of the bracket that closes the one at ``at``."""
+    def _close(self, position: int, pairs: str = "()[]{}") -> int:
+        """The position of the bracket that closes the one at ``position``."""
         depth = 0
-        for i in range(at, len(self.code)):
+        for i in range(position, len(self.code)):
             text = self._text(i)
             if len(text) == 1 and text in pairs:
                 depth += 1 if pairs.index(text) % 2 == 0 else -1
                 if depth == 0:
                     return i
-        raise self._fail(at, f"'{self._text(at)}' is never closed")
+        raise self._fail(position, f"'{self._text(position)}' is never closed")
 
     def _source(self, first: int, last: int) -> str:
         """The text of code tokens [first, last), a space between them."""
@@ -165,25 +165,26 @@ class _Parser:
     # The passes.
 
     def _refuse_words(self) -> None:
-        for at, i in enumerate(self.code):
+        for position, i in enumerate(self.code):
             token = self.tokens[i]
             if token.kind == "name" and token.text in REFUSED:
-                raise self._fail(at, REFUSED[token.text])
-            if token.text == "[" and self._text(at + 1) != "[" and self._text(at - 1) in ("=", "(", ",", "return"):
-                raise self._fail(at, "Metal has no lambdas")
+                raise self._fail(position, REFUSED[token.text])
+            before, after = self._text(position - 1), self._text(position + 1)
+            if token.text == "[" and after != "[" and before in ("=", "(", ",", "return"):
+                raise self._fail(position, "Metal has no lambdas")
 
     def _take_attributes(self) -> dict[int, list[tuple[str, str]]]:
         """Remove every [[...]] from the code; the (name, argument) pairs, by the position of the token that follows."""
         attributes: dict[int, list[tuple[str, str]]] = {}
         code: list[int] = []
-        at = 0
-        while at < len(self.code):
-            if self._text(at) != "[" or self._text(at + 1) != "[":
-                code.append(self.code[at])
-                at += 1
+        position = 0
+        while position < len(self.code):
+            if self._text(position) != "[" or self._text(position + 1) != "[":
+                code.append(self.code[position])
+                position += 1
                 continue
-            end = self._close(at, "[]")
-            i = at + 2
+            end = self._close(position, "[]")
+            i = position + 2
             while i < end - 1:
                 name, argument = self._text(i), ""
                 if self._text(i + 1) == "(":
@@ -192,9 +193,9 @@ class _Parser:
                     i = close
                 attributes.setdefault(len(code), []).append((name, argument))
                 i += 2  # past the name or the bracket, and a comma
-            for j in range(at, end + 1):
+            for j in range(position, end + 1):
                 self.tokens[self.code[j]].replacement = ""
-            at = end + 1
+            position = end + 1
         self.code = code
         return attributes
 
@@ -203,24 +204,24 @@ class _Parser:
 
     def _functions(self) -> None:
         """Walk the declarations outside functions; structs and namespaces are walked into."""
-        at = statement = 0  # where the walk is, and where the declaration that it is in began
-        while at < len(self.code):
-            text = self._text(at)
+        position = statement = 0  # where the walk is, and where the declaration that it is in began
+        while position < len(self.code):
+            text = self._text(position)
             if text == "template":
-                at = statement = self._template(at)
-            elif text == "kernel" or ("kernel", "") in self._attributes.get(at, []):
-                at = statement = self._definition(at, template=False)
-            elif text == "(" and self._is_function(statement, at):
+                position = statement = self._template(position)
+            elif text == "kernel" or ("kernel", "") in self._attributes.get(position, []):
+                position = statement = self._definition(position, template=False)
+            elif text == "(" and self._is_function(statement, position):
                 self.shader.functions.append(self.code[statement])
-                at = statement = self._end_of_function(at)
-            elif text in ("(", "[") or (text == "{" and not self._is_scope(at)):
-                at = self._close(at) + 1
+                position = statement = self._end_of_function(position)
+            elif text in ("(", "[") or (text == "{" and not self._is_scope(position)):
+                position = self._close(position) + 1
             else:
-                at += 1
+                position += 1
                 if text in (";", "{", "}") or (
-                    text == ":" and self._text(at - 2) in ("public", "private", "protected")
+                    text == ":" and self._text(position - 2) in ("public", "private", "protected")
                 ):
-                    statement = at
+                    statement = position
         names = [kernel.host_name for kernel in self.shader.kernels]
         for name in names:
             if names.count(name) > 1:
@@ -239,18 +240,18 @@ class _Parser:
 
     def _end_of_function(self, parenthesis: int) -> int:
         """The position behind a function, of which ``parenthesis`` opens the parameters."""
-        at = self._close(parenthesis) + 1
-        while self._text(at) not in ("{", ";", ":"):
-            at = self._close(at) + 1 if self._text(at) == "(" else at + 1
-        if self._text(at) == ":":  # a constructor's initialisers
-            while self._text(at) in (":", ","):
-                while self._text(at) not in ("(", "{"):
-                    at += 1
-                at = self._close(at) + 1
-        if self._text(at) == ";":
-            return at + 1
-        self._refuse_threadgroup_variables(at, self._close(at))
-        return self._close(at) + 1
+        position = self._close(parenthesis) + 1
+        while self._text(position) not in ("{", ";", ":"):
+            position = self._close(position) + 1 if self._text(position) == "(" else position + 1
+        if self._text(position) == ":":  # a constructor's initialisers
+            while self._text(position) in (":", ","):
+                while self._text(position) not in ("(", "{"):
+                    position += 1
+                position = self._close(position) + 1
+        if self._text(position) == ";":
+            return position + 1
+        self._refuse_threadgroup_variables(position, self._close(position))
+        return self._close(position) + 1
 
     def _is_scope(self, brace: int) -> bool:
         """Whether the brace opens a namespace or a class, not a function's body or an initialiser."""
@@ -261,42 +262,42 @@ class _Parser:
             i -= 1
         return False
 
-    def _template(self, at: int) -> int:
-        if self._text(at + 1) == "<":
-            after = self._close(at + 1, "<>") + 1
+    def _template(self, position: int) -> int:
+        if self._text(position + 1) == "<":
+            after = self._close(position + 1, "<>") + 1
             head = after
             while self._text(head) not in (";", "{", "(", ""):
                 if self._text(head) == "kernel" or ("kernel", "") in self._attributes.get(head, []):
                     return self._definition(after, template=True)
                 head += 1
             return after
-        end = at
+        end = position
         while self._text(end) not in (";", ""):
             end += 1
-        attributes = self._attributes_in(at, end)
-        words = {self._text(i) for i in range(at, end)}
+        attributes = self._attributes_in(position, end)
+        words = {self._text(i) for i in range(position, end)}
         if "kernel" not in words and ("kernel", "") not in attributes:
             return end + 1
         host_name = next((argument for name, argument in attributes if name == "host_name"), None)
         if host_name is None:
-            raise self._fail(at, 'an explicit instantiation of a kernel needs [[host_name("...")]]')
-        self._blank_kernel(at, end)
-        self.shader.instantiations.append((self.code[at], self.code[min(end, len(self.code) - 1)]))
-        close = next((i for i in range(at, end) if self._text(i) == "(" and self._text(i - 1) != "decltype"), end)
-        if any(self._text(i) == "decltype" for i in range(at, end)):
+            raise self._fail(position, 'an explicit instantiation of a kernel needs [[host_name("...")]]')
+        self._blank_kernel(position, end)
+        self.shader.instantiations.append((self.code[position], self.code[min(end, len(self.code) - 1)]))
+        close = next((i for i in range(position, end) if self._text(i) == "(" and self._text(i - 1) != "decltype"), end)
+        if any(self._text(i) == "decltype" for i in range(position, end)):
             # template decltype(name<arguments>) name<arguments>;
-            opening = next(i for i in range(at, end) if self._text(i) == "decltype")
+            opening = next(i for i in range(position, end) if self._text(i) == "decltype")
             first = self._close(opening + 1) + 1
             function = self._source(first, end)
         else:
-            void = next((i for i in range(at, close) if self._text(i) == "void"), None)
+            void = next((i for i in range(position, close) if self._text(i) == "void"), None)
             if void is None:
-                raise self._fail(at, "a kernel returns void")
+                raise self._fail(position, "a kernel returns void")
             function = self._source(void + 1, close)
         name = function.split("<")[0].strip()
         if name not in self.definitions:
-            raise self._fail(at, f"no template kernel {name!r} has been defined before this instantiation")
-        self._add("".join(re.findall(r'"([^"]*)"', host_name)), function, *self.definitions[name], at)
+            raise self._fail(position, f"no template kernel {name!r} has been defined before this instantiation")
+        self._add("".join(re.findall(r'"([^"]*)"', host_name)), function, *self.definitions[name], position)
         return end + 1
 
     def _blank_kernel(self, first: int, last: int) -> None:
@@ -304,50 +305,52 @@ class _Parser:
             if self._text(i) == "kernel":
                 self.tokens[self.code[i]].replacement = ""
 
-    def _definition(self, at: int, template: bool) -> int:
-        opening = at
+    def _definition(self, position: int, template: bool) -> int:
+        opening = position
         while self._text(opening) != "(":
             opening += 1
             if opening >= len(self.code):
-                raise self._fail(at, "a kernel without parameters")
-        attributes = dict(self._attributes_in(at, opening))
+                raise self._fail(position, "a kernel without parameters")
+        attributes = dict(self._attributes_in(position, opening))
         host_name = "".join(re.findall(r'"([^"]*)"', attributes.get("host_name", "")))
-        self._blank_kernel(at, opening)
-        self.shader.functions.append(self.code[at])
+        self._blank_kernel(position, opening)
+        self.shader.functions.append(self.code[position])
         name, result = self._text(opening - 1), self._text(opening - 2)
         if result != "void":
-            raise self._fail(at, f"kernel {name!r} must return void")
+            raise self._fail(position, f"kernel {name!r} must return void")
         close = self._close(opening)
         parameters = tuple(self._parameters(name, opening, close))
         if self._text(close + 1) != "{":
             return close + 1
         for attribute in attributes.keys() - {"kernel", "host_name", "max_total_threads_per_threadgroup"}:
-            raise self._fail(at, f"unknown attribute [[{attribute}]] of kernel {name!r}")
+            raise self._fail(position, f"unknown attribute [[{attribute}]] of kernel {name!r}")
         threads = attributes.get("max_total_threads_per_threadgroup")
-        self.definitions[name] = parameters, None if threads is None else self._threads(at, threads)
+        self.definitions[name] = parameters, None if threads is None else self._threads(position, threads)
         if not template:
-            self._add(host_name or name, name, *self.definitions[name], at)
+            self._add(host_name or name, name, *self.definitions[name], position)
         end = self._close(close + 1)
         self._threadgroup_variables(close + 1, end)
         return end + 1
 
-    def _threads(self, at: int, text: str) -> int:
+    def _threads(self, position: int, text: str) -> int:
         """A number of threads a group: a literal, a constant at program scope, or a product of these."""
         constants = dict(re.findall(r"constexpr u?int (\w+) = (\d+)u? ;", self._source(0, len(self.code))))
         factors = [constants.get(factor, factor).rstrip("u") for factor in text.split(" * ")]
         threads = math.prod(int(factor) if factor.isdigit() else 0 for factor in factors)
         if not 0 < threads <= MAX_THREADS_PER_GROUP:
-            raise self._fail(at, f"max_total_threads_per_threadgroup({text}) is not 1 to {MAX_THREADS_PER_GROUP}")
+            raise self._fail(position, f"max_total_threads_per_threadgroup({text}) is not 1 to {MAX_THREADS_PER_GROUP}")
         return threads
 
     def _add(
-        self, host_name: str, function: str, parameters: tuple[Parameter, ...], max_threads: int | None, at: int
+        self, host_name: str, function: str, parameters: tuple[Parameter, ...], max_threads: int | None, position: int
     ) -> None:
         indices = sorted(p.buffer for p in parameters if p.buffer is not None)
         if indices != list(range(len(indices))):
-            raise self._fail(at, f"kernel {host_name!r} declares buffers {indices}: arguments bind to 0, 1, 2, ...")
+            raise self._fail(
+                position, f"kernel {host_name!r} declares buffers {indices}: arguments bind to 0, 1, 2, ..."
+            )
         if len(indices) > MAX_BUFFERS:
-            raise self._fail(at, f"kernel {host_name!r} declares {len(indices)} buffers, Metal has {MAX_BUFFERS}")
+            raise self._fail(position, f"kernel {host_name!r} declares {len(indices)} buffers, Metal has {MAX_BUFFERS}")
         self.shader.kernels.append(Kernel(host_name, function, parameters, max_threads))
 
     def _parameters(self, kernel: str, opening: int, close: int) -> Iterator[Parameter]:
@@ -461,14 +464,14 @@ class _Parser:
                 raise self._fail(i, f"a {mark} to {self._text(i)} needs an address space: device, constant, ...")
 
     def _literals(self) -> None:
-        for at, i in enumerate(self.code):
+        for position, i in enumerate(self.code):
             token = self.tokens[i]
             if token.kind != "number" or token.text[:2].lower() in ("0x", "0b"):
                 continue
             match = FLOAT.match(token.text)
             if match is None:
                 if token.text.lower().endswith("h"):
-                    raise self._fail(at, f"{token.text}: the suffix h needs a decimal point")
+                    raise self._fail(position, f"{token.text}: the suffix h needs a decimal point")
                 continue
             number, suffix = match.group(), token.text[match.end() :]
             if suffix in ("", "f", "F"):
@@ -478,16 +481,17 @@ class _Parser:
             elif suffix in ("bf", "BF"):
                 token.replacement = f"bfloat({number}f)"
             else:
-                raise self._fail(at, f"{token.text} is no Metal literal")
+                raise self._fail(position, f"{token.text} is no Metal literal")
 
     def _constructors(self) -> None:
         """``float4(...)`` in an expression: C++ has no vector constructors of several arguments."""
-        for at in range(len(self.code)):
-            if self._text(at) in VECTORS and self._text(at + 1) == "(" and self._text(at + 2) not in ("&", "*"):
-                self.tokens[self.code[at]].replacement = f"metal::make<{self._text(at)}>"
-            elif self._text(at) == "vec" and self._text(at + 1) == "<":
-                close = self._close(at + 1, "<>")
+        for position in range(len(self.code)):
+            is_called = self._text(position + 1) == "(" and self._text(position + 2) not in ("&", "*")
+            if self._text(position) in VECTORS and is_called:
+                self.tokens[self.code[position]].replacement = f"metal::make<{self._text(position)}>"
+            elif self._text(position) == "vec" and self._text(position + 1) == "<":
+                close = self._close(position + 1, "<>")
                 if self._text(close + 1) == "(" and self._text(close + 2) not in ("&", "*"):
-                    qualifier = "" if self._text(at - 1) == "::" else "metal::"
-                    self.tokens[self.code[at]].replacement = f"{qualifier}make<metal::vec"
+                    qualifier = "" if self._text(position - 1) == "::" else "metal::"
+                    self.tokens[self.code[position]].replacement = f"{qualifier}make<metal::vec"
                     self.tokens[self.code[close]].replacement = ">>"

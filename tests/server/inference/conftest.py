@@ -2,6 +2,7 @@
 
 import pytest
 from clips import write_clip
+from one_thread import one_thread as one_thread
 from server.inference.sessions import FRAMES
 
 
@@ -9,7 +10,22 @@ from server.inference.sessions import FRAMES
 def model():
     from omniops import sam2
 
-    return sam2.load("tiny", "cpu", "float32", image_size=64, random_weights=True)
+    model = sam2.load("tiny", "cpu", "float32", image_size=64, random_weights=True)
+    cache_features(model.image_encoder.trunk)
+    return model
+
+
+def cache_features(trunk):
+    """Have the trunk compute the features of an image once: the tests ask for those of the same few frames."""
+    forward, features = trunk.forward, {}
+
+    def cached_forward(images):
+        key = tuple(images.shape), images.numpy().tobytes()
+        if key not in features:
+            features[key] = forward(images)
+        return tuple(feature.clone() for feature in features[key])
+
+    trunk.forward = cached_forward
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +37,6 @@ def clip(tmp_path_factory):
 def inference(model, clip):
     from omniops.server.inference import Inference
 
-    made = Inference(model)
-    made.open("a", clip)
-    return made
+    sessions = Inference(model)
+    sessions.open("a", clip)
+    return sessions

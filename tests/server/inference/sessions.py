@@ -6,7 +6,7 @@ from clips import HEIGHT, WIDTH
 from omniops.sam2 import rle
 
 FRAMES = 6
-EMPTY = {"size": [HEIGHT, WIDTH], "counts": rle.compressed(np.array([HEIGHT * WIDTH]))}
+EMPTY = {"size": [HEIGHT, WIDTH], "counts": rle.compress_counts(np.array([HEIGHT * WIDTH]))}
 POINT = [0.25, 0.5]
 
 

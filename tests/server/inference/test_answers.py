@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +10,11 @@ import torch
 from clips import HEIGHT, WIDTH
 from server.inference.sessions import EMPTY, FRAMES, POINT, everything, tracked
 
-pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
-
-from omniops import sam2
+from omniops import fill_holes, sam2
 from omniops.sam2 import architectures, rle
 from omniops.sam2.frames import Frames
 from omniops.sam2.mask_generator import SAM2AutomaticMaskGenerator
-from omniops.sam2.pictures import planes
+from omniops.sam2.transforms import to_tensor
 from omniops.sam2.upsampling import guided
 from omniops.sam2.video_predictor import SAM2VideoPredictor
 from omniops.server.inference import Inference
@@ -30,15 +29,15 @@ def coco(logits):
     """As pycocotools writes (N, 1, H, W)."""
     mask_tools = pytest.importorskip("pycocotools.mask", reason="the oracle: pycocotools")
     masks = np.asfortranarray((logits[:, 0] > 0).numpy().astype(np.uint8).transpose(1, 2, 0))
-    return [{"size": each["size"], "counts": each["counts"].decode()} for each in mask_tools.encode(masks)]
+    return [{"size": mask["size"], "counts": mask["counts"].decode()} for mask in mask_tools.encode(masks)]
 
 
 def require_plain(value):
     """Raise for what is more than numbers, texts, lists, tuples and dictionaries."""
     assert type(value) in (int, float, bool, str, list, tuple, dict, type(None)), type(value)
     if isinstance(value, (list, tuple, dict)):
-        for each in itertools.chain(value, value.values() if isinstance(value, dict) else ()):
-            require_plain(each)
+        for item in itertools.chain(value, value.values() if isinstance(value, dict) else ()):
+            require_plain(item)
 
 
 def test_answers_are_plain_data(inference):
@@ -61,7 +60,8 @@ def test_answers_are_plain_data(inference):
         require_plain(answer)
 
 
-def test_it_runs_in_a_process_of_its_own(model, clip, inference):
+def test_it_runs_in_a_process_of_its_own(model, clip, inference, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in this process
     with sam2.remote(
         "tiny",
         predictor="omniops.server.inference:Inference",
@@ -81,9 +81,9 @@ def test_it_runs_in_a_process_of_its_own(model, clip, inference):
 
 
 def test_what_it_is(inference):
-    told = inference.describe()
-    assert told.pop("device")
-    assert told == {
+    description = inference.describe()
+    assert description.pop("device")
+    assert description == {
         "device_type": "cpu",
         "dtype": "float32",
         "model": "tiny",
@@ -93,9 +93,11 @@ def test_what_it_is(inference):
 
 
 @pytest.mark.parametrize("size", ["small", "base-plus", "large"])
-def test_the_size_of_the_model_is_told(model, size):
+def test_the_size_of_the_model_is_described(model, size):
     other = copy.copy(model)  # its configuration alone: larger ones take seconds to build
-    other.config = architectures._config(architectures.SIZES[size], "2.1", 64)
+    trunk = copy.copy(model.image_encoder.trunk)
+    trunk.size = architectures.SIZES[size]
+    other._modules = {**model._modules, "image_encoder": SimpleNamespace(trunk=trunk)}
     assert Inference(other).describe()["model"] == size
 
 
@@ -161,27 +163,27 @@ def test_a_correction_still_counts_when_the_video_is_tracked_again(inference):
 
 
 def test_points_may_join_those_before(inference, model, clip):
-    places, labels = [POINT, [0.5, 0.6], [0.7, 0.2]], [1, 1, 0]
+    points, labels = [POINT, [0.5, 0.6], [0.7, 0.2]], [1, 1, 0]
     inference.add("a", 0, 1, box=[0.1, 0.2, 0.8, 0.9])
-    inference.add("a", 0, 1, places[:1], labels[:1], clear=False)
-    joined = inference.add("a", 0, 1, places[1:], labels[1:], clear=False)
+    inference.add("a", 0, 1, points[:1], labels[:1], clear=False)
+    extended = inference.add("a", 0, 1, points[1:], labels[1:], clear=False)
     assert inference.prompts("a") == {
-        1: {0: {"points": places, "labels": labels, "box": [0.1, 0.2, 0.8, 0.9], "mask": False}}
+        1: {0: {"points": points, "labels": labels, "box": [0.1, 0.2, 0.8, 0.9], "mask": False}}
     }
     predictor = SAM2VideoPredictor(model)
     state = predictor.init_state(clip)
     predictor.add_new_points_or_box(state, 0, 1, box=[0.1, 0.2, 0.8, 0.9], normalize_coords=False)
     for some in (slice(0, 1), slice(1, 3)):
         logits = predictor.add_new_points_or_box(
-            state, 0, 1, places[some], labels[some], clear_old_points=False, normalize_coords=False
+            state, 0, 1, points[some], labels[some], clear_old_points=False, normalize_coords=False
         )[2]
-    assert joined == [(1, coco(logits)[0])]
+    assert extended == [(1, coco(logits)[0])]
     replaced = inference.add("a", 0, 1, [POINT], [1])
-    assert replaced != joined
+    assert replaced != extended
     assert inference.prompts("a")[1][0] == {"points": [POINT], "labels": [1], "box": None, "mask": False}
 
 
-def test_a_mask_replaces_points(inference):
+def test_a_mask_repoints_points(inference):
     inference.add("a", 0, 1, [POINT], [1])
     mask = np.zeros((HEIGHT, WIDTH), bool)
     mask[:45, :70] = True
@@ -201,19 +203,19 @@ def test_every_object_has_a_mask_in_every_answer(inference):
 
 def test_guided_masks_follow_the_frames(inference, model, clip):
     inference.open("guided", clip, guided=True)
-    predictor = inference._sessions["guided"].predictor
+    predictor = inference.sessions["guided"].predictor
     found = {session: inference.add(session, 1, 1, [POINT], [1])[0][1] for session in ("a", "guided")}
     assert inference.preview("guided", 1, [POINT], [1]) == found["guided"]
-    state = inference._sessions["guided"].state
-    low = predictor._mask(state._tracks[1].new_conditioning[1])
-    guide = planes(Frames(clip)[1], torch.device("cpu"))
+    state = inference.sessions["guided"].state
+    low = fill_holes(state.objects[1].latest_output(1, is_cond=True).pred_masks, predictor.fill_hole_area)
+    guide = to_tensor(Frames(clip)[1], torch.device("cpu"))
     assert found["guided"] == coco(guided(low, guide, (HEIGHT, WIDTH)))[0]
     assert found["guided"] != found["a"]
     assert [t for t, _ in tracked(inference, "guided")] == [*range(FRAMES)]
-    # What is remembered of frames is the same in both.
+    # The low-resolution masks are the same in both.
     tracked(inference)
-    of_both = [inference._sessions[session].state._tracks[1].others[4].logits for session in ("a", "guided")]
-    assert torch.equal(*of_both)
+    states = [inference.sessions[session].state for session in ("a", "guided")]
+    assert torch.equal(*(state.objects[1].tracked_output(4).pred_masks for state in states))
 
 
 def test_a_preview_changes_nothing(inference, clip):
@@ -238,13 +240,13 @@ def test_everything_is_what_the_generator_finds(inference, model, clip):
     expected = generator.generate(Frames(clip)[2])
     found = everything(inference, "a", 2, 4)
     assert found
-    assert [each["mask"] for each in found] == [each["segmentation"] for each in expected]
-    for each in found:
-        mask = rle.decode(each["mask"])
+    assert [record["mask"] for record in found] == [record["segmentation"] for record in expected]
+    for record in found:
+        mask = rle.decode(record["mask"])
         rows, columns = np.nonzero(mask)
-        assert each["area"] == mask.sum()
-        assert each["box"] == [columns.min(), rows.min(), columns.max(), rows.max()]
-        assert 0 <= each["stability_score"] <= 1
+        assert record["area"] == mask.sum()
+        assert record["box"] == [columns.min(), rows.min(), columns.max(), rows.max()]
+        assert 0 <= record["stability_score"] <= 1
     assert inference.prompts("a") == {}
 
 

@@ -6,10 +6,9 @@ import pytest
 from clips import HEIGHT, WIDTH, write_clip
 from server.inference.sessions import EMPTY, FRAMES, POINT, everything, tracked
 
-pytest.importorskip("transformers", reason="omniops.sam2 needs transformers")
-
-from omniops.sam2 import memory, rle
-from omniops.sam2.video_predictor import SAM2VideoPredictor
+from omniops.sam2 import rle
+from omniops.sam2.frame_inference import FrameInference
+from omniops.sam2.modeling.sam2 import SAM2Base
 from omniops.server import inference as module
 from omniops.server.inference import Inference
 
@@ -42,8 +41,8 @@ def test_faulty_clicks_leave_no_trace(twins_of_session):
     inference = twins_of_session.inference
     for arguments, words in WRONG.values():
         frame, object, *rest = arguments
-        for each in (1, 2) if object == 1 and len(rest) < 4 else (object,):
-            click = functools.partial(inference.add, "a", frame, each, *rest)
+        for obj in (1, 2) if object == 1 and len(rest) < 4 else (object,):
+            click = functools.partial(inference.add, "a", frame, obj, *rest)
             twins_of_session.require_failure(click, ValueError, words)
     twins_of_session.require_alike()
 
@@ -88,11 +87,11 @@ def test_a_failure_of_the_model_leaves_no_trace(twins_of_session, monkeypatch, c
         raise RuntimeError("out of memory")
 
     inference = twins_of_session.inference
-    for place in (rle, "runs"), (SAM2VideoPredictor, "_resized"):
+    for owner, function in (rle, "count_runs"), (FrameInference, "get_orig_video_res_output"):
         with monkeypatch.context() as patch:
-            patch.setattr(*place, fail)
+            patch.setattr(owner, function, fail)
             twins_of_session.require_failure(functools.partial(call, inference), RuntimeError, "out of memory")
-    monkeypatch.setattr(memory, "segment", fail)
+    monkeypatch.setattr(SAM2Base, "forward_sam_heads", fail)
     click = functools.partial(inference.add, "a", 4, 3, [POINT], [1])
     twins_of_session.require_failure(click, RuntimeError, "out of memory")
     monkeypatch.undo()
@@ -118,8 +117,8 @@ class Twins:
 
     def require_alike(self):
         for session in ("a", "b"):
-            self.inference._sessions[session].state.release_features()
-        assert self.inference._sessions["a"].state.nbytes == self.inference._sessions["b"].state.nbytes
+            self.inference.sessions[session].state.release_features()
+        assert self.inference.sessions["a"].state.nbytes == self.inference.sessions["b"].state.nbytes
         assert self.inference.clear_frame("a", 2, 5) == self.inference.clear_frame("b", 2, 5)
         assert tracked(self.inference, "a", 4) == tracked(self.inference, "b", 4)
 

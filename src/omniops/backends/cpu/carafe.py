@@ -69,13 +69,13 @@ def carafe_backward_masks(
 def _prepare(kernel: Callable[..., None], first: Tensor, shape: tuple[int, ...], sizes: tuple[int, ...]) -> Run:
     """Call ``kernel`` with both arguments dense in the memory format of the first, which the result has too."""
     layout = memory_format(first)
-    of_out = strides(shape, layout)
-    given = (DTYPES[first.dtype], layout == torch.channels_last, *sizes)
+    out_strides = strides(shape, layout)
+    arguments = (DTYPES[first.dtype], layout == torch.channels_last, *sizes)
 
     def run(first: Tensor, second: Tensor, *_: Any) -> Tensor:
-        out = first.new_empty_strided(shape, of_out)
+        out = first.new_empty_strided(shape, out_strides)
         first, second = first.contiguous(memory_format=layout), second.contiguous(memory_format=layout)
-        kernel(first.data_ptr(), second.data_ptr(), out.data_ptr(), *given, torch.get_num_threads())
+        kernel(first.data_ptr(), second.data_ptr(), out.data_ptr(), *arguments, torch.get_num_threads())
         return out
 
     return run

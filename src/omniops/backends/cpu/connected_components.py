@@ -17,14 +17,14 @@ def connected_components(mask: Tensor, connectivity: int) -> Callable[..., tuple
     """(N, 1, H, W) -> labels and counts, (N, 1, H, W), int32."""
     shape = n, _, h, w = mask.shape
     strides, dense = (h * w, h * w, w, 1), mask.is_contiguous()
-    given = (mask.element_size(), n, h, w, connectivity == 8)
+    arguments = (mask.element_size(), n, h, w, connectivity == 8)
 
     def run(mask: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         labels = torch.empty_strided(shape, strides, dtype=torch.int32)
         counts = torch.empty_strided(shape, strides, dtype=torch.int32)
         mask = mask if dense else as_signed(mask).contiguous()
         threads = torch.get_num_threads()
-        _C.connected_components(mask.data_ptr(), *given, labels.data_ptr(), counts.data_ptr(), threads)
+        _C.connected_components(mask.data_ptr(), *arguments, labels.data_ptr(), counts.data_ptr(), threads)
         return labels, counts
 
     return run

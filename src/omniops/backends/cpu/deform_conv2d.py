@@ -5,12 +5,12 @@ contract.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
 import omniops._C as _C
+from omniops._torch_private import x86_has_bfloat16
 from omniops.backends import prepared, strides
 from omniops.backends.columns import Columns, Geometry
 from omniops.backends.cpu._dtypes import DTYPES
@@ -80,10 +80,10 @@ def _gradients(
 
 
 def _transpose(sizes: tuple[int, int, int], shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    of_out = strides(shape)
+    out_strides = strides(shape)
 
     def run(tensor: Tensor) -> Tensor:
-        out = tensor.new_empty_strided(shape, of_out)
+        out = tensor.new_empty_strided(shape, out_strides)
         _C.transpose(tensor.element_size(), *sizes, tensor.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out
 
@@ -92,24 +92,16 @@ def _transpose(sizes: tuple[int, int, int], shape: tuple[int, ...]) -> Callable[
 
 def _columns_dtype(dtype: torch.dtype) -> torch.dtype:
     """What columns are in, and so multiplied in: bfloat16 where the processor multiplies that, or it would be slow."""
-    if dtype == torch.bfloat16 and _multiplies_bfloat16():
+    if dtype == torch.bfloat16 and x86_has_bfloat16():
         return dtype
     return torch.promote_types(dtype, torch.float32)
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    # Private names, for want of public ones; where they have gone, columns are float32.
-    return any(
-        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
 
 
 # Columns of 8 MiB: kernels and products find each other's in the caches, and there are few turns between them.
 _COLUMNS = Columns(
     sample=_sample,
     gradients=_gradients,
-    most_bytes=2**23,
+    max_bytes=2**23,
     call=_call,
     columns_dtype=_columns_dtype,
     transpose=_transpose,

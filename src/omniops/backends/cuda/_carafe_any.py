@@ -5,10 +5,10 @@
 Tiles are (C, LANE): channels of a group by pixels. Results that share what they load (the s*s results of a centre, the
 taps of a weight gradient) are the elements of a tuple, unrolled at compile time, so that whatever the layout the
 compiler gives a tile, they meet in the same thread. Tensors come with their strides and their order, which says which
-stride is 1, for the compiler to lay the threads along that axis (``carafe._order``). No number that depends on the size
-of the map is specialised: that would be a kernel for each size with a stride of 1, or of a multiple of 16. Nor is
-``pad`` = k // 2: were some taps known to be better aligned than others, each would be loaded in a layout of its own and
-then be rearranged.
+stride is 1, for the compiler to lay the threads along that axis (``_carafe_launches._order``). No number that
+depends on the size of the map is specialised: that would be a kernel for each size with a stride of 1, or of a multiple
+of 16. Nor is ``pad`` = k // 2: were some taps known to be better aligned than others, each would be loaded in a layout
+of its own and then be rearranged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from omniops.backends.cuda._carafe_tiles import decode, known, load, zeros
+from omniops.backends.cuda._carafe_tiles import decode, load, specialized, zeros
 
 # All that depends on the size of the map, and the padding.
 _SIZES = ["pad", "height", "width", "rows", "columns", *(f"{t}_s{axis}" for t in "fgmo" for axis in "nchw")]
@@ -26,11 +26,17 @@ _UNROLLED = tl.constexpr(7)
 
 @triton.jit
 def _forward_tap(
-    acc, features, masks, u, v, y, x, height, width, has_channel, has_centre, f_sh, f_sw, m_sc, m_sh, m_sw,
-    K: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr, EVEN_C: tl.constexpr,
+    acc, features, masks, u, v, pixel, size, exists, f_strides, m_strides,
+    K: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, INTERIOR: tl.constexpr, EVEN_C: tl.constexpr,
 ):  # fmt: skip
+    """Add what tap (u, v) gives; ``pixel`` is the one under tap (0, 0), ``exists`` is for channels and centres."""
+    y, x = pixel
+    height, width = size
+    has_channel, has_centre = exists
+    f_sh, f_sw = f_strides
+    m_sc, m_sh, m_sw = m_strides
     inside = (y + u >= 0) & (y + u < height) & (x + v >= 0) & (x + v < width)
-    feature = load(features + (u * f_sh + v * f_sw), inside, has_channel, WHOLE, EVEN_C).to(acc[0].dtype)
+    feature = load(features + (u * f_sh + v * f_sw), inside, has_channel, INTERIOR, EVEN_C).to(acc[0].dtype)
     masks += (u * K + v) * m_sc
     sums = ()
     for ab in tl.static_range(ROWS * S):
@@ -41,23 +47,47 @@ def _forward_tap(
 
 @triton.jit
 def _forward_taps(
-    acc, features, masks, y, x, height, width, has_channel, has_centre, f_sh, f_sw, m_sc, m_sh, m_sw,
-    K: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr, EVEN_C: tl.constexpr,
+    acc, features, masks, pixel, size, exists, f_strides, m_strides,
+    K: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, INTERIOR: tl.constexpr, EVEN_C: tl.constexpr,
 ):  # fmt: skip
+    """Add what all taps give."""
     for u in range(K):
         if K <= _UNROLLED:
             for v in tl.static_range(K):
                 acc = _forward_tap(
-                    acc, features, masks, u, v, y, x, height, width, has_channel, has_centre, f_sh, f_sw,
-                    m_sc, m_sh, m_sw, K, S, ROWS, WHOLE, EVEN_C,
-                )  # fmt: skip
+                    acc, features, masks, u, v, pixel, size, exists, f_strides, m_strides, K, S, ROWS, INTERIOR, EVEN_C
+                )
         else:
             for v in range(K):
                 acc = _forward_tap(
-                    acc, features, masks, u, v, y, x, height, width, has_channel, has_centre, f_sh, f_sw,
-                    m_sc, m_sh, m_sw, K, S, ROWS, WHOLE, EVEN_C,
-                )  # fmt: skip
+                    acc, features, masks, u, v, pixel, size, exists, f_strides, m_strides, K, S, ROWS, INTERIOR, EVEN_C
+                )
     return acc
+
+
+@triton.jit
+def _store_block(
+    acc, out, tile_y, tile_x, lane, a, rows, columns, exists, o_sh, o_sw,
+    S: tl.constexpr, ROWS: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Store the results of a block of channels, from row a of each centre on; ``out`` points to their first pixels."""
+    has_channel, has_centre = exists
+    for row in tl.static_range(ROWS):
+        if PAIRS:
+            # A row's two results are neighbours in memory: store them as one row.
+            pair = tl.interleave(acc[row * 2], acc[row * 2 + 1]).to(out.dtype.element_ty)
+            lane_j = tl.arange(0, 2 * TILE_Y * TILE_X)[None, :]
+            y_j = tile_y * TILE_Y + lane_j // (2 * TILE_X)
+            j = tile_x * (2 * TILE_X) + lane_j % (2 * TILE_X)
+            stored = (y_j < rows) & (j < 2 * columns) & has_channel
+            tl.store(out + ((y_j * S + (a + row)).to(tl.int64) * o_sh + j), pair, mask=stored)
+        else:
+            for b in tl.static_range(S):
+                y = tile_y * TILE_Y + lane // TILE_X
+                j = (tile_x * TILE_X + lane % TILE_X) * S + b
+                result = acc[row * S + b].to(out.dtype.element_ty)
+                pointer = out + ((y * S + (a + row)).to(tl.int64) * o_sh + j * o_sw)
+                tl.store(pointer, result, mask=has_centre & has_channel)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -73,16 +103,16 @@ def forward(
     It computes ROWS of the s rows of results. A feature is loaded once for its centre's ROWS * s results, a weight once
     for the thread's channels.
     """
-    f_sn, f_sc, f_sh, f_sw = known(f_sn, f_sc, f_sh, f_sw, F_ORDER, WIDE)
-    m_sn, m_sc, m_sh, m_sw = known(m_sn, m_sc, m_sh, m_sw, M_ORDER, WIDE)
-    o_sn, o_sc, o_sh, o_sw = known(o_sn, o_sc, o_sh, o_sw, O_ORDER, WIDE)
+    f_sn, f_sc, f_sh, f_sw = specialized(f_sn, f_sc, f_sh, f_sw, F_ORDER, WIDE)
+    m_sn, m_sc, m_sh, m_sw = specialized(m_sn, m_sc, m_sh, m_sw, M_ORDER, WIDE)
+    o_sn, o_sc, o_sh, o_sw = specialized(o_sn, o_sc, o_sh, o_sw, O_ORDER, WIDE)
     TILE: tl.constexpr = TILE_Y * TILE_X
     chunks = tl.cdiv(channels, CHUNK)
-    part, tile_y, tile_x, group, n = decode(
+    item, tile_y, tile_x, group, n = decode(
         chunks * (S // ROWS), tl.cdiv(rows, TILE_Y), tl.cdiv(columns, TILE_X), groups
     )
-    chunk = part % chunks
-    a = part // chunks * ROWS
+    chunk = item % chunks
+    a = item // chunks * ROWS
     lane = tl.arange(0, TILE)[None, :]
     y = tile_y * TILE_Y + lane // TILE_X
     x = tile_x * TILE_X + lane % TILE_X
@@ -98,46 +128,42 @@ def forward(
     left = tile_x * TILE_X * T - pad
     bottom = top + (TILE_Y - 1) * T + K
     right = left + (TILE_X - 1) * T + K
-    whole = (top >= 0) & (left >= 0) & (bottom <= height) & (right <= width)
+    is_interior = (top >= 0) & (left >= 0) & (bottom <= height) & (right <= width)
+    size, f_strides, m_strides = (height, width), (f_sh, f_sw), (m_sc, m_sh, m_sw)
     for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, channels), BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)[:, None]
         has_channel = c < channels
         pointers = features + c.to(tl.int64) * f_sc
         acc = zeros(ROWS * S, (BLOCK_C, TILE), out.dtype.element_ty)
-        if whole:
+        exists = (has_channel, has_centre)
+        if is_interior:
             acc = _forward_taps(
-                acc, pointers, masks, y, x, height, width, has_channel, has_centre, f_sh, f_sw, m_sc, m_sh, m_sw,
-                K, S, ROWS, True, EVEN_C,
-            )  # fmt: skip
+                acc, pointers, masks, (y, x), size, exists, f_strides, m_strides, K, S, ROWS, True, EVEN_C
+            )
         else:
             acc = _forward_taps(
-                acc, pointers, masks, y, x, height, width, has_channel, has_centre, f_sh, f_sw, m_sc, m_sh, m_sw,
-                K, S, ROWS, False, EVEN_C,
-            )  # fmt: skip
-        target = out + c.to(tl.int64) * o_sc
-        for row in tl.static_range(ROWS):
-            if PAIRS:
-                # A row's two results are neighbours in memory: store them as one row.
-                pair = tl.interleave(acc[row * 2], acc[row * 2 + 1]).to(out.dtype.element_ty)
-                lane_j = tl.arange(0, 2 * TILE)[None, :]
-                y_j = tile_y * TILE_Y + lane_j // (2 * TILE_X)
-                j = tile_x * (2 * TILE_X) + lane_j % (2 * TILE_X)
-                stored = (y_j < rows) & (j < 2 * columns) & has_channel
-                tl.store(target + ((y_j * S + (a + row)).to(tl.int64) * o_sh + j), pair, mask=stored)
-            else:
-                for b in tl.static_range(S):
-                    y_o = tile_y * TILE_Y + lane // TILE_X
-                    j = (tile_x * TILE_X + lane % TILE_X) * S + b
-                    result = acc[row * S + b].to(out.dtype.element_ty)
-                    pointer = target + ((y_o * S + (a + row)).to(tl.int64) * o_sh + j * o_sw)
-                    tl.store(pointer, result, mask=has_centre & has_channel)
+                acc, pointers, masks, (y, x), size, exists, f_strides, m_strides, K, S, ROWS, False, EVEN_C
+            )
+        _store_block(
+            acc, out + c.to(tl.int64) * o_sc, tile_y, tile_x, lane, a, rows, columns, exists, o_sh, o_sw,
+            S, ROWS, TILE_Y, TILE_X, PAIRS,
+        )  # fmt: skip
 
 
 @triton.jit
 def _features_tap(
-    acc, grad, masks, a, u, v, y, j, x, b, rows, columns, has_channel, g_sh, g_sw, m_sc, m_sh, m_sw,
+    acc, grad, masks, a, u, v, lanes, size, has_channel, g_strides, m_strides,
     K: tl.constexpr, S: tl.constexpr, T: tl.constexpr, SP: tl.constexpr, R: tl.constexpr, EVEN_C: tl.constexpr,
 ):  # fmt: skip
+    """Add what tap (u, v) gives from row a of the results of a centre.
+
+    ``lanes`` are the row of a pixel, its column of results, its own column, and which of the s columns of a centre it
+    takes, the first three as the last tap has them. ``size`` is in centres.
+    """
+    y, j, x, b = lanes
+    rows, columns = size
+    g_sh, g_sw = g_strides
+    m_sc, m_sh, m_sw = m_strides
     # The centre that sees row y through tap row u sees row y + r through tap row u + r.
     centre_y = y - u
     inside = centre_y >= 0
@@ -177,9 +203,9 @@ def backward_features(
     order (SP is s padded to a power of two); b is summed at the end. A gradient is loaded once for the R pixels above
     each other that it reaches, a weight once for the thread's channels.
     """
-    g_sn, g_sc, g_sh, g_sw = known(g_sn, g_sc, g_sh, g_sw, G_ORDER, WIDE)
-    m_sn, m_sc, m_sh, m_sw = known(m_sn, m_sc, m_sh, m_sw, M_ORDER, WIDE)
-    o_sn, o_sc, o_sh, o_sw = known(o_sn, o_sc, o_sh, o_sw, O_ORDER, WIDE)
+    g_sn, g_sc, g_sh, g_sw = specialized(g_sn, g_sc, g_sh, g_sw, G_ORDER, WIDE)
+    m_sn, m_sc, m_sh, m_sw = specialized(m_sn, m_sc, m_sh, m_sw, M_ORDER, WIDE)
+    o_sn, o_sc, o_sh, o_sw = specialized(o_sn, o_sc, o_sh, o_sw, O_ORDER, WIDE)
     LANES: tl.constexpr = TILE_Y * TILE_X * SP
     chunk, tile_y, tile_x, group, n = decode(
         tl.cdiv(channels, CHUNK), tl.cdiv(height, TILE_Y * R), tl.cdiv(width, TILE_X), groups
@@ -192,9 +218,10 @@ def backward_features(
     masks += n * m_sn + (group * K * K).to(tl.int64) * m_sc
     grad += n * g_sn + (group * channels).to(tl.int64) * g_sc
     out += n * o_sn + (group * channels).to(tl.int64) * o_sc
-    pixel = tl.arange(0, TILE_Y * TILE_X)[None, :]
-    out_y = (tile_y * TILE_Y + pixel // TILE_X) * R
-    out_x = tile_x * TILE_X + pixel % TILE_X
+    out_lane = tl.arange(0, TILE_Y * TILE_X)[None, :]
+    out_y = (tile_y * TILE_Y + out_lane // TILE_X) * R
+    out_x = tile_x * TILE_X + out_lane % TILE_X
+    size, g_strides, m_strides = (rows, columns), (g_sh, g_sw), (m_sc, m_sh, m_sw)
     for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, channels), BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)[:, None]
         has_channel = c < channels
@@ -202,25 +229,26 @@ def backward_features(
         acc = zeros(R, (BLOCK_C, LANES), out.dtype.element_ty)
         for u in range(1 - R, K):
             for a in range(S):
+                lanes = (y + pad, j + pad * S, x + pad, b)
                 if K <= _UNROLLED:
                     for v in tl.static_range(K):
                         acc = _features_tap(
-                            acc, pointers, masks, a, u, v, y + pad, j + pad * S, x + pad, b, rows, columns, has_channel,
-                            g_sh, g_sw, m_sc, m_sh, m_sw, K, S, T, SP, R, EVEN_C,
+                            acc, pointers, masks, a, u, v, lanes, size, has_channel, g_strides, m_strides,
+                            K, S, T, SP, R, EVEN_C,
                         )  # fmt: skip
                 else:
                     for v in range(K):
                         acc = _features_tap(
-                            acc, pointers, masks, a, u, v, y + pad, j + pad * S, x + pad, b, rows, columns, has_channel,
-                            g_sh, g_sw, m_sc, m_sh, m_sw, K, S, T, SP, R, EVEN_C,
+                            acc, pointers, masks, a, u, v, lanes, size, has_channel, g_strides, m_strides,
+                            K, S, T, SP, R, EVEN_C,
                         )  # fmt: skip
-        target = out + (c.to(tl.int64) * o_sc + out_x * o_sw)
+        out_column = out + (c.to(tl.int64) * o_sc + out_x * o_sw)
         for r in tl.static_range(R):
-            result = acc[r]
+            total = acc[r]
             if SP > 1:
-                result = tl.sum(tl.reshape(result, (BLOCK_C, TILE_Y * TILE_X, SP)), axis=2)
+                total = tl.sum(tl.reshape(total, (BLOCK_C, TILE_Y * TILE_X, SP)), axis=2)
             stored = (out_y + r < height) & (out_x < width) & has_channel
-            tl.store(target + (out_y + r).to(tl.int64) * o_sh, result.to(out.dtype.element_ty), mask=stored)
+            tl.store(out_column + (out_y + r).to(tl.int64) * o_sh, total.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -228,6 +256,7 @@ def _masks_channels(
     acc, grad, features, u, v, y, x, height, width, has_result, has_channel, g_sh, f_sh, f_sw,
     K: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, EVEN_C: tl.constexpr,
 ):  # fmt: skip
+    """Add what a block of channels gives to TAPS taps from (u, v) on."""
     values = ()
     for a in tl.static_range(ROWS):
         value = load(grad + a * g_sh, has_result, has_channel, False, EVEN_C)
@@ -259,18 +288,18 @@ def backward_masks(
     A lane is a column of results. A gradient is loaded once for the taps, a feature once for the ROWS. The channels are
     summed in steps of BLOCK_C, whose own sum comes last.
     """
-    g_sn, g_sc, g_sh, g_sw = known(g_sn, g_sc, g_sh, g_sw, G_ORDER, WIDE)
-    f_sn, f_sc, f_sh, f_sw = known(f_sn, f_sc, f_sh, f_sw, F_ORDER, WIDE)
-    o_sn, o_sc, o_sh, o_sw = known(o_sn, o_sc, o_sh, o_sw, O_ORDER, WIDE)
+    g_sn, g_sc, g_sh, g_sw = specialized(g_sn, g_sc, g_sh, g_sw, G_ORDER, WIDE)
+    f_sn, f_sc, f_sh, f_sw = specialized(f_sn, f_sc, f_sh, f_sw, F_ORDER, WIDE)
+    o_sn, o_sc, o_sh, o_sw = specialized(o_sn, o_sc, o_sh, o_sw, O_ORDER, WIDE)
     LANES: tl.constexpr = TILE_Y * TILE_J
-    parts = tl.cdiv(K * K, TAPS)
-    part, tile_y, tile_j, group, n = decode(
-        parts * (S // ROWS), tl.cdiv(rows, TILE_Y), tl.cdiv(columns * S, TILE_J), groups
+    tap_blocks = tl.cdiv(K * K, TAPS)
+    item, tile_y, tile_j, group, n = decode(
+        tap_blocks * (S // ROWS), tl.cdiv(rows, TILE_Y), tl.cdiv(columns * S, TILE_J), groups
     )
     first = 0
     if TAPS < K * K:
-        first = part % parts * TAPS
-    a = part // parts * ROWS
+        first = item % tap_blocks * TAPS
+    a = item // tap_blocks * ROWS
     lane = tl.arange(0, LANES)[None, :]
     y = tile_y * TILE_Y + lane // TILE_J
     j = tile_j * TILE_J + lane % TILE_J

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from omniops.backends.cuda._carafe_tiles import decode, wide, zeros
+from omniops.backends.cuda._carafe_tiles import decode, to_int64, zeros
 
 # All that depends on the size of the map.
 _SIZES = ["height", "width", "shift", "vectors", *(f"{t}_s{axis}" for t in "fgmo" for axis in "nch")]
@@ -51,14 +51,14 @@ def _split_quads(quads, CHANNELS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _two_each(first, second, CHANNELS: tl.constexpr, TILE: tl.constexpr):
+def _repeat_interleave(first, second, CHANNELS: tl.constexpr, TILE: tl.constexpr):
     """(CHANNELS, TILE) twice to (CHANNELS, 4 * TILE): the first twice, then the second twice."""
     pairs = tl.join(first, second)
     return tl.reshape(tl.join(pairs, pairs), (CHANNELS, 4 * TILE))
 
 
 @triton.jit
-def _for_channels(weights, CHANNELS: tl.constexpr, WARPS: tl.constexpr, SIZE: tl.constexpr, dtype: tl.constexpr):
+def _expand_channels(weights, CHANNELS: tl.constexpr, WARPS: tl.constexpr, SIZE: tl.constexpr, dtype: tl.constexpr):
     """(1, WARPS, SIZE), whose rows are equal, to (CHANNELS, SIZE): the channels of a warp take what it loaded."""
     weights = tl.broadcast_to(weights.to(dtype), (CHANNELS // WARPS, WARPS, SIZE))
     return tl.reshape(weights, (CHANNELS, SIZE))
@@ -77,13 +77,13 @@ def _load(pointers, inside, has_channel, EVEN_C: tl.constexpr, dtype: tl.constex
 def _multiples(FACTOR: tl.constexpr, first, second, WIDE: tl.constexpr):
     """Two strides as what they are, multiples of FACTOR, for the compiler to know it; WIDE: offsets need 64 bits."""
     if WIDE:
-        return wide(first) // FACTOR * FACTOR, wide(second) // FACTOR * FACTOR
+        return to_int64(first) // FACTOR * FACTOR, to_int64(second) // FACTOR * FACTOR
     else:  # noqa: RET505 - only so is the other branch, of other types, left out
         return first // FACTOR * FACTOR, second // FACTOR * FACTOR
 
 
 @triton.jit
-def _places(top, left, shift, COUNT: tl.constexpr, TILE: tl.constexpr):
+def _pixels_of_lanes(top, left, shift, COUNT: tl.constexpr, TILE: tl.constexpr):
     """Row and column of the COUNT elements of each thread, where a tile begins at row ``top``, column left * COUNT."""
     lane = tl.arange(0, COUNT * TILE)[None, :]
     thread = lane // COUNT
@@ -92,7 +92,7 @@ def _places(top, left, shift, COUNT: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _for_warps(offsets, WARPS: tl.constexpr):
+def _expand_warps(offsets, WARPS: tl.constexpr):
     """(1, LANE) to (1, WARPS, LANE)."""
     return offsets[None, :, :] + tl.arange(0, WARPS)[None, :, None] * 0
 
@@ -110,11 +110,11 @@ def _forward_row(
         pairs = _load(features + 2 * d, inside, has_channel, EVEN_C, first.dtype)
         columns = columns + _split_pairs(pairs, CHANNELS, TILE)
     for v in tl.static_range(K):
-        values = _two_each(columns[v + SKIP], columns[v + SKIP + 1], CHANNELS, TILE)
+        values = _repeat_interleave(columns[v + SKIP], columns[v + SKIP + 1], CHANNELS, TILE)
         weights = tl.load(masks + v * m_sc)
-        first = tl.fma(values, _for_channels(weights, CHANNELS, WARPS, 4 * TILE, first.dtype), first)
+        first = tl.fma(values, _expand_channels(weights, CHANNELS, WARPS, 4 * TILE, first.dtype), first)
         weights = tl.load(masks + (v * m_sc + m_sh))
-        second = tl.fma(values, _for_channels(weights, CHANNELS, WARPS, 4 * TILE, first.dtype), second)
+        second = tl.fma(values, _expand_channels(weights, CHANNELS, WARPS, 4 * TILE, first.dtype), second)
     return first, second
 
 
@@ -126,20 +126,24 @@ def _forward_tap(
     """Add what one tap gives to both rows of results."""
     pairs = _load(features, inside, has_channel, EVEN_C, first.dtype)
     even, odd = _split_pairs(pairs, CHANNELS, TILE)
-    values = _two_each(even, odd, CHANNELS, TILE)
+    values = _repeat_interleave(even, odd, CHANNELS, TILE)
     weights = tl.load(masks)
-    first = tl.fma(values, _for_channels(weights, CHANNELS, WARPS, 4 * TILE, first.dtype), first)
+    first = tl.fma(values, _expand_channels(weights, CHANNELS, WARPS, 4 * TILE, first.dtype), first)
     weights = tl.load(masks + m_sh)
-    second = tl.fma(values, _for_channels(weights, CHANNELS, WARPS, 4 * TILE, first.dtype), second)
+    second = tl.fma(values, _expand_channels(weights, CHANNELS, WARPS, 4 * TILE, first.dtype), second)
     return first, second
 
 
 @triton.jit
 def _forward(
-    features, masks, out, groups, channels, height, width, shift, f_sn, f_sc, f_sh, m_sn, m_sc, m_sh, o_sn, o_sc, o_sh,
+    features, masks, out, sizes, f_strides, m_strides, o_strides,
     K: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, EVEN_C: tl.constexpr,
     WIDE: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
+    groups, channels, height, width, shift = sizes
+    f_sn, f_sc, f_sh = f_strides
+    m_sn, m_sc, m_sh = m_strides
+    o_sn, o_sc, o_sh = o_strides
     PAD: tl.constexpr = K // 2
     PAIR: tl.constexpr = 2 if VECTORS else 1
     QUAD: tl.constexpr = 4 if VECTORS else 2
@@ -147,14 +151,13 @@ def _forward(
     m_sc, m_sh = _multiples(QUAD, m_sc, m_sh, WIDE)
     o_sc, o_sh = _multiples(QUAD, o_sc, o_sh, WIDE)
     width = width // PAIR * PAIR
-    tile_x = 1 << shift  # a power of two
-    tile_y = TILE >> shift
+    tile_x, tile_y = 1 << shift, TILE >> shift  # powers of two
     chunk, top, left, group, n = decode(
         tl.cdiv(channels, BLOCKS * CHANNELS), tl.cdiv(height, tile_y), tl.cdiv(width, 2 * tile_x), groups
     )
     # The feature under tap (0, 0) of the first centre of a pair, or the column before it where that is even.
-    y, x = _places(top * tile_y - PAD, left * tile_x - (PAD + 1) // 2, shift, 2, TILE)
-    row, j = _places(top * tile_y, left * tile_x, shift, 4, TILE)
+    y, x = _pixels_of_lanes(top * tile_y - PAD, left * tile_x - (PAD + 1) // 2, shift, 2, TILE)
+    row, j = _pixels_of_lanes(top * tile_y, left * tile_x, shift, 4, TILE)
     i = (2 * row).to(tl.int64)
     has_result = (row < height) & (j < 2 * width)
     channel = tl.arange(0, CHANNELS)[:, None]
@@ -164,8 +167,8 @@ def _forward(
     features += (n * f_sn + c * f_sc) // PAIR * PAIR + (y.to(tl.int64) * f_sh + x + of_warp * f_sc)
     # What is no result is computed from the first weights, as many as any row has, and not stored: so no load of
     # weights needs a mask.
-    weight = tl.where(has_result, i * m_sh + j, tl.arange(0, 4 * TILE)[None, :] % QUAD)
-    masks += (n * m_sn + (group * K * K).to(tl.int64) * m_sc) // QUAD * QUAD + _for_warps(weight, WARPS)
+    mask_index = tl.where(has_result, i * m_sh + j, tl.arange(0, 4 * TILE)[None, :] % QUAD)
+    masks += (n * m_sn + (group * K * K).to(tl.int64) * m_sc) // QUAD * QUAD + _expand_warps(mask_index, WARPS)
     out += (n * o_sn + c * o_sc) // QUAD * QUAD + (i * o_sh + j + of_warp * o_sc)
     first_channel = chunk * (BLOCKS * CHANNELS)
     for start in range(first_channel, tl.minimum(first_channel + BLOCKS * CHANNELS, channels), CHANNELS):
@@ -202,16 +205,16 @@ def forward(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCKS * CHANNELS of a group at TILE pairs of centres, 2**shift of them beside each other."""
+    sizes = (groups, channels, height, width, shift)
+    f_strides, m_strides, o_strides = (f_sn, f_sc, f_sh), (m_sn, m_sc, m_sh), (o_sn, o_sc, o_sh)
     if vectors != 0:
         _forward(
-            features, masks, out, groups, channels, height, width, shift, f_sn, f_sc, f_sh, m_sn, m_sc, m_sh,
-            o_sn, o_sc, o_sh, K, WARPS, CHANNELS, TILE, EVEN_C, WIDE, True,
-        )  # fmt: skip
+            features, masks, out, sizes, f_strides, m_strides, o_strides, K, WARPS, CHANNELS, TILE, EVEN_C, WIDE, True
+        )
     else:
         _forward(
-            features, masks, out, groups, channels, height, width, shift, f_sn, f_sc, f_sh, m_sn, m_sc, m_sh,
-            o_sn, o_sc, o_sh, K, WARPS, CHANNELS, TILE, EVEN_C, WIDE, False,
-        )  # fmt: skip
+            features, masks, out, sizes, f_strides, m_strides, o_strides, K, WARPS, CHANNELS, TILE, EVEN_C, WIDE, False
+        )
 
 
 @triton.jit
@@ -227,12 +230,12 @@ def _features_step(
     inside = (row >= 0) & (row < height) & (j + 4 * step >= 0) & (j + 4 * step < 2 * width)
     loaded = ()  # weights before gradients: in the other order the kernel is a tenth slower
     for r in tl.static_range(ROWS):
-        seen = inside & (tap + r >= 0) & (tap + r < K)
+        has_tap = inside & (tap + r >= 0) & (tap + r < K)
         for d in tl.static_range(3):
             if K // 2 - 2 * step + d > 0 and K // 2 - 2 * step + d <= K:
                 pointers = masks + ((r * K + K // 2 - 2 * step + d - 1) * m_sc + 4 * step)
-                weights = tl.load(pointers, mask=seen[None, :, :], other=0.0)
-                loaded = loaded + (_for_channels(weights, CHANNELS, WARPS, 4 * TILE, dtype),)
+                weights = tl.load(pointers, mask=has_tap[None, :, :], other=0.0)
+                loaded = loaded + (_expand_channels(weights, CHANNELS, WARPS, 4 * TILE, dtype),)
             else:
                 loaded = loaded + (acc[0],)  # never used
     values = _split_quads(_load(grad + 4 * step, inside, has_channel, EVEN_C, dtype), CHANNELS, TILE)
@@ -266,67 +269,18 @@ def _features_tap(
     sums = ()
     for r in tl.static_range(ROWS):
         tap = inside.to(tl.int32) * 0 + (u + r)  # lanes, as the interpreter's `&` needs them
-        seen = inside & (tap >= 0) & (tap < K)
-        weights = tl.load(masks + ((u + r) * K + v) * m_sc, mask=seen[None, :, :], other=0.0)
-        sums = sums + (tl.fma(value, _for_channels(weights, CHANNELS, WARPS, 4 * TILE, dtype), acc[r]),)
+        has_tap = inside & (tap >= 0) & (tap < K)
+        weights = tl.load(masks + ((u + r) * K + v) * m_sc, mask=has_tap[None, :, :], other=0.0)
+        sums = sums + (tl.fma(value, _expand_channels(weights, CHANNELS, WARPS, 4 * TILE, dtype), acc[r]),)
     return sums
 
 
 @triton.jit
-def _backward_features(
-    grad, masks, out, groups, channels, height, width, shift, g_sn, g_sc, g_sh, m_sn, m_sc, m_sh, o_sn, o_sc, o_sh,
-    K: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, EVEN_C: tl.constexpr,
-    WIDE: tl.constexpr, VECTORS: tl.constexpr,
+def _store_features(
+    acc, out, y, x, height, width, has_channel, o_sh,
+    CHANNELS: tl.constexpr, TILE: tl.constexpr, EVEN_C: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    PAIR: tl.constexpr = 2 if VECTORS else 1
-    QUAD: tl.constexpr = 4 if VECTORS else 2
-    REACH: tl.constexpr = (K // 2 + 1) // 2  # pairs of centres to either side
-    g_sc, g_sh = _multiples(QUAD, g_sc, g_sh, WIDE)
-    m_sc, m_sh = _multiples(QUAD, m_sc, m_sh, WIDE)
-    o_sc, o_sh = _multiples(PAIR, o_sc, o_sh, WIDE)
-    width = width // PAIR * PAIR
-    tile_x = 1 << shift  # a power of two
-    tile_y = TILE >> shift
-    chunk, top, left, group, n = decode(
-        tl.cdiv(channels, CHANNELS), tl.cdiv(height, tile_y * ROWS), tl.cdiv(width, 2 * tile_x), groups
-    )
-    row, j = _places(top * tile_y, left * tile_x, shift, 4, TILE)
-    row = row * ROWS + K // 2
-    channel = tl.arange(0, CHANNELS)[:, None]
-    has_channel = chunk * CHANNELS + channel < channels
-    of_warp = channel % WARPS
-    block = channel - of_warp
-    c = (group * channels + chunk * CHANNELS).to(tl.int64)
-    grad += (n * g_sn + c * g_sc) // QUAD * QUAD + (j + of_warp * g_sc)
-    masks += (n * m_sn + (group * K * K).to(tl.int64) * m_sc) // QUAD * QUAD + _for_warps(j, WARPS)
-    # The centre row that sees row y through tap row u sees row y + r through tap row u + r.
-    if VECTORS:
-        acc = zeros(2 * ROWS, (CHANNELS, TILE), out.dtype.element_ty)
-        for part in range(2 * (K + ROWS - 1)):
-            u = part // 2 + 1 - ROWS
-            i = (2 * (row - u) + part % 2).to(tl.int64)
-            grads = grad + i * g_sh + block * g_sc
-            weights = masks + (i * m_sh + u * K * m_sc)[None, :, :]
-            for step in tl.static_range(2 * REACH + 1):
-                acc = _features_step(
-                    acc, grads, weights, step - REACH, row * 0 + u, row - u, j, height, width, has_channel, m_sc,
-                    K, CHANNELS, WARPS, TILE, EVEN_C,
-                )  # fmt: skip
-    else:
-        acc = zeros(ROWS, (CHANNELS, 4 * TILE), out.dtype.element_ty)
-        for part in range(2 * (K + ROWS - 1) * K):
-            u = part // (2 * K) + 1 - ROWS
-            v = part % K
-            away = 2 * (K // 2 - v)  # from the pixels' own columns of results
-            i = (2 * (row - u) + part // K % 2).to(tl.int64)
-            inside = (row - u >= 0) & (row - u < height) & (j + away >= 0) & (j + away < 2 * width)
-            acc = _features_tap(
-                acc, grad + (i * g_sh + away) + block * g_sc, masks + (i * m_sh + away)[None, :, :], u, v, inside,
-                has_channel, m_sc, K, CHANNELS, WARPS, TILE, EVEN_C,
-            )  # fmt: skip
-    y, x = _places(top * tile_y, left * tile_x, shift, 2, TILE)
-    y = y * ROWS
-    out += (n * o_sn + c * o_sc) // PAIR * PAIR + (y.to(tl.int64) * o_sh + x + of_warp * o_sc) + block * o_sc
+    """Store ROWS rows of pixels, of which ``out`` points to the first; (y, x) are that one's, (1, 2 * TILE)."""
     for r in tl.static_range(ROWS):
         if VECTORS:
             pairs = tl.join(acc[2 * r], acc[2 * r + 1])
@@ -337,6 +291,67 @@ def _backward_features(
         if not EVEN_C:
             stored = stored & has_channel
         tl.store(out + r * o_sh, tl.reshape(pairs, (CHANNELS, 2 * TILE)).to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _backward_features(
+    grad, masks, out, sizes, g_strides, m_strides, o_strides,
+    K: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, EVEN_C: tl.constexpr,
+    WIDE: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
+    groups, channels, height, width, shift = sizes
+    g_sn, g_sc, g_sh = g_strides
+    m_sn, m_sc, m_sh = m_strides
+    o_sn, o_sc, o_sh = o_strides
+    PAIR: tl.constexpr = 2 if VECTORS else 1
+    QUAD: tl.constexpr = 4 if VECTORS else 2
+    REACH: tl.constexpr = (K // 2 + 1) // 2  # pairs of centres to either side
+    g_sc, g_sh = _multiples(QUAD, g_sc, g_sh, WIDE)
+    m_sc, m_sh = _multiples(QUAD, m_sc, m_sh, WIDE)
+    o_sc, o_sh = _multiples(PAIR, o_sc, o_sh, WIDE)
+    width = width // PAIR * PAIR
+    tile_x, tile_y = 1 << shift, TILE >> shift  # powers of two
+    chunk, top, left, group, n = decode(
+        tl.cdiv(channels, CHANNELS), tl.cdiv(height, tile_y * ROWS), tl.cdiv(width, 2 * tile_x), groups
+    )
+    row, j = _pixels_of_lanes(top * tile_y, left * tile_x, shift, 4, TILE)
+    row = row * ROWS + K // 2
+    channel = tl.arange(0, CHANNELS)[:, None]
+    has_channel = chunk * CHANNELS + channel < channels
+    of_warp = channel % WARPS
+    block = channel - of_warp
+    c = (group * channels + chunk * CHANNELS).to(tl.int64)
+    grad += (n * g_sn + c * g_sc) // QUAD * QUAD + (j + of_warp * g_sc)
+    masks += (n * m_sn + (group * K * K).to(tl.int64) * m_sc) // QUAD * QUAD + _expand_warps(j, WARPS)
+    # The centre row that sees row y through tap row u sees row y + r through tap row u + r.
+    if VECTORS:
+        acc = zeros(2 * ROWS, (CHANNELS, TILE), out.dtype.element_ty)
+        for index in range(2 * (K + ROWS - 1)):
+            u = index // 2 + 1 - ROWS
+            i = (2 * (row - u) + index % 2).to(tl.int64)
+            grads = grad + i * g_sh + block * g_sc
+            weights = masks + (i * m_sh + u * K * m_sc)[None, :, :]
+            for step in tl.static_range(2 * REACH + 1):
+                acc = _features_step(
+                    acc, grads, weights, step - REACH, row * 0 + u, row - u, j, height, width, has_channel, m_sc,
+                    K, CHANNELS, WARPS, TILE, EVEN_C,
+                )  # fmt: skip
+    else:
+        acc = zeros(ROWS, (CHANNELS, 4 * TILE), out.dtype.element_ty)
+        for index in range(2 * (K + ROWS - 1) * K):
+            u = index // (2 * K) + 1 - ROWS
+            v = index % K
+            shift_j = 2 * (K // 2 - v)  # from the pixels' own columns of results
+            i = (2 * (row - u) + index // K % 2).to(tl.int64)
+            inside = (row - u >= 0) & (row - u < height) & (j + shift_j >= 0) & (j + shift_j < 2 * width)
+            acc = _features_tap(
+                acc, grad + (i * g_sh + shift_j) + block * g_sc, masks + (i * m_sh + shift_j)[None, :, :], u, v, inside,
+                has_channel, m_sc, K, CHANNELS, WARPS, TILE, EVEN_C,
+            )  # fmt: skip
+    y, x = _pixels_of_lanes(top * tile_y, left * tile_x, shift, 2, TILE)
+    y = y * ROWS
+    out += (n * o_sn + c * o_sc) // PAIR * PAIR + (y.to(tl.int64) * o_sh + x + of_warp * o_sc) + block * o_sc
+    _store_features(acc, out, y, x, height, width, has_channel, o_sh, CHANNELS, TILE, EVEN_C, VECTORS)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -350,16 +365,16 @@ def backward_features(
 
     A thread owns the pairs below each other, and a gradient is loaded once for all that it reaches of them.
     """
+    sizes = (groups, channels, height, width, shift)
+    g_strides, m_strides, o_strides = (g_sn, g_sc, g_sh), (m_sn, m_sc, m_sh), (o_sn, o_sc, o_sh)
     if vectors != 0:
         _backward_features(
-            grad, masks, out, groups, channels, height, width, shift, g_sn, g_sc, g_sh, m_sn, m_sc, m_sh,
-            o_sn, o_sc, o_sh, K, WARPS, CHANNELS, TILE, EVEN_C, WIDE, True,
-        )  # fmt: skip
+            grad, masks, out, sizes, g_strides, m_strides, o_strides, K, WARPS, CHANNELS, TILE, EVEN_C, WIDE, True
+        )
     else:
         _backward_features(
-            grad, masks, out, groups, channels, height, width, shift, g_sn, g_sc, g_sh, m_sn, m_sc, m_sh,
-            o_sn, o_sc, o_sh, K, WARPS, CHANNELS, TILE, EVEN_C, WIDE, False,
-        )  # fmt: skip
+            grad, masks, out, sizes, g_strides, m_strides, o_strides, K, WARPS, CHANNELS, TILE, EVEN_C, WIDE, False
+        )
 
 
 @triton.jit
@@ -376,24 +391,28 @@ def _masks_channel(
     value = _load(grad, has_result, has_channel, EVEN_C, acc[0].dtype)
     sums = ()
     for v in tl.static_range(K):
-        sums = sums + (tl.fma(_two_each(columns[v + SKIP], columns[v + SKIP + 1], WARPS, TILE), value, acc[v]),)
+        values = _repeat_interleave(columns[v + SKIP], columns[v + SKIP + 1], WARPS, TILE)
+        sums = sums + (tl.fma(values, value, acc[v]),)
     return sums
 
 
 @triton.jit
 def _backward_masks(
-    grad, features, out, groups, channels, height, width, shift, g_sn, g_sc, g_sh, f_sn, f_sc, f_sh, o_sn, o_sc, o_sh,
+    grad, features, out, sizes, g_strides, f_strides, o_strides,
     K: tl.constexpr, WARPS: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr, EVEN_C: tl.constexpr,
     WIDE: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
+    groups, channels, height, width, shift = sizes
+    g_sn, g_sc, g_sh = g_strides
+    f_sn, f_sc, f_sh = f_strides
+    o_sn, o_sc, o_sh = o_strides
     PAIR: tl.constexpr = 2 if VECTORS else 1
     QUAD: tl.constexpr = 4 if VECTORS else 2
     g_sc, g_sh = _multiples(QUAD, g_sc, g_sh, WIDE)
     f_sc, f_sh = _multiples(PAIR, f_sc, f_sh, WIDE)
     o_sc, o_sh = _multiples(QUAD, o_sc, o_sh, WIDE)
     width = width // PAIR * PAIR
-    tile_x = 1 << shift  # a power of two
-    tile_y = TILE >> shift
+    tile_x, tile_y = 1 << shift, TILE >> shift  # powers of two
     tiles_y = tl.cdiv(height, tile_y)
     tiles_x = tl.cdiv(width, 2 * tile_x)
     unit = tl.program_id(0) * WARPS + tl.arange(0, WARPS)[:, None]
@@ -404,9 +423,9 @@ def _backward_masks(
     left = tile % tiles_x * tile_x
     group = tile // tiles_x // tiles_y % groups
     n = (tile // tiles_x // tiles_y // groups).to(tl.int64)
-    y, x = _places(top - K // 2, left - (K // 2 + 1) // 2, shift, 2, TILE)
+    y, x = _pixels_of_lanes(top - K // 2, left - (K // 2 + 1) // 2, shift, 2, TILE)
     y += u
-    row, j = _places(top, left, shift, 4, TILE)
+    row, j = _pixels_of_lanes(top, left, shift, 4, TILE)
     i = (2 * row + a).to(tl.int64)
     has_result = (row < height) & (j < 2 * width)
     c = (group * channels).to(tl.int64)
@@ -443,13 +462,13 @@ def backward_masks(
     The units of a tile, 2 * K, are neighbours and read the same gradients; WARPS divides their number. CHANNELS are
     unrolled, to have their loads in flight together.
     """
+    sizes = (groups, channels, height, width, shift)
+    g_strides, f_strides, o_strides = (g_sn, g_sc, g_sh), (f_sn, f_sc, f_sh), (o_sn, o_sc, o_sh)
     if vectors != 0:
         _backward_masks(
-            grad, features, out, groups, channels, height, width, shift, g_sn, g_sc, g_sh, f_sn, f_sc, f_sh,
-            o_sn, o_sc, o_sh, K, WARPS, CHANNELS, TILE, EVEN_C, WIDE, True,
-        )  # fmt: skip
+            grad, features, out, sizes, g_strides, f_strides, o_strides, K, WARPS, CHANNELS, TILE, EVEN_C, WIDE, True
+        )
     else:
         _backward_masks(
-            grad, features, out, groups, channels, height, width, shift, g_sn, g_sc, g_sh, f_sn, f_sc, f_sh,
-            o_sn, o_sc, o_sh, K, WARPS, CHANNELS, TILE, EVEN_C, WIDE, False,
-        )  # fmt: skip
+            grad, features, out, sizes, g_strides, f_strides, o_strides, K, WARPS, CHANNELS, TILE, EVEN_C, WIDE, False
+        )

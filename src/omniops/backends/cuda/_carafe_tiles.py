@@ -9,11 +9,11 @@ import triton.language as tl
 
 
 @triton.jit
-def load(pointers, inside, has_channel, WHOLE: tl.constexpr, EVEN_C: tl.constexpr):
+def load(pointers, inside, has_channel, INTERIOR: tl.constexpr, EVEN_C: tl.constexpr):
     """Load with zero outside; WHOLE says that nothing is outside, EVEN_C that every channel of the tile exists."""
-    if WHOLE and EVEN_C:
+    if INTERIOR and EVEN_C:
         return tl.load(pointers)
-    if WHOLE:
+    if INTERIOR:
         return tl.load(pointers, mask=has_channel, other=0.0)
     if EVEN_C:
         return tl.load(pointers, mask=inside, other=0.0)
@@ -21,19 +21,20 @@ def load(pointers, inside, has_channel, WHOLE: tl.constexpr, EVEN_C: tl.constexp
 
 
 @triton.jit
-def wide(stride):
+def to_int64(stride):
     """A stride in 64 bits, as what it is multiplied with may exceed 32."""
     return stride * tl.full((), 1, tl.int64)
 
 
 @triton.jit
-def known(sn, sc, sh, sw, ORDER: tl.constexpr, WIDE: tl.constexpr):
-    """The strides as the compiler is to know them: ``carafe._order`` explains ORDER. WIDE: offsets need 64 bits.
+def specialized(sn, sc, sh, sw, ORDER: tl.constexpr, WIDE: tl.constexpr):
+    """The strides, as multiples or constants that the compiler sees: ``_carafe_launches._order`` explains ORDER.
 
-    Those along a row do not, nor do those of an image's channels where the channels are the neighbours.
+    WIDE: offsets need 64 bits. Those along a row do not, nor do those of an image's channels where the channels are
+    the neighbours.
     """
     if WIDE:
-        sc, sh = wide(sc), wide(sh)
+        sc, sh = to_int64(sc), to_int64(sh)
     if ORDER == -1:
         return sn, sc, sh, tl.full((), 1, tl.int32)
     elif ORDER > 0:  # noqa: RET505 - only so are the other branches, of other types, left out
@@ -52,9 +53,9 @@ def zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def decode(parts, tiles_y, tiles_x, groups):
-    """This program's part, tile row, tile column, group and batch; the parts of a tile are neighbours, for L2."""
+def decode(items, tiles_y, tiles_x, groups):
+    """This program's item, tile row, tile column, group and batch; the items of a tile are neighbours, for L2."""
     program = tl.program_id(0)
-    tile = program // parts
+    tile = program // items
     batch = tile // tiles_x // tiles_y
-    return program % parts, tile // tiles_x % tiles_y, tile % tiles_x, batch % groups, (batch // groups).to(tl.int64)
+    return program % items, tile // tiles_x % tiles_y, tile % tiles_x, batch % groups, (batch // groups).to(tl.int64)

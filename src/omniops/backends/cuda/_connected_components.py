@@ -40,8 +40,8 @@ import triton.language as tl
 
 
 @triton.jit
-def _any(condition):
-    return tl.max(condition.to(tl.int32), axis=0) > 0
+def _any(mask):
+    return tl.max(mask.to(tl.int32), axis=0) > 0
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _first_of_run(word, column):
 @triton.jit
 def _words(height, width, BLOCK: tl.constexpr):
     """This program's image as its first row in the batch; the words of a row; the program's words, their rows and
-    places in the rows, and whether they exist."""
+    columns of the rows, and whether they exist."""
     words = (width - 1) // 32 + 1  # tl.cdiv's sums may be beyond 32 bits
     blocks = (height * words - 1) // BLOCK + 1
     program = tl.program_id(0)
@@ -116,8 +116,8 @@ def _packed(eights, row, k, stride, exists):
     """Word k of a row of the batch."""
     word = tl.zeros(k.shape, tl.int64)
     for i in tl.static_range(4):
-        place = k * 4 + i
-        pixels = tl.load(eights + row * stride + place, mask=exists & (place < stride), other=0)
+        index = k * 4 + i
+        pixels = tl.load(eights + row * stride + index, mask=exists & (index < stride), other=0)
         # The highest bit of each byte that is not 0; then these 8 side by side.
         pixels = (((pixels & 0x7F7F7F7F7F7F7F7F) + 0x7F7F7F7F7F7F7F7F) | pixels) >> 7 & 0x0101010101010101
         word |= ((pixels * 0x0102040810204080) >> 56 & 0xFF) << (8 * i)
@@ -223,23 +223,23 @@ def merge_runs(mask, bits, labels, counts, height, width, stride, diagonals, BLO
     labels += first_row * width - 1
     has_above = exists & (y > 0)
     has_right = has_above & (k + 1 < words)
-    here = _load(bits, has_above)
+    current = _load(bits, has_above)
     left = _load(bits - 1, has_above & (k > 0))
     right = _load(bits + 1, has_right)
     above = _load(bits - words, has_above)
     above_left = _load(bits - words - 1, has_above & (k > 0))
     above_right = _load(bits - words + 1, has_right)
-    both = here & above
+    overlap = current & above
     # Above on the right: the run above begins there.
-    corners = here & ~above & (above >> 1 | (above_right & 1) << 31) & ~(here >> 1 | (right & 1) << 31)
+    corners = current & ~above & (above >> 1 | (above_right & 1) << 31) & ~(current >> 1 | (right & 1) << 31)
     corners *= diagonals
-    meetings = both & ~(both << 1 | (left & above_left) >> 31) | corners
+    meetings = overlap & ~(overlap << 1 | (left & above_left) >> 31) | corners
     origin = y * width + k * 32 + 1
     while _any(meetings != 0):
         active = meetings != 0
         lowest = tl.where(active, meetings & -meetings, 1)
         column = _log2(lowest)
-        below_first = _first_of_run(here, column.to(tl.int64))
+        below_first = _first_of_run(current, column.to(tl.int64))
         above_first = _first_of_run(above, column.to(tl.int64))
         above_first = tl.where((corners & lowest) != 0, column + 1, above_first)
         # It continues a run on the left, and may touch nothing above.
@@ -251,14 +251,14 @@ def merge_runs(mask, bits, labels, counts, height, width, stride, diagonals, BLO
 @triton.jit(do_not_specialize=_NOT_COMPILED_FOR, do_not_specialize_on_alignment=("mask",))
 def write_result(mask, bits, labels, counts, height, width, stride, diagonals, BLOCK: tl.constexpr):
     first_row, words, word, y, k, exists = _words(height, width, BLOCK)
-    here = tl.load(bits + first_row * words + word, mask=exists, other=0)
+    bitmap = tl.load(bits + first_row * words + word, mask=exists, other=0)
     column = tl.arange(0, 32)[None, :]
-    here, columns = tl.broadcast(here[:, None], column)
-    foreground = (here >> columns) & 1 != 0
+    bitmap, columns = tl.broadcast(bitmap[:, None], column)
+    foreground = (bitmap >> columns) & 1 != 0
     y = y[:, None]
     x = k[:, None] * 32
     image = first_row * width
-    first = y * width + x + _first_of_run(here, columns)
+    first = y * width + x + _first_of_run(bitmap, columns)
     # Others read what is at a run's first pixel while its own lane writes it anew: the same label, the same count.
     label = tl.load(labels + image + first, mask=foreground, other=0)
     count = tl.load(counts + image - 1 + label, mask=foreground, other=0)

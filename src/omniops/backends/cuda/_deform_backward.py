@@ -23,7 +23,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Of input, offset, weight, bias and mask."""
 
 
-class _OfChunk(NamedTuple):
+class _ChunkLaunches(NamedTuple):
     """What the backward does with a chunk of positions."""
 
     first: int
@@ -53,25 +53,25 @@ class Backward:
     ) -> None:
         self.problem, self.wanted, self.strides, self.grad = problem, wanted, strides, grad
         self.ours, self.precise = ours, precise
-        self.of_samples = wanted[0] or wanted[1] or wanted[4]
+        self.needs_samples = wanted[0] or wanted[1] or wanted[4]
         self.gathered = wanted[0] and deterministic
         self.planned = problem.planned or self.gathered
         # Where the gather does not need the gradient of the columns afterwards, these take its place.
-        self.by_the_way = self.of_samples and wanted[2] and not self.gathered
+        self.columns_by_gradients = self.needs_samples and wanted[2] and not self.gathered
         self.along = wanted[2] and ours
         """Whether the product for the gradient of the weights has factors along the positions."""
         self.grad_is_dense = grad[1] == 2
         # The sum alone is not worth the launch that prepares all.
-        self.sums = wanted[3] and grad[1] == 1 and (self.of_samples or wanted[2])
-        copies = 2 if self.along and self.of_samples else 1
+        self.sums = wanted[3] and grad[1] == 1 and (self.needs_samples or wanted[2])
+        copies = 2 if self.along and self.needs_samples else 1
         size = copies * problem.taps * problem.c * problem.dtype.itemsize
-        most = problem.most(size + (problem.bytes_of_plan if self.planned else 0))
-        count = problem.largest(most)
+        max_positions = problem.max_positions(size + (problem.bytes_of_plan if self.planned else 0))
+        count = problem.largest_chunk(max_positions)
         self.alone = count == problem.total
         self.stride_along = cdiv(problem.total, 16) * 16 if self.alone else problem.total
         self.length = self.stride_along if self.alone else count
         self.count = count
-        self.chunks: Iterable[_OfChunk] = problem.each_chunk(most, self._of_chunk)
+        self.chunks: Iterable[_ChunkLaunches] = problem.for_chunks(max_positions, self._chunk_launches)
         self.splits = self.chunks[0].by_weight.splits if self.alone and isinstance(self.chunks, list) else 1
         self.finish = problem.finish(strides[0] if wanted[0] else None, strides[2] if wanted[2] else None, self.splits)
         self.scratch = self._scratch()
@@ -81,14 +81,14 @@ class Backward:
         groups, m, k = problem.kernels
         pixels = math.prod(problem.image)
         sizes[0] = pixels
-        if self.of_samples:
+        if self.needs_samples:
             sizes[1] = groups * m * k
-        if not self.grad_is_dense and (self.of_samples or not self.along):
+        if not self.grad_is_dense and (self.needs_samples or not self.along):
             sizes[2] = problem.total * problem.c_out
         if self.along:
             sizes[3] = self.stride_along * problem.c_out
             sizes[5] = self.length * groups * k
-        if self.of_samples or not self.along:
+        if self.needs_samples or not self.along:
             sizes[4] = self.count * groups * k
         if self.wanted[2]:
             sizes[6] = self.splits * groups * m * k
@@ -99,19 +99,19 @@ class Backward:
             [*zip(sizes, dtypes, strict=True), *problem.plan(self.count if self.planned else 0)],
         )
 
-    def _of_chunk(self, first: int, count: int) -> _OfChunk:
+    def _chunk_launches(self, first: int, count: int) -> _ChunkLaunches:
         problem = self.problem
         groups, m, k = problem.kernels
         length = self.length if self.alone else count
         along = length if self.along else 0
         # The product takes positions in rows that begin at multiples of 16.
         aligned = (first | length | self.stride_along) % 16 == 0
-        out = (2 if self.along else 1) if self.by_the_way else 0
+        out = (2 if self.along else 1) if self.columns_by_gradients else 0
         if self.along:
             a, b = (m * self.stride_along, self.stride_along, 1), (k * length, 1, length)
         else:
             a, b = (m, 1, problem.c_out), (count * k, k, 1)
-        return _OfChunk(
+        return _ChunkLaunches(
             first,
             count,
             length,
@@ -119,9 +119,9 @@ class Backward:
                 first,
                 count,
                 plan=self.planned,
-                kernels=self.of_samples,
+                kernels=self.needs_samples,
                 grad=self.grad,
-                grads=not self.grad_is_dense and (self.of_samples or not self.along),
+                grads=not self.grad_is_dense and (self.needs_samples or not self.along),
                 along=self.stride_along if self.along else 0,
                 zeros=self.wanted[0],
                 sums=self.sums,
@@ -149,15 +149,15 @@ class Backward:
         if wanted[3]:
             # A gradient that lies channels last is better summed by PyTorch, many channels at once.
             by_bias = new((self.problem.c_out,), (1,)) if self.sums else grad.sum((0, 2, 3))
-        if not (self.of_samples or wanted[2]):
+        if not (self.needs_samples or wanted[2]):
             return nothing[0], nothing[1], nothing[2], by_bias, nothing[4]
         by_input = new(input.shape, strides[0]) if wanted[0] else nothing[0]
-        by_offset = new(offset.shape, strides[1]) if self.of_samples else nothing[1]
+        by_offset = new(offset.shape, strides[1]) if self.needs_samples else nothing[1]
         by_weight = new(weight.shape, strides[2]) if wanted[2] else nothing[2]
-        by_mask = by_offset if mask is None or not self.of_samples else new(mask.shape, strides[3])
+        by_mask = by_offset if mask is None or not self.needs_samples else new(mask.shape, strides[3])
         mask = offset if mask is None else mask
         with on_device(input) as stream:
-            image, kernels, grads, along, columns, samples, total, by_image, pixels, places = self.scratch(input)
+            image, kernels, grads, along, columns, samples, total, by_image, pixels, fractions = self.scratch(input)
             sums = by_bias if self.sums else image
             if self.grad_is_dense:
                 grads = grad
@@ -167,20 +167,20 @@ class Backward:
                 total.zero_()
             for chunk in self.chunks:
                 chunk.prepare(
-                    stream, input, offset, mask, weight, grad, sums, pixels, places,
+                    stream, input, offset, mask, weight, grad, sums, pixels, fractions,
                     image, kernels, kernels, grads, along, by_image,
                 )  # fmt: skip
-                if self.of_samples:
+                if self.needs_samples:
                     self._by_columns(stream, chunk, grads, kernels, columns)
                     chunk.gradients(
-                        stream, columns, image, offset, mask, pixels, places, by_offset, by_mask, by_image, samples
+                        stream, columns, image, offset, mask, pixels, fractions, by_offset, by_mask, by_image, samples
                     )
                     if self.gathered:
-                        order, starts = self.problem.sorted(chunk.first, chunk.positions, pixels)
-                        chunk.gather(stream, columns, order, starts, places, by_image)
+                        order, starts = self.problem.sort_samples(chunk.first, chunk.positions, pixels)
+                        chunk.gather(stream, columns, order, starts, fractions, by_image)
                 if wanted[2]:
-                    if not self.by_the_way:
-                        chunk.sample(stream, image, offset, mask, pixels, places, samples)
+                    if not self.columns_by_gradients:
+                        chunk.sample(stream, image, offset, mask, pixels, fractions, samples)
                     self._by_weight(stream, chunk, grads, along, samples, total)
             if wanted[0] or wanted[2]:
                 self.finish(
@@ -194,7 +194,7 @@ class Backward:
             by_mask if wanted[4] else nothing[4],
         )
 
-    def _by_columns(self, stream: int, chunk: _OfChunk, grads: Tensor, kernels: Tensor, columns: Tensor) -> None:
+    def _by_columns(self, stream: int, chunk: _ChunkLaunches, grads: Tensor, kernels: Tensor, columns: Tensor) -> None:
         """The gradient of a chunk's columns, (G, P, K * C / G), from that of the result, (G, P, C_out / G)."""
         if not (chunk.by_columns.in_one_launch and chunk.first == 0):
             groups, m, k = self.problem.kernels
@@ -205,9 +205,9 @@ class Backward:
         chunk.by_columns(stream, grads, kernels, columns)
 
     def _by_weight(
-        self, stream: int, chunk: _OfChunk, grads: Tensor, along: Tensor, columns: Tensor, total: Tensor
+        self, stream: int, chunk: _ChunkLaunches, grads: Tensor, along: Tensor, columns: Tensor, total: Tensor
     ) -> None:
-        """The gradient of the weights by tap, in parts, of the only chunk, or added to that of the others."""
+        """The gradient of the weights by tap, in splits, of the only chunk, or added to that of the others."""
         a = along if self.along else grads
         if not (self.alone and chunk.by_weight.in_one_launch):
             groups, m, k = self.problem.kernels
@@ -224,6 +224,6 @@ class Backward:
         if self.alone:
             chunk.by_weight(stream, a, columns, total)
         else:
-            part = a.new_empty(self.problem.kernels)
-            chunk.by_weight(stream, a, columns, part)
-            total += part
+            product = a.new_empty(self.problem.kernels)
+            chunk.by_weight(stream, a, columns, product)
+            total += product

@@ -9,7 +9,7 @@ d, a tap t and a position p, and its number is (d * K + t) * P + p.
 The *image* is (N, H + 2, W + 2, C): channels lie together, as they are sampled at one position, and a border of zeros
 makes every corner of every sample readable. A *plan* says of each sample the number of its upper left pixel in the
 image (in ``pixels``), how far below (ly) and right of it (lx) the sample lies, and its factor, the mask's (in
-``places``: the ly of all samples, then their lx, then their factors). A sample outside the map has
+``fractions``: the ly of all samples, then their lx, then their factors). A sample outside the map has
 corners in the border alone, and so has one whose position is not a number: that has a ly or lx which is none.
 
 Sizes of maps, numbers of positions and strides are not specialised, so that no map of another size is compiled for.
@@ -24,7 +24,7 @@ import triton.language as tl
 
 
 @triton.jit
-def placed(y, x, height, width):
+def upper_left_of(y, x, height, width):
     """Of samples at (y, x): row and column of their upper left pixel in the image, ly and lx."""
     outside = (y < -1) | (y >= height) | (x < -1) | (x >= width)
     far = outside | (y != y) | (x != x)
@@ -34,61 +34,83 @@ def placed(y, x, height, width):
 
 
 @triton.jit
-def plan(
-    offset, mask, pixels, places, block, first, count, height, width, rows, columns,
-    offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
-    D: tl.constexpr, K: tl.constexpr, KW: tl.constexpr,
-    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
-    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+def sample_positions(y, x, i, j, t, size, geometry, AXIS: tl.constexpr, DTYPE: tl.constexpr):
+    """``upper_left_of`` for offsets (y, x) of tap t at positions (i, j).
+
+    Positions are numbers along one axis, and so are the offsets, or these have another beside it, AXIS. ``geometry`` is
+    (KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X).
+    """
+    KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X = geometry
+    height, width = size
+    y = y.to(DTYPE)
+    tap_y = (i * STRIDE_Y - PAD_Y + t // KW * STEP_Y).to(DTYPE)
+    if AXIS >= 0:
+        tap_y = tl.expand_dims(tap_y, AXIS)
+    y += tap_y
+    x = x.to(DTYPE)
+    tap_x = (j * STRIDE_X - PAD_X + t % KW * STEP_X).to(DTYPE)
+    if AXIS >= 0:
+        tap_x = tl.expand_dims(tap_x, AXIS)
+    x += tap_x
+    return upper_left_of(y, x, height, width)
+
+
+@triton.jit
+def write_plan(
+    offset, mask, pixels, fractions, block, first, count, size, result_size, offset_strides, mask_strides, geometry,
+    D: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The plan of the samples of the positions first ... first + count - 1, with p counted from first.
 
     Blocks: D * K * blocks of positions, which vary fastest.
     """
+    height, width = size
+    rows, columns = result_size
+    offset_n, offset_c, offset_y, offset_x = offset_strides
+    mask_n, mask_c, mask_y, mask_x = mask_strides
     unit = block // tl.cdiv(count, BLOCK)
     p = (block - unit * tl.cdiv(count, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
     t = unit % K
-    some = p < count
-    size = rows * columns
-    n = (first + p) // size
-    place = first + p - n * size
-    i = place // columns
-    j = place - i * columns
-    at = n.to(tl.int64) * offset_n + unit.to(tl.int64) * 2 * offset_c + i.to(tl.int64) * offset_y
-    at += j.to(tl.int64) * offset_x
-    dtype = places.dtype.element_ty
-    y = tl.load(offset + at, mask=some, other=0).to(dtype)
-    x = tl.load(offset + at + offset_c, mask=some, other=0).to(dtype)
-    y += (i * STRIDE_Y - PAD_Y + t // KW * STEP_Y).to(dtype)
-    x += (j * STRIDE_X - PAD_X + t % KW * STEP_X).to(dtype)
-    upper, left, ly, lx = placed(y, x, height, width)
-    to = unit.to(tl.int64) * count + p
+    exists = p < count
+    positions = rows * columns
+    n = (first + p) // positions
+    index_in_image = first + p - n * positions
+    i = index_in_image // columns
+    j = index_in_image - i * columns
+    index = n.to(tl.int64) * offset_n + unit.to(tl.int64) * 2 * offset_c + i.to(tl.int64) * offset_y
+    index += j.to(tl.int64) * offset_x
+    dtype = fractions.dtype.element_ty
+    y = tl.load(offset + index, mask=exists, other=0).to(dtype)
+    x = tl.load(offset + index + offset_c, mask=exists, other=0).to(dtype)
+    upper, left, ly, lx = sample_positions(y, x, i, j, t, size, geometry, -1, dtype)
+    out_index = unit.to(tl.int64) * count + p
     plane = (D * K) * count.to(tl.int64)
-    tl.store(pixels + to, (n.to(pixels.dtype.element_ty) * (height + 2) + upper) * (width + 2) + left, mask=some)
-    tl.store(places + to, ly, mask=some)
-    tl.store(places + plane + to, lx, mask=some)
+    pointers = pixels + out_index
+    tl.store(pointers, (n.to(pixels.dtype.element_ty) * (height + 2) + upper) * (width + 2) + left, mask=exists)
+    tl.store(fractions + out_index, ly, mask=exists)
+    tl.store(fractions + plane + out_index, lx, mask=exists)
     if MASKED:
-        at = n.to(tl.int64) * mask_n + unit.to(tl.int64) * mask_c + i.to(tl.int64) * mask_y + j.to(tl.int64) * mask_x
-        tl.store(places + 2 * plane + to, tl.load(mask + at, mask=some, other=0).to(dtype), mask=some)
+        index = n.to(tl.int64) * mask_n + unit.to(tl.int64) * mask_c + i.to(tl.int64) * mask_y + j.to(tl.int64) * mask_x
+        tl.store(fractions + 2 * plane + out_index, tl.load(mask + index, mask=exists, other=0).to(dtype), mask=exists)
 
 
 @triton.jit
-def planned(pixels, places, plane, at, some, MASKED: tl.constexpr):
+def load_plan(pixels, fractions, plane, index, exists, MASKED: tl.constexpr):
     """The upper left pixel of samples, and the weights of their corners."""
-    pixel = tl.load(pixels + at, mask=some, other=0)
-    ly = tl.load(places + at, mask=some, other=0)
-    lx = tl.load(places + plane + at, mask=some, other=0)
+    pixel = tl.load(pixels + index, mask=exists, other=0)
+    ly = tl.load(fractions + index, mask=exists, other=0)
+    lx = tl.load(fractions + plane + index, mask=exists, other=0)
     upper = 1 - ly
     lower = ly
     if MASKED:
-        factor = tl.load(places + 2 * plane + at, mask=some, other=0)
+        factor = tl.load(fractions + 2 * plane + index, mask=exists, other=0)
         upper *= factor
         lower *= factor
     return pixel, upper * (1 - lx), upper * lx, lower * (1 - lx), lower * lx
 
 
 @triton.jit
-def channels_of(first, stride_g, stride_c, CG: tl.constexpr, ONE_G: tl.constexpr, BLOCK_C: tl.constexpr):
+def column_offsets(first, stride_g, stride_c, CG: tl.constexpr, ONE_G: tl.constexpr, BLOCK_C: tl.constexpr):
     """Where a block of channels lies in columns. ONE_G: in one weight group, which shows that they lie together."""
     c = first + tl.arange(0, BLOCK_C)
     g = first // CG if ONE_G else c // CG
@@ -96,7 +118,7 @@ def channels_of(first, stride_g, stride_c, CG: tl.constexpr, ONE_G: tl.constexpr
 
 
 @triton.jit
-def block_of(
+def channel_block(
     start,
     stride_g,
     stride_c,
@@ -107,7 +129,7 @@ def block_of(
     BLOCK_C: tl.constexpr,
 ):
     """A block of channels from ``start`` on, of a block of offset groups, as (groups, channels): the channels, which of
-    them there are, and where they lie in columns, as ``channels_of`` says."""
+    them there are, and where they lie in columns, as ``column_offsets`` says."""
     CD: tl.constexpr = C // D
     CG: tl.constexpr = C // G
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -125,65 +147,64 @@ def block_of(
 
 
 @triton.jit
-def samples_of(
-    offset, mask, pixels, places, p, some, t, first, count, height, width, rows, columns,
-    offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
-    D: tl.constexpr, K: tl.constexpr, KW: tl.constexpr,
-    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
-    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, MASKED: tl.constexpr, PLANNED: tl.constexpr,
-    BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+def load_samples(
+    offset, mask, pixels, fractions, p, exists, t, first, count, size, result_size, offset_strides, mask_strides,
+    geometry, D: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr, PLANNED: tl.constexpr, BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Of the samples of positions and a block of offset groups, as (positions, groups, 1): the pixel, whether it has a
     corner in the map, ly, lx, the factor; from the plan where there is one (PLANNED)."""
+    height, width = size
+    rows, columns = result_size
+    offset_n, offset_c, offset_y, offset_x = offset_strides
+    mask_n, mask_c, mask_y, mask_x = mask_strides
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     # Positions past the last read where the first does.
-    position = first + tl.where(some, p, 0)
-    some = some[:, None] & (d < D)[None, :]
+    position = first + tl.where(exists, p, 0)
+    exists = exists[:, None] & (d < D)[None, :]
     unit = (d * K + t).to(tl.int64)
     n = position // (rows * columns)
-    place = position - n * (rows * columns)
-    i = place // columns
-    j = place - i * columns
-    factor = tl.full(some.shape, 1, DTYPE)
+    index_in_image = position - n * (rows * columns)
+    i = index_in_image // columns
+    j = index_in_image - i * columns
+    factor = tl.full(exists.shape, 1, DTYPE)
     if PLANNED:
         plane = (D * K) * count.to(tl.int64)
-        at = p[:, None] + (unit * count)[None, :]
-        pixel = tl.load(pixels + at, mask=some, other=0).to(tl.int64)
+        index = p[:, None] + (unit * count)[None, :]
+        pixel = tl.load(pixels + index, mask=exists, other=0).to(tl.int64)
         # What the plan says of samples without a corner in the map.
         far = n.to(tl.int64) * (height + 2) * (width + 2) + width + 1
-        near = some & (pixel != far[:, None])
-        ly = tl.load(places + at, mask=some, other=0)
-        lx = tl.load(places + plane + at, mask=some, other=0)
+        near = exists & (pixel != far[:, None])
+        ly = tl.load(fractions + index, mask=exists, other=0)
+        lx = tl.load(fractions + plane + index, mask=exists, other=0)
         if MASKED:
-            factor = tl.load(places + 2 * plane + at, mask=some, other=0)
+            factor = tl.load(fractions + 2 * plane + index, mask=exists, other=0)
     else:
-        at = n.to(tl.int64) * offset_n + i.to(tl.int64) * offset_y + j.to(tl.int64) * offset_x
-        at = at[:, None] + (unit * 2 * offset_c)[None, :]
-        y = tl.load(offset + at, mask=some, other=0).to(DTYPE)
-        x = tl.load(offset + at + offset_c, mask=some, other=0).to(DTYPE)
-        y += (i * STRIDE_Y - PAD_Y + t // KW * STEP_Y).to(DTYPE)[:, None]
-        x += (j * STRIDE_X - PAD_X + t % KW * STEP_X).to(DTYPE)[:, None]
-        upper, left, ly, lx = placed(y, x, height, width)
+        index = n.to(tl.int64) * offset_n + i.to(tl.int64) * offset_y + j.to(tl.int64) * offset_x
+        index = index[:, None] + (unit * 2 * offset_c)[None, :]
+        y = tl.load(offset + index, mask=exists, other=0).to(DTYPE)
+        x = tl.load(offset + index + offset_c, mask=exists, other=0).to(DTYPE)
+        upper, left, ly, lx = sample_positions(y, x, i, j, t, size, geometry, 1, DTYPE)
         pixel = (n.to(tl.int64)[:, None] * (height + 2) + upper) * (width + 2) + left
-        near = some & (left <= width)
+        near = exists & (left <= width)
         if MASKED:
-            at = n.to(tl.int64) * mask_n + i.to(tl.int64) * mask_y + j.to(tl.int64) * mask_x
-            factor = tl.load(mask + (at[:, None] + (unit * mask_c)[None, :]), mask=some, other=0).to(DTYPE)
+            index = n.to(tl.int64) * mask_n + i.to(tl.int64) * mask_y + j.to(tl.int64) * mask_x
+            factor = tl.load(mask + (index[:, None] + (unit * mask_c)[None, :]), mask=exists, other=0).to(DTYPE)
     return pixel[:, :, None], near[:, :, None], ly[:, :, None], lx[:, :, None], factor[:, :, None]
 
 
 @triton.jit
-def corners_of(corner, below, more, C: tl.constexpr, DTYPE: tl.constexpr):
+def load_corners(corner, below, has_channel, C: tl.constexpr, DTYPE: tl.constexpr):
     """The pixels at the corners of samples: upper left (which is where ``corner`` points), upper right, lower ones."""
-    v00 = tl.load(corner, mask=more, other=0).to(DTYPE)
-    v01 = tl.load(corner + C, mask=more, other=0).to(DTYPE)
-    v10 = tl.load(corner + below, mask=more, other=0).to(DTYPE)
-    v11 = tl.load(corner + below + C, mask=more, other=0).to(DTYPE)
+    v00 = tl.load(corner, mask=has_channel, other=0).to(DTYPE)
+    v01 = tl.load(corner + C, mask=has_channel, other=0).to(DTYPE)
+    v10 = tl.load(corner + below, mask=has_channel, other=0).to(DTYPE)
+    v11 = tl.load(corner + below + C, mask=has_channel, other=0).to(DTYPE)
     return v00, v01, v10, v11
 
 
 @triton.jit
-def interpolated(v00, v01, v10, v11, ly, lx, factor):
+def interpolate(v00, v01, v10, v11, ly, lx, factor):
     """factor * the interpolated pixels."""
     value = (1 - ly) * factor * (1 - lx) * v00
     value += (1 - ly) * factor * lx * v01
@@ -199,7 +220,7 @@ def interpolated(v00, v01, v10, v11, ly, lx, factor):
     ]
 )  # fmt: skip
 def sample(
-    image, offset, mask, pixels, places, out, first, count, height, width, rows, columns, along,
+    image, offset, mask, pixels, fractions, out, first, count, height, width, rows, columns, along,
     offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
     C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, KW: tl.constexpr,
     STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
@@ -214,43 +235,44 @@ def sample(
     CG: tl.constexpr = C // G
     dtype: tl.constexpr = tl.float64 if image.dtype.element_ty == tl.float64 else tl.float32
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    some = p < count
+    exists = p < count
     if ALONG:
         step = CG * along.to(tl.int64)
-        c, more, column = block_of(tl.program_id(2) * BLOCK_C, step * K, along, C, D, G, BLOCK_D, BLOCK_C)
-        to = p[:, None, None] + column[None, :, :]
-        stored = (p < along)[:, None, None] & more[None, :, :]
+        c, has_channel, column = channel_block(tl.program_id(2) * BLOCK_C, step * K, along, C, D, G, BLOCK_D, BLOCK_C)
+        out_index = p[:, None, None] + column[None, :, :]
+        stored = (p < along)[:, None, None] & has_channel[None, :, :]
     else:
         step = tl.full([], CG, tl.int64)
-        c, more, column = block_of(
+        c, has_channel, column = channel_block(
             tl.program_id(2) * BLOCK_C, count.to(tl.int64) * (K * CG), 1, C, D, G, BLOCK_D, BLOCK_C
         )
-        to = (p.to(tl.int64) * (K * CG))[:, None, None] + column[None, :, :]
-        stored = some[:, None, None] & more[None, :, :]
+        out_index = (p.to(tl.int64) * (K * CG))[:, None, None] + column[None, :, :]
+        stored = exists[:, None, None] & has_channel[None, :, :]
     below = (width + 2) * C
+    offset_strides, mask_strides = (offset_n, offset_c, offset_y, offset_x), (mask_n, mask_c, mask_y, mask_x)
+    geometry = (KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X)
     for t in range(K):
-        pixel, _near, ly, lx, factor = samples_of(
-            offset, mask, pixels, places, p, some, t, first, count, height, width, rows, columns,
-            offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
-            D, K, KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X, MASKED, PLANNED, BLOCK_D, dtype,
+        pixel, _near, ly, lx, factor = load_samples(
+            offset, mask, pixels, fractions, p, exists, t, first, count, (height, width), (rows, columns),
+            offset_strides, mask_strides, geometry, D, K, MASKED, PLANNED, BLOCK_D, dtype,
         )  # fmt: skip
         corner = image + (pixel * C + c[None, :, :])
-        v00, v01, v10, v11 = corners_of(corner, below, more[None, :, :], C, dtype)
-        value = interpolated(v00, v01, v10, v11, ly, lx, factor)
+        v00, v01, v10, v11 = load_corners(corner, below, has_channel[None, :, :], C, dtype)
+        value = interpolate(v00, v01, v10, v11, ly, lx, factor)
         if ALONG:
-            value = tl.where(some[:, None, None], value, 0)
-        tl.store(out + to + t * step, value.to(out.dtype.element_ty), mask=stored)
+            value = tl.where(exists[:, None, None], value, 0)
+        tl.store(out + out_index + t * step, value.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit
-def add(to, weight, values, some, more):
-    """Add weight * values where the weight is not 0, as three corners' are at whole places."""
-    tl.atomic_add(to, weight * values, mask=some & (weight != 0) & more, sem="relaxed")
+def add(pointers, weight, values, exists, has_channel):
+    """Add weight * values where the weight is not 0, as those of three corners are of a sample on a pixel."""
+    tl.atomic_add(pointers, weight * values, mask=exists & (weight != 0) & has_channel, sem="relaxed")
 
 
 @triton.jit
-def gradients_of(
-    by_columns, image, by_image, out, p, t, some, pixel, near, ly, lx, factor, count, along, width,
+def tap_gradients(
+    by_columns, image, by_image, out, p, t, exists, pixel, near, ly, lx, factor, count, along, width,
     C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr,
     ADD: tl.constexpr, OUT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -263,12 +285,12 @@ def gradients_of(
     by_x = tl.zeros([BLOCK_P, BLOCK_D, BLOCK_C], DTYPE)
     by_factor = tl.zeros([BLOCK_P, BLOCK_D, BLOCK_C], DTYPE)
     for start in range(0, C // D, BLOCK_C):
-        c, more, column = block_of(start, count.to(tl.int64) * (K * CG), 1, C, D, G, BLOCK_D, BLOCK_C)
-        more = more[None, :, :]
-        column_at = ((p.to(tl.int64) * K + t) * CG)[:, None, None] + column[None, :, :]
-        by_column = tl.load(by_columns + column_at, mask=some[:, None, None] & more, other=0).to(DTYPE)
+        c, has_channel, column = channel_block(start, count.to(tl.int64) * (K * CG), 1, C, D, G, BLOCK_D, BLOCK_C)
+        has_channel = has_channel[None, :, :]
+        column_index = ((p.to(tl.int64) * K + t) * CG)[:, None, None] + column[None, :, :]
+        by_column = tl.load(by_columns + column_index, mask=exists[:, None, None] & has_channel, other=0).to(DTYPE)
         corner = pixel * C + c[None, :, :]
-        v00, v01, v10, v11 = corners_of(image + corner, below, more, C, DTYPE)
+        v00, v01, v10, v11 = load_corners(image + corner, below, has_channel, C, DTYPE)
         upper = (1 - lx) * v00 + lx * v01
         lower = (1 - lx) * v10 + lx * v11
         by_y += by_column * (lower - upper)
@@ -276,21 +298,21 @@ def gradients_of(
         if MASKED:
             by_factor += by_column * ((1 - ly) * upper + ly * lower)
         if OUT > 0:
-            value = interpolated(v00, v01, v10, v11, ly, lx, factor)
+            value = interpolate(v00, v01, v10, v11, ly, lx, factor)
             if OUT == 1:
-                tl.store(out + column_at, value.to(out.dtype.element_ty), mask=some[:, None, None] & more)
+                tl.store(out + column_index, value.to(out.dtype.element_ty), mask=exists[:, None, None] & has_channel)
             else:
                 step = CG * along.to(tl.int64)
-                c, more, to = block_of(start, step * K, along, C, D, G, BLOCK_D, BLOCK_C)
-                to = p[:, None, None] + to[None, :, :] + t * step
-                value = tl.where(some[:, None, None], value, 0)
-                more = more[None, :, :]
-                tl.store(out + to, value.to(out.dtype.element_ty), mask=(p < along)[:, None, None] & more)
+                c, has_channel, out_index = channel_block(start, step * K, along, C, D, G, BLOCK_D, BLOCK_C)
+                out_index = p[:, None, None] + out_index[None, :, :] + t * step
+                value = tl.where(exists[:, None, None], value, 0)
+                has_channel = has_channel[None, :, :]
+                tl.store(out + out_index, value.to(out.dtype.element_ty), mask=(p < along)[:, None, None] & has_channel)
         if ADD:
-            add(by_image + corner, (1 - ly) * factor * (1 - lx), by_column, near, more)
-            add(by_image + corner + C, (1 - ly) * factor * lx, by_column, near, more)
-            add(by_image + corner + below, ly * factor * (1 - lx), by_column, near, more)
-            add(by_image + corner + below + C, ly * factor * lx, by_column, near, more)
+            add(by_image + corner, (1 - ly) * factor * (1 - lx), by_column, near, has_channel)
+            add(by_image + corner + C, (1 - ly) * factor * lx, by_column, near, has_channel)
+            add(by_image + corner + below, ly * factor * (1 - lx), by_column, near, has_channel)
+            add(by_image + corner + below + C, ly * factor * lx, by_column, near, has_channel)
     return tl.sum(by_y, 2), tl.sum(by_x, 2), tl.sum(by_factor, 2)
 
 
@@ -302,7 +324,7 @@ def gradients_of(
     ]
 )  # fmt: skip
 def gradients(
-    by_columns, image, offset, mask, pixels, places, by_offset, by_mask, by_image, out,
+    by_columns, image, offset, mask, pixels, fractions, by_offset, by_mask, by_image, out,
     first, count, height, width, rows, columns, along, taps,
     offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
     by_offset_n, by_offset_c, by_offset_y, by_offset_x, by_mask_n, by_mask_c, by_mask_y, by_mask_x,
@@ -322,38 +344,39 @@ def gradients(
     """
     dtype: tl.constexpr = tl.float64 if image.dtype.element_ty == tl.float64 else tl.float32
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    some = p < count
+    exists = p < count
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = (first + p) // (rows * columns)
-    place = first + p - n * (rows * columns)
-    i = place // columns
-    j = (place - i * columns).to(tl.int64)
-    to_offset = (n.to(tl.int64) * by_offset_n + i.to(tl.int64) * by_offset_y + j * by_offset_x)[:, None]
-    to_mask = (n.to(tl.int64) * by_mask_n + i.to(tl.int64) * by_mask_y + j * by_mask_x)[:, None]
-    stored = some[:, None] & (d < D)[None, :]
+    index_in_image = first + p - n * (rows * columns)
+    i = index_in_image // columns
+    j = (index_in_image - i * columns).to(tl.int64)
+    offset_index = (n.to(tl.int64) * by_offset_n + i.to(tl.int64) * by_offset_y + j * by_offset_x)[:, None]
+    mask_index = (n.to(tl.int64) * by_mask_n + i.to(tl.int64) * by_mask_y + j * by_mask_x)[:, None]
+    stored = exists[:, None] & (d < D)[None, :]
+    offset_strides, mask_strides = (offset_n, offset_c, offset_y, offset_x), (mask_n, mask_c, mask_y, mask_x)
+    geometry = (KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X)
     for t in range(tl.program_id(2) * taps, tl.minimum(tl.program_id(2) * taps + taps, K)):
-        pixel, near, ly, lx, factor = samples_of(
-            offset, mask, pixels, places, p, some, t, first, count, height, width, rows, columns,
-            offset_n, offset_c, offset_y, offset_x, mask_n, mask_c, mask_y, mask_x,
-            D, K, KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X, MASKED, PLANNED, BLOCK_D, dtype,
+        pixel, near, ly, lx, factor = load_samples(
+            offset, mask, pixels, fractions, p, exists, t, first, count, (height, width), (rows, columns),
+            offset_strides, mask_strides, geometry, D, K, MASKED, PLANNED, BLOCK_D, dtype,
         )  # fmt: skip
-        by_y, by_x, by_factor = gradients_of(
-            by_columns, image, by_image, out, p, t, some, pixel, near, ly, lx, factor, count, along, width,
+        by_y, by_x, by_factor = tap_gradients(
+            by_columns, image, by_image, out, p, t, exists, pixel, near, ly, lx, factor, count, along, width,
             C, D, G, K, MASKED, ADD, OUT, BLOCK_P, BLOCK_D, BLOCK_C, dtype,
         )  # fmt: skip
         factor = tl.reshape(factor, [BLOCK_P, BLOCK_D])
         unit = (d * K + t).to(tl.int64)
-        to = by_offset + (to_offset + (unit * 2 * by_offset_c)[None, :])
-        tl.store(to, (factor * by_y).to(by_offset.dtype.element_ty), mask=stored)
-        tl.store(to + by_offset_c, (factor * by_x).to(by_offset.dtype.element_ty), mask=stored)
+        pointers = by_offset + (offset_index + (unit * 2 * by_offset_c)[None, :])
+        tl.store(pointers, (factor * by_y).to(by_offset.dtype.element_ty), mask=stored)
+        tl.store(pointers + by_offset_c, (factor * by_x).to(by_offset.dtype.element_ty), mask=stored)
         if MASKED:
-            to = by_mask + (to_mask + (unit * by_mask_c)[None, :])
-            tl.store(to, by_factor.to(by_mask.dtype.element_ty), mask=stored)
+            pointers = by_mask + (mask_index + (unit * by_mask_c)[None, :])
+            tl.store(pointers, by_factor.to(by_mask.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["count", "first_image", "height", "width"])
 def gather(
-    by_columns, order, starts, places, by_image, count, first_image, height, width,
+    by_columns, order, starts, fractions, by_image, count, first_image, height, width,
     C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -373,38 +396,38 @@ def gather(
     n = tl.program_id(0) // tl.cdiv(size, BLOCK_X)
     images = tl.num_programs(0) // tl.cdiv(size, BLOCK_X)
     pixel = (tl.program_id(0) - n * tl.cdiv(size, BLOCK_X)) * BLOCK_X + tl.arange(0, BLOCK_X)
-    known = pixel < size
+    has_pixel = pixel < size
     y = pixel // width
     x = pixel - y * width
     d = tl.program_id(1)
     of_group = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    more = of_group < CD
-    channels = channels_of(d * CD + tl.program_id(2) * BLOCK_C, count.to(tl.int64) * (K * CG), 1, CG, ONE_G, BLOCK_C)
-    dtype = places.dtype.element_ty
+    has_channel = of_group < CD
+    channels = column_offsets(d * CD + tl.program_id(2) * BLOCK_C, count.to(tl.int64) * (K * CG), 1, CG, ONE_G, BLOCK_C)
+    dtype = fractions.dtype.element_ty
     total = tl.zeros([BLOCK_X, BLOCK_C], dtype)
     for a in range(2):  # the pixel is in the upper row of the samples' corners, or in the lower
         cell = ((d * images + n).to(tl.int64) * (height + 2) + y + 1 - a) * (width + 2) + x
-        begin = tl.load(starts + cell, mask=known, other=0)
-        middle = tl.load(starts + cell + 1, mask=known, other=0)
-        end = tl.load(starts + cell + 2, mask=known, other=0)
+        begin = tl.load(starts + cell, mask=has_pixel, other=0)
+        middle = tl.load(starts + cell + 1, mask=has_pixel, other=0)
+        end = tl.load(starts + cell + 2, mask=has_pixel, other=0)
         for start in range(0, tl.max(end - begin), BLOCK_E):
-            place = begin[:, None] + start + tl.arange(0, BLOCK_E)[None, :]
-            some = place < end[:, None]
-            e = tl.load(order + place, mask=some, other=0).to(tl.int64)
-            ly = tl.load(places + e, mask=some, other=0)
-            lx = tl.load(places + plane + e, mask=some, other=0)
-            weight = tl.where(a == 0, 1 - ly, ly) * tl.where(place < middle[:, None], lx, 1 - lx)
+            rank = begin[:, None] + start + tl.arange(0, BLOCK_E)[None, :]
+            exists = rank < end[:, None]
+            e = tl.load(order + rank, mask=exists, other=0).to(tl.int64)
+            ly = tl.load(fractions + e, mask=exists, other=0)
+            lx = tl.load(fractions + plane + e, mask=exists, other=0)
+            weight = tl.where(a == 0, 1 - ly, ly) * tl.where(rank < middle[:, None], lx, 1 - lx)
             if MASKED:
-                weight *= tl.load(places + 2 * plane + e, mask=some, other=0)
+                weight *= tl.load(fractions + 2 * plane + e, mask=exists, other=0)
             unit = e // count
             row = (e - unit * count) * K + unit - d * K
             values = tl.load(
                 by_columns + ((row * CG)[:, :, None] + channels[None, None, :]),
-                mask=some[:, :, None] & more[None, None, :],
+                mask=exists[:, :, None] & has_channel[None, None, :],
                 other=0,
             )
-            total += tl.sum(tl.where(some, weight, 0)[:, :, None] * values.to(dtype), 1)
+            total += tl.sum(tl.where(exists, weight, 0)[:, :, None] * values.to(dtype), 1)
     row = (first_image + n).to(tl.int64) * (height + 2) + y + 1
-    to = by_image + ((row * (width + 2) + x + 1) * C)[:, None] + (d * CD + of_group)[None, :]
-    every = known[:, None] & more[None, :]
-    tl.store(to, tl.load(to, mask=every, other=0) + total, mask=every)
+    pointers = by_image + ((row * (width + 2) + x + 1) * C)[:, None] + (d * CD + of_group)[None, :]
+    exists_in_image = has_pixel[:, None] & has_channel[None, :]
+    tl.store(pointers, tl.load(pointers, mask=exists_in_image, other=0) + total, mask=exists_in_image)

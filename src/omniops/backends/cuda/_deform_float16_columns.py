@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # (Triton's language, not Python's)
-"""Deformable convolution of float32 in Triton with columns in parts of float16 (``_float16_products``).
+"""Deformable convolution of float32 in Triton with columns split into float16 (``_float16_products``).
 
 Names are those of ``_deform_columns``, and so is what is specialised. The rows that have a scale are those of a *unit*:
 UNIT channels of a tap, of one weight group and one offset group, at a position. The columns of a weight group are
@@ -12,12 +12,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from omniops.backends.cuda._deform_columns import placed
+from omniops.backends.cuda._deform_columns import sample_positions
 from omniops.backends.cuda._deform_fused import store
-from omniops.backends.cuda._float16_products import bits_of, low_part, powers, scales_of_sums, weights_in
+from omniops.backends.cuda._float16_products import bits_of, low_half, powers, scales_of_sums, weights_in
 
 UNIT = 64
 """So many channels have a scale."""
+
+
+@triton.jit
+def store_halves(
+    value, high, low, scales, index, exists,
+    PRECISE: tl.constexpr, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Store values, (positions, channels), as high and low at ``index``, and the scale of each unit at ``scales``."""
+    UNITS: tl.constexpr = BLOCK_C // UNIT
+    value = tl.reshape(value, (BLOCK_P, UNITS, UNIT))
+    down, up = powers(tl.max(bits_of(value), 2))
+    tl.store(scales, down, mask=exists[:, None])
+    value = tl.reshape(value * up[:, :, None], (BLOCK_P, BLOCK_C))
+    value_high = value.to(tl.float16)
+    tl.store(high + index, value_high, mask=exists[:, None])
+    if PRECISE:
+        tl.store(low + index, low_half(value, value_high), mask=exists[:, None])
 
 
 @triton.jit(
@@ -43,13 +60,13 @@ def sample(
     CG: tl.constexpr = C // G
     UNITS: tl.constexpr = BLOCK_C // UNIT
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    some = p < count
+    exists = p < count
     # Positions past the last read where the first does.
-    position = first + tl.where(some, p, 0)
+    position = first + tl.where(exists, p, 0)
     n = position // (rows * columns)
-    place = position - n * (rows * columns)
-    i = place // columns
-    j = place - i * columns
+    index_in_image = position - n * (rows * columns)
+    i = index_in_image // columns
+    j = index_in_image - i * columns
     n = n.to(tl.int64)
     offset += n * offset_n + i.to(tl.int64) * offset_y + j.to(tl.int64) * offset_x
     mask += n * mask_n + i.to(tl.int64) * mask_y + j.to(tl.int64) * mask_x
@@ -58,20 +75,19 @@ def sample(
     of_group = start - g * CG
     c = tl.arange(0, BLOCK_C)
     image += start
-    to = (g.to(tl.int64) * count + p) * (K * CG) + of_group
+    out_index = (g.to(tl.int64) * count + p) * (K * CG) + of_group
     scales += (g * (K * CG // UNIT) + of_group // UNIT).to(tl.int64) * count
     unit = tl.arange(0, UNITS).to(tl.int64) * count
     below = (width + 2) * C
+    geometry = (KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X)
     for t in range(K):
-        sample_of = (tl.program_id(1) * K + t).to(tl.int64)
-        y = tl.load(offset + sample_of * 2 * offset_c, mask=some, other=0)
-        x = tl.load(offset + (sample_of * 2 + 1) * offset_c, mask=some, other=0)
-        y += (i * STRIDE_Y - PAD_Y + t // KW * STEP_Y).to(tl.float32)
-        x += (j * STRIDE_X - PAD_X + t % KW * STEP_X).to(tl.float32)
-        upper, left, ly, lx = placed(y, x, height, width)
+        sample_index = (tl.program_id(1) * K + t).to(tl.int64)
+        y = tl.load(offset + sample_index * 2 * offset_c, mask=exists, other=0)
+        x = tl.load(offset + (sample_index * 2 + 1) * offset_c, mask=exists, other=0)
+        upper, left, ly, lx = sample_positions(y, x, i, j, t, (height, width), geometry, -1, tl.float32)
         above = 1 - ly
         if MASKED:
-            factor = tl.load(mask + sample_of * mask_c, mask=some, other=0)
+            factor = tl.load(mask + sample_index * mask_c, mask=exists, other=0)
             above *= factor
             ly *= factor
         pixel = (n * (height + 2) + upper) * (width + 2) + left
@@ -80,24 +96,15 @@ def sample(
         value += (above * lx)[:, None] * tl.load(corner + C)
         value += (ly * (1 - lx))[:, None] * tl.load(corner + below)
         value += (ly * lx)[:, None] * tl.load(corner + below + C)
-        value = tl.reshape(value, (BLOCK_P, UNITS, UNIT))
-        down, up = powers(tl.max(bits_of(value), 2))
-        tl.store(
-            scales + (t * (CG // UNIT) * tl.cast(count, tl.int64) + p[:, None] + unit[None, :]),
-            down,
-            mask=some[:, None],
-        )
-        value = tl.reshape(value * up[:, :, None], (BLOCK_P, BLOCK_C))
-        value_high = value.to(tl.float16)
-        at = (to + t * CG)[:, None] + c[None, :]
-        tl.store(high + at, value_high, mask=some[:, None])
-        if PRECISE:
-            tl.store(low + at, low_part(value, value_high), mask=some[:, None])
+        store_halves(
+            value, high, low, scales + (t * (CG // UNIT) * tl.cast(count, tl.int64) + p[:, None] + unit[None, :]),
+            (out_index + t * CG)[:, None] + c[None, :], exists, PRECISE, UNIT, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first", "count", "size"])
 def product(
-    high, low, scales, parts, weight_scales, bias, out, first, count, size,
+    high, low, scales, weight_halves, weight_scales, bias, out, first, count, size,
     NG: tl.constexpr, ROW: tl.constexpr, LAST: tl.constexpr, BIASED: tl.constexpr, PRECISE: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -113,24 +120,24 @@ def product(
     # What is read past the last position or weight is not stored.
     position = tl.where(p < count, p, 0)
     k = tl.arange(0, UNIT)
-    at_a = ((g.to(tl.int64) * count + position) * ROW)[:, None] + k[None, :]
-    at_b = (tl.where(o < NG, o, 0) * ROW)[None, :] + k[:, None]
-    weight, weight_low = weights_in(parts, tl.num_programs(1).to(tl.int64) * (NG * ROW))
+    a_index = ((g.to(tl.int64) * count + position) * ROW)[:, None] + k[None, :]
+    b_index = (tl.where(o < NG, o, 0) * ROW)[None, :] + k[:, None]
+    weight, weight_low = weights_in(weight_halves, tl.num_programs(1).to(tl.int64) * (NG * ROW))
     weight += g.to(tl.int64) * (NG * ROW)
     weight_low += g.to(tl.int64) * (NG * ROW)
     scales += (g * (ROW // UNIT)).to(tl.int64) * count + position
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, ROW, UNIT):
-        a = tl.load(high + at_a + start)
-        b = tl.load(weight + at_b + start)
+        a = tl.load(high + a_index + start)
+        b = tl.load(weight + b_index + start)
         # Tensor cores cut what they add to a sum, not round it: a sum of its own for each unit keeps that small.
         if PRECISE:
-            part = tl.dot(tl.load(low + at_a + start), b)
-            part = tl.dot(a, tl.load(weight_low + at_b + start), part)
-            part = tl.dot(a, b, part)
+            partial = tl.dot(tl.load(low + a_index + start), b)
+            partial = tl.dot(a, tl.load(weight_low + b_index + start), partial)
+            partial = tl.dot(a, b, partial)
         else:
-            part = tl.dot(a, b)
-        total += part * scales_of_sums(tl.load(scales + (start // UNIT) * tl.cast(count, tl.int64)))[:, None]
+            partial = tl.dot(a, b)
+        total += partial * scales_of_sums(tl.load(scales + (start // UNIT) * tl.cast(count, tl.int64)))[:, None]
     total *= tl.load(weight_scales + g * NG + o, mask=o < NG, other=0)[None, :]
     if BIASED:
         total += tl.load(bias + g * NG + o, mask=o < NG, other=0)[None, :]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from omniops.backends.cuda._launch import Launch, on_device
 # Up to so many output channels of a group ``fused`` is faster than columns; ``narrow`` makes them all in a program.
 _FUSED_CHANNELS = 128
 
-# Up to so many output channels of a group, columns in parts of float16 take longer than one kernel without columns.
+# Up to so many output channels of a group, columns split into float16 take longer than one kernel without columns.
 _FEW_CHANNELS = 64
 
 
@@ -46,8 +47,8 @@ def is_narrow(problem: Problem, has_tf32: bool) -> bool:
     )
 
 
-def is_in_parts(problem: Problem, has_tf32: bool) -> bool:
-    """Whether ``in_parts`` serves, and is the faster one: a unit is of one weight group and one offset group."""
+def is_split(problem: Problem, has_tf32: bool) -> bool:
+    """Whether ``split_columns`` serves, and is the faster one: a unit is of one weight group and one offset group."""
     return (
         problem.out_per_group > _FEW_CHANNELS
         and math.gcd(problem.per_offset_group, problem.per_group) % UNIT == 0
@@ -62,125 +63,150 @@ def _indexed(problem: Problem) -> bool:
     return problem.out_per_group * problem.taps * problem.per_group < 2**31
 
 
-def fused(problem: Problem, bias: Tensor | None) -> Callable[..., Tensor]:
-    """In one kernel, from a plan of the samples."""
-    most = problem.most(problem.bytes_of_plan)
-    result = (problem.n, problem.c_out, problem.rows, problem.columns)
-    is_float32, biased, dense = problem.dtype == torch.float32, bias is not None, bias is None or bias.is_contiguous()
-    sizes = [math.prod(problem.image), math.prod(problem.kernels), math.prod(problem.kernels) if is_float32 else 0]
-    scratch = Scratch(problem.dtype, [*((size, problem.dtype) for size in sizes), *problem.plan(problem.largest(most))])
-    kept: dict[bool, Iterable[tuple[Launch, Launch]]] = {}
+_Step = Callable[[int, "list[Tensor]", Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""What is done with a chunk of positions, called with the stream, the call's pieces of memory, input, offset, mask,
+weight, bias and result. Where there is no mask the offsets are in its place, and where there is no bias the result: no
+kernel reads them there."""
 
-    def launches(precise: bool) -> Iterable[tuple[Launch, Launch]]:
-        def of_chunk(first: int, count: int) -> tuple[Launch, Launch]:
-            prepare = problem.prepare(first, count, plan=True, low=precise)
-            return prepare, problem.fused(first, count, precise, biased)
 
-        return kept.setdefault(precise, problem.each_chunk(most, of_chunk))
+def _in_steps(
+    problem: Problem,
+    bias: Tensor | None,
+    pieces: Sequence[tuple[int, torch.dtype]],
+    max_positions: int,
+    step_of: Callable[[bool, int, int], _Step],
+) -> Callable[..., Tensor]:
+    """A forward that takes the steps of its chunks, which are kept for each state of PyTorch's switch of TF32.
+
+    Args:
+        problem: the call's sizes.
+        bias: the call's.
+        pieces: of memory, as ``Scratch`` takes them.
+        max_positions: of a chunk.
+        step_of: called with whether products of float32 are to be exact, the first position of a chunk and its number
+            of positions.
+    """
+    shape = (problem.n, problem.c_out, problem.rows, problem.columns)
+    is_float32, is_dense = problem.dtype == torch.float32, bias is None or bias.is_contiguous()
+    scratch = Scratch(problem.dtype, pieces)
+    kept: dict[bool, Iterable[_Step]] = {}
 
     def run(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, *_: Any) -> Tensor:
         precise = is_float32 and not is_tf32()
-        steps = kept.get(precise) or launches(precise)
-        out = input.new_empty_strided(result, problem.out_strides)
+        steps = kept.get(precise)
+        if steps is None:
+            steps = kept.setdefault(precise, problem.for_chunks(max_positions, partial(step_of, precise)))
+        out = input.new_empty_strided(shape, problem.out_strides)
         with on_device(input) as stream:
-            image, kernels, low, pixels, places = scratch(input)
-            mask = offset if mask is None else mask
+            if mask is None:
+                mask = offset
             if bias is None:
                 bias = out
-            elif not dense:
+            elif not is_dense:
                 bias = bias.contiguous()
-            for prepare, forward in steps:
-                prepare(
-                    stream, input, offset, mask, weight, image, image, pixels, places,
-                    image, kernels, low, image, image, places,
-                )  # fmt: skip
-                forward(stream, image, pixels, places, kernels, low, bias, out)
+            memory = scratch(input)
+            for step in steps:
+                step(stream, memory, input, offset, mask, weight, bias, out)
         return out
 
     return run
+
+
+def _prepare(
+    launch: Launch, stream: int,
+    input: Tensor, offset: Tensor, mask: Tensor, weight: Tensor,
+    pixels: Tensor, fractions: Tensor, image: Tensor, kernels: Tensor, kernels_low: Tensor,
+) -> None:  # fmt: skip
+    """Make plan, image and kernels of input, offset, mask and weight.
+
+    Other tensors stand for what only the backward makes.
+    """
+    launch(
+        stream, input, offset, mask, weight, image, image, pixels, fractions,
+        image, kernels, kernels_low, image, image, fractions,
+    )  # fmt: skip
+
+
+def fused(problem: Problem, bias: Tensor | None) -> Callable[..., Tensor]:
+    """In one kernel, from a plan of the samples."""
+    max_positions = problem.max_positions(problem.bytes_of_plan)
+    weights, biased = math.prod(problem.kernels), bias is not None
+    sizes = [math.prod(problem.image), weights, weights if problem.dtype == torch.float32 else 0]
+    plan = problem.plan(problem.largest_chunk(max_positions))
+
+    def step_of(precise: bool, first: int, count: int) -> _Step:
+        prepare = problem.prepare(first, count, plan=True, split_tf32=precise)
+        forward = problem.fused(first, count, precise, biased)
+
+        def step(
+            stream: int, memory: list[Tensor],
+            input: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, out: Tensor,
+        ) -> None:  # fmt: skip
+            image, kernels, low, pixels, fractions = memory
+            _prepare(prepare, stream, input, offset, mask, weight, pixels, fractions, image, kernels, low)
+            forward(stream, image, pixels, fractions, kernels, low, bias, out)
+
+        return step
+
+    return _in_steps(problem, bias, [*((size, problem.dtype) for size in sizes), *plan], max_positions, step_of)
 
 
 def narrow(problem: Problem, bias: Tensor | None) -> Callable[..., Tensor]:
     """In one kernel that makes no plan."""
-    is_float32, result = problem.dtype == torch.float32, (problem.n, problem.c_out, problem.rows, problem.columns)
-    biased, dense = bias is not None, bias is None or bias.is_contiguous()
-    scratch = Scratch(
-        problem.dtype,
-        [
-            (math.prod(problem.image), problem.dtype), *problem.plan(0),
-            (math.prod(problem.kernels), problem.dtype), (problem.c_out if is_float32 else 0, problem.dtype),
-        ],
-    )  # fmt: skip
-    prepare = problem.prepare(0, problem.total, parts=is_float32)
-    forwards = problem.fused_narrow(False, biased), problem.fused_narrow(True, biased)
+    is_float32, biased = problem.dtype == torch.float32, bias is not None
+    pieces = [
+        (math.prod(problem.image), problem.dtype), *problem.plan(0),
+        (math.prod(problem.kernels), problem.dtype), (problem.c_out if is_float32 else 0, problem.dtype),
+    ]  # fmt: skip
 
-    def run(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, *_: Any) -> Tensor:
-        forward = forwards[is_float32 and not is_tf32()]
-        out = input.new_empty_strided(result, problem.out_strides)
-        with on_device(input) as stream:
-            image, pixels, places, kernels, scales = scratch(input)
-            mask = offset if mask is None else mask
-            if bias is None:
-                bias = out
-            elif not dense:
-                bias = bias.contiguous()
-            prepare(
-                stream, input, offset, mask, weight, image, image, pixels, places,
-                image, scales if is_float32 else kernels, kernels, image, image, places,
+    def step_of(precise: bool, first: int, count: int) -> _Step:
+        prepare = problem.prepare(first, count, split_float16=is_float32)
+        forward = problem.fused_narrow(precise, biased)
+
+        def step(
+            stream: int, memory: list[Tensor],
+            input: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, out: Tensor,
+        ) -> None:  # fmt: skip
+            image, pixels, fractions, kernels, scales = memory
+            _prepare(
+                prepare, stream, input, offset, mask, weight, pixels, fractions,
+                image, scales if is_float32 else kernels, kernels,
             )  # fmt: skip
             forward(stream, image, offset, mask, kernels, scales, bias, out)
-        return out
 
-    return run
+        return step
+
+    return _in_steps(problem, bias, pieces, problem.total, step_of)
 
 
-def in_parts(problem: Problem, bias: Tensor | None) -> Callable[..., Tensor]:
-    """Of float32, with columns in parts of float16."""
-    row = problem.taps * problem.c
-    most = problem.most(2 * row * 2 + row // UNIT * 4)
-    count, result = problem.largest(most), (problem.n, problem.c_out, problem.rows, problem.columns)
-    biased, dense = bias is not None, bias is None or bias.is_contiguous()
-    sizes = math.prod(problem.image), math.prod(problem.kernels)
-    scratch = Scratch(
-        torch.float32,
-        [
-            (sizes[0], torch.float32), *problem.plan(0), (sizes[1], torch.float32), (problem.c_out, torch.float32),
-            (count * row, torch.float16), (count * row, torch.float16), (count * row // UNIT, torch.float32),
-        ],
-    )  # fmt: skip
-    kept: dict[bool, Iterable[tuple[Launch, Launch, Launch]]] = {}
+def split_columns(problem: Problem, bias: Tensor | None) -> Callable[..., Tensor]:
+    """Of float32, with columns split into float16."""
+    row, biased = problem.taps * problem.c, bias is not None
+    max_positions = problem.max_positions(2 * row * 2 + row // UNIT * 4)
+    count = problem.largest_chunk(max_positions)
+    pieces = [
+        (math.prod(problem.image), torch.float32), *problem.plan(0),
+        (math.prod(problem.kernels), torch.float32), (problem.c_out, torch.float32),
+        (count * row, torch.float16), (count * row, torch.float16), (count * row // UNIT, torch.float32),
+    ]  # fmt: skip
 
-    def launches(precise: bool) -> Iterable[tuple[Launch, Launch, Launch]]:
-        def of_chunk(first: int, count: int) -> tuple[Launch, Launch, Launch]:
-            return (
-                problem.prepare(first, count, parts=True),
-                problem.sample_float16(first, count, precise),
-                problem.multiply_float16(first, count, precise, biased),
-            )
+    def step_of(precise: bool, first: int, count: int) -> _Step:
+        prepare = problem.prepare(first, count, split_float16=True)
+        sample = problem.sample_float16(first, count, precise)
+        product = problem.multiply_float16(first, count, precise, biased)
 
-        return kept.setdefault(precise, problem.each_chunk(most, of_chunk))
+        def step(
+            stream: int, memory: list[Tensor],
+            input: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, out: Tensor,
+        ) -> None:  # fmt: skip
+            image, pixels, fractions, weights, weight_scales, high, low, scales = memory
+            _prepare(prepare, stream, input, offset, mask, weight, pixels, fractions, image, weight_scales, weights)
+            sample(stream, image, offset, mask, high, low, scales)
+            product(stream, high, low, scales, weights, weight_scales, bias, out)
 
-    def run(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, *_: Any) -> Tensor:
-        precise = not is_tf32()
-        steps = kept.get(precise) or launches(precise)
-        out = input.new_empty_strided(result, problem.out_strides)
-        with on_device(input) as stream:
-            image, pixels, places, weights, weight_scales, high, low, scales = scratch(input)
-            mask = offset if mask is None else mask
-            if bias is None:
-                bias = out
-            elif not dense:
-                bias = bias.contiguous()
-            for prepare, sample, product in steps:
-                prepare(
-                    stream, input, offset, mask, weight, image, image, pixels, places,
-                    image, weight_scales, weights, image, image, places,
-                )  # fmt: skip
-                sample(stream, image, offset, mask, high, low, scales)
-                product(stream, high, low, scales, weights, weight_scales, bias, out)
-        return out
+        return step
 
-    return run
+    return _in_steps(problem, bias, pieces, max_positions, step_of)
 
 
 class _Multiply(NamedTuple):
@@ -200,49 +226,38 @@ class _Multiply(NamedTuple):
             bias = bias if bias is None else bias[: self.a[0][1]]
             a, b, out = view(a, *self.a), view(b, *self.b), view(out, *self.out)
         elif self.a[2] or self.b[2] or self.out[2]:
-            a, b, out = (view(*each) for each in ((a, *self.a), (b, *self.b), (out, *self.out)))
+            a, b, out = (view(*element) for element in ((a, *self.a), (b, *self.b), (out, *self.out)))
         self.product(stream, a, b, out, bias)
 
 
 def with_columns(problem: Problem, bias: Tensor | None, has_tf32: bool) -> Callable[..., Tensor]:
     """With columns in memory, in the dtype of the input."""
-    size_of_columns = problem.taps * problem.c
-    size = size_of_columns * problem.dtype.itemsize
-    most = problem.most(size + (problem.bytes_of_plan if problem.planned else 0))
-    result = (problem.n, problem.c_out, problem.rows, problem.columns)
-    is_float32, biased, dense = problem.dtype == torch.float32, bias is not None, bias is None or bias.is_contiguous()
-    sizes = [math.prod(problem.image), math.prod(problem.kernels), size_of_columns * problem.largest(most)]
-    plan = problem.plan(problem.largest(most) if problem.planned else 0)
-    scratch = Scratch(problem.dtype, [*((size, problem.dtype) for size in sizes), *plan])
-    kept: dict[bool, Iterable[tuple[Launch, Launch, list[_Multiply]]]] = {}
+    size_of_columns, biased = problem.taps * problem.c, bias is not None
+    is_float32 = problem.dtype == torch.float32 and has_tf32
+    max_positions = problem.max_positions(
+        size_of_columns * problem.dtype.itemsize + (problem.bytes_of_plan if problem.planned else 0)
+    )
+    count = problem.largest_chunk(max_positions)
+    sizes = [math.prod(problem.image), math.prod(problem.kernels), size_of_columns * count]
+    plan = problem.plan(count if problem.planned else 0)
 
-    def launches(precise: bool) -> Iterable[tuple[Launch, Launch, list[_Multiply]]]:
-        def of_chunk(first: int, count: int) -> tuple[Launch, Launch, list[_Multiply]]:
-            products = list(_products_with_columns(problem, first, count, biased, is_float32 and has_tf32, precise))
-            return problem.prepare(first, count, plan=problem.planned), problem.sample(first, count), products
+    def step_of(precise: bool, first: int, count: int) -> _Step:
+        prepare, sample = problem.prepare(first, count, plan=problem.planned), problem.sample(first, count)
+        products = list(_products_with_columns(problem, first, count, biased, is_float32, precise))
 
-        return kept.setdefault(precise, problem.each_chunk(most, of_chunk))
+        def step(
+            stream: int, memory: list[Tensor],
+            input: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, out: Tensor,
+        ) -> None:  # fmt: skip
+            image, kernels, columns, pixels, fractions = memory
+            _prepare(prepare, stream, input, offset, mask, weight, pixels, fractions, image, kernels, kernels)
+            sample(stream, image, offset, mask, pixels, fractions, columns)
+            for multiply in products:
+                multiply.run(stream, kernels, columns, out, bias if biased else None)
 
-    def run(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, *_: Any) -> Tensor:
-        precise = is_float32 and not is_tf32()
-        steps = kept.get(precise) or launches(precise)
-        out = input.new_empty_strided(result, problem.out_strides)
-        with on_device(input) as stream:
-            image, kernels, columns, pixels, places = scratch(input)
-            mask = offset if mask is None else mask
-            if not (dense or bias is None):
-                bias = bias.contiguous()
-            for prepare, sample, products in steps:
-                prepare(
-                    stream, input, offset, mask, weight, image, image, pixels, places,
-                    image, kernels, kernels, image, image, places,
-                )  # fmt: skip
-                sample(stream, image, offset, mask, pixels, places, columns)
-                for multiply in products:
-                    multiply.run(stream, kernels, columns, out, bias)
-        return out
+        return step
 
-    return run
+    return _in_steps(problem, bias, [*((size, problem.dtype) for size in sizes), *plan], max_positions, step_of)
 
 
 def _products_with_columns(

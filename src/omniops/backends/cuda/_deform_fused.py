@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from omniops.backends.cuda._deform_columns import planned
+from omniops.backends.cuda._deform_columns import load_plan
 from omniops.backends.cuda._float32_products import multiply_add
 
 
@@ -33,21 +33,21 @@ def blend(image, pixel, c, C, below, w00, w01, w10, w11):
 
 @triton.jit
 def store(out, total, first, p, count, size, g, o, NG: tl.constexpr, LAST: tl.constexpr):
-    """out[n, g * NG + o, place] = total of the chunk's positions p < count, in an out as ``forward`` has it."""
+    """out[n, g * NG + o, p] = total of the chunk's positions p < count, in an out as ``forward`` has it."""
     channel = g * NG + o
-    some = (p < count)[:, None] & (o < NG)[None, :]
+    exists = (p < count)[:, None] & (o < NG)[None, :]
     if LAST:
-        to = (first + p).to(tl.int64)[:, None] * (NG * tl.num_programs(1)) + channel[None, :]
+        out_index = (first + p).to(tl.int64)[:, None] * (NG * tl.num_programs(1)) + channel[None, :]
     else:
         n = (first + p) // size
-        place = (n.to(tl.int64) * (NG * tl.num_programs(1)) * size + (first + p - n * size))[:, None]
-        to = place + (channel.to(tl.int64) * size)[None, :]
-    tl.store(out + to, total.to(out.dtype.element_ty), mask=some)
+        image_start = (n.to(tl.int64) * (NG * tl.num_programs(1)) * size + (first + p - n * size))[:, None]
+        out_index = image_start + (channel.to(tl.int64) * size)[None, :]
+    tl.store(out + out_index, total.to(out.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["first", "count", "width", "size"])
 def forward(
-    image, pixels, places, weight, weight_low, bias, out,
+    image, pixels, fractions, weight, weight_low, bias, out,
     first, count, width, size,
     C: tl.constexpr, CD: tl.constexpr, CG: tl.constexpr, NG: tl.constexpr, SEGMENT: tl.constexpr, K: tl.constexpr,
     LAST: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, PRECISE: tl.constexpr,
@@ -65,8 +65,8 @@ def forward(
     block_m = tl.program_id(0) // blocks_n
     o = (tl.program_id(0) - block_m * blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     p = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    here = p < count
-    of_block = tl.arange(0, BLOCK_K)
+    exists = p < count
+    k = tl.arange(0, BLOCK_K)
     below = (width + 2) * C
     plane = (C // CD * K) * count.to(tl.int64)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -79,14 +79,14 @@ def forward(
         unit = item // STEPS
         segment = unit // K
         t = unit - segment * K
-        of_group = segment * SEGMENT + (item - unit * STEPS) * BLOCK_K + of_block
-        at = ((g * CG + segment * SEGMENT) // CD * K + t).to(tl.int64) * count + p
-        pixel, w00, w01, w10, w11 = planned(pixels, places, plane, at, here, MASKED)
+        of_group = segment * SEGMENT + (item - unit * STEPS) * BLOCK_K + k
+        sample_index = ((g * CG + segment * SEGMENT) // CD * K + t).to(tl.int64) * count + p
+        pixel, w00, w01, w10, w11 = load_plan(pixels, fractions, plane, sample_index, exists, MASKED)
         a = blend(image, pixel, g * CG + of_group, C, below, w00, w01, w10, w11)
-        at_weight = o_weight[None, :] + (t * CG + of_group)[:, None]
-        b = tl.load(weight + at_weight)
+        weight_index = o_weight[None, :] + (t * CG + of_group)[:, None]
+        b = tl.load(weight + weight_index)
         if PRECISE:
-            total = multiply_add(a, b, tl.load(weight_low + at_weight), total)
+            total = multiply_add(a, b, tl.load(weight_low + weight_index), total)
         else:
             total = tl.dot(a, b, total, input_precision="tf32")
     if BIASED:

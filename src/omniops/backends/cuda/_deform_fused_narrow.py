@@ -4,7 +4,7 @@
 
 Names are those of ``_deform_columns``. A block of BLOCK_K channels spans whole offset groups of one weight group, and
 there is no plan in memory: it would be larger than the offsets and masks that it is made of. Products of float32 are
-taken in parts of float16 (``_float16_products``).
+split into float16 (``_float16_products``).
 """
 
 from __future__ import annotations
@@ -12,54 +12,68 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from omniops.backends.cuda._deform_columns import placed
+from omniops.backends.cuda._deform_columns import sample_positions
 from omniops.backends.cuda._deform_fused import store
 from omniops.backends.cuda._float16_products import multiply_add, weights_in
 
 
 @triton.jit
-def moves_of(
-    item, offset, mask, of_offset, of_mask, here, g, offset_c, mask_c,
+def load_offsets(
+    item, tensors, steps, exists, g,
     CD: tl.constexpr, CG: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and factors of an item, a tap of a block of channels, as in memory: (offset groups, positions)."""
+    """Offsets and factors of an item, a tap of a block of channels, as in memory: (offset groups, positions).
+
+    ``tensors`` are offset and mask, and where the positions lie in each; ``steps`` their strides along the channels.
+    """
+    offset, mask, offset_index, mask_index = tensors
+    offset_c, mask_c = steps
     d = (g * CG + item // K * BLOCK_K) // CD + tl.arange(0, BLOCK_K // CD)
     unit = (d * K + item % K).to(tl.int64)[:, None]
-    at = offset + (unit * 2 * offset_c + of_offset[None, :])
-    y = tl.load(at, mask=here[None, :], other=0)
-    x = tl.load(at + offset_c, mask=here[None, :], other=0)
+    pointers = offset + (unit * 2 * offset_c + offset_index[None, :])
+    y = tl.load(pointers, mask=exists[None, :], other=0)
+    x = tl.load(pointers + offset_c, mask=exists[None, :], other=0)
     factor = y
     if MASKED:
-        factor = tl.load(mask + (unit * mask_c + of_mask[None, :]), mask=here[None, :], other=0)
+        factor = tl.load(mask + (unit * mask_c + mask_index[None, :]), mask=exists[None, :], other=0)
     return y, x, factor
 
 
 @triton.jit
-def corners_of(
-    item, y, x, factor, image, of_image, i, j, g, height, width,
-    C: tl.constexpr, CD: tl.constexpr, CG: tl.constexpr, K: tl.constexpr, KW: tl.constexpr,
-    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
-    STEP_Y: tl.constexpr, STEP_X: tl.constexpr, MASKED: tl.constexpr, BLOCK_K: tl.constexpr,
+def load_corners(
+    item, offsets, image, image_start, position, g, size, geometry,
+    C: tl.constexpr, CD: tl.constexpr, CG: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The pixels at the corners of an item's samples, (offset groups, positions, channels of a group), and their
     weights, (offset groups, positions)."""
-    t = item % K
-    y = y.to(tl.float32) + (i * STRIDE_Y - PAD_Y + t // KW * STEP_Y).to(tl.float32)[None, :]
-    x = x.to(tl.float32) + (j * STRIDE_X - PAD_X + t % KW * STEP_X).to(tl.float32)[None, :]
-    upper, left, ly, lx = placed(y, x, height, width)
-    above = 1 - ly
+    y, x, factor = offsets
+    i, j = position
+    _, width = size
+    row, column, ly, lx = sample_positions(y, x, i, j, item % K, size, geometry, 0, tl.float32)
+    upper_weight = 1 - ly
     if MASKED:
-        above *= factor.to(tl.float32)
+        upper_weight *= factor.to(tl.float32)
         ly *= factor.to(tl.float32)
     c = g * CG + item // K * BLOCK_K + tl.arange(0, BLOCK_K // CD) * CD
-    pixel = upper * (width + 2) + left
-    first = (of_image[None, :] + pixel) * C + c[:, None]
-    at = image + (first[:, :, None] + tl.arange(0, CD)[None, None, :])
-    under = at + (width + 2) * C
+    pixel = row * (width + 2) + column
+    first = (image_start[None, :] + pixel) * C + c[:, None]
+    upper = image + (first[:, :, None] + tl.arange(0, CD)[None, None, :])
+    lower = upper + (width + 2) * C
     return (
-        tl.load(at), tl.load(at + C), tl.load(under), tl.load(under + C),
-        above * (1 - lx), above * lx, ly * (1 - lx), ly * lx,
+        tl.load(upper), tl.load(upper + C), tl.load(lower), tl.load(lower + C),
+        upper_weight * (1 - lx), upper_weight * lx, ly * (1 - lx), ly * lx,
     )  # fmt: skip
+
+
+@triton.jit
+def blend(corners, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The samples of an item, (positions, channels), from what ``load_corners`` gives."""
+    v00, v01, v10, v11, w00, w01, w10, w11 = corners
+    value = w00[:, :, None] * v00.to(tl.float32)
+    value += w01[:, :, None] * v01.to(tl.float32)
+    value += w10[:, :, None] * v10.to(tl.float32)
+    value += w11[:, :, None] * v11.to(tl.float32)
+    return tl.reshape(tl.permute(value, (1, 0, 2)), (BLOCK_M, BLOCK_K))
 
 
 @triton.jit(
@@ -79,57 +93,47 @@ def forward(
 ):  # fmt: skip
     """out[n, g * NG + o, p] = bias + sum over taps and channels of samples * weight[g, o, t * CG + c].
 
-    ``out`` is contiguous, or channels_last (LAST). Of float32 the weights are in parts, without the low ones where not
-    PRECISE. What an item needs is read while the one before is multiplied: offsets two items ahead, pixels one.
+    ``out`` is contiguous, or channels_last (LAST). Weights of float32 are split into float16, without low halves where
+    not PRECISE. What an item needs is read while the one before is multiplied: offsets two items ahead, pixels one.
 
     Grid: (blocks of positions, groups).
     """
-    g = tl.program_id(1)
-    o = tl.arange(0, BLOCK_N)
+    g, o = tl.program_id(1), tl.arange(0, BLOCK_N)
     p = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    here = p < count
-    n = tl.where(here, p, 0) // (rows * columns)
-    place = tl.where(here, p, 0) - n * (rows * columns)
-    i = place // columns
-    j = place - i * columns
+    exists = p < count
+    n = tl.where(exists, p, 0) // (rows * columns)
+    index_in_image = tl.where(exists, p, 0) - n * (rows * columns)
+    i = index_in_image // columns
+    j = index_in_image - i * columns
     n = n.to(tl.int64)
-    of_image = n * ((height + 2) * (width + 2))
-    of_offset = n * offset_n + i.to(tl.int64) * offset_y + j.to(tl.int64) * offset_x
-    of_mask = n * mask_n + i.to(tl.int64) * mask_y + j.to(tl.int64) * mask_x
+    image_start = n * ((height + 2) * (width + 2))
+    offset_index = n * offset_n + i.to(tl.int64) * offset_y + j.to(tl.int64) * offset_x
+    mask_index = n * mask_n + i.to(tl.int64) * mask_y + j.to(tl.int64) * mask_x
     # What is read of weights past the last is not stored.
-    at_weight = (tl.where(o < NG, o, 0) * (K * CG))[None, :] + tl.arange(0, BLOCK_K)[:, None]
+    weight_index = (tl.where(o < NG, o, 0) * (K * CG))[None, :] + tl.arange(0, BLOCK_K)[:, None]
     if image.dtype.element_ty == tl.float32:
         weight, weight_low = weights_in(weight, tl.num_programs(1).to(tl.int64) * (NG * K * CG))
         weight_low += g.to(tl.int64) * (NG * K * CG)
     weight += g.to(tl.int64) * (NG * K * CG)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     LAST_ITEM: tl.constexpr = CG // BLOCK_K * K - 1
-    y, x, factor = moves_of(0, offset, mask, of_offset, of_mask, here, g, offset_c, mask_c, CD, CG, K, MASKED, BLOCK_K)
-    v00, v01, v10, v11, w00, w01, w10, w11 = corners_of(
-        0, y, x, factor, image, of_image, i, j, g, height, width,
-        C, CD, CG, K, KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X, MASKED, BLOCK_K,
-    )  # fmt: skip
-    y, x, factor = moves_of(
-        min(1, LAST_ITEM), offset, mask, of_offset, of_mask, here, g, offset_c, mask_c, CD, CG, K, MASKED, BLOCK_K
-    )
+    tensors, steps = (offset, mask, offset_index, mask_index), (offset_c, mask_c)
+    position, size = (i, j), (height, width)
+    geometry = (KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X)
+    offsets = load_offsets(0, tensors, steps, exists, g, CD, CG, K, MASKED, BLOCK_K)
+    corners = load_corners(0, offsets, image, image_start, position, g, size, geometry, C, CD, CG, K, MASKED, BLOCK_K)
+    offsets = load_offsets(min(1, LAST_ITEM), tensors, steps, exists, g, CD, CG, K, MASKED, BLOCK_K)
     for item in range(LAST_ITEM + 1):
-        value = w00[:, :, None] * v00.to(tl.float32)
-        value += w01[:, :, None] * v01.to(tl.float32)
-        value += w10[:, :, None] * v10.to(tl.float32)
-        value += w11[:, :, None] * v11.to(tl.float32)
-        a = tl.reshape(tl.permute(value, (1, 0, 2)), (BLOCK_M, BLOCK_K))
-        v00, v01, v10, v11, w00, w01, w10, w11 = corners_of(
-            tl.minimum(item + 1, LAST_ITEM), y, x, factor, image, of_image, i, j, g, height, width,
-            C, CD, CG, K, KW, STRIDE_Y, STRIDE_X, PAD_Y, PAD_X, STEP_Y, STEP_X, MASKED, BLOCK_K,
+        a = blend(corners, BLOCK_M, BLOCK_K)
+        corners = load_corners(
+            tl.minimum(item + 1, LAST_ITEM), offsets, image, image_start, position, g, size, geometry,
+            C, CD, CG, K, MASKED, BLOCK_K,
         )  # fmt: skip
-        y, x, factor = moves_of(
-            tl.minimum(item + 2, LAST_ITEM),
-            offset, mask, of_offset, of_mask, here, g, offset_c, mask_c, CD, CG, K, MASKED, BLOCK_K,
-        )  # fmt: skip
-        at = at_weight + (item % K * CG + item // K * BLOCK_K)
-        b = tl.load(weight + at)
+        offsets = load_offsets(tl.minimum(item + 2, LAST_ITEM), tensors, steps, exists, g, CD, CG, K, MASKED, BLOCK_K)
+        index = weight_index + (item % K * CG + item // K * BLOCK_K)
+        b = tl.load(weight + index)
         if image.dtype.element_ty == tl.float32:
-            b_low = tl.load(weight_low + at) if PRECISE else b
+            b_low = tl.load(weight_low + index) if PRECISE else b
             total = multiply_add(a, b, b_low, total, PRECISE)
         else:
             total = tl.dot(a.to(b.dtype), b, total)

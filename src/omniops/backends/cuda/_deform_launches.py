@@ -19,13 +19,15 @@ from omniops.backends.cuda import (
     _deform_fused,
     _deform_fused_narrow,
     _deform_prepare,
+    _deform_tuning,
 )
 from omniops.backends.cuda._deform_float16_columns import UNIT
 from omniops.backends.cuda._deform_prepare import CHANNELS, PIXELS, POSITIONS, ZEROS
+from omniops.backends.cuda._deform_tuning import GROUP_CHANNELS, LEAST_N, PREPARE_WARPS
 from omniops.backends.cuda._grid import cdiv, next_power_of_2
 from omniops.backends.cuda._launch import Launch
 
-MOST_BYTES = 3 * 2**28
+MAX_CHUNK_BYTES = 3 * 2**28
 """What columns and plan of a chunk of positions take at most, if they are those of more than one position.
 
 Beside it stand the input with a border and the weights by tap; in the backward the gradient in one or two other orders
@@ -33,21 +35,21 @@ and, for the gradient of the input, one in float32. The deterministic gradient o
 for a sample of the chunk, and 8 to 16 for a pixel of its images and offset group.
 """
 
-MOST_CHUNKS = 8
+MAX_KEPT_CHUNKS = 8
 """Launches for so many chunks are kept; for more they are made anew each time, beside which a chunk takes long."""
 
 
 def check_sizes(input: Sequence[int], offset: Sequence[int], geometry: Geometry) -> None:
     """Raise ValueError for sizes that 32 bits or the axes of a grid of programs do not reach."""
     n, c, height, width = input
-    for meaning, size, most in (
+    for meaning, size, limit in (
         ("(H + 2) * (W + 2)", (height + 2) * (width + 2), 2**31 - PIXELS),
         ("C * (W + 2)", c * (width + 2), 2**31),
         ("N * (H + 2)", n * (height + 2), 2**31),
         ("C", c, 2**22 - 63),
     ):
-        if size >= most:
-            raise ValueError(f"input must have {meaning} below {_power(most)} on CUDA, got shape {tuple(input)}")
+        if size >= limit:
+            raise ValueError(f"input must have {meaning} below {_power(limit)} on CUDA, got shape {tuple(input)}")
     if n * offset[2] * offset[3] >= 2**31 - ZEROS:
         raise ValueError(
             f"offset must have N * H_out * W_out below {_power(2**31 - ZEROS)} on CUDA, got shape {tuple(offset)}"
@@ -102,9 +104,9 @@ class Scratch:
 
     def __init__(self, dtype: torch.dtype, pieces: Sequence[tuple[int, torch.dtype]]) -> None:
         """``pieces`` are numbers of elements, and what they are; most of ``dtype``."""
-        self._sizes = [cdiv(number * each.itemsize, 512) * 512 // dtype.itemsize for number, each in pieces]
+        self._sizes = [cdiv(number * other.itemsize, 512) * 512 // dtype.itemsize for number, other in pieces]
         self._total = sum(self._sizes)
-        self._others = [(i, each) for i, (_, each) in enumerate(pieces) if each != dtype]
+        self._others = [(i, other) for i, (_, other) in enumerate(pieces) if other != dtype]
 
     def __call__(self, like: Tensor) -> list[Tensor]:
         """The pieces, flat, of the dtype of ``like`` and on its device."""
@@ -160,7 +162,7 @@ class Problem:
         self._layout = layout_of(input)
         self.sizes = self.height, self.width, self.rows, self.columns
         self.constants = {"C": self.c, "D": self.offset_groups, "G": groups, "K": self.taps, "MASKED": self.masked}
-        self.places = {
+        self.placement = {
             "KW": geometry.kernel_size[1],
             "STRIDE_Y": geometry.stride[0],
             "STRIDE_X": geometry.stride[1],
@@ -175,25 +177,25 @@ class Problem:
         """What the plan of a position takes."""
         return (self.index.itemsize + (3 if self.masked else 2) * self.sums.itemsize) * self.units
 
-    def most(self, size: int) -> int:
-        """The most positions of a chunk, with so many bytes of columns and plan for each."""
-        return max(1, MOST_BYTES // size)
+    def max_positions(self, size: int) -> int:
+        """Those of a chunk, with so many bytes of columns and plan for each."""
+        return max(1, MAX_CHUNK_BYTES // size)
 
-    def largest(self, most: int) -> int:
-        """The positions of the largest chunk."""
-        return next(chunks(self.n, self.positions, most))[1]
+    def largest_chunk(self, max_positions: int) -> int:
+        """Its number of positions."""
+        return next(chunks(self.n, self.positions, max_positions))[1]
 
-    def each_chunk(self, most: int, launches: Callable[[int, int], Any]) -> Iterable[Any]:
-        """What ``launches`` gives for the first position and the number of each chunk."""
-        found = partial(chunks, self.n, self.positions, most)
-        if len(list(islice(found(), MOST_CHUNKS + 1))) <= MOST_CHUNKS:
-            return [launches(*chunk) for chunk in found()]
-        return Remade(lambda: (launches(*chunk) for chunk in found()))
+    def for_chunks(self, max_positions: int, launches: Callable[[int, int], Any]) -> Iterable[Any]:
+        """What ``launches`` gives for the first position and the number of positions of each chunk."""
+        bounds = partial(chunks, self.n, self.positions, max_positions)
+        if len(list(islice(bounds(), MAX_KEPT_CHUNKS + 1))) <= MAX_KEPT_CHUNKS:
+            return [launches(*chunk) for chunk in bounds()]
+        return Remade(lambda: (launches(*chunk) for chunk in bounds()))
 
     def plan(self, count: int) -> list[tuple[int, torch.dtype]]:
-        """Pieces of memory for pixels and places of so many positions."""
-        samples = self.units * count
-        return [(samples, self.index), ((3 if self.masked else 2) * samples, self.sums)]
+        """Pieces of memory for pixels and fractions of so many positions."""
+        sample_count = self.units * count
+        return [(sample_count, self.index), ((3 if self.masked else 2) * sample_count, self.sums)]
 
     def prepare(
         self,
@@ -206,19 +208,19 @@ class Problem:
         grads: bool = False,
         along: int = 0,
         zeros: bool = False,
-        low: bool = False,
-        parts: bool = False,
+        split_tf32: bool = False,
+        split_float16: bool = False,
         sums: bool = False,
     ) -> Launch:
         """What is asked for: the plan of each chunk, the rest with the first, and the input with a border always.
-        ``grad`` are strides and layout of the gradient of the result, and tell the backward: its weights lie along the
-        output channels. ``low`` and ``parts`` say how weights of float32 are split, for TF32 or float16."""
+        ``grad``, strides and layout of the gradient of the result, is for the backward: its weights lie along the
+        output channels. ``split_tf32`` and ``split_float16`` say how weights of float32 are split."""
         programs = [0, self.units * cdiv(count, POSITIONS) if plan else 0, 0, 0, 0, 0, 0]
         if first == 0:
             blocks_out = cdiv(self.c_out, CHANNELS)
             if kernels:
                 programs[3] = self.groups * cdiv(self.out_per_group, 16) * self.taps * cdiv(self.per_group, 64)
-            if parts:
+            if split_float16:
                 programs[3] = self.c_out
             programs[0] = self.c_out if sums else 0
             programs[2] = self.n * cdiv((self.height + 2) * (self.width + 2), PIXELS) * cdiv(self.c, CHANNELS)
@@ -232,64 +234,67 @@ class Problem:
             _deform_prepare.prepare, (ends[6],),
             *ends[:6], first, count, self.n, *self.sizes,
             *self.strides[0], *self.strides[1], *self.strides[2], *self._weight_strides, *grad_strides,
-            *by_tap, 2 if parts else int(low), along,
-            **self.constants, **self.places, NG=self.out_per_group, LAYOUT=self._layout, LAYOUT_GRAD=grad_layout,
-            PIXELS=PIXELS, CHANNELS=CHANNELS, POSITIONS=POSITIONS, ZEROS=ZEROS, num_warps=4,
+            *by_tap, 2 if split_float16 else int(split_tf32), along,
+            **self.constants, **self.placement, NG=self.out_per_group, LAYOUT=self._layout, LAYOUT_GRAD=grad_layout,
+            PIXELS=PIXELS, CHANNELS=CHANNELS, POSITIONS=POSITIONS, ZEROS=ZEROS, num_warps=PREPARE_WARPS,
         )  # fmt: skip
 
     def fused(self, first: int, count: int, precise: bool, biased: bool) -> Launch:
         """The forward without columns."""
         segment = math.gcd(self.per_offset_group, self.per_group)
-        block_n = max(16, _power_of_two(self.out_per_group, 128))
-        block_m = 128 if self.half or (precise and block_n <= 64) else 64
+        tile = _deform_tuning.FUSED[self.half]
+        block_n = max(LEAST_N, _power_of_two(self.out_per_group, tile.n))
+        if precise and block_n <= _deform_tuning.FUSED_PRECISE_NARROW.n:
+            tile = _deform_tuning.FUSED_PRECISE_NARROW
         return Launch(
-            _deform_fused.forward, (cdiv(count, block_m) * cdiv(self.out_per_group, block_n), self.groups),
+            _deform_fused.forward, (cdiv(count, tile.m) * cdiv(self.out_per_group, block_n), self.groups),
             first, count, self.width, self.positions,
             C=self.c, CD=self.per_offset_group, CG=self.per_group, NG=self.out_per_group, SEGMENT=segment, K=self.taps,
             LAST=self.channels_last, MASKED=self.masked, BIASED=biased, PRECISE=precise,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=math.gcd(segment, 64 if self.half else 32),
-            num_warps=4, num_stages=3,
+            BLOCK_M=tile.m, BLOCK_N=block_n, BLOCK_K=math.gcd(segment, tile.k),
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     def fused_narrow(self, precise: bool, biased: bool) -> Launch:
         """The forward without columns for offset groups of few channels, of all positions."""
+        tile = _deform_tuning.FUSED_NARROW
         return Launch(
-            _deform_fused_narrow.forward, (cdiv(self.total, 64), self.groups),
+            _deform_fused_narrow.forward, (cdiv(self.total, tile.m), self.groups),
             self.total, *self.sizes, *self.strides[1], *self.strides[2],
-            C=self.c, CD=self.per_offset_group, CG=self.per_group, NG=self.out_per_group, K=self.taps, **self.places,
+            C=self.c, CD=self.per_offset_group, CG=self.per_group, NG=self.out_per_group, K=self.taps, **self.placement,
             LAST=self.channels_last, MASKED=self.masked, BIASED=biased, PRECISE=precise,
-            BLOCK_M=64, BLOCK_N=max(16, next_power_of_2(self.out_per_group)), BLOCK_K=math.gcd(self.per_group, 32),
-            num_warps=4, num_stages=1,
+            BLOCK_M=tile.m, BLOCK_N=max(LEAST_N, next_power_of_2(self.out_per_group)),
+            BLOCK_K=math.gcd(self.per_group, tile.k), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     def sample_float16(self, first: int, count: int, precise: bool) -> Launch:
-        """The columns in parts of float16."""
-        block_c = math.gcd(self.per_offset_group, self.per_group, 256)
-        grid = cdiv(count * block_c, 1024), self.offset_groups, self.per_offset_group // block_c
+        """The columns split into float16."""
+        tile = _deform_tuning.SAMPLE_FLOAT16
+        block_c = math.gcd(self.per_offset_group, self.per_group, tile.channels)
+        grid = cdiv(count * block_c, tile.elements), self.offset_groups, self.per_offset_group // block_c
         return Launch(
             _deform_float16_columns.sample, grid,
             first, count, *self.sizes, *self.strides[1], *self.strides[2],
-            **self.constants, **self.places, PRECISE=precise,
-            UNIT=UNIT, BLOCK_P=1024 // block_c, BLOCK_C=block_c, num_warps=4,
+            **self.constants, **self.placement, PRECISE=precise,
+            UNIT=UNIT, BLOCK_P=tile.elements // block_c, BLOCK_C=block_c, num_warps=tile.warps,
         )  # fmt: skip
 
     def multiply_float16(self, first: int, count: int, precise: bool, biased: bool) -> Launch:
-        """The result from columns in parts of float16."""
-        block_m, warps = (128, 8) if precise else (64, 4)
-        # With more registers for each, fewer programs run at once.
-        limit = {} if precise else {"maxnreg": 168}
+        """The result from columns split into float16."""
+        tile = _deform_tuning.PRODUCT_FLOAT16[precise]
+        limit = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
         return Launch(
-            _deform_float16_columns.product, (cdiv(count, block_m) * cdiv(self.out_per_group, 128), self.groups),
+            _deform_float16_columns.product, (cdiv(count, tile.m) * cdiv(self.out_per_group, tile.n), self.groups),
             first, count, self.positions,
             NG=self.out_per_group, ROW=self.kernels[2], LAST=self.channels_last, BIASED=biased, PRECISE=precise,
-            UNIT=UNIT, BLOCK_M=block_m, BLOCK_N=128, num_warps=warps, num_stages=3, **limit,
+            UNIT=tile.k, BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages, **limit,
         )  # fmt: skip
 
     def sample(self, first: int, count: int, along: int = 0) -> Launch:
         """The columns, along the channels, or along so many positions."""
-        block_c = _power_of_two(self.per_offset_group, 128 if self.half else 256)
-        block_d = _power_of_two(self.offset_groups, max(1, 64 // block_c))
-        block_p = max(1, (512 if self.half else 1024) // (block_c * block_d))
+        tile = _deform_tuning.SAMPLE[self.half]
+        block_c, block_d = self._blocks(tile.channels)
+        block_p = max(1, tile.elements // (block_c * block_d))
         grid = (
             cdiv(along or count, block_p),
             cdiv(self.offset_groups, block_d),
@@ -298,40 +303,44 @@ class Problem:
         return Launch(
             _deform_columns.sample, grid,
             first, count, *self.sizes, along, *self.strides[1], *self.strides[2],
-            **self.constants, **self.places, PLANNED=self.planned, ALONG=along > 0,
-            BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_C=block_c, num_warps=1 if self.half else 4,
+            **self.constants, **self.placement, PLANNED=self.planned, ALONG=along > 0,
+            BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_C=block_c, num_warps=tile.warps,
         )  # fmt: skip
+
+    def _blocks(self, max_channels: int) -> tuple[int, int]:
+        """The channels of a block, and its offset groups."""
+        block_c = _power_of_two(self.per_offset_group, max_channels)
+        return block_c, _power_of_two(self.offset_groups, max(1, GROUP_CHANNELS // block_c))
 
     def gradients(
         self, first: int, count: int, along: int, offset: Sequence[int], mask: Sequence[int], add: bool, out: int
     ) -> Launch:
         """The gradients of offset and mask, of these strides, and what the kernel gives with them."""
-        block_c = _power_of_two(self.per_offset_group, 64)
-        block_d = _power_of_two(self.offset_groups, 64 // block_c)
-        block_p = 8
-        blocks = cdiv(along or count, block_p) * cdiv(self.offset_groups, block_d)
-        # A program walks all taps of its positions, as they share pixels, where there are programs enough.
-        taps = min(self.taps, cdiv(self.taps * blocks, 2048))
-        grid = (cdiv(along or count, block_p), cdiv(self.offset_groups, block_d), cdiv(self.taps, taps))
+        tile = _deform_tuning.GRADIENTS[self.half]
+        block_c, block_d = self._blocks(tile.channels)
+        blocks = cdiv(along or count, tile.positions) * cdiv(self.offset_groups, block_d)
+        taps = min(self.taps, cdiv(self.taps * blocks, _deform_tuning.GRADIENTS_PROGRAMS))
+        grid = (cdiv(along or count, tile.positions), cdiv(self.offset_groups, block_d), cdiv(self.taps, taps))
         return Launch(
             _deform_columns.gradients, grid,
             first, count, *self.sizes, along, taps, *self.strides[1], *self.strides[2], *offset, *mask,
-            **self.constants, **self.places, PLANNED=self.planned, ADD=add, OUT=out,
-            BLOCK_P=block_p, BLOCK_D=block_d, BLOCK_C=block_c, num_warps=2 if self.half else 4,
+            **self.constants, **self.placement, PLANNED=self.planned, ADD=add, OUT=out,
+            BLOCK_P=tile.positions, BLOCK_D=block_d, BLOCK_C=block_c, num_warps=tile.warps,
         )  # fmt: skip
 
     def gather(self, first: int, count: int) -> Launch:
         """The gradient of the image from sorted samples."""
-        block_c = _power_of_two(self.per_offset_group, 512)
-        block_x = 1 if block_c >= 256 else min(32, 512 // block_c)
+        block_c = _power_of_two(self.per_offset_group, _deform_tuning.GATHER_CHANNELS)
+        is_wide = block_c >= _deform_tuning.GATHER_WIDE
+        block_x = 1 if is_wide else min(_deform_tuning.GATHER_PIXELS, _deform_tuning.GATHER_CHANNELS // block_c)
+        tile = _deform_tuning.GATHER[is_wide]
         images = cdiv(count, self.positions)
         pixels = cdiv(self.height * self.width, block_x)
         return Launch(
             _deform_columns.gather,
             (images * pixels, self.offset_groups, cdiv(self.per_offset_group, block_c)),
             count, first // self.positions, self.height, self.width,
-            **self.constants,
-            BLOCK_X=block_x, BLOCK_E=2 if block_c >= 256 else 8, BLOCK_C=block_c, num_warps=1 if block_c >= 256 else 2,
+            **self.constants, BLOCK_X=block_x, BLOCK_E=tile.samples, BLOCK_C=block_c, num_warps=tile.warps,
         )  # fmt: skip
 
     def finish(self, by_input: Sequence[int] | None, by_weight: Sequence[int] | None, splits: int) -> Launch:
@@ -342,10 +351,10 @@ class Problem:
             _deform_prepare.finish, (pixels + rest,),
             pixels, self.height, self.width, *(by_input or self.strides[0]), splits, *(by_weight or (0, 0, 0, 0)),
             C=self.c, G=self.groups, C_OUT=self.c_out, K=self.taps, KW=self.geometry.kernel_size[1],
-            LAYOUT=2 if self.channels_last else 1, PIXELS=PIXELS, CHANNELS=CHANNELS, num_warps=4,
+            LAYOUT=2 if self.channels_last else 1, PIXELS=PIXELS, CHANNELS=CHANNELS, num_warps=PREPARE_WARPS,
         )  # fmt: skip
 
-    def sorted(self, first: int, count: int, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def sort_samples(self, first: int, count: int, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The samples of a chunk by offset group and upper left pixel, and where those of each pixel begin."""
         d = self.offset_groups
         cells_of_image = (self.height + 2) * (self.width + 2)
@@ -363,5 +372,5 @@ class Problem:
         return order, torch.searchsorted(in_order, every_cell, out_int32=len(in_order) < 2**31)
 
 
-def _power_of_two(size: int, most: int) -> int:
-    return min(most, next_power_of_2(size))
+def _power_of_two(size: int, limit: int) -> int:
+    return min(limit, next_power_of_2(size))

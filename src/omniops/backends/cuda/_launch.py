@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -81,6 +80,6 @@ class on_device:  # noqa: N801  # a context manager
         stream: int = triton.runtime.driver.active.get_current_stream(self._index)
         return stream
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *exception: Any) -> None:
         if self._guard is not None:
-            self._guard.__exit__(kind, error, at)
+            self._guard.__exit__(*exception)

@@ -7,6 +7,7 @@ host never waits, and a CUDA graph can record them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +17,20 @@ from omniops.backends.cuda import _connected_components as kernels
 from omniops.backends.cuda._grid import cdiv
 from omniops.backends.cuda._launch import Launch, on_device
 
-# Words of 32 pixels of a program. A lane waits for the longest way of its program, so a warp is best alone.
-_WORDS, _WARPS = 32, 1
-# And of the kernels that see every pixel.
-_PIXEL_WORDS, _PIXEL_WARPS = 16, 2
+
+class _WordsTile(NamedTuple):
+    """What a program takes."""
+
+    words: int
+    """Of 32 pixels."""
+    warps: int
+
+
+# docs/benchmarks.md has been measured with these: one NVIDIA H200, 2026-11-29, torch 2.11.0+cu130, Triton 3.6.0.
+_RUNS = _WordsTile(32, 1)
+"""link_runs, merge_runs and count_runs: a lane waits for the longest way of its program, so a warp is best alone."""
+_PIXELS = _WordsTile(16, 2)
+"""pad_rows and write_result, which see every pixel."""
 
 
 @prepared
@@ -34,13 +45,13 @@ def connected_components(mask: Tensor, connectivity: int) -> Callable[[Tensor, i
     is_in_eights = mask.element_size() == 1 and mask.is_contiguous() and width % 8 == 0 and mask.data_ptr() % 8 == 0
     sizes = height, width, eights, int(connectivity == 8)
 
-    def launch(kernel: object, words_of_a_program: int, warps: int) -> Launch:
-        grid = (n * cdiv(words, words_of_a_program),)
-        return Launch(kernel, grid, *sizes, BLOCK=words_of_a_program, num_warps=warps)
+    def launch(kernel: object, tile: _WordsTile) -> Launch:
+        return Launch(kernel, (n * cdiv(words, tile.words),), *sizes, BLOCK=tile.words, num_warps=tile.warps)
 
-    runs = (kernels.link_runs, kernels.merge_runs, kernels.count_runs)
-    link, merge, count = (launch(each, _WORDS, _WARPS) for each in runs)
-    pad, write = (launch(each, _PIXEL_WORDS, _PIXEL_WARPS) for each in (kernels.pad_rows, kernels.write_result))
+    link, merge, count = (
+        launch(kernel, _RUNS) for kernel in (kernels.link_runs, kernels.merge_runs, kernels.count_runs)
+    )
+    pad, write = (launch(kernel, _PIXELS) for kernel in (kernels.pad_rows, kernels.write_result))
 
     def run(mask: Tensor, _: int) -> tuple[Tensor, Tensor]:
         mask = mask.view(torch.int8) if is_in_eights else as_signed(mask).contiguous()
@@ -64,7 +75,7 @@ def connected_components(mask: Tensor, connectivity: int) -> Callable[[Tensor, i
 def check_sizes(mask: Sequence[int]) -> None:
     """Raise ValueError for masks that are more programs than a grid has."""
     n, _, height, width = mask
-    words = min(_WORDS, _PIXEL_WORDS)
+    words = min(_RUNS.words, _PIXELS.words)
     if n * cdiv(height * cdiv(width, 32), words) >= 2**31:
         raise ValueError(
             f"mask must have N * ceil(H * ceil(W / 32) / {words}) below 2**31 on CUDA, got shape {tuple(mask)}: "

@@ -4,7 +4,7 @@ A forward is one of four (``_deform_forward``):
 - with few output channels one kernel makes no columns: ``fused`` for offset groups of 16 channels or more, which
   share a plan of their samples, and ``narrow`` for smaller ones;
 - elsewhere columns in memory and a matrix product after them were measured to be faster (docs/benchmarks.md), as the
-  weights are then read fewer times: ``in_parts`` of float16 for float32 where channels allow it, else
+  weights are then read fewer times: ``split_columns``, in float16, for float32 where channels allow it, else
   ``with_columns`` of the input's dtype.
 
 The backward is in ``_deform_backward``. ``_deform_launches`` has the sizes of a call and the launches of the kernels,
@@ -42,8 +42,8 @@ def deform_conv2d(
     """(N, C, H, W) -> (N, C_out, H_out, W_out)."""
     problem = Problem(input, offset, weight, mask, stride, padding, dilation)
     tensor_cores = has_tf32(input)
-    if forwards.is_in_parts(problem, tensor_cores):
-        return forwards.in_parts(problem, bias)
+    if forwards.is_split(problem, tensor_cores):
+        return forwards.split_columns(problem, bias)
     if forwards.is_fused(problem, tensor_cores):
         return forwards.fused(problem, bias)
     if forwards.is_narrow(problem, tensor_cores):
@@ -65,21 +65,23 @@ def deform_conv2d_backward(
 ) -> Callable[..., Gradients]:
     """The gradients of input, offset, weight, bias and mask, of no elements where ``output_mask`` is false."""
     problem = Problem(input, offset, weight, mask, stride, padding, dilation)
-    strides = [strides_like(each, each.shape) for each in (input, offset, weight, offset if mask is None else mask)]
+    strides = [
+        strides_like(argument, argument.shape) for argument in (input, offset, weight, offset if mask is None else mask)
+    ]
     kept: dict[tuple[bool, bool], Backward] = {}
     is_float32 = input.dtype == torch.float32 and has_tf32(input)
     layout = tuple(grad.stride()), layout_of(grad)
     # As the one of a sum, which is a single element: copied, it is no further layout to compile the kernels for.
-    copied = layout[1] == 0
-    if copied:
+    is_copied = layout[1] == 0
+    if is_copied:
         layout = tuple(strides_like(grad, grad.shape)), 1
     wanted = tuple(output_mask)
 
     def run(grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *_: Any) -> Gradients:
-        how = is_float32 and not is_tf32(), torch.are_deterministic_algorithms_enabled()
-        backward = kept.get(how)
+        switches = is_float32 and not is_tf32(), torch.are_deterministic_algorithms_enabled()
+        backward = kept.get(switches)
         if backward is None:
-            backward = kept.setdefault(how, Backward(problem, wanted, strides, layout, is_float32, *how))
-        return backward(grad.contiguous() if copied else grad, input, offset, weight, mask)
+            backward = kept.setdefault(switches, Backward(problem, wanted, strides, layout, is_float32, *switches))
+        return backward(grad.contiguous() if is_copied else grad, input, offset, weight, mask)
 
     return run

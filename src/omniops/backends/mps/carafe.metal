@@ -79,19 +79,19 @@ template <bool WIDE>
     device const T* masks [[buffer(1)]],
     device T* out [[buffer(2)]],
     constant int* sizes [[buffer(3)]],
-    uint3 at [[thread_position_in_grid]]) {
+    uint3 gid [[thread_position_in_grid]]) {
   typedef typename Offsets<WIDE>::type Offset;
   const Sizes z(sizes);
-  const int i = int(at.y), j = int(at.x);
-  const Block block(at.z, z.channels);
+  const int i = int(gid.y), j = int(gid.x);
+  const Block block(gid.z, z.channels);
   if (i >= z.result_height || j >= z.result_width || block.group >= z.groups) {
     return;
   }
   const int p = z.k / 2, y = i / z.s * z.t - p, x = j / z.s * z.t - p;
   const Offset first_plane = Offset(block.group) * z.channels + block.first;
-  const int place = i * z.result_width + j;
+  const int pixel = i * z.result_width + j;
   const Offset lines = first_plane * z.plane;
-  const Offset weights = Offset(block.group) * z.k * z.k * z.result_plane + place;
+  const Offset weights = Offset(block.group) * z.k * z.k * z.result_plane + pixel;
 
   float sums[CHANNELS];
 #pragma unroll
@@ -108,7 +108,7 @@ template <bool WIDE>
       }
     }
   }
-  out += first_plane * z.result_plane + place;
+  out += first_plane * z.result_plane + pixel;
 #pragma unroll
   for (int c = 0; c < CHANNELS; ++c) {
     if (c >= block.skip && c < block.count) {
@@ -127,11 +127,11 @@ template <bool WIDE>
     device const T* masks [[buffer(1)]],
     device T* out [[buffer(2)]],
     constant int* sizes [[buffer(3)]],
-    uint3 at [[thread_position_in_grid]]) {
+    uint3 gid [[thread_position_in_grid]]) {
   typedef typename Offsets<WIDE>::type Offset;
   const Sizes z(sizes);
-  const int y = int(at.y), x = int(at.x);
-  const Block block(at.z, z.channels);
+  const int y = int(gid.y), x = int(gid.x);
+  const Block block(gid.z, z.channels);
   if (y >= z.height || x >= z.width || block.group >= z.groups) {
     return;
   }
@@ -182,20 +182,20 @@ template <bool WIDE>
     device const T* features [[buffer(1)]],
     device T* out [[buffer(2)]],
     constant int* sizes [[buffer(3)]],
-    uint3 at [[thread_position_in_grid]]) {
+    uint3 gid [[thread_position_in_grid]]) {
   typedef typename Offsets<WIDE>::type Offset;
   const Sizes z(sizes);
-  const int i = int(at.y), j = int(at.x);
+  const int i = int(gid.y), j = int(gid.x);
   const int blocks = (z.k + TAPS - 1) / TAPS;
-  const int kernel_row = int(at.z) / blocks;  // group * k + u
+  const int kernel_row = int(gid.z) / blocks;  // group * k + u
   const int group = kernel_row / z.k, u = kernel_row - group * z.k;
-  const int first_v = (int(at.z) - kernel_row * blocks) * TAPS;
+  const int first_v = (int(gid.z) - kernel_row * blocks) * TAPS;
   if (i >= z.result_height || j >= z.result_width || group >= z.groups) {
     return;
   }
   const int p = z.k / 2, y = i / z.s * z.t + u - p, x = j / z.s * z.t + first_v - p;
-  const int place = i * z.result_width + j;
-  Offset grads = Offset(group) * z.channels * z.result_plane + place;
+  const int pixel = i * z.result_width + j;
+  Offset grads = Offset(group) * z.channels * z.result_plane + pixel;
   Offset line = Offset(group) * z.channels * z.plane + clamp(y, 0, z.height - 1) * z.width;
 
   // Columns outside the map are read from its edge, and their sums are dropped at the end.
@@ -216,7 +216,7 @@ template <bool WIDE>
     grads += z.result_plane;
     line += z.plane;
   }
-  out += (Offset(kernel_row) * z.k + first_v) * z.result_plane + place;
+  out += (Offset(kernel_row) * z.k + first_v) * z.result_plane + pixel;
 #pragma unroll
   for (int v = 0; v < TAPS; ++v) {
     if (first_v + v < z.k) {

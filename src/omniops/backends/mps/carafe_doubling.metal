@@ -66,37 +66,37 @@ typedef Vectors<T>::bits_two BitsOfTwo;
 typedef Vectors<T>::bits_four BitsOfFour;
 
 // Two neighbours, zero where not inside.
-inline Two load_two(device const T* from, int at, bool inside) {
+inline Two load_two(device const T* from, int index, bool inside) {
   BitsOfTwo bits = BitsOfTwo(0u);
   if (inside) {
-    bits = *(device const BitsOfTwo*)(from + at);
+    bits = *(device const BitsOfTwo*)(from + index);
   }
   return as_type<Two>(bits);
 }
 
 // Two neighbours of a row, the second of which may lie outside it and is then zero.
 template <bool EVEN>
-inline Two load_pair(device const T* from, int at, bool inside, bool second) {
+inline Two load_pair(device const T* from, int index, bool inside, bool second) {
   if (EVEN) {
-    return load_two(from, at, inside);
+    return load_two(from, index, inside);
   }
   Two value;
-  value.x = inside ? from[at] : T(0.0f);
-  value.y = inside && second ? from[at + 1] : T(0.0f);
+  value.x = inside ? from[index] : T(0.0f);
+  value.y = inside && second ? from[index + 1] : T(0.0f);
   return value;
 }
 
 // The two values of each of two centres, the second of which may lie outside the row.
 template <bool EVEN>
-inline Four load_four(device const T* from, int at, bool inside, bool second) {
+inline Four load_four(device const T* from, int index, bool inside, bool second) {
   if (EVEN) {
     BitsOfFour bits = BitsOfFour(0u);
     if (inside) {
-      bits = *(device const BitsOfFour*)(from + at);
+      bits = *(device const BitsOfFour*)(from + index);
     }
     return as_type<Four>(bits);
   }
-  const Two low = load_two(from, at, inside), high = load_two(from, at + 2, inside && second);
+  const Two low = load_two(from, index, inside), high = load_two(from, index + 2, inside && second);
   Four value;
   value.x = low.x;
   value.y = low.y;
@@ -154,20 +154,20 @@ template <int K, bool EVEN, int C>
     device const T* masks [[buffer(1)]],
     device T* out [[buffer(2)]],
     constant int* sizes [[buffer(3)]],
-    uint3 at [[thread_position_in_grid]]) {
+    uint3 gid [[thread_position_in_grid]]) {
   constexpr int P = K / 2;
   constexpr int LEFT = (P + 1) / 2 * 2;
   const int channels = sizes[1], height = sizes[2], width = sizes[3];
   const int result_width = 2 * width;
   const int plane = height * width, result_plane = 4 * plane;
-  const int x = 2 * int(at.x), y = int(at.y);
-  const Block<C> block(at.z, channels);
+  const int x = 2 * int(gid.x), y = int(gid.y);
+  const Block<C> block(gid.z, channels);
   if (x >= width || y >= height || block.group >= sizes[0]) {
     return;
   }
   const bool second = EVEN || x + 1 < width;
   const int first_plane = block.group * channels + block.first;
-  const int place = 2 * y * result_width + 2 * x;
+  const int pixel = 2 * y * result_width + 2 * x;
   float sums[C][2][4];  // of centre x + i at (a, b): [i][2 * a + b]
 #pragma unroll
   for (int c = 0; c < C; ++c) {
@@ -179,7 +179,7 @@ template <int K, bool EVEN, int C>
   }
   const int first_u = max(0, P - y), end_u = min(K, height + P - y);
   int line = first_plane * plane + (y + first_u - P) * width + x;
-  int weights = (block.group * (K * K) + first_u * K) * result_plane + place;
+  int weights = (block.group * (K * K) + first_u * K) * result_plane + pixel;
 #pragma unroll 1
   for (int u = first_u; u < end_u; ++u) {
 #pragma unroll
@@ -233,7 +233,7 @@ template <int K, bool EVEN, int C>
     line += width;
     weights += K * result_plane;
   }
-  const int to = first_plane * result_plane + place;
+  const int to = first_plane * result_plane + pixel;
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     if (c >= block.skip) {
@@ -324,13 +324,13 @@ template <int K, bool EVEN, int C>
     device const T* masks [[buffer(1)]],
     device T* out [[buffer(2)]],
     constant int* sizes [[buffer(3)]],
-    uint3 at [[thread_position_in_grid]]) {
+    uint3 gid [[thread_position_in_grid]]) {
   constexpr int P = K / 2;
   const int channels = sizes[1], height = sizes[2], width = sizes[3];
   const int result_width = 2 * width;
   const int plane = height * width, result_plane = 4 * plane;
-  const int x = 2 * int(at.x), y = ROWS * int(at.y);
-  const Block<C> block(at.z, channels);
+  const int x = 2 * int(gid.x), y = ROWS * int(gid.y);
+  const Block<C> block(gid.z, channels);
   if (x >= width || y >= height || block.group >= sizes[0]) {
     return;
   }
@@ -441,7 +441,7 @@ template <int K, bool EVEN>
     device const T* features [[buffer(1)]],
     device T* out [[buffer(2)]],
     constant int* sizes [[buffer(3)]],
-    uint3 at [[thread_position_in_grid]],
+    uint3 gid [[thread_position_in_grid]],
     uint lane [[thread_index_in_simdgroup]]) {
   constexpr int P = K / 2;
   constexpr int LEFT = (P + 1) / 2 * 2;
@@ -449,14 +449,14 @@ template <int K, bool EVEN>
   const int result_width = 2 * width;
   const int plane = height * width, result_plane = 4 * plane;
   const int pairs = (width + 1) / 2, tile = SIMD / splits;
-  const int u = int(at.y), group = int(at.z);
-  const int asked = int(at.x) / SIMD * tile + int(lane) % tile;
+  const int u = int(gid.y), group = int(gid.z);
+  const int asked = int(gid.x) / SIMD * tile + int(lane) % tile;
   const int position = min(asked, pairs * height - 1);  // no lane leaves before the shuffles
   const int y = position / pairs, x = 2 * (position - y * pairs);
   const int row = y + u - P;
   const int last = (row < 0 || row >= height) ? 0 : channels;
   const bool second = EVEN || x + 1 < width;
-  const int place = 2 * y * result_width + 2 * x;
+  const int pixel = 2 * y * result_width + 2 * x;
 
   float sums[K][2][4];  // of tap v and centre x + i at (a, b): [v][i][2 * a + b]
 #pragma unroll
@@ -467,7 +467,7 @@ template <int K, bool EVEN>
     }
   }
   const int first_plane = group * channels + int(lane) / tile;
-  int grads = first_plane * result_plane + place;
+  int grads = first_plane * result_plane + pixel;
   int line = first_plane * plane + clamp(row, 0, height - 1) * width + x;
   const int step = splits * plane;
   int c = int(lane) / tile;
@@ -504,7 +504,7 @@ template <int K, bool EVEN>
   if (asked != position || int(lane) >= tile) {
     return;
   }
-  const int to = (group * (K * K) + u * K) * result_plane + place;
+  const int to = (group * (K * K) + u * K) * result_plane + pixel;
 #pragma unroll
   for (int v = 0; v < K; ++v) {
     const int column = x + v - P;

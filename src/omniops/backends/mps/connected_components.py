@@ -26,14 +26,14 @@ def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tenso
     labels, counts = (empty(mask.shape, like=mask, dtype=torch.int32) for _ in range(2))
     mask = as_signed(mask).contiguous()
     words = -(-w // 32)
-    bits, parts = (torch.empty((n, h, words), dtype=torch.int32, device=mask.device) for _ in range(2))
+    bits, subcomponents = (torch.empty((n, h, words), dtype=torch.int32, device=mask.device) for _ in range(2))
     sizes = [h, w, words, connectivity]
     tiles = -(-words // TILE_WORDS), -(-h // TILE_ROWS)
     metal = library("connected_components")
     getattr(metal, f"label_tiles_{_METAL_TYPES[mask.dtype]}")(
         mask,
         bits,
-        parts,
+        subcomponents,
         labels,
         counts,
         sizes,
@@ -43,8 +43,8 @@ def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tenso
     )
     if borders := (tiles[1] - 1) * w + (tiles[0] - 1) * h:
         metal.merge_tiles(bits, labels, sizes, threads=(borders, n), group_size=WORD_GROUP, arg_casts={2: "int32"})
-        metal.count_parts(
-            parts, labels, counts, sizes, threads=(h * words, n), group_size=WORD_GROUP, arg_casts={3: "int32"}
+        metal.count_subcomponents(
+            subcomponents, labels, counts, sizes, threads=(h * words, n), group_size=WORD_GROUP, arg_casts={3: "int32"}
         )
     metal.write_result(
         bits,

@@ -18,8 +18,8 @@
 // The gradient of the image is a gather. A cell is a place between four pixels, of one image and offset group: the
 // samples with floor(y) = i - 1 and floor(x) = j - 1 lie in cell (i, j) of a grid (H + 1) x (W + 1), and those outside
 // the map, or at what is not a number, in none. deform_conv2d_count counts the samples of each cell,
-// deform_conv2d_place gives each cell a segment of memory, deform_conv2d_collect writes the rows of its samples there, in
-// any order, and deform_conv2d_backward_samples writes a record of each sample at the place that its row has among them.
+// segments.metal gives each cell a segment of memory, deform_conv2d_collect writes the rows of its samples there, in
+// any order, and deform_conv2d_backward_samples writes a record of each sample at the index that its row has among them.
 // So deform_conv2d_backward_image, which sums what the four cells around a pixel hold, has the order of the samples: no
 // atomics on floats, and the same bits every run. No thread goes through more samples than one cell has.
 //
@@ -38,16 +38,18 @@ using namespace metal;
 #endif
 typedef SCALAR T;
 
+#include "vectors.h"
+
+#include "bilinear.h"
+
 // As deform_conv2d.py has them.
 constant constexpr int TILE_PAIRS = 9;
 constant constexpr int TILE_POSITIONS = 32;
-constant constexpr int CELLS = 4;  // that a thread of deform_conv2d_place takes
 
 // The samples of one pair in threadgroup memory: an odd number, so that pairs lie in different banks.
 constant constexpr int STEP = TILE_POSITIONS + 1;
 constant constexpr int TILE = TILE_PAIRS * STEP;
 constant constexpr int GATHER_THREADS = 256;
-constant constexpr int BATCH = 2;  // records that a thread of deform_conv2d_backward_image loads at a time
 constant constexpr int SIMD = 32;
 
 // As deform_conv2d.py lists them.
@@ -65,120 +67,23 @@ struct Sizes {
   int masked;         // whether there is a mask
 };
 
-// Four neighbours as memory has them, and eight of them in as few loads and stores as there can be.
-template <typename Scalar>
-struct Four;
-template <>
-struct Four<float> {
-  typedef float4 Stored;
-  static void load(device const float* from, thread Stored& low, thread Stored& high) {
-    low = *(device const Stored*)from;
-    high = *(device const Stored*)(from + 4);
-  }
-  static void store(device float* to, Stored low, Stored high) {
-    *(device Stored*)to = low;
-    *(device Stored*)(to + 4) = high;
-  }
-};
-template <>
-struct Four<half> {
-  typedef half4 Stored;
-  static void load(device const half* from, thread Stored& low, thread Stored& high) {
-    const uint4 bits = *(device const uint4*)from;
-    low = as_type<Stored>(uint2(bits.x, bits.y));
-    high = as_type<Stored>(uint2(bits.z, bits.w));
-  }
-  static void store(device half* to, Stored low, Stored high) {
-    const uint2 first = as_type<uint2>(low), second = as_type<uint2>(high);
-    *(device uint4*)to = uint4(first.x, first.y, second.x, second.y);
-  }
-};
-template <>
-struct Four<bfloat> {
-  typedef bfloat4 Stored;
-  static void load(device const bfloat* from, thread Stored& low, thread Stored& high) {
-    const uint4 bits = *(device const uint4*)from;
-    low = as_type<Stored>(uint2(bits.x, bits.y));
-    high = as_type<Stored>(uint2(bits.z, bits.w));
-  }
-  static void store(device bfloat* to, Stored low, Stored high) {
-    const uint2 first = as_type<uint2>(low), second = as_type<uint2>(high);
-    *(device uint4*)to = uint4(first.x, first.y, second.x, second.y);
-  }
-};
-
-template <typename Stored>
-inline void widen(Stored value, thread float* to) {
-  to[0] = float(value.x);
-  to[1] = float(value.y);
-  to[2] = float(value.z);
-  to[3] = float(value.w);
-}
-template <typename Scalar>
-inline typename Four<Scalar>::Stored narrow(thread const float* from) {
-  typename Four<Scalar>::Stored value;
-  value.x = Scalar(from[0]);
-  value.y = Scalar(from[1]);
-  value.z = Scalar(from[2]);
-  value.w = Scalar(from[3]);
-  return value;
-}
-
-template <int WIDTH, typename Scalar>
-inline void load(device const Scalar* from, thread float* to) {
-  typedef typename Four<Scalar>::Stored Stored;
-  if (WIDTH == 1) {
-    to[0] = float(from[0]);
-  } else if (WIDTH == 4) {
-    const Stored value = *(device const Stored*)from;
-    widen(value, to);
-  } else {
-    Stored low, high;
-    Four<Scalar>::load(from, low, high);
-    widen(low, to);
-    widen(high, to + WIDTH - 4);
-  }
-}
-template <int WIDTH, typename Scalar>
-inline void store(device Scalar* to, thread const float* from) {
-  typedef typename Four<Scalar>::Stored Stored;
-  if (WIDTH == 1) {
-    to[0] = Scalar(from[0]);
-  } else if (WIDTH == 4) {
-    *(device Stored*)to = narrow<Scalar>(from);
-  } else {
-    Four<Scalar>::store(to, narrow<Scalar>(from), narrow<Scalar>(from + WIDTH - 4));
-  }
-}
-
-// By the bits in memory: what a value is, the compiler may think that it knows.
-inline bool is_finite(device const float* value) {
-  return (*(device const uint*)value & 0x7f800000u) != 0x7f800000u;
-}
-inline bool is_finite(device const half* value) {
-  return (*(device const ushort*)value & 0x7c00u) != 0x7c00u;
-}
-inline bool is_finite(device const bfloat* value) {
-  return (*(device const ushort*)value & 0x7f80u) != 0x7f80u;
-}
-
 // A position of the launch and a pair of a tap and an offset group: the image, row and column, the tap and the offset
 // group, and where their numbers lie in mask (plane) and offset (vertical, horizontal).
-struct Place {
+struct SampleIndex {
   int n, i, j, t, d;
   uint plane, vertical, horizontal;
 
-  Place(constant Sizes& z, int p, int pair) {
+  SampleIndex(constant Sizes& z, int p, int pair) {
     const int line = int(uint(z.first + p) / uint(z.result_width));
     n = int(uint(line) / uint(z.result_height));
     i = line - n * z.result_height;
     j = z.first + p - line * z.result_width;
     t = int(uint(pair) / uint(z.offset_groups));
     d = pair - t * z.offset_groups;
-    const uint area = uint(z.result_height) * uint(z.result_width), at = uint(i * z.result_width + j);
+    const uint area = uint(z.result_height) * uint(z.result_width), pixel = uint(i * z.result_width + j);
     const uint planes = uint((n * z.offset_groups + d) * (z.kernel_height * z.kernel_width) + t);
-    plane = planes * area + at;
-    vertical = 2 * planes * area + at;
+    plane = planes * area + pixel;
+    vertical = 2 * planes * area + pixel;
     horizontal = vertical + area;
   }
 };
@@ -190,14 +95,14 @@ struct Sample {
   float down, right;
   bool inside;
 
-  Sample(constant Sizes& z, device const T* offset, Place at) {
-    n = at.n;
-    d = at.d;
-    const int u = int(uint(at.t) / uint(z.kernel_width)), v = at.t - u * z.kernel_width;
-    device const T* vertical = offset + at.vertical;
-    device const T* horizontal = offset + at.horizontal;
-    const float y = float(at.i * z.stride_y - z.padding_y + u * z.dilation_y) + float(*vertical);
-    const float x = float(at.j * z.stride_x - z.padding_x + v * z.dilation_x) + float(*horizontal);
+  Sample(constant Sizes& z, device const T* offset, SampleIndex index) {
+    n = index.n;
+    d = index.d;
+    const int u = int(uint(index.t) / uint(z.kernel_width)), v = index.t - u * z.kernel_width;
+    device const T* vertical = offset + index.vertical;
+    device const T* horizontal = offset + index.horizontal;
+    const float y = float(index.i * z.stride_y - z.padding_y + u * z.dilation_y) + float(*vertical);
+    const float x = float(index.j * z.stride_x - z.padding_x + v * z.dilation_x) + float(*horizontal);
     const bool outside = y < -1.0f || y >= float(z.height) || x < -1.0f || x >= float(z.width);
     inside = is_finite(vertical) && is_finite(horizontal) && y >= -1.0f && y < float(z.height) && x >= -1.0f &&
              x < float(z.width);
@@ -215,41 +120,15 @@ struct Sample {
   // Where the first channel of the offset group of the pixel (row, column) lies, perhaps before the image; and which of
   // the four pixels are in the map, as bits: top left, top right, low left, low right.
   int2 pixel(constant Sizes& z) const {
-    const bool top = inside && row >= 0, low = inside && row + 1 < z.height;
-    const bool left = column >= 0, right = column + 1 < z.width;
-    const int corners = (top && left ? 1 : 0) | (top && right ? 2 : 0) | (low && left ? 4 : 0) | (low && right ? 8 : 0);
+    const int corners = inside ? corners_on_map(row, column, z.height, z.width) : 0;
     return int2(((n * z.height + row) * z.width + column) * z.channels + d * z.offset_group_channels, corners);
   }
 };
 
-// WIDTH channels of each of the four pixels around a sample, from channel c of the offset group on: top left, top
-// right, low left, low right; zero outside the map.
+// WIDTH channels of each of the four pixels around a sample, from channel c of the offset group on.
 template <int WIDTH>
 inline void load_pixels(constant Sizes& z, device const T* image, int2 pixel, int c, thread float* to) {
-  const int from = pixel.x + c, low = from + z.width * z.channels;
-  if (pixel.y == 15) {
-    load<WIDTH>(image + uint(from), to);
-    load<WIDTH>(image + uint(from + z.channels), to + WIDTH);
-    load<WIDTH>(image + uint(low), to + 2 * WIDTH);
-    load<WIDTH>(image + uint(low + z.channels), to + 3 * WIDTH);
-    return;
-  }
-#pragma unroll
-  for (int w = 0; w < 4 * WIDTH; ++w) {
-    to[w] = 0.0f;
-  }
-  if ((pixel.y & 1) != 0) {
-    load<WIDTH>(image + uint(from), to);
-  }
-  if ((pixel.y & 2) != 0) {
-    load<WIDTH>(image + uint(from + z.channels), to + WIDTH);
-  }
-  if ((pixel.y & 4) != 0) {
-    load<WIDTH>(image + uint(low), to + 2 * WIDTH);
-  }
-  if ((pixel.y & 8) != 0) {
-    load<WIDTH>(image + uint(low + z.channels), to + 3 * WIDTH);
-  }
+  load_pixels<WIDTH>(image, uint(pixel.x + c), uint(z.channels), uint(z.width * z.channels), pixel.y, to);
 }
 
 // Where channel c of the offset group of a sample lies in the columns.
@@ -307,9 +186,9 @@ template <int WIDTH>
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     if (own_pair < tile.pairs && own < tile.positions) {
-      const Place at(z, tile.position + own, tile.pair + own_pair);
-      const Sample s(z, offset, at);
-      const float up = 1.0f - s.down, left = 1.0f - s.right, factor = z.masked != 0 ? float(mask[at.plane]) : 1.0f;
+      const SampleIndex index(z, tile.position + own, tile.pair + own_pair);
+      const Sample s(z, offset, index);
+      const float up = 1.0f - s.down, left = 1.0f - s.right, factor = z.masked != 0 ? float(mask[index.plane]) : 1.0f;
       weights[own_pair * STEP + own] =
           float4(factor * (up * left), factor * (up * s.right), factor * (s.down * left), factor * (s.down * s.right));
       pixels[own_pair * STEP + own] = s.pixel(z);
@@ -342,44 +221,10 @@ template <int WIDTH>
     device const T* offset [[buffer(0)]],
     device atomic_int* cells [[buffer(1)]],
     constant Sizes& z [[buffer(2)]],
-    uint2 at [[thread_position_in_grid]]) {
-  const Sample s(z, offset, Place(z, int(at.x), int(at.y)));
+    uint2 gid [[thread_position_in_grid]]) {
+  const Sample s(z, offset, SampleIndex(z, int(gid.x), int(gid.y)));
   if (s.inside) {
     atomic_fetch_add_explicit(&cells[2 * uint(s.cell(z))], 1, memory_order_relaxed);
-  }
-}
-
-// Gives each cell a segment of memory for as many samples as its first number says, and makes its second number the
-// beginning of that. The segments of a simdgroup's 128 cells follow each other, those of simdgroups in any order. used is
-// 0 before.
-//
-// Grid: (simdgroups that have CELLS cells a lane).
-[[kernel, max_total_threads_per_threadgroup(256)]] void deform_conv2d_place(
-    device int2* cells [[buffer(0)]],
-    device atomic_int* used [[buffer(1)]],
-    constant int& count [[buffer(2)]],
-    uint at [[thread_position_in_grid]],
-    uint lane [[thread_index_in_simdgroup]]) {
-  int samples[CELLS], sum = 0;
-#pragma unroll
-  for (int i = 0; i < CELLS; ++i) {
-    const int cell = int(at) * CELLS + i;
-    samples[i] = cell < count ? cells[cell].x : 0;
-    sum += samples[i];
-  }
-  const int before = simd_prefix_exclusive_sum(sum);
-  int first = 0;
-  if (lane == 31 && before + sum > 0) {
-    first = atomic_fetch_add_explicit(used, before + sum, memory_order_relaxed);
-  }
-  first = simd_shuffle(first, ushort(31)) + before;
-#pragma unroll
-  for (int i = 0; i < CELLS; ++i) {
-    const int cell = int(at) * CELLS + i;
-    if (samples[i] > 0) {
-      cells[cell] = int2(samples[i], first);
-      first += samples[i];
-    }
   }
 }
 
@@ -393,11 +238,11 @@ template <int WIDTH>
     constant Sizes& z [[buffer(3)]],
     uint2 grid [[thread_position_in_grid]]) {
   const int p = int(grid.x), pair = int(grid.y);
-  const Place at(z, p, pair);
-  const Sample s(z, offset, at);
+  const SampleIndex index(z, p, pair);
+  const Sample s(z, offset, index);
   if (s.inside) {
-    const int place = atomic_fetch_add_explicit(&cells[2 * uint(s.cell(z)) + 1], 1, memory_order_relaxed);
-    rows[place] = (z.start + p) * (z.kernel_height * z.kernel_width) + at.t;
+    const int slot = atomic_fetch_add_explicit(&cells[2 * uint(s.cell(z)) + 1], 1, memory_order_relaxed);
+    rows[slot] = (z.start + p) * (z.kernel_height * z.kernel_width) + index.t;
   }
 }
 
@@ -423,9 +268,9 @@ template <int WIDTH>
     uint2 group [[threadgroup_position_in_grid]],
     uint2 size [[threads_per_threadgroup]],
     uint index [[thread_index_in_threadgroup]]) {
-  threadgroup float2 parts[TILE];  // down, right
+  threadgroup float2 fractions[TILE];  // down, right
   threadgroup int2 pixels[TILE];
-  threadgroup uint2 places[TILE];  // of their numbers in by_mask and by_offset
+  threadgroup uint2 indices[TILE];  // of their numbers in by_mask and by_offset
   threadgroup float factors[TILE];
   threadgroup float values[TILE];
   threadgroup float by_y[TILE];
@@ -439,22 +284,22 @@ template <int WIDTH>
     }
     const bool has_own = own_pair < tile.pairs && own < tile.positions;
     if (has_own) {
-      const Place at(z, tile.position + own, tile.pair + own_pair);
-      const Sample s(z, offset, at);
-      const float factor = z.masked != 0 ? float(mask[at.plane]) : 1.0f;
-      places[own_pair * STEP + own] = uint2(at.plane, at.vertical);
+      const SampleIndex index(z, tile.position + own, tile.pair + own_pair);
+      const Sample s(z, offset, index);
+      const float factor = z.masked != 0 ? float(mask[index.plane]) : 1.0f;
+      indices[own_pair * STEP + own] = uint2(index.plane, index.vertical);
       factors[own_pair * STEP + own] = factor;
-      parts[own_pair * STEP + own] = float2(s.down, s.right);
+      fractions[own_pair * STEP + own] = float2(s.down, s.right);
       pixels[own_pair * STEP + own] = s.pixel(z);
       if (s.inside) {
-        const int row = (z.start + tile.position + own) * (z.kernel_height * z.kernel_width) + at.t;
+        const int row = (z.start + tile.position + own) * (z.kernel_height * z.kernel_width) + index.t;
         const int2 cell = cells[s.cell(z)];
-        int place = cell.y - cell.x;
+        int slot = cell.y - cell.x;
 #pragma unroll 4
-        for (int other = place; other < cell.y; ++other) {
-          place += rows[other] < row ? 1 : 0;
+        for (int other = slot; other < cell.y; ++other) {
+          slot += rows[other] < row ? 1 : 0;
         }
-        records[place] = int4(as_type<int>(s.down), as_type<int>(s.right), as_type<int>(factor), row);
+        records[slot] = int4(as_type<int>(s.down), as_type<int>(s.right), as_type<int>(factor), row);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -463,7 +308,7 @@ template <int WIDTH>
     for (int base = 0; base < count; base += at_once) {
       const int i = base + (id >> z.lane_bits);
       const int p = tile.position_of(z, min(i, count - 1)), j = min(i, count - 1) - p * tile.pairs;
-      const float2 part = parts[j * STEP + p];
+      const float2 fraction = fractions[j * STEP + p];
       const int2 pixel = pixels[j * STEP + p];
       const int sample = tile.sample(z, p, j), end = i < count ? z.offset_group_channels : 0;
       float a = 0.0f, b = 0.0f, e = 0.0f, f = 0.0f;  // by the four pixels, from the top left on
@@ -479,10 +324,10 @@ template <int WIDTH>
           f += gradient[w] * around[3 * WIDTH + w];
         }
       }
-      const float up = 1.0f - part.x, left = 1.0f - part.y;
-      float value = up * (left * a + part.y * b) + part.x * (left * e + part.y * f);
-      float down = left * (e - a) + part.y * (f - b);
-      float right = up * (b - a) + part.x * (f - e);
+      const float up = 1.0f - fraction.x, left = 1.0f - fraction.y;
+      float value = up * (left * a + fraction.y * b) + fraction.x * (left * e + fraction.y * f);
+      float down = left * (e - a) + fraction.y * (f - b);
+      float right = up * (b - a) + fraction.x * (f - e);
       for (int distance = lanes / 2; distance > 0; distance /= 2) {
         value += simd_shuffle_xor(value, ushort(distance));
         down += simd_shuffle_xor(down, ushort(distance));
@@ -496,12 +341,12 @@ template <int WIDTH>
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (has_own) {
-      const uint2 place = places[own_pair * STEP + own];
+      const uint2 index = indices[own_pair * STEP + own];
       const float factor = factors[own_pair * STEP + own];
-      by_offset[place.y] = T(factor * by_y[own_pair * STEP + own]);
-      by_offset[place.y + uint(z.result_height) * uint(z.result_width)] = T(factor * by_x[own_pair * STEP + own]);
+      by_offset[index.y] = T(factor * by_y[own_pair * STEP + own]);
+      by_offset[index.y + uint(z.result_height) * uint(z.result_width)] = T(factor * by_x[own_pair * STEP + own]);
       if (z.masked != 0) {
-        by_mask[place.x] = T(values[own_pair * STEP + own]);
+        by_mask[index.x] = T(values[own_pair * STEP + own]);
       }
     }
   }
@@ -538,41 +383,12 @@ template <int WIDTH>
   const uint rows = uint(z.column_positions) * uint(z.kernel_height * z.kernel_width);
   const uint from = uint(g) * rows * uint(z.group_channels) + uint(channel - g * z.group_channels);
 
-  float sums[4 * WIDTH];
-#pragma unroll
-  for (int w = 0; w < 4 * WIDTH; ++w) {
-    sums[w] = 0.0f;
-  }
   int2 cell = int2(0, 0);
   if (exists && y <= z.height && x <= z.width) {
     cell = cells[(grid * (z.height + 1) + y) * (z.width + 1) + x];
   }
-  for (int k = cell.y - cell.x; k < cell.y; k += BATCH) {
-    int4 record[BATCH];
-    float gradient[BATCH * WIDTH];
-#pragma unroll
-    for (int r = 0; r < BATCH; ++r) {
-      record[r] = records[min(k + r, cell.y - 1)];
-    }
-#pragma unroll
-    for (int r = 0; r < BATCH; ++r) {
-      load<WIDTH>(by_columns + (uint(record[r].w) * uint(z.group_channels) + from), gradient + r * WIDTH);
-    }
-#pragma unroll
-    for (int r = 0; r < BATCH; ++r) {
-      if (k + r < cell.y) {
-        const float right = as_type<float>(record[r].y), left = 1.0f - right, factor = as_type<float>(record[r].z);
-        const float low = as_type<float>(record[r].x) * factor, top = (1.0f - as_type<float>(record[r].x)) * factor;
-#pragma unroll
-        for (int w = 0; w < WIDTH; ++w) {
-          sums[w] += (top * left) * gradient[r * WIDTH + w];
-          sums[WIDTH + w] += (top * right) * gradient[r * WIDTH + w];
-          sums[2 * WIDTH + w] += (low * left) * gradient[r * WIDTH + w];
-          sums[3 * WIDTH + w] += (low * right) * gradient[r * WIDTH + w];
-        }
-      }
-    }
-  }
+  float sums[4 * WIDTH];
+  sum_samples<WIDTH>(by_columns, records, cell, from, uint(z.group_channels), false, sums);
   const int count = cell.x + simd_shuffle_down(cell.x, ushort(lanes));
   counts[id] = count;
 #pragma unroll

@@ -1,8 +1,8 @@
 """Deformable convolution in Metal: launches the kernels of deform_conv2d.metal; the matrix products are PyTorch's.
 
 ``omniops.ops.deform_conv2d`` has the formula and ``omniops.backends.columns`` the order of the work and the copies that
-it takes. The workspace beside these is MOST_BYTES for the columns, and in the backward 20 bytes a sample for at most
-MOST_SAMPLES samples and 8 bytes a cell for at most MOST_CELLS cells; where a single position, or two images, have more,
+it takes. The workspace beside these is MAX_BYTES for the columns, and in the backward 20 bytes a sample for at most
+MAX_SAMPLES samples and 8 bytes a cell for at most MAX_CELLS cells; where a single position, or two images, have more,
 what these have.
 """
 
@@ -19,26 +19,26 @@ from torch import Tensor
 from omniops.backends import prepared
 from omniops.backends.columns import Columns, Geometry
 from omniops.backends.mps._library import library
+from omniops.backends.mps._segments import allocate_segments, empty_cells
 
 # The last-level caches of Apple's larger chips hold 24 MB and more: what one kernel or product writes, the next finds
 # there. Much smaller chunks would leave the largest GPUs idle between launches.
-MOST_BYTES = 2**25
-MOST_SAMPLES = 2**20
-MOST_CELLS = 2**23
+MAX_BYTES = 2**25
+MAX_SAMPLES = 2**20
+MAX_CELLS = 2**23
 
 # Comparisons of a launch where all samples of an offset group lie in one cell: each of n goes through all n then.
-MOST_COMPARISONS = 2**36
+MAX_COMPARISONS = 2**36
 
 # From sums of 32767 terms on, the matrix products of PyTorch to 2.14 read past their operands on M1 and M2, and
 # those of macOS 14.0 to 14.3 are wrong with more than 32768 rows. A multiple of a simdgroup's 32, and no more than the
-# positions of a 3x3 kernel that MOST_COMPARISONS leaves to one launch, so that a chunk is one.
+# positions of a 3x3 kernel that MAX_COMPARISONS leaves to one launch, so that a chunk is one.
 LONGEST_SUM = 32 * 910
 
 # These stand in deform_conv2d.metal too, which says what they are.
 WIDTHS = (1, 4, 8)
 TILE_PAIRS = 9
 TILE_POSITIONS = 32
-CELLS = 4
 GATHER_THREADS = 256
 SIMD = 32
 
@@ -56,15 +56,15 @@ def _sample(
     """Fill ``columns`` with the samples of the positions from ``first`` on."""
     # Loading more than 16 bytes of each of the four pixels takes registers, and so leaves fewer threads resident.
     widest = 16 // image.element_size()
-    part = _Part(geometry, image, offset, first, 0, columns.shape[1], columns.shape[1], widest)
-    tiles = _Tiles.of(part)
-    moves = part.of(offset)
-    _kernel("sample", image, part.width)(
-        part.of(image),
-        moves,
-        moves if mask is None else part.of(mask),
+    batch = _Batch(geometry, image, offset, first, 0, columns.shape[1], columns.shape[1], widest)
+    tiles = _Tiles.of(batch)
+    batch_offset = batch.of(offset)
+    _kernel("sample", image, batch.width)(
+        batch.of(image),
+        batch_offset,
+        batch_offset if mask is None else batch.of(mask),
         columns,
-        part.sizes(tiles, tiles.lanes, mask is not None),
+        batch.sizes(tiles, tiles.lanes, mask is not None),
         threads=tiles.threads,
         group_size=tiles.group_size,
         arg_casts={4: "int32"},
@@ -83,18 +83,18 @@ def _gradients(
     by_mask: Tensor | None,
 ) -> None:
     """Write by_offset and by_mask of the positions from ``first`` on, and add to by_image."""
-    for part in _parts(geometry, image, offset, first, by_columns.shape[1]):
-        tiles = _Tiles.of(part)
-        images, moves, moves_gradient = part.of(image), part.of(offset), part.of(by_offset)
-        sizes = part.sizes(tiles, tiles.lanes, mask is not None)
-        cells, rows, records = _cells(part, moves, sizes)
-        _kernel("backward_samples", image, part.width)(
+    for batch in _batches(geometry, image, offset, first, by_columns.shape[1]):
+        tiles = _Tiles.of(batch)
+        images, batch_offset, batch_by_offset = batch.of(image), batch.of(offset), batch.of(by_offset)
+        sizes = batch.sizes(tiles, tiles.lanes, mask is not None)
+        cells, rows, records = _cells(batch, batch_offset, sizes)
+        _kernel("backward_samples", image, batch.width)(
             by_columns,
             images,
-            moves,
-            moves if mask is None else part.of(mask),
-            moves_gradient,
-            moves_gradient if by_mask is None else part.of(by_mask),
+            batch_offset,
+            batch_offset if mask is None else batch.of(mask),
+            batch_by_offset,
+            batch_by_offset if by_mask is None else batch.of(by_mask),
             cells,
             rows,
             records,
@@ -104,37 +104,34 @@ def _gradients(
             arg_casts={9: "int32"},
         )
         h, w = image.shape[1:3]
-        lanes = _lanes(part.quads, GATHER_LANES)
+        lanes = _lanes(batch.vectors, GATHER_LANES)
         across, along = SIMD // lanes, min(GATHER_THREADS // SIMD, h + 1)
-        _kernel("backward_image", image, part.width)(
+        _kernel("backward_image", image, batch.width)(
             by_columns,
             cells,
             records,
-            part.of(by_image),
-            part.sizes(tiles, lanes, mask is not None),
+            batch.of(by_image),
+            batch.sizes(tiles, lanes, mask is not None),
             threads=(
                 SIMD * along * -(-w // (across - 1)),
                 -(-h // (along - 1)),
-                part.images * geometry.offset_groups * -(-part.quads // lanes),
+                batch.images * geometry.offset_groups * -(-batch.vectors // lanes),
             ),
             group_size=(SIMD * along, 1, 1),
             arg_casts={4: "int32"},
         )
 
 
-def _cells(part: _Part, moves: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _cells(batch: _Batch, batch_offset: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """The cells, each with the number of its samples and the end of its segment; the segments; memory for records."""
-    kernels, pairs = library("deform_conv2d", moves.dtype), part.geometry.offset_groups * part.geometry.taps
-    counted = part.cells
-    numbers = torch.zeros(2 * counted + 1, dtype=torch.int32, device=moves.device)
-    cells, used = numbers[:-1], numbers[-1:]
-    rows = torch.empty(pairs * part.positions, dtype=torch.int32, device=moves.device)
-    records = torch.empty((len(rows), 4), dtype=torch.int32, device=moves.device)
-    grid = {"threads": (part.positions, pairs), "group_size": (64, 4)}
-    kernels.deform_conv2d_count(moves, cells, sizes, **grid, arg_casts={2: "int32"})
-    threads = -(-counted // (256 * CELLS)) * 256
-    kernels.deform_conv2d_place(cells, used, counted, threads=threads, group_size=256, arg_casts={2: "int32"})
-    kernels.deform_conv2d_collect(moves, cells, rows, sizes, **grid, arg_casts={3: "int32"})
+    kernels, pairs = library("deform_conv2d", batch_offset.dtype), batch.geometry.offset_groups * batch.geometry.taps
+    cells, used = empty_cells(batch.cells, batch_offset.device)
+    rows = torch.empty(pairs * batch.positions, dtype=torch.int32, device=batch_offset.device)
+    records = torch.empty((len(rows), 4), dtype=torch.int32, device=batch_offset.device)
+    grid = {"threads": (batch.positions, pairs), "group_size": (64, 4)}
+    kernels.deform_conv2d_count(batch_offset, cells, sizes, **grid, arg_casts={2: "int32"})
+    allocate_segments(cells, used)
+    kernels.deform_conv2d_collect(batch_offset, cells, rows, sizes, **grid, arg_casts={3: "int32"})
     return cells, rows, records
 
 
@@ -146,9 +143,9 @@ def check_sizes(input: Sequence[int], offset: Sequence[int], out_channels: int, 
     """
     n, c, h, w = input
     out = (n, out_channels, *offset[2:])
-    for name, shape, most in (("input", input, 30), ("offset", offset, 31), ("the result", out, 31)):
-        if prod(shape) >= 2**most:
-            raise ValueError(f"{name} must have fewer than 2**{most} elements on MPS, got shape {tuple(shape)}")
+    for name, shape, bits in (("input", input, 30), ("offset", offset, 31), ("the result", out, 31)):
+        if prod(shape) >= 2**bits:
+            raise ValueError(f"{name} must have fewer than 2**{bits} elements on MPS, got shape {tuple(shape)}")
     if geometry.offset_groups * (h + 1) * (w + 1) >= 2**29:
         raise ValueError(
             "input must have offset groups * (H + 1) * (W + 1) below 2**29 on MPS, got shape "
@@ -169,7 +166,7 @@ def check_sizes(input: Sequence[int], offset: Sequence[int], out_channels: int, 
 _COLUMNS = Columns(
     sample=_sample,
     gradients=_gradients,
-    most_bytes=MOST_BYTES,
+    max_bytes=MAX_BYTES,
     check=check_sizes,
     longest_sum=LONGEST_SUM,
     products_of_views=False,
@@ -180,7 +177,7 @@ deform_conv2d_backward = prepared(_COLUMNS.backward)
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Batch:
     """The positions of one launch."""
 
     geometry: Geometry
@@ -189,7 +186,7 @@ class _Part:
     first: int
     """The position of the first row of the columns."""
     start: int
-    """The row of the columns that the part begins with."""
+    """The row of the columns that the batch begins with."""
     positions: int
     column_positions: int
     widest: int = max(WIDTHS)
@@ -215,8 +212,8 @@ class _Part:
         return max(width for width in WIDTHS if divisor % width == 0)
 
     @property
-    def quads(self) -> int:
-        """How many of these an offset group has."""
+    def vectors(self) -> int:
+        """How many vectors of so many channels an offset group has."""
         return self.image.shape[3] // self.geometry.offset_groups // self.width
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -263,35 +260,35 @@ class _Tiles:
     group_size: tuple[int, int]
 
     @classmethod
-    def of(cls, part: _Part) -> _Tiles:
+    def of(cls, batch: _Batch) -> _Tiles:
         """Tiles of samples that are more the fewer channels they have, and a thread for each."""
-        all_pairs = part.geometry.taps * part.geometry.offset_groups
+        all_pairs = batch.geometry.taps * batch.geometry.offset_groups
         tiles = -(-all_pairs // TILE_PAIRS)
         pairs = -(-all_pairs // tiles)
-        positions = TILE_POSITIONS // (1 if part.quads < 8 else 2 if part.quads < 32 else 4)
-        across = -(-part.positions // positions)
+        positions = TILE_POSITIONS // (1 if batch.vectors < 8 else 2 if batch.vectors < 32 else 4)
+        across = -(-batch.positions // positions)
         # Neighbouring taps find each other's pixels in the cache, if enough threadgroups are left.
         rounds = max(1, min(tiles, across * tiles // GROUPS))
-        size = TILE_POSITIONS * pairs if part.quads < 8 else min(256, TILE_POSITIONS * pairs)
+        size = TILE_POSITIONS * pairs if batch.vectors < 8 else min(256, TILE_POSITIONS * pairs)
         threads = size * across, -(-tiles // rounds)
-        return cls(positions, pairs, rounds, _lanes(part.quads, SAMPLE_LANES), threads, (size, 1))
+        return cls(positions, pairs, rounds, _lanes(batch.vectors, SAMPLE_LANES), threads, (size, 1))
 
 
-def _parts(geometry: Geometry, image: Tensor, offset: Tensor, first: int, positions: int) -> Iterator[_Part]:
-    """The positions of the columns, in parts of at most MOST_SAMPLES, MOST_COMPARISONS and MOST_CELLS."""
+def _batches(geometry: Geometry, image: Tensor, offset: Tensor, first: int, positions: int) -> Iterator[_Batch]:
+    """The positions of the columns, in batches of at most MAX_SAMPLES, MAX_COMPARISONS and MAX_CELLS."""
     h, w = image.shape[1:3]
     # The positions of so many images can touch one more.
-    images = max(1, MOST_CELLS // (geometry.offset_groups * (h + 1) * (w + 1)) - 1)
+    images = max(1, MAX_CELLS // (geometry.offset_groups * (h + 1) * (w + 1)) - 1)
     groups = geometry.offset_groups
-    by_samples = min(MOST_SAMPLES // groups, isqrt(MOST_COMPARISONS // groups)) // geometry.taps
-    at_once = max(1, min(by_samples, images * offset.shape[2] * offset.shape[3]))
-    for start in range(0, positions, at_once):
-        yield _Part(geometry, image, offset, first, start, min(at_once, positions - start), positions)
+    max_positions = min(MAX_SAMPLES // groups, isqrt(MAX_COMPARISONS // groups)) // geometry.taps
+    batch_positions = max(1, min(max_positions, images * offset.shape[2] * offset.shape[3]))
+    for start in range(0, positions, batch_positions):
+        yield _Batch(geometry, image, offset, first, start, min(batch_positions, positions - start), positions)
 
 
-def _lanes(quads: int, most: int) -> int:
+def _lanes(vectors: int, limit: int) -> int:
     """How many lanes share the channels of an offset group: a power of two."""
-    return min(most, 1 << (quads.bit_length() - 1))
+    return min(limit, 1 << (vectors.bit_length() - 1))
 
 
 def _kernel(name: str, image: Tensor, width: int) -> Any:

@@ -56,8 +56,8 @@ def carafe_backward_masks(
     """(N, C, H*s/t, W*s/t), (N, C, H, W) -> (N, G*k*k, H*s/t, W*s/t)."""
     blocks = accumulated(_blocks(grad, group_size, scale_factor))
     padded = _padded(features, kernel_size, group_size)
-    n, _, _, *places = blocks.shape
-    out = grad.new_empty((n, group_size, kernel_size, kernel_size, *places))
+    n, _, _, *shape = blocks.shape
+    out = grad.new_empty((n, group_size, kernel_size, kernel_size, *shape))
     for u in range(kernel_size):
         for v in range(kernel_size):
             tap = _tap(padded, u, v, blocks, stride)[..., :, None, :, None]

@@ -26,7 +26,8 @@ def connected_components(mask: Tensor, connectivity: int) -> tuple[Tensor, Tenso
         first, second = first[apart], second[apart]
     areas = torch.zeros_like(parent).scatter_add_(0, parent, foreground.flatten().long())
     labels, counts = (
-        (each.view(n, h, w) * foreground).to(torch.int32)[:, None] for each in (parent % (h * w) + 1, areas[parent])
+        (labels_or_areas.view(n, h, w) * foreground).to(torch.int32)[:, None]
+        for labels_or_areas in (parent % (h * w) + 1, areas[parent])
     )
     return labels, counts
 
@@ -39,8 +40,8 @@ def _neighbours(foreground: Tensor, index: Tensor, connectivity: int) -> tuple[T
         steps += [(behind, ahead, behind, ahead), (behind, ahead, ahead, behind)]
     pairs = []
     for from_y, to_y, from_x, to_x in steps:
-        both = foreground[:, from_y, from_x] & foreground[:, to_y, to_x]
-        pairs.append((index[:, from_y, from_x][both], index[:, to_y, to_x][both]))
+        connected = foreground[:, from_y, from_x] & foreground[:, to_y, to_x]
+        pairs.append((index[:, from_y, from_x][connected], index[:, to_y, to_x][connected]))
     first, second = zip(*pairs, strict=True)
     return torch.cat(first), torch.cat(second)
 

@@ -174,7 +174,8 @@ def _corners(y: Tensor, x: Tensor, height: int, width: int) -> list[_Corner]:
     for row, weight_y, sign_y in ((top, 1 - (y - top), -1), (top + 1, y - top, 1)):
         for column, weight_x, sign_x in ((left, 1 - (x - left), -1), (left + 1, x - left, 1)):
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = torch.where(inside, row * width + column, 0).long()
+            # Before the product, which float32 would round in maps of more than 2**24 pixels.
+            index = torch.where(inside, row, 0).long() * width + torch.where(inside, column, 0).long()
             found.append(_Corner(index, inside, weight_y * weight_x, sign_y * weight_x, sign_x * weight_y))
     return found
 

@@ -12,18 +12,12 @@ from types import ModuleType
 
 import torch
 
-from omniops.cli.cases import carafe, connected_components, deform_conv2d
+from omniops.cli.cases import carafe, connected_components, deform_conv2d, multi_scale_deform_attn
 
-CASES = (carafe, connected_components, deform_conv2d)
+CASES = (carafe, connected_components, deform_conv2d, multi_scale_deform_attn)
 
 
 def dtypes(operator: str, backend: ModuleType) -> tuple[torch.dtype, ...]:
     """The dtypes in which a backend serves an operator."""
     own = {case.NAME: getattr(case, "DTYPES", ()) for case in CASES}
     return own.get(operator) or tuple(backend.DTYPES)
-
-
-def timed_dtypes(case: ModuleType, backend: ModuleType) -> tuple[torch.dtype, ...]:
-    """Those that are timed: nobody waits for float64."""
-    default = tuple(dtype for dtype in dtypes(case.NAME, backend) if dtype != torch.float64)
-    return getattr(case, "TIMED_DTYPES", default)

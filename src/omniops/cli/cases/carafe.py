@@ -11,20 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omniops.backends.reference import carafe as kernels
-from omniops.cli.cases._types import (
-    BOTH,
-    FLOOR,
-    FORWARD,
-    OURS,
-    Check,
-    Contender,
-    Goal,
-    Shape,
-    TimeGoal,
-    contender,
-    laid_out,
-)
-from omniops.cli.timing import CALL, GRAPH, HOST
+from omniops.benchmarking.contenders import BOTH, FLOOR, FORWARD, OURS, Contender, Shape, contender
+from omniops.benchmarking.goals import Goal, TimeGoal
+from omniops.benchmarking.timing import CALL, GRAPH, HOST
+from omniops.cli.cases._check import Check, in_layout
 from omniops.ops.carafe import carafe, carafe_downsample
 
 NAME = "carafe"
@@ -66,7 +56,7 @@ def _check(
     rows, columns = -(-h // stride) * scale_factor, -(-w // stride) * scale_factor
     generator = torch.Generator().manual_seed(h * w + c)
     inputs = {
-        name: laid_out(torch.randn(size, dtype=torch.float64, generator=generator), layout)
+        name: in_layout(torch.randn(size, dtype=torch.float64, generator=generator), layout)
         for name, size in (("features", shape), ("masks", (n, group_size * kernel_size**2, rows, columns)))
     }
     oracle = partial(
@@ -153,14 +143,14 @@ def _reference(features: Tensor, masks: Tensor) -> Contender:
     def forward() -> Tensor:
         return kernels.carafe(features, masks, K, G, S, 1)
 
-    def both() -> tuple[Tensor, ...]:
+    def forward_backward() -> tuple[Tensor, ...]:
         return (
             forward(),
             kernels.carafe_backward_features(grad, masks, h, w, K, G, S, 1),
             kernels.carafe_backward_masks(grad, features, K, G, S, 1),
         )
 
-    return Contender("reference kernels", forward, both, on_host=False)
+    return Contender("reference kernels", forward, forward_backward, on_host=False)
 
 
 def _unfold_einsum(features: Tensor, masks: Tensor) -> Tensor:

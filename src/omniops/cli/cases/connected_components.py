@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omniops.backends.reference import connected_components as kernels
-from omniops.cli.cases._types import FORWARD, OURS, Check, Contender, Goal, Shape, TimeGoal
-from omniops.cli.timing import HOST
+from omniops.benchmarking.contenders import FORWARD, OURS, Contender, Shape
+from omniops.benchmarking.goals import Goal, TimeGoal
+from omniops.benchmarking.timing import HOST
+from omniops.cli.cases._check import Check
 from omniops.ops._checks import INTEGERS
 from omniops.ops.connected_components import connected_components
 
@@ -37,7 +39,8 @@ def checks() -> Iterator[Check]:
 
 def _check(label: str, mask: Tensor, connectivity: int) -> Check:
     operator, oracle = (
-        partial(each, connectivity=connectivity) for each in (connected_components, kernels.connected_components)
+        partial(function, connectivity=connectivity)
+        for function in (connected_components, kernels.connected_components)
     )
     return Check(f"{label}, {connectivity}-connected", operator, oracle, {"mask": mask}, ("labels", "counts"))
 

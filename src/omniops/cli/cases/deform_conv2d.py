@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omniops.backends.reference import deform_conv2d as kernels
-from omniops.cli.cases._types import BOTH, FORWARD, OURS, Check, Contender, Goal, Shape, TimeGoal, contender, laid_out
-from omniops.cli.timing import CALL, GRAPH, HOST
+from omniops.benchmarking.contenders import BOTH, FORWARD, OURS, Contender, Shape, contender
+from omniops.benchmarking.goals import Goal, TimeGoal
+from omniops.benchmarking.timing import CALL, GRAPH, HOST
+from omniops.cli.cases._check import Check, in_layout
 from omniops.ops.deform_conv2d import deform_conv2d
 
 NAME = "deform_conv2d"
@@ -67,26 +69,26 @@ def _check(
         sizes["bias"] = (c_out,)
     if masked:
         sizes["mask"] = (n, taps, *size)
-    inputs = {name: torch.randn(each, dtype=torch.float64, generator=generator) for name, each in sizes.items()}
-    # Odd sixteenths up to 3 pixels: exact in every dtype, and no sample is at a whole place, where the last digit of
-    # its position would decide on its derivative.
+    inputs = {name: torch.randn(size, dtype=torch.float64, generator=generator) for name, size in sizes.items()}
+    # Odd sixteenths up to 3 pixels: exact in every dtype, and no sample is at an integer position, where the last digit
+    # of its position would decide on its derivative.
     moves = torch.randint(-24, 24, sizes["offset"], generator=generator)
     inputs["offset"] = (2 * moves + 1).double() / 16
-    inputs = {name: laid_out(each, layout) if each.dim() == 4 else each for name, each in inputs.items()}
+    inputs = {name: in_layout(tensor, layout) if tensor.dim() == 4 else tensor for name, tensor in inputs.items()}
     numbers = {"stride": stride, "padding": padding, "dilation": dilation}
     words = [f"k{_digits(kernel_size)}", f"G{groups}", f"D{offset_groups}"]
     words += [f"{name[0]}{_digits(pair)}" for name, pair in numbers.items() if pair != (1, 1)]
     words += [f"no {name}" for name in ("bias", "mask") if name not in inputs]
     words += [layout] if layout != "contiguous" else []
     label = f"{shape} to {c_out} {' '.join(words)}"
-    return Check(label, _named(deform_conv2d, inputs, numbers), _named(_oracle, inputs, numbers), inputs)
+    return Check(label, _with_names(deform_conv2d, inputs, numbers), _with_names(_oracle, inputs, numbers), inputs)
 
 
 def _digits(pair: _Pair) -> str:
     return "x".join(map(str, dict.fromkeys(pair)))
 
 
-def _named(function: Callable[..., Tensor], names: Any, numbers: dict[str, _Pair]) -> Callable[..., Tensor]:
+def _with_names(function: Callable[..., Tensor], names: Any, numbers: dict[str, _Pair]) -> Callable[..., Tensor]:
     """The function, of tensors in the order of their names."""
     order = tuple(names)
     return lambda *tensors: function(**dict(zip(order, tensors, strict=True)), **numbers)
@@ -223,8 +225,10 @@ def _without_tf32(convolution: Contender) -> Contender:
         finally:
             torch.backends.cudnn.allow_tf32 = before
 
-    both = None if convolution.both is None else partial(exact, convolution.both)
-    return Contender(f"{convolution.name} without TF32", partial(exact, convolution.forward), both, on_host=False)
+    forward_backward = None if convolution.forward_backward is None else partial(exact, convolution.forward_backward)
+    return Contender(
+        f"{convolution.name} without TF32", partial(exact, convolution.forward), forward_backward, on_host=False
+    )
 
 
 def _reference(inputs: _Inputs) -> Contender:
@@ -235,7 +239,7 @@ def _reference(inputs: _Inputs) -> Contender:
     def forward() -> Tensor:
         return kernels.deform_conv2d(*inputs, *numbers)
 
-    def both() -> tuple[Tensor, ...]:
+    def forward_backward() -> tuple[Tensor, ...]:
         return (
             forward(),
             *kernels.deform_conv2d_backward_data(grad, input, offset, weight, mask, *numbers),
@@ -243,4 +247,4 @@ def _reference(inputs: _Inputs) -> Contender:
             grad.sum((0, 2, 3)),
         )
 
-    return Contender("reference kernels", forward, both, on_host=False)
+    return Contender("reference kernels", forward, forward_backward, on_host=False)

@@ -55,14 +55,14 @@ def _bin(begin: Tensor, step: Tensor, count: Tensor, side: int) -> Bin:
     low = max(math.floor((-1 - begin.item()) / spacing) - _ROUNDING, 0)
     high = min(math.ceil((side - begin.item()) / spacing) + _ROUNDING, int(count))
     number = low + torch.arange(max(high - low, 0), dtype=begin.dtype, device=begin.device)
-    place = begin + (number + 0.5) * step / count
-    place = place[(place >= -1) & (place <= side)].clamp(0, side - 1)
-    if len(place) == 0:
-        return Bin(0, place)
-    left = place.long()
-    right, share = (left + 1).clamp(max=side - 1), place - left
+    position = begin + (number + 0.5) * step / count
+    position = position[(position >= -1) & (position <= side)].clamp(0, side - 1)
+    if len(position) == 0:
+        return Bin(0, position)
+    left = position.long()
+    right, share = (left + 1).clamp(max=side - 1), position - left
     first = int(left[0])
-    weights = place.new_zeros(int(right[-1]) - first + 1)
+    weights = position.new_zeros(int(right[-1]) - first + 1)
     weights.index_add_(0, left - first, 1 - share).index_add_(0, right - first, share)
     return Bin(first, weights / count)
 

@@ -20,10 +20,10 @@ def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, ali
     first = bboxes1 if aligned else bboxes1[:, None]
     low, high = torch.maximum(first[..., :2], bboxes2[..., :2]), torch.minimum(first[..., 2:], bboxes2[..., 2:])
     shared = (high - low + offset).clamp(min=0).prod(-1)
-    whole = _area(first, offset)
+    divisor = _area(first, offset)
     if mode == IOU:
-        whole = whole + _area(bboxes2, offset) - shared
-    ious.copy_(shared / whole.clamp(min=offset))
+        divisor = divisor + _area(bboxes2, offset) - shared
+    ious.copy_(shared / divisor.clamp(min=offset))
 
 
 def _area(boxes: Tensor, offset: int) -> Tensor:

@@ -53,8 +53,8 @@ def _check_positions(mask_h_idx: Tensor, mask_w_idx: Tensor, height: int, width:
         return
     y, x = torch.stack([mask_h_idx.max(), mask_w_idx.max()]).tolist()
     if y >= height or x >= width:
-        place = f"row {y}" if y >= height else f"column {x}"
+        position = f"row {y}" if y >= height else f"column {x}"
         raise ValueError(
             f"mask must be 0 outside of the result, which has {height} rows and {width} columns, got a positive number "
-            f"in {place}: let padding keep the features' size, or mask no place beyond the result"
+            f"in {position}: let padding keep the features' size, or mask no place beyond the result"
         )

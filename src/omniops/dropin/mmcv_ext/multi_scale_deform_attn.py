@@ -1,12 +1,21 @@
-"""Multi-scale deformable attention (Deformable DETR, arXiv:2010.04159), which mmcv asks for on CUDA alone."""
+"""Multi-scale deformable attention (Deformable DETR, arXiv:2010.04159), which mmcv asks for on CUDA alone.
+
+``value`` is (N, pixels of all levels, M heads, D), ``value_spatial_shapes`` (L, 2), heights and widths,
+``sampling_locations`` (N, Q, M, L, P, 2), x and y from 0 to 1, ``attention_weights`` (N, Q, M, L, P). The levels follow
+each other as ``value_spatial_shapes`` says, and the batch is never taken in the pieces that ``im2col_step`` asks for.
+"""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from omniops.backends import accumulator
 from omniops.dropin.mmcv_ext._kernel import kernel
+from omniops.ops._library import without_autocast
+from omniops.ops.multi_scale_deform_attn import flat_sizes, multi_scale_deform_attn, points_of_levels
 
 
 @kernel
@@ -18,13 +27,8 @@ def ms_deform_attn_forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """The samples of all levels, weighted and summed.
-
-    ``value`` is (N, pixels of all levels, M heads, D), ``value_spatial_shapes`` (L, 2), heights and widths,
-    ``sampling_locations`` (N, Q, M, L, P, 2), x and y from 0 to 1, ``attention_weights`` (N, Q, M, L, P). The result
-    is (N, Q, M * D).
-    """
-    return _attend(value, value_spatial_shapes, sampling_locations, attention_weights)
+    """The samples of all levels, weighted and summed: (N, Q, M * D), in the dtype of ``value``."""
+    return attend(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
 @kernel
@@ -40,29 +44,36 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ) -> None:
-    """Fill the three gradients. That of a location exactly a pixel outside of the map is 0, as in mmcv."""
-    with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in (value, sampling_locations, attention_weights)]
-        result = _attend(inputs[0], value_spatial_shapes, *inputs[1:])
-        computed = torch.autograd.grad(result, inputs, grad_output)
-    sides = value_spatial_shapes.flip(1)[:, None].to(sampling_locations.device)
-    places = sampling_locations.detach() * sides - 0.5
-    outside = ((places <= -1) | (places >= sides)).any(-1, keepdim=True)
-    by_value, by_locations, by_weights = computed
-    grad_value.copy_(by_value)
-    grad_sampling_loc.copy_(by_locations.masked_fill(outside, 0))
-    grad_attn_weight.copy_(by_weights)
+    """Fill the three gradients."""
+    computed = gradients(value, value_spatial_shapes, sampling_locations, attention_weights, grad_output)
+    for grad, found in zip((grad_value, grad_sampling_loc, grad_attn_weight), computed, strict=True):
+        grad.copy_(found)
 
 
-def _attend(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    n, _, heads, depth = value.shape
-    queries = locations.shape[1]
-    result = value.new_zeros(n * heads, depth, queries)
-    sizes = [(int(height), int(width)) for height, width in shapes.tolist()]
-    levels = value.split([height * width for height, width in sizes], 1)
-    for level, (size, values) in enumerate(zip(sizes, levels, strict=True)):
-        maps = values.permute(0, 2, 3, 1).reshape(n * heads, depth, *size)
-        grid = locations[:, :, :, level].transpose(1, 2).flatten(0, 1) * 2 - 1
-        samples = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        result = result + (samples * weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)
-    return result.view(n, heads * depth, queries).mT.contiguous()
+def attend(value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """The operator on tensors of any floating dtypes: (N, Q, M * D), in the dtype of ``value``, under autocast too."""
+    values, locations, weights = _computable(value, locations, weights)
+    with without_autocast(value):
+        return multi_scale_deform_attn(values, spatial_shapes, locations, weights).to(value.dtype)
+
+
+def gradients(
+    value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of value, locations and weights, each in its shape, and in its dtype if the operator takes that."""
+    sizes = flat_sizes(spatial_shapes)
+    points = points_of_levels(len(sizes) // 2, locations, weights)
+    value, locations, weights = _computable(value, locations, weights)
+    by_value, by_locations, by_weights = torch.ops.omniops.multi_scale_deform_attn_backward(
+        grad.to(value.dtype), value, sizes, locations, weights, points, False, [True, True, True]
+    )
+    return by_value, by_locations, by_weights
+
+
+def _computable(value: Tensor, locations: Tensor, weights: Tensor) -> list[Tensor]:
+    """The tensors as they are where the operator takes their dtypes, else all in one that holds them."""
+    tensors = [value, locations, weights]
+    if {locations.dtype, weights.dtype} <= {value.dtype, accumulator(value)}:
+        return tensors
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    return [tensor.to(dtype) for tensor in tensors]

@@ -1,6 +1,6 @@
-"""PSANet's point-wise spatial attention (Zhao et al., ECCV 2018): masks around each place, laid on the whole map.
+"""PSANet's point-wise spatial attention (Zhao et al., ECCV 2018): masks around each position, laid on the whole map.
 
-``mask`` is (N, h_mask * w_mask, H, W): what each place has for the places around it, from half_h_mask rows above and
+``mask`` is (N, h_mask * w_mask, H, W): what each position has for those around it, from half_h_mask rows above and
 half_w_mask columns to the left. The result is (N, H * W, H, W), with 0 where a mask does not reach: for ``COLLECT``
 attention[n, y * W + x, h, w] is what the mask of (h, w) has for (y, x), for ``DISTRIBUTE`` that is
 attention[n, h * W + w, y, x].
@@ -35,13 +35,13 @@ def psamask_forward(
     """Fill ``output``, the attention, by ``input``, the masks."""
     masks = input.unflatten(1, (h_mask, w_mask))
     attention = _attention(output, psa_type, h_feature, w_feature)
-    h, w = _places(h_feature, w_feature, input.device)
+    h, w = _coordinates(h_feature, w_feature, input.device)
     x = torch.arange(w_feature, device=input.device)[:, None, None]
-    columns = _along(x - w + half_w_mask, w_mask)
+    columns = _clamp(x - w + half_w_mask, w_mask)
     # Row by row of the attention, so that no indices as large as it are kept.
     for y in range(h_feature):
-        rows = _along(y - h + half_h_mask, h_mask)
-        values = masks[:, rows.place, columns.place, h, w]
+        rows = _clamp(y - h + half_h_mask, h_mask)
+        values = masks[:, rows.indices, columns.indices, h, w]
         attention[:, y] = torch.where(rows.inside & columns.inside, values, 0)
 
 
@@ -61,31 +61,31 @@ def psamask_backward(
     """Fill ``grad_input``, the gradient of the masks."""
     by_masks = grad_input.unflatten(1, (h_mask, w_mask))
     attention = _attention(grad_output, psa_type, h_feature, w_feature)
-    h, w = _places(h_feature, w_feature, grad_output.device)
+    h, w = _coordinates(h_feature, w_feature, grad_output.device)
     number = torch.arange(w_mask, device=grad_output.device)[:, None, None]
-    columns = _along(number + w - half_w_mask, w_feature)
+    columns = _clamp(number + w - half_w_mask, w_feature)
     for v in range(h_mask):
-        rows = _along(v + h - half_h_mask, h_feature)
-        values = attention[:, rows.place, columns.place, h, w]
+        rows = _clamp(v + h - half_h_mask, h_feature)
+        values = attention[:, rows.indices, columns.indices, h, w]
         by_masks[:, v] = torch.where(rows.inside & columns.inside, values, 0)
 
 
-class _Along(NamedTuple):
-    """Where along an axis, moved onto it, and whether it was there."""
+class _Clamped(NamedTuple):
+    """Indices along an axis, clamped to it, and whether they were inside of it."""
 
-    place: Tensor
+    indices: Tensor
     inside: Tensor
 
 
-def _along(index: Tensor, side: int) -> _Along:
-    return _Along(index.clamp(0, side - 1), (index >= 0) & (index < side))
+def _clamp(index: Tensor, side: int) -> _Clamped:
+    return _Clamped(index.clamp(0, side - 1), (index >= 0) & (index < side))
 
 
-def _places(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _coordinates(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
 
 
 def _attention(tensor: Tensor, psa_type: int, height: int, width: int) -> Tensor:
-    """A view of it as (N, y, x, h, w), of the masks' places (h, w) and the places that they have values for."""
+    """A view of it as (N, y, x, h, w), of the masks' positions (h, w) and those that they have values for."""
     view = tensor.view(len(tensor), height, width, height, width)
     return view if psa_type == COLLECT else view.permute(0, 3, 4, 1, 2)

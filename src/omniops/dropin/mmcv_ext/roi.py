@@ -23,11 +23,11 @@ from omniops.dropin.mmcv_ext._torchvision import torchvision_ops
 MAX = 0
 """A pool_mode of roi_align; the other, 1, is the average."""
 
-_MOST_SAMPLES = 2**24
+_MAX_SAMPLES = 2**24
 """The numbers that one step samples at most, where it samples in PyTorch, or one number for each of a region's results.
 
 This bounds the working memory, however large regions are: :func:`_steps` takes so many regions at a time, and
-:func:`_parts` so many of a region's samples.
+:func:`_batches_of_samples` so many of a region's samples.
 """
 
 _ROUNDING = 8
@@ -73,8 +73,8 @@ def roi_align_forward(
     for rows, grid, counts in _steps(rois, input, extent, size, sampling_ratio):
         bins = _bins(begin[rows], extent[rows], size)
         found: tuple[Tensor, ...] = ()
-        for part in _parts(counts, rows, output):
-            positions = _positions(bins, extent[rows], size, grid, counts, part)
+        for indices in _batches_of_samples(counts, rows, output):
+            positions = _positions(bins, extent[rows], size, grid, counts, indices)
             pixels, weights = _neighbours(*positions, *input.shape[2:])
             samples = _sample(channels_last, _on_maps(pixels, rois[rows, 0], input), weights)
             found = _larger(found, _largest(samples, *positions))
@@ -139,7 +139,7 @@ def roi_pool_forward(
     for rows, _, counts in _steps(rois, input, end - begin, size, 0, lambda pixels, side: min(pixels + 2, side)):
         first, extent = begin[rows], (end - begin)[rows]
         found: tuple[Tensor, ...] = ()
-        for down, across in _parts(counts, rows, output):
+        for down, across in _batches_of_samples(counts, rows, output):
             y, inside_y = _pixels(first[:, 1], extent[:, 1], pooled_height, down, height)
             x, inside_x = _pixels(first[:, 0], extent[:, 0], pooled_width, across, width)
             inside = inside_y[:, :, None] & inside_x[:, None]
@@ -191,8 +191,10 @@ def deform_roi_pool_forward(
     sums = input.new_zeros(output.shape)
     for rows, grid, counts in _steps(rois, input, extent, size, sampling_ratio):
         bins = _moved(_bins(begin[rows], extent[rows], size), extent[rows], offset, rows, gamma)
-        for part in _parts(counts, rows, output):
-            pixels, weights = _neighbours(*_positions(bins, extent[rows], size, grid, counts, part), *input.shape[2:])
+        for indices in _batches_of_samples(counts, rows, output):
+            pixels, weights = _neighbours(
+                *_positions(bins, extent[rows], size, grid, counts, indices), *input.shape[2:]
+            )
             samples = _sample(channels_last, _on_maps(pixels, rois[rows, 0], input), weights)
             sums[rows] += samples.sum(3).movedim(3, 1)
         sums[rows] /= float(grid[0] * grid[1])
@@ -227,11 +229,11 @@ def deform_roi_pool_backward(
     by_offset = offset.new_zeros(offset.shape, dtype=input.dtype)
     for rows, grid, counts in _steps(rois, input, extent, size, sampling_ratio):
         grad = grad_output[rows].to(input.dtype).movedim(1, 3)[:, :, :, None] / float(grid[0] * grid[1])
-        for part in _parts(counts, rows, grad_output):
+        for indices in _batches_of_samples(counts, rows, grad_output):
             with torch.enable_grad():
                 moves = offset.detach().to(input.dtype).requires_grad_()
                 bins = _moved(_bins(begin[rows], extent[rows], size), extent[rows], moves, rows, gamma)
-                positions = _positions(bins, extent[rows], size, grid, counts, part)
+                positions = _positions(bins, extent[rows], size, grid, counts, indices)
                 pixels, weights = _neighbours(*positions, *input.shape[2:])
             pixels = _on_maps(pixels, rois[rows, 0], input)
             for pixel, weight in zip(pixels, weights.detach(), strict=True):
@@ -321,17 +323,17 @@ def _steps(
         counts = grid
         if sampling_ratio <= 0:
             counts = (counted(grid[0], input.shape[2]), counted(grid[1], input.shape[3]))
-        most = max(1, _MOST_SAMPLES // (input.shape[1] * size[0] * size[1] * counts[0] * counts[1]))
-        for first in range(0, len(rows), most):
-            yield torch.tensor(rows[first : first + most], device=extent.device), grid, counts
+        limit = max(1, _MAX_SAMPLES // (input.shape[1] * size[0] * size[1] * counts[0] * counts[1]))
+        for first in range(0, len(rows), limit):
+            yield torch.tensor(rows[first : first + limit], device=extent.device), grid, counts
 
 
-def _parts(counts: tuple[int, int], rows: Tensor, results: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches_of_samples(counts: tuple[int, int], rows: Tensor, results: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The numbers of samples, down and across, line by line, so many at a time as memory allows for these regions."""
     total = counts[0] * counts[1]
-    most = max(1, _MOST_SAMPLES // (len(rows) * results[0].numel()))
-    for first in range(0, total, most):
-        number = torch.arange(first, min(first + most, total), device=results.device)
+    limit = max(1, _MAX_SAMPLES // (len(rows) * results[0].numel()))
+    for first in range(0, total, limit):
+        number = torch.arange(first, min(first + limit, total), device=results.device)
         yield number // counts[1], number % counts[1]
 
 
@@ -354,10 +356,10 @@ def _moved(
 
 def _pixels(begin: Tensor, extent: Tensor, bins: int, number: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Along one axis: pixels of each bin by their number, (K, bins, S), and which are the bin's and on the map."""
-    place = torch.arange(bins, device=begin.device)
+    index = torch.arange(bins, device=begin.device)
     step = extent[:, None] / bins
-    low = (place * step + begin[:, None]).floor().clamp(0, length).long()
-    high = ((place + 1) * step + begin[:, None]).ceil().clamp(0, length).long()
+    low = (index * step + begin[:, None]).floor().clamp(0, length).long()
+    high = ((index + 1) * step + begin[:, None]).ceil().clamp(0, length).long()
     pixels = low[..., None] + number
     return pixels.clamp(max=length - 1), pixels < high[..., None]
 
@@ -368,11 +370,11 @@ def _positions(
     size: tuple[int, int],
     grid: tuple[int, int],
     counts: tuple[int, int],
-    part: tuple[Tensor, Tensor],
+    indices: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """y and x of a part of the samples, (K, bins down, bins across, S), of the ``counts`` that :func:`_steps` gave."""
+    """y and x of the samples of these ``indices``, (K, bins down, bins across, S), of :func:`_steps`'s ``counts``."""
     steps = extent[:, 1, None, None, None] / size[0], extent[:, 0, None, None, None] / size[1]
-    y, x = (_along(*axis) for axis in zip(bins, steps, map(float, grid), counts, part, strict=True))
+    y, x = (_along(*axis) for axis in zip(bins, steps, map(float, grid), counts, indices, strict=True))
     return y, x
 
 
@@ -382,11 +384,11 @@ def _along(begin: Tensor, length: Tensor, samples: float, count: int, number: Te
     What is left out is off the map and weighs nothing. One such sample stays at each end that has any, so that the
     first of the largest samples is on the map if it was among all.
     """
-    place = number + 0.5
+    position = number + 0.5
     if count < samples:
         before = ((-1 - begin.detach())[..., None] / (length / samples)).floor() - 1 - _ROUNDING
-        place = place + before.clamp(0, samples - count)
-    return begin[..., None] + place * length / samples
+        position = position + before.clamp(0, samples - count)
+    return begin[..., None] + position * length / samples
 
 
 def _neighbours(y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -422,15 +424,15 @@ def _sample(channels_last: Tensor, pixels: Tensor, weights: Tensor) -> Tensor:
     return samples
 
 
-def _largest(samples: Tensor, *where: Tensor) -> tuple[Tensor, ...]:
-    """The first of each bin's largest samples and what ``where`` has for it, each (K, C, bins down, bins across)."""
+def _largest(samples: Tensor, *coordinates: Tensor) -> tuple[Tensor, ...]:
+    """The first of each bin's largest samples and its coordinates, each (K, C, bins down, bins across)."""
     largest, best = samples.flatten(1, 2).max(2)
-    found = largest, *(values.flatten(1, 2).gather(2, best) for values in where)
+    found = largest, *(values.flatten(1, 2).gather(2, best) for values in coordinates)
     return tuple(values.mT.unflatten(2, samples.shape[1:3]) for values in found)
 
 
 def _larger(found: tuple[Tensor, ...], more: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of what :func:`_largest` gave for parts of the samples, if any, and for a later one."""
+    """Of what :func:`_largest` gave for the batches of samples so far, if any, and for a later one."""
     if not found:
         return more
     largest, later = torch.stack([found[0], more[0]]).max(0)

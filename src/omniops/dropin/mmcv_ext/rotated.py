@@ -18,7 +18,7 @@ from omniops.backends import accumulated
 from omniops.dropin.mmcv_ext._kernel import kernel
 from omniops.dropin.mmcv_ext.bbox import IOU
 
-_MOST_PAIRS = 2**18
+_MAX_PAIRS = 2**18
 """The pairs of boxes that are computed at a time."""
 
 _BLOCK = 256
@@ -42,9 +42,9 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode_flag: int
             raise ValueError(
                 f"boxes1 and boxes2 must be as many if they are aligned, got {len(first)} and {len(second)}"
             )
-        for begin in range(0, len(first), _MOST_PAIRS):
-            part = slice(begin, begin + _MOST_PAIRS)
-            ious[part] = _overlaps(first[part], second[part], mode_flag).to(ious.dtype)
+        for begin in range(0, len(first), _MAX_PAIRS):
+            pairs = slice(begin, begin + _MAX_PAIRS)
+            ious[pairs] = _overlaps(first[pairs], second[pairs], mode_flag).to(ious.dtype)
         return
     table = ious.view(len(first), len(second))
     for rows, overlaps in _tables(first, second, mode_flag):
@@ -89,8 +89,8 @@ def nms_rotated(
 def _overlapped(boxes: Tensor, groups: Tensor, rows: Tensor, columns: Tensor, threshold: float) -> Tensor:
     """Which boxes of a group overlap by more than the threshold, (rows, columns)."""
     result = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=boxes.device)
-    for part, overlaps in _tables(boxes[rows], boxes[columns], IOU):
-        result[part] = overlaps > threshold
+    for block, overlaps in _tables(boxes[rows], boxes[columns], IOU):
+        result[block] = overlaps > threshold
     return result & (groups[rows][:, None] == groups[columns])
 
 
@@ -98,18 +98,18 @@ def _tables(first: Tensor, second: Tensor, mode_flag: int) -> Iterator[tuple[sli
     """The overlaps of each box with each, so many rows at a time as memory allows; none where there are no boxes."""
     if len(first) == 0 or len(second) == 0:
         return
-    most = max(1, _MOST_PAIRS // len(second))
+    limit = max(1, _MAX_PAIRS // len(second))
     radius = _radius(second)
-    for begin in range(0, len(first), most):
-        rows = slice(begin, begin + most)
-        part = first[rows]
-        apart = (part[:, None, :2] - second[:, :2]).norm(dim=2)
+    for begin in range(0, len(first), limit):
+        rows = slice(begin, begin + limit)
+        block = first[rows]
+        apart = (block[:, None, :2] - second[:, :2]).norm(dim=2)
         # A pair that is not a number is not apart.
-        near = ~(apart > _radius(part)[:, None] + radius)
+        near = ~(apart > _radius(block)[:, None] + radius)
         i, j = near.nonzero(as_tuple=True)
-        table = part.new_zeros(near.shape)
+        table = block.new_zeros(near.shape)
         if len(i):
-            table[i, j] = _overlaps(part[i], second[j], mode_flag)
+            table[i, j] = _overlaps(block[i], second[j], mode_flag)
         yield rows, table
 
 

@@ -29,8 +29,8 @@ function kindOf(status, message) {
 /** The words of an answer that is no success: GraphQL's form, JSON of ours, or a line of text. */
 function wordsOf(text, status) {
   try {
-    const told = JSON.parse(text);
-    const words = told.errors?.[0]?.message ?? told.error?.message ?? told.error ?? told.message;
+    const answer = JSON.parse(text);
+    const words = answer.errors?.[0]?.message ?? answer.error?.message ?? answer.error ?? answer.message;
     if (typeof words === "string") return words;
   } catch {
     // No JSON.
@@ -156,8 +156,8 @@ export async function* propagate(sessionId, startFrame, signal) {
   }
 }
 
-/** Asks twice a second how far the server is with what `key` names, until `signal` aborts; told as upload() tells. */
-async function watch(key, told, signal) {
+/** Asks twice a second how far the server is with what `key` names, until `signal` aborts; reported as by upload(). */
+async function watch(key, onProgress, signal) {
   while (!signal.aborted) {
     await new Promise((resolve) => setTimeout(resolve, 500));
     if (signal.aborted) return;
@@ -167,7 +167,7 @@ async function watch(key, told, signal) {
       const { done, total, what } = await response.json();
       if (signal.aborted) return;
       const words = what ? what[0].toUpperCase() + what.slice(1) : "Preparing";
-      told(words, total ? done / total : null);
+      onProgress(words, total ? done / total : null);
     } catch {
       // The request that is watched says what is wrong.
     }
@@ -176,10 +176,10 @@ async function watch(key, told, signal) {
 
 /**
  * Uploads a picture or a video.
- * @param {(words: string, share: number | null) => void} told how far it is
+ * @param {(words: string, share: number | null) => void} onProgress how far it is
  * @returns {Promise<object>} the Video. Throws ApiError, or an AbortError.
  */
-export async function upload(file, isPicture, told, signal) {
+export async function upload(file, isPicture, onProgress, signal) {
   const key = randomName();
   const name = isPicture ? "uploadPicture" : "uploadVideo";
   const query = `mutation Page($file: Upload!) { ${name}(file: $file) { ${VIDEO} } }`;
@@ -188,14 +188,14 @@ export async function upload(file, isPicture, told, signal) {
   form.append("map", JSON.stringify({ file: ["variables.file"] }));
   form.append("file", file);
   const watching = new AbortController();
-  const sent = (share) => {
-    told("Uploading", share);
+  const onSent = (share) => {
+    onProgress("Uploading", share);
     if (share < 1) return;
-    told("Preparing", null);
-    watch(key, told, watching.signal);
+    onProgress("Preparing", null);
+    watch(key, onProgress, watching.signal);
   };
   try {
-    const { status, text } = await post(`graphql?upload=${key}`, form, sent, signal);
+    const { status, text } = await post(`graphql?upload=${key}`, form, onSent, signal);
     if (status !== 200) {
       const words = wordsOf(text, status);
       throw new ApiError(words, kindOf(status, words));
@@ -206,13 +206,13 @@ export async function upload(file, isPicture, told, signal) {
   }
 }
 
-/** A POST whose sending is told, which fetch() cannot. */
-function post(path, body, told, signal) {
+/** A POST that reports how much of it was sent, which fetch() cannot. */
+function post(path, body, onProgress, signal) {
   return new Promise((resolve, reject) => {
     const xhr = new XMLHttpRequest();
     xhr.open("POST", new URL(path, BASE));
-    xhr.upload.onprogress = ({ loaded, total }) => told(total ? Math.min(loaded / total, 0.999) : 0);
-    xhr.upload.onload = () => told(1);
+    xhr.upload.onprogress = ({ loaded, total }) => onProgress(total ? Math.min(loaded / total, 0.999) : 0);
+    xhr.upload.onload = () => onProgress(1);
     xhr.onload = () => resolve({ status: xhr.status, text: xhr.responseText });
     xhr.onerror = () => reject(new ApiError(UNREACHABLE, "unreachable"));
     xhr.onabort = () => reject(new DOMException("cancelled", "AbortError"));
@@ -221,8 +221,8 @@ function post(path, body, told, signal) {
   });
 }
 
-/** The body of an answer as a Blob, told as it comes. */
-async function blobOf(response, told) {
+/** The body of an answer as a Blob; reports how much has come. */
+async function blobOf(response, onProgress) {
   const total = Number(response.headers.get("Content-Length")) || null;
   const chunks = [];
   let done = 0;
@@ -232,33 +232,33 @@ async function blobOf(response, told) {
     if (over) break;
     chunks.push(value);
     done += value.length;
-    told(done, total);
+    onProgress(done, total);
   }
   return new Blob(chunks, { type: response.headers.get("Content-Type") ?? "" });
 }
 
-/** A file as a Blob; null where it has more than `most` bytes. */
-export async function fetchBlob(url, told, most = Infinity) {
+/** A file as a Blob; null where it has more than `maxBytes` bytes. */
+export async function fetchBlob(url, onProgress, maxBytes = Infinity) {
   const response = await request(new URL(url));
-  if (Number(response.headers.get("Content-Length")) > most) {
+  if (Number(response.headers.get("Content-Length")) > maxBytes) {
     await response.body.cancel();
     return null;
   }
-  return blobOf(response, told);
+  return blobOf(response, onProgress);
 }
 
 /** What was found, as a file: {blob, name}. Throws ApiError, or an AbortError. */
-export async function download(sessionId, { format, as }, told, signal) {
+export async function download(sessionId, { format, as }, onProgress, signal) {
   const key = randomName();
   const url = new URL(`downloads/${encodeURIComponent(sessionId)}`, BASE);
   url.search = new URLSearchParams({ format, ...(as ? { as } : {}), upload: key });
   const watching = new AbortController();
-  watch(key, told, watching.signal);
+  watch(key, onProgress, watching.signal);
   try {
     const response = await request(url, { signal });
     watching.abort();
     const named = /filename="?([^";]+)"?/.exec(response.headers.get("Content-Disposition") ?? "");
-    const blob = await blobOf(response, (done, total) => told("Downloading", total ? done / total : null));
+    const blob = await blobOf(response, (done, total) => onProgress("Downloading", total ? done / total : null));
     return { blob, name: named?.[1] ?? `masks.${as ?? "json"}` };
   } finally {
     watching.abort();

@@ -32,11 +32,11 @@ class App {
     find("open").addEventListener("click", () => this.leave());
     addEventListener("pagehide", () => {
       if (!this.#workspace.session) return;
-      this.#remember();
+      this.#save();
       api.leave(this.#workspace.session.id);
     });
     addEventListener("pageshow", (event) => event.persisted && location.reload());
-    this.#workspace.addEventListener("change", () => this.#remember());
+    this.#workspace.addEventListener("change", () => this.#save());
     await this.#connect();
   }
 
@@ -133,8 +133,8 @@ class App {
   }
 
   async #enter(session, kept) {
-    const told = (done, total) => this.#opening.tell(`Opening ${this.#name}`, total ? done / total : null);
-    const frames = await openFrames(session.video, api.address(session.video.path), api.fetchBlob, told);
+    const onProgress = (done, total) => this.#opening.tell(`Opening ${this.#name}`, total ? done / total : null);
+    const frames = await openFrames(session.video, api.address(session.video.path), api.fetchBlob, onProgress);
     const before = this.#workspace.session;
     if (before && before.id !== session.id) api.closeSession(before.id).catch(() => {});
     clearNotices();
@@ -146,7 +146,7 @@ class App {
     document.title = `${this.#name} · omniops`;
     await this.#workspace.open(session, frames);
     this.#workspace.show(kept);
-    this.#remember();
+    this.#save();
   }
 
   /** Back to where files are chosen; the session is given back. */
@@ -166,7 +166,7 @@ class App {
     find("choose").focus();
   }
 
-  #remember() {
+  #save() {
     const { session } = this.#workspace;
     if (!session) return;
     const { id, video, guided, prompts } = session;
@@ -185,7 +185,7 @@ class App {
     try {
       await session.restart(guided);
       if (guided !== undefined) api.closeSession(before).catch(() => {});
-      this.#remember();
+      this.#save();
       announce("A new session was started, and your clicks were made again");
     } catch (error) {
       this.#problem(error, () => this.#restart(guided));

@@ -12,5 +12,5 @@ export function colorOf(id) {
 
 /** @returns {[number, number, number]} */
 export function channelsOf(color) {
-  return [1, 3, 5].map((at) => Number.parseInt(color.slice(at, at + 2), 16));
+  return [1, 3, 5].map((index) => Number.parseInt(color.slice(index, index + 2), 16));
 }

@@ -48,8 +48,8 @@ export function bytesInWords(bytes) {
 
 /** 8 s, 2 min 5 s. */
 export function secondsInWords(seconds) {
-  const whole = Math.max(0, Math.round(seconds));
-  return whole < 60 ? `${whole} s` : `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  const rounded = Math.max(0, Math.round(seconds));
+  return rounded < 60 ? `${rounded} s` : `${Math.floor(rounded / 60)} min ${rounded % 60} s`;
 }
 
 /** A random name; crypto.randomUUID is missing where the page does not come by https or from this machine. */

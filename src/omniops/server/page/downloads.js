@@ -49,8 +49,8 @@ export class Downloads {
     problem.hidden = true;
     this.#tell("Preparing", null);
     try {
-      const told = (words, share) => cancel === this.#cancel && this.#tell(words, share);
-      const { blob, name } = await api.download(this.#session.id, choice, told, cancel.signal);
+      const onProgress = (words, share) => cancel === this.#cancel && this.#tell(words, share);
+      const { blob, name } = await api.download(this.#session.id, choice, onProgress, cancel.signal);
       save(blob, name);
       announce(`${name} is downloaded, ${bytesInWords(blob.size)}`);
       this.#dialog.close();

@@ -46,8 +46,8 @@ export class Everything {
     this.#marked = null;
   }
 
-  /** The smallest mask at a place of [0, 1], or null. */
-  at({ x, y }) {
+  /** The smallest mask at a position of [0, 1], or null. */
+  maskAt({ x, y }) {
     if (!this.found?.length) return null;
     const [height, width] = this.found[0].rleMask.size;
     const [column, row] = [Math.min(width - 1, Math.floor(x * width)), Math.min(height - 1, Math.floor(y * height))];
@@ -55,8 +55,8 @@ export class Everything {
   }
 
   /** Marks the mask under the pointer. @returns {boolean} whether that is another one than before */
-  mark(place) {
-    const marked = place && this.at(place);
+  mark(position) {
+    const marked = position && this.maskAt(position);
     const isOther = marked !== this.#marked;
     this.#marked = marked;
     return isOther;

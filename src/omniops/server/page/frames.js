@@ -232,12 +232,12 @@ const SHARES = [0.1, 0.5, 0.75, 0.95];
 /** Frames of whatever the browser plays, by seeking: slower, and exact where the times are known. */
 export class SeekedFrames {
   #video;
-  #places;
+  #times;
   #requests = new Newest();
 
-  /** @param {string} url @param {{time: number, duration: number, exact: boolean}[]} places of frames, in seconds. */
-  constructor(url, places) {
-    this.#places = places;
+  /** @param {string} url @param {{time: number, duration: number, exact: boolean}[]} times of frames, in seconds. */
+  constructor(url, times) {
+    this.#times = times;
     this.#video = document.createElement("video");
     this.#video.muted = true;
     this.#video.playsInline = true;
@@ -245,8 +245,8 @@ export class SeekedFrames {
     this.#video.src = url;
   }
 
-  static async open(url, places) {
-    const frames = new SeekedFrames(url, places);
+  static async open(url, times) {
+    const frames = new SeekedFrames(url, times);
     await new Promise((resolve, reject) => {
       frames.#video.addEventListener("loadeddata", resolve, { once: true });
       frames.#video.addEventListener("error", () => reject(new Error("this browser cannot play the video")), { once: true });
@@ -255,7 +255,7 @@ export class SeekedFrames {
   }
 
   get count() {
-    return this.#places.length;
+    return this.#times.length;
   }
 
   frame(index) {
@@ -268,7 +268,7 @@ export class SeekedFrames {
   }
 
   async #show(index) {
-    const { time, duration, exact } = this.#places[index];
+    const { time, duration, exact } = this.#times[index];
     for (const share of exact ? SHARES : [0.5]) {
       const shown = await this.#seek(time + share * duration);
       // Between frames that are stored in another order than they are shown in, players err in how long each lasts.
@@ -280,7 +280,7 @@ export class SeekedFrames {
   /** @returns {Promise<number | null>} the time of the frame that is shown then, where the browser tells */
   async #seek(time) {
     const video = this.#video;
-    const told = new Promise((resolve) => {
+    const shownTime = new Promise((resolve) => {
       video.requestVideoFrameCallback?.((now, { mediaTime }) => resolve(mediaTime));
       video.addEventListener("seeked", () => setTimeout(resolve, 100, null), { once: true });
     });
@@ -289,12 +289,12 @@ export class SeekedFrames {
       video.addEventListener("error", () => reject(new Error("the video stopped")), { once: true });
       video.currentTime = time;
     });
-    return told;
+    return shownTime;
   }
 }
 
 /** When a player shows the frames, from what mp4.js read. */
-export function placesOf({ start, frames }) {
+export function timesOf({ start, frames }) {
   return frames.map(({ time, duration }) => ({ time: start + time, duration, exact: true }));
 }
 
@@ -318,13 +318,13 @@ export class PictureFrame {
 
 /**
  * @param {{isPicture: boolean, numFrames: number | null, fps: number | null}} video
- * @param {string} url @param {(url: string, told: (done: number, total: number | null) => void) => Promise<Blob>} fetchBlob
- * @param {(done: number, total: number | null) => void} told
+ * @param {string} url @param {(url: string, onProgress: (done: number, total: number | null) => void) => Promise<Blob>} fetchBlob
+ * @param {(done: number, total: number | null) => void} onProgress
  */
-export async function openFrames(video, url, fetchBlob, told) {
-  if (video.isPicture) return new PictureFrame(await createImageBitmap(await fetchBlob(url, told)));
-  let places = null;
-  const blob = await fetchBlob(url, told, LARGEST);
+export async function openFrames(video, url, fetchBlob, onProgress) {
+  if (video.isPicture) return new PictureFrame(await createImageBitmap(await fetchBlob(url, onProgress)));
+  let times = null;
+  const blob = await fetchBlob(url, onProgress, LARGEST);
   if (blob) {
     const buffer = await blob.arrayBuffer();
     try {
@@ -333,12 +333,12 @@ export async function openFrames(video, url, fetchBlob, told) {
       console.info(`frames come from a <video>: ${error.message}`);
     }
     try {
-      places = placesOf(readMovie(buffer));
+      times = timesOf(readMovie(buffer));
     } catch {
       // Evenly spaced, below.
     }
   }
   const duration = 1 / (video.fps ?? 24);
-  places ??= Array.from({ length: video.numFrames ?? 1 }, (_, i) => ({ time: i * duration, duration, exact: false }));
-  return SeekedFrames.open(url, places);
+  times ??= Array.from({ length: video.numFrames ?? 1 }, (_, i) => ({ time: i * duration, duration, exact: false }));
+  return SeekedFrames.open(url, times);
 }

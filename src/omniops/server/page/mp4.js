@@ -5,25 +5,25 @@ export class UnsupportedMovie extends Error {}
 
 /** The boxes between begin and end: [type, begin of the content, end]. */
 function* boxes(view, begin, end) {
-  let at = begin;
-  while (at + 8 <= end) {
-    let size = view.getUint32(at);
-    const type = fourLetters(view, at + 4);
+  let offset = begin;
+  while (offset + 8 <= end) {
+    let size = view.getUint32(offset);
+    const type = fourLetters(view, offset + 4);
     let head = 8;
     if (size === 1) {
-      size = Number(view.getBigUint64(at + 8));
+      size = Number(view.getBigUint64(offset + 8));
       head = 16;
     } else if (size === 0) {
-      size = end - at;
+      size = end - offset;
     }
-    if (size < head || at + size > end) throw new UnsupportedMovie(`a box ${type} that is cut off`);
-    yield [type, at + head, at + size];
-    at += size;
+    if (size < head || offset + size > end) throw new UnsupportedMovie(`a box ${type} that is cut off`);
+    yield [type, offset + head, offset + size];
+    offset += size;
   }
 }
 
-function fourLetters(view, at) {
-  return String.fromCharCode(view.getUint8(at), view.getUint8(at + 1), view.getUint8(at + 2), view.getUint8(at + 3));
+function fourLetters(view, offset) {
+  return String.fromCharCode(...[0, 1, 2, 3].map((i) => view.getUint8(offset + i)));
 }
 
 /** The first box under a path of types, or null. */
@@ -42,7 +42,7 @@ function required(view, box, ...path) {
   return found;
 }
 
-/** Rows of numbers of a box that has a count at `skip` bytes: read(at) gives one row of `size` bytes. */
+/** Rows of numbers of a box that has a count at `skip` bytes: read(offset) gives one row of `size` bytes. */
 function table(view, [type, begin, end], size, read, skip = 4) {
   const count = view.getUint32(begin + skip);
   if (begin + skip + 4 + count * size > end) throw new UnsupportedMovie(`a box ${type} that is cut off`);
@@ -59,35 +59,43 @@ function sizesOf(view, stbl) {
   if (!stsz) throw new UnsupportedMovie("no box stsz");
   const one = view.getUint32(stsz[1] + 4);
   if (one) return new Array(view.getUint32(stsz[1] + 8)).fill(one);
-  return table(view, stsz, 4, (at) => view.getUint32(at), 8);
+  return table(view, stsz, 4, (offset) => view.getUint32(offset), 8);
 }
 
 function offsetsOf(view, stbl, sizes) {
   const stco = inside(view, stbl, "stco");
   const chunks = stco
-    ? table(view, stco, 4, (at) => view.getUint32(at))
-    : table(view, required(view, stbl, "co64"), 8, (at) => Number(view.getBigUint64(at)));
-  const stsc = table(view, required(view, stbl, "stsc"), 12, (at) => [view.getUint32(at) - 1, view.getUint32(at + 4)]);
+    ? table(view, stco, 4, (offset) => view.getUint32(offset))
+    : table(view, required(view, stbl, "co64"), 8, (offset) => Number(view.getBigUint64(offset)));
+  const stsc = table(view, required(view, stbl, "stsc"), 12, (offset) => [
+    view.getUint32(offset) - 1,
+    view.getUint32(offset + 4),
+  ]);
   const offsets = [];
   stsc.forEach(([first, perChunk], row) => {
     const last = row + 1 < stsc.length ? stsc[row + 1][0] : chunks.length;
     for (let chunk = first; chunk < last; chunk += 1) {
-      let at = chunks[chunk];
+      let offset = chunks[chunk];
       for (let i = 0; i < perChunk && offsets.length < sizes.length; i += 1) {
-        offsets.push(at);
-        at += sizes[offsets.length - 1];
+        offsets.push(offset);
+        offset += sizes[offsets.length - 1];
       }
     }
   });
-  if (offsets.length !== sizes.length) throw new UnsupportedMovie("samples without a place");
+  if (offsets.length !== sizes.length) throw new UnsupportedMovie("samples without an offset");
   return offsets;
 }
 
 /** When each sample is shown, in the track's units, in the order of decoding. */
 function timesOf(view, stbl) {
-  const stts = table(view, required(view, stbl, "stts"), 8, (at) => [view.getUint32(at), view.getUint32(at + 4)]);
+  const stts = table(view, required(view, stbl, "stts"), 8, (offset) => [
+    view.getUint32(offset),
+    view.getUint32(offset + 4),
+  ]);
   const ctts = inside(view, stbl, "ctts");
-  const shifts = ctts ? [...spread(table(view, ctts, 8, (at) => [view.getUint32(at), view.getInt32(at + 4)]))] : null;
+  const shifts = ctts
+    ? [...spread(table(view, ctts, 8, (offset) => [view.getUint32(offset), view.getInt32(offset + 4)]))]
+    : null;
   let clock = 0;
   return [...spread(stts)].map((duration, sample) => {
     const shown = clock + (shifts ? (shifts[sample] ?? 0) : 0);
@@ -101,10 +109,10 @@ function shownPart(view, trak, movieScale, trackScale) {
   const elst = inside(view, trak, "edts", "elst");
   if (!elst) return { begin: -Infinity, end: Infinity, wait: null };
   const long = view.getUint8(elst[1]) === 1;
-  const all = table(view, elst, long ? 20 : 12, (at) =>
+  const all = table(view, elst, long ? 20 : 12, (offset) =>
     long
-      ? [Number(view.getBigUint64(at)), Number(view.getBigInt64(at + 8))]
-      : [view.getUint32(at), view.getInt32(at + 4)],
+      ? [Number(view.getBigUint64(offset)), Number(view.getBigInt64(offset + 8))]
+      : [view.getUint32(offset), view.getInt32(offset + 4)],
   );
   // What has no time in the track is a pause before it begins.
   const edits = all.filter(([, time]) => time >= 0);
@@ -121,7 +129,7 @@ function codecOf(view, stbl) {
   if (!entry || !["avc1", "avc3"].includes(entry[0])) throw new UnsupportedMovie(`the codec ${entry?.[0]}`);
   const avcC = inside(view, ["", entry[1] + 78, entry[2]], "avcC");
   if (!avcC) throw new UnsupportedMovie("no box avcC");
-  const hex = (at) => view.getUint8(at).toString(16).padStart(2, "0");
+  const hex = (offset) => view.getUint8(offset).toString(16).padStart(2, "0");
   return {
     codec: `${entry[0]}.${hex(avcC[1] + 1)}${hex(avcC[1] + 2)}${hex(avcC[1] + 3)}`,
     description: new Uint8Array(view.buffer, view.byteOffset + avcC[1], avcC[2] - avcC[1]),
@@ -173,7 +181,7 @@ function movieOf(view) {
   const times = timesOf(view, stbl);
   if (times.length !== sizes.length) throw new UnsupportedMovie("samples without a time");
   const stss = inside(view, stbl, "stss");
-  const keys = stss ? new Set(table(view, stss, 4, (at) => view.getUint32(at) - 1)) : null;
+  const keys = stss ? new Set(table(view, stss, 4, (offset) => view.getUint32(offset) - 1)) : null;
   const { begin, end, wait } = shownPart(view, trak, scaleOf(view, required(view, moov, "mvhd")), scale);
   const samples = sizes.map((size, sample) => {
     if (offsets[sample] + size > view.byteLength) throw new UnsupportedMovie("a sample that is cut off");

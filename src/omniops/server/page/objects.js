@@ -23,11 +23,11 @@ export class ObjectList extends EventTarget {
       this.#rows.delete(id);
       if (hadFocus) find("new").focus();
     }
-    objects.forEach((object, place) => {
+    objects.forEach((object, index) => {
       const row = this.#rows.get(object.id) ?? this.#add(object.id);
       this.#update(row, object);
       // A removal that is undone brings an object back to where it was.
-      const there = this.#list.children[place] ?? null;
+      const there = this.#list.children[index] ?? null;
       if (there !== row.item) this.#list.insertBefore(row.item, there);
     });
     find("empty").hidden = objects.length > 0;
@@ -53,12 +53,12 @@ export class ObjectList extends EventTarget {
     name.addEventListener("change", () => this.#emit("rename", { id, name: name.value }));
     name.addEventListener("focus", () => this.#emit("select", id));
     name.addEventListener("keydown", (event) => event.key === "Enter" && name.blur());
-    const told = make("p", { class: "told" });
+    const summary = make("p", { class: "summary" });
     const eye = make("button", { type: "button", class: "button icon", onclick: () => this.#emit("visible", id) });
     const remove = make("button", { type: "button", class: "button icon", onclick: () => this.#emit("remove", id) }, icon("clear"));
-    const item = make("li", { class: "object" }, select, make("div", { class: "about" }, name, told), eye, remove);
+    const item = make("li", { class: "object" }, select, make("div", { class: "about" }, name, summary), eye, remove);
     item.style.setProperty("--color", colorOf(id));
-    const row = { item, thumb, select, name, told, eye, remove, drawn: null };
+    const row = { item, thumb, select, name, summary, eye, remove, drawn: null };
     this.#rows.set(id, row);
     return row;
   }
@@ -66,7 +66,7 @@ export class ObjectList extends EventTarget {
   #update(row, { name, clicks, frames, visible, active }) {
     if (document.activeElement !== row.name) row.name.value = name;
     row.name.setAttribute("aria-label", `Name of ${name}`);
-    row.told.textContent = clicks ? wordsOf(clicks, frames) : "Click in the picture";
+    row.summary.textContent = clicks ? wordsOf(clicks, frames) : "Click in the picture";
     row.select.setAttribute("aria-label", `Choose ${name}`);
     row.select.setAttribute("aria-pressed", String(active));
     row.eye.setAttribute("aria-label", `Show ${name}`);
@@ -99,8 +99,8 @@ function drawThumb(canvas, picture, { size, counts }, color) {
   const cutContext = cut.getContext("2d");
   cutContext.drawImage(picture, -x0, -y0);
   const image = cutContext.getImageData(0, 0, cut.width, cut.height);
-  for (let y = y0, at = 3; y < y1; y += 1) {
-    for (let x = x0; x < x1; x += 1, at += 4) if (!mask[y * size[1] + x]) image.data[at] = 0;
+  for (let y = y0, offset = 3; y < y1; y += 1) {
+    for (let x = x0; x < x1; x += 1, offset += 4) if (!mask[y * size[1] + x]) image.data[offset] = 0;
   }
   cutContext.putImageData(image, 0, 0);
   const scale = (side * 0.86) / Math.max(cut.width, cut.height);

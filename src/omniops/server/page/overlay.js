@@ -43,15 +43,15 @@ function lay(pixels, { mask, box: [x0, y0, x1, y1] }, [height, width], { color, 
   for (let y = y0; y < y1; y += 1) {
     const nearTop = y < reach;
     const nearBottom = y >= height - reach;
-    for (let x = x0, at = y * width + x0; x < x1; x += 1, at += 1) {
-      if (!mask[at]) continue;
+    for (let x = x0, index = y * width + x0; x < x1; x += 1, index += 1) {
+      if (!mask[index]) continue;
       // Along the border of the picture there is no edge: the object goes on there.
       const isEdge =
-        (x >= reach && !mask[at - reach]) ||
-        (x < width - reach && !mask[at + reach]) ||
-        (!nearTop && !mask[at - down]) ||
-        (!nearBottom && !mask[at + down]);
-      pixels[at] = isEdge ? outer : inner;
+        (x >= reach && !mask[index - reach]) ||
+        (x < width - reach && !mask[index + reach]) ||
+        (!nearTop && !mask[index - down]) ||
+        (!nearBottom && !mask[index + down]);
+      pixels[index] = isEdge ? outer : inner;
     }
   }
 }

@@ -3,14 +3,14 @@
 /** @param {string} text @returns {number[]} the runs' lengths. Throws on characters that the code does not have. */
 export function runsOf(text) {
   const runs = [];
-  let at = 0;
-  while (at < text.length) {
+  let position = 0;
+  while (position < text.length) {
     let value = 0;
     let shift = 0;
     for (;;) {
-      const code = text.charCodeAt(at) - 48;
+      const code = text.charCodeAt(position) - 48;
       if (!(code >= 0 && code < 64)) throw new Error("this is no run-length encoding");
-      at += 1;
+      position += 1;
       value |= (code & 31) << shift;
       shift += 5;
       if (code & 32) continue;
@@ -37,14 +37,14 @@ export function decode({ size: [height, width], counts }) {
   const mask = new Uint8Array(height * width);
   let [x0, y0, x1, y1] = [width, height, 0, 0];
   let area = 0;
-  let at = 0;
+  let position = 0;
   let on = false;
   for (const run of runsOf(counts)) {
-    if (run < 0 || at + run > mask.length) throw new Error("the runs are longer than the mask");
+    if (run < 0 || position + run > mask.length) throw new Error("the runs are longer than the mask");
     if (on && run) {
       area += run;
-      let x = Math.floor(at / height);
-      let y = at % height;
+      let x = Math.floor(position / height);
+      let y = position % height;
       x0 = Math.min(x0, x);
       for (let left = run; left > 0; x += 1, y = 0) {
         const end = Math.min(height, y + left);
@@ -55,21 +55,21 @@ export function decode({ size: [height, width], counts }) {
         for (let index = y * width + x; y < end; y += 1, index += width) mask[index] = 1;
       }
     }
-    at += run;
+    position += run;
     on = !on;
   }
-  if (at !== mask.length) throw new Error("the runs are shorter than the mask");
+  if (position !== mask.length) throw new Error("the runs are shorter than the mask");
   return { mask, box: area ? [x0, y0, x1, y1] : [0, 0, 0, 0], area };
 }
 
 /** Whether a mask has the pixel, without decoding the rest of it. */
 export function covers({ size: [height], counts }, x, y) {
   const wanted = x * height + y;
-  let at = 0;
+  let position = 0;
   let on = false;
   for (const run of runsOf(counts)) {
-    at += run;
-    if (wanted < at) return on;
+    position += run;
+    if (wanted < position) return on;
     on = !on;
   }
   return false;

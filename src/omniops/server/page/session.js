@@ -170,12 +170,12 @@ export class Session extends EventTarget {
 
   async #ask(call) {
     const sessionId = this.id;
-    const place = { sessionId, frameIndex: call.frame, objectId: call.id };
+    const target = { sessionId, frameIndex: call.frame, objectId: call.id };
     if (call.kind === "send") {
       const { mutation, input } = inputOf(call.steps);
-      this.#take(await api.send(mutation, { ...place, ...input }));
+      this.#take(await api.send(mutation, { ...target, ...input }));
     } else if (call.kind === "clear") {
-      this.#take(await api.clearFrame(place));
+      this.#take(await api.clearFrame(target));
     } else if (call.kind === "rename") {
       await api.renameObject({ sessionId, objectId: call.id, name: call.name });
     } else if (call.kind === "remove") {

@@ -8,7 +8,7 @@ const STEP = 0.02;
 const clamp = (value) => Math.min(1, Math.max(0, value));
 
 /**
- * Events, with places in [0, 1] of the picture: "point" {x, y, subtract}, "box" {box}, "dot" {id, step} (a click that
+ * Events, with positions in [0, 1] of the picture: "point" {x, y, subtract}, "box" {box}, "dot" {id, step} (a click that
  * was already there), "hover" {x, y, subtract} or null.
  */
 export class Stage extends EventTarget {
@@ -172,7 +172,7 @@ export class Stage extends EventTarget {
 
   // The pointer
 
-  #place(event) {
+  #position(event) {
     const { left, top, width, height } = this.#canvas.getBoundingClientRect();
     return { x: clamp((event.clientX - left) / width), y: clamp((event.clientY - top) / height) };
   }
@@ -181,19 +181,19 @@ export class Stage extends EventTarget {
     if (event.button !== 0 || !event.isPrimary) return;
     this.#cross = null;
     this.#canvas.setPointerCapture(event.pointerId);
-    this.#press = { ...this.#place(event), clientX: event.clientX, clientY: event.clientY };
+    this.#press = { ...this.#position(event), clientX: event.clientX, clientY: event.clientY };
   }
 
   #moved(event) {
-    const place = this.#place(event);
+    const position = this.#position(event);
     if (!this.#press) {
-      if (event.pointerType !== "touch") this.#emit("hover", { ...place, subtract: event.shiftKey });
+      if (event.pointerType !== "touch") this.#emit("hover", { ...position, subtract: event.shiftKey });
       return;
     }
     const distance = Math.hypot(event.clientX - this.#press.clientX, event.clientY - this.#press.clientY);
     if (!this.drawsBoxes || (!this.#drag && distance <= STILL)) return;
     if (!this.#drag) this.#emit("hover", null);
-    this.#drag = boxOf(this.#press, place);
+    this.#drag = boxOf(this.#press, position);
     this.invalidate();
   }
 

@@ -1,4 +1,4 @@
-/** The stream of masks that POST /propagate_in_video answers: parts of a length that their headers name. */
+/** The stream of masks that POST /propagate_in_video answers: body parts of a length that their headers name. */
 
 const NEWLINE = 10;
 const RETURN = 13;
@@ -6,8 +6,8 @@ const RETURN = 13;
 /** The server says why it cannot go on. */
 export class StreamError extends Error {}
 
-/** Takes bytes as they come, cut anywhere, and gives the parts that are whole. */
-export class PartParser {
+/** Takes bytes as they come, cut anywhere, and gives the body parts that are complete. */
+export class BodyPartParser {
   #bytes = new Uint8Array(0);
   #boundary;
   #headers = null;
@@ -21,23 +21,23 @@ export class PartParser {
 
   /** @param {Uint8Array} bytes @returns {{headers: Map<string, string>, body: Uint8Array}[]} */
   push(bytes) {
-    const joined = new Uint8Array(this.#bytes.length + bytes.length);
-    joined.set(this.#bytes);
-    joined.set(bytes, this.#bytes.length);
-    this.#bytes = joined;
-    const parts = [];
-    for (let part = this.#part(); part; part = this.#part()) parts.push(part);
-    return parts;
+    const buffer = new Uint8Array(this.#bytes.length + bytes.length);
+    buffer.set(this.#bytes);
+    buffer.set(bytes, this.#bytes.length);
+    this.#bytes = buffer;
+    const complete = [];
+    for (let part = this.#next(); part; part = this.#next()) complete.push(part);
+    return complete;
   }
 
-  /** Throws where the stream ended inside a part. */
+  /** Throws where the stream ended inside a body part. */
   end() {
     if (this.#headers || this.#bytes.some((byte) => byte !== RETURN && byte !== NEWLINE)) {
       throw new Error("the stream ended in the middle of a frame");
     }
   }
 
-  #part() {
+  #next() {
     if (!this.#headers) this.#headers = this.#head();
     if (!this.#headers) return null;
     const length = Number(this.#headers.get("content-length"));
@@ -49,7 +49,7 @@ export class PartParser {
     return part;
   }
 
-  /** The headers of the next part, or null until all of them are here. */
+  /** The headers of the next body part, or null until all of them are here. */
   #head() {
     let begin = 0;
     while (this.#bytes[begin] === RETURN || this.#bytes[begin] === NEWLINE) begin += 1;
@@ -67,9 +67,9 @@ export class PartParser {
   }
 
   #blankLine(begin) {
-    for (let at = begin; at + 3 < this.#bytes.length; at += 1) {
-      const [a, b, c, d] = this.#bytes.subarray(at, at + 4);
-      if (a === RETURN && b === NEWLINE && c === RETURN && d === NEWLINE) return at;
+    for (let offset = begin; offset + 3 < this.#bytes.length; offset += 1) {
+      const [a, b, c, d] = this.#bytes.subarray(offset, offset + 4);
+      if (a === RETURN && b === NEWLINE && c === RETURN && d === NEWLINE) return offset;
     }
     return -1;
   }
@@ -81,7 +81,7 @@ export class PartParser {
  * @yields {{frame: number, masks: [number, {size: number[], counts: string}][]}}
  */
 export async function* framesOf(response) {
-  const parser = new PartParser(response.headers.get("content-type"));
+  const parser = new BodyPartParser(response.headers.get("content-type"));
   const reader = response.body.getReader();
   try {
     for (;;) {
@@ -90,9 +90,9 @@ export async function* framesOf(response) {
       for (const { headers, body } of parser.push(value)) {
         const type = headers.get("content-type") ?? "";
         if (!type.startsWith("application/json") && !type.startsWith("application/problem+json")) continue;
-        const told = JSON.parse(new TextDecoder().decode(body));
-        if (told.error) throw new StreamError(told.error.message);
-        yield { frame: told.frame_index, masks: told.results.map(({ object_id, mask }) => [object_id, mask]) };
+        const answer = JSON.parse(new TextDecoder().decode(body));
+        if (answer.error) throw new StreamError(answer.error.message);
+        yield { frame: answer.frame_index, masks: answer.results.map(({ object_id, mask }) => [object_id, mask]) };
       }
     }
     parser.end();

@@ -5,7 +5,7 @@ import { find } from "./dom.js";
 import { areaOf } from "./rle.js";
 
 const LANE = 12;
-/** Room for the marks of the first and the last frame; parts.css has the same for the slider. */
+/** Room for the marks of the first and the last frame; components.css has the same for the slider. */
 const INSET = 8;
 const MOST_LANES = 8;
 
@@ -64,13 +64,13 @@ export class Timeline {
     for (const [frame, found] of session.masks) {
       const counts = found.get(id);
       if (counts === undefined) continue;
-      let seen = this.#known.get(counts);
-      if (seen === undefined) {
-        seen = areaOf(counts) > 0;
+      let isShown = this.#known.get(counts);
+      if (isShown === undefined) {
+        isShown = areaOf(counts) > 0;
         if (this.#known.size > 20000) this.#known.clear();
-        this.#known.set(counts, seen);
+        this.#known.set(counts, isShown);
       }
-      if (seen) frames.push(frame);
+      if (isShown) frames.push(frame);
     }
     const runs = [];
     for (const frame of frames.sort((a, b) => a - b)) {

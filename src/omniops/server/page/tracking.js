@@ -7,7 +7,7 @@ import { isPrompted } from "./prompts.js";
 export class Tracking {
   #page;
   #follows = false;
-  #told = 0;
+  #announced = 0;
 
   /** @param {{session: Function, show: (frame: number) => void, problem: Function, begin: () => void}} page */
   constructor(page) {
@@ -19,7 +19,7 @@ export class Tracking {
     if (!session || session.tracking) return;
     this.#page.begin();
     this.#follows = true;
-    this.#told = 0;
+    this.#announced = 0;
     announce("Tracking has begun");
     const began = performance.now();
     const outcome = await session.track();
@@ -36,8 +36,8 @@ export class Tracking {
     if (this.#follows) this.#page.show(frame);
     const { done, total } = this.#page.session().tracking;
     const quarter = Math.floor((4 * done) / total);
-    if (quarter > this.#told && quarter < 4) announce(`${quarter * 25} % tracked`);
-    this.#told = quarter;
+    if (quarter > this.#announced && quarter < 4) announce(`${quarter * 25} % tracked`);
+    this.#announced = quarter;
     this.render();
   }
 

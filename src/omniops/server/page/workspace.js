@@ -236,8 +236,8 @@ export class Workspace extends EventTarget {
     session.setSteps(this.#active, frame, step.kind === "box" ? [step, ...others] : [...others, step]);
   }
 
-  #takeFound(place) {
-    const mask = this.#everything.at(place);
+  #takeFound(position) {
+    const mask = this.#everything.maskAt(position);
     if (!mask) return;
     this.#everything.take(mask);
     this.#active = this.session.newId();
@@ -245,18 +245,18 @@ export class Workspace extends EventTarget {
     this.session.setSteps(this.#active, this.#everything.frame, [{ kind: "mask", size, counts }]);
   }
 
-  #hovered(place) {
+  #hovered(position) {
     const { session } = this;
     if (!session) return;
     if (this.#everything.isOn) {
-      if (this.#everything.mark(place)) this.render();
+      if (this.#everything.mark(position)) this.render();
       return;
     }
-    if (!place || session.tracking || this.#player.playing) {
+    if (!position || session.tracking || this.#player.playing) {
       this.#hover.clear();
       return;
     }
-    const subtract = place.subtract || this.#subtracts;
+    const subtract = position.subtract || this.#subtracts;
     if (subtract && this.#active === null) {
       this.#hover.clear();
       return;
@@ -264,7 +264,7 @@ export class Workspace extends EventTarget {
     const frame = this.#player.index;
     const steps = this.#active === null ? [] : stepsOf(session.prompts, this.#active, frame);
     const color = colorOf(this.#active ?? session.nextId);
-    this.#hover.ask(session, frame, steps, { x: place.x, y: place.y, label: subtract ? 0 : 1 }, color);
+    this.#hover.ask(session, frame, steps, { x: position.x, y: position.y, label: subtract ? 0 : 1 }, color);
   }
 
   #listenToList() {

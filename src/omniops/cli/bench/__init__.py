@@ -1,0 +1,1 @@
+"""``omniops bench``, and ``omniops bench sam2``."""

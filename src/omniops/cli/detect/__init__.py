@@ -1,0 +1,1 @@
+"""``omniops detect`` and ``omniops detect-eval``."""

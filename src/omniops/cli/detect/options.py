@@ -1,0 +1,57 @@
+"""The options of ``omniops detect`` and ``omniops detect-eval``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from omniops.cli.common import CommandError
+
+
+class Model(str, Enum):
+    """The detectors, as ``--model`` names them."""
+
+    MASK = "mask-rcnn-r50-carafe"
+    FASTER = "faster-rcnn-r50-carafe"
+
+
+ModelOption = Annotated[Model, typer.Option("--model", help="Mask R-CNN gives masks as well.")]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE|URL|coco",
+        help="OpenMMLab's checkpoint or a state dict; coco: the one that OpenMMLab published, 200 MB, fetched once.",
+    ),
+]
+RandomWeightsOption = Annotated[
+    bool, typer.Option("--random-weights", help="Instead of --weights: to see it run. It finds nothing real.")
+]
+
+# Of omniops detect.
+PicturesArgument = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures, or folders of them.")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to.")]
+ThresholdOption = Annotated[
+    float, typer.Option("--threshold", metavar="T", min=0.0, max=1.0, help="The lowest score that is drawn.")
+]
+
+# Of omniops detect-eval.
+FolderOption = Annotated[Path, typer.Option("--images", metavar="DIR", help="The folder of the pictures.")]
+AnnotationsOption = Annotated[
+    Path, typer.Option("--annotations", metavar="FILE.json", help="COCO's annotations of instances in them.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")]
+
+
+def require_weights(weights: str | None, random_weights: bool) -> None:
+    """Raise where there is not one of the two."""
+    if weights is None and not random_weights:
+        raise CommandError(
+            "no weights: --weights coco fetches those that OpenMMLab published; a file of them or their URL will do "
+            "as well, and --random-weights shows how it runs"
+        )
+    if weights is not None and random_weights:
+        raise CommandError("--weights and --random-weights exclude each other")

@@ -1,0 +1,232 @@
+"""A video, its objects and the model's outputs for them so far: the state that ``init_state`` returns."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omniops.sam2.arguments import check_int
+from omniops.sam2.frame_loader import VideoFrameLoader
+from omniops.sam2.frames import Frames
+from omniops.sam2.mask_store import MaskStore
+from omniops.sam2.modeling.sam2 import ImageFeatures
+from omniops.sam2.tracked_object import TrackedObject
+
+
+class InferenceState(Mapping[str, Any]):
+    """A video, its objects and their masks so far; made by ``SAM2VideoPredictor.init_state``, for its other methods.
+
+    The attributes and properties below can be read as those keys of the official predictor's dictionary too:
+    ``state["num_frames"]``, ``"num_frames" in state``, ``state.items()``. A key cannot be set.
+
+    ``copy.deepcopy(state)`` is a state of its own: what happens to one of the two does not show in the other. The
+    frames, which are only read, they share.
+    """
+
+    frames: Frames
+    """The video, with its frames as they are."""
+    images: VideoFrameLoader
+    """Its frames as the encoder takes them: (3, S, S), float32, normalised, on the device, decoded when asked for."""
+    num_frames: int
+    video_height: int
+    video_width: int
+    device: torch.device
+    """The model's."""
+    storage_device: torch.device
+    """The device of masks and memories."""
+    offload_video_to_cpu: bool
+    offload_state_to_cpu: bool
+
+    _PROPERTIES = ("obj_ids", "obj_id_to_idx", "obj_idx_to_id", "point_inputs_per_obj", "frames_tracked_per_obj")
+
+    def __init__(
+        self,
+        frames: Frames,
+        image_size: int,
+        device: torch.device,
+        offload_video_to_cpu: bool,
+        offload_state_to_cpu: bool,
+    ) -> None:
+        self.frames = frames
+        self.images = VideoFrameLoader(frames, image_size, device)
+        self.num_frames = len(frames)
+        self.video_height, self.video_width = frames.height, frames.width
+        self.device = device
+        self.storage_device = torch.device("cpu") if offload_state_to_cpu else device
+        self.offload_video_to_cpu = offload_video_to_cpu
+        self.offload_state_to_cpu = offload_state_to_cpu
+        # With an underscore, for attributes without one are keys of the mapping.
+        self._objects: dict[Any, TrackedObject] = {}
+        self._cached_features: OrderedDict[int, ImageFeatures] = OrderedDict()
+        self._mask_store = MaskStore()
+
+    @property
+    def obj_ids(self) -> list[Any]:
+        """The objects, in the order in which their masks come."""
+        return list(self._objects)
+
+    @property
+    def obj_id_to_idx(self) -> dict[Any, int]:
+        """The index of each object in that order."""
+        return {obj_id: i for i, obj_id in enumerate(self._objects)}
+
+    @property
+    def obj_idx_to_id(self) -> dict[int, Any]:
+        """The object of each index."""
+        return dict(enumerate(self._objects))
+
+    @property
+    def point_inputs_per_obj(self) -> dict[int, dict[int, dict[str, Tensor]]]:
+        """By an object's index and frame the points, (1, P, 2) in pixels of the resized frame, and labels, (1, P)."""
+        return {
+            i: {frame_idx: inputs._asdict() for frame_idx, inputs in obj.point_inputs.items()}
+            for i, obj in enumerate(self._objects.values())
+        }
+
+    @property
+    def frames_tracked_per_obj(self) -> dict[int, dict[int, dict[str, bool]]]:
+        """By an object's index the frames that it was tracked to, and whether in reverse."""
+        return {
+            i: {frame_idx: {"reverse": reverse} for frame_idx, reverse in obj.frames_tracked.items()}
+            for i, obj in enumerate(self._objects.values())
+        }
+
+    @property
+    def video_size(self) -> tuple[int, int]:
+        """The height and width of frames."""
+        return self.video_height, self.video_width
+
+    @property
+    def objects(self) -> dict[Any, TrackedObject]:
+        """What is kept of each object, by its id; a new dictionary of the same objects."""
+        return dict(self._objects)
+
+    @property
+    def mask_store(self) -> MaskStore:
+        """The store of old masks."""
+        return self._mask_store
+
+    @property
+    def frames_with_features(self) -> list[int]:
+        """The frames whose features are cached, the one used last at the end."""
+        return list(self._cached_features)
+
+    def object_or_new(self, obj_id: Hashable) -> TrackedObject:
+        """The object of an id; a new one, which the state does not have yet, for an id that it does not know."""
+        return self._objects.get(obj_id) or TrackedObject()
+
+    def set_object(self, obj_id: Hashable, obj: TrackedObject) -> None:
+        """Make it the object of that id."""
+        self._objects[obj_id] = obj
+
+    def get_object(self, obj_id: Hashable) -> TrackedObject:
+        """The object of an id; ValueError for an id that the state does not know."""
+        if obj_id not in self._objects:
+            raise ValueError(f"obj_id {obj_id!r} is unknown: the objects are {self.obj_ids}")
+        return self._objects[obj_id]
+
+    def remove_object(self, obj_id: Hashable) -> None:
+        """Remove an object."""
+        del self._objects[obj_id]
+
+    def remove_all_objects(self) -> None:
+        """Remove all objects."""
+        self._objects.clear()
+
+    def has_temp_cond_outputs(self, frame_idx: int) -> bool:
+        """Whether the frame got prompts that make it a conditioning frame after the last propagation."""
+        return any(frame_idx in obj.temp_output_dict.cond_frame_outputs for obj in self._objects.values())
+
+    def read_from(self, frames: Frames) -> None:
+        """Take the frames from another reader of the same video."""
+        self.frames = frames
+        self.images = VideoFrameLoader(frames, self.images.image_size, self.device)
+
+    def cache_features(self, frame_idx: int, features: ImageFeatures) -> None:
+        """Keep the image encoder's features of a frame."""
+        self._cached_features[frame_idx] = features
+
+    def get_features(self, frame_idx: int) -> ImageFeatures:
+        """The cached features of a frame, which are the last to be released from now on. KeyError without."""
+        self._cached_features.move_to_end(frame_idx)
+        return self._cached_features[frame_idx]
+
+    def release_features(self, keep: int = 0) -> None:
+        """Release the image encoder's features of frames, but for those used last; they are encoded again when needed.
+
+        Args:
+            keep: of how many frames the features stay, some 20 MB each at an image size of 1024.
+        """
+        while len(self._cached_features) > keep:
+            self._cached_features.popitem(last=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory of the model's features, masks and memories so far, and of frames that are decoded ahead."""
+        tensors = [t for f in self._cached_features.values() for t in (f.image_embed, *f.high_res_feats)]
+        tensors += [t for obj in self._objects.values() for t in obj.tensors()]
+        # Views share the memory of what was computed as one batch.
+        storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
+        return sum(storages.values()) + self.images.nbytes
+
+    @contextmanager
+    def unchanged_on_error(self, obj_id: Hashable) -> Iterator[None]:
+        """Within it an exception leaves the object as it was before, or unknown."""
+        before = self._objects.get(obj_id)
+        saved = None if before is None else before.copy()
+        try:
+            yield
+        except BaseException:
+            if saved is None:
+                self._objects.pop(obj_id, None)
+            else:
+                self._objects[obj_id] = saved
+            raise
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in tuple(self):
+            raise KeyError(f"{key!r}: the state has {', '.join(self)}")
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (name for name in vars(self) if not name.startswith("_"))
+        yield from self._PROPERTIES
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    # States are compared by identity, and can be keys or in sets.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InferenceState:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        memo[id(self.frames)] = self.frames
+        memo[id(self.images)] = VideoFrameLoader(self.frames, self.images.image_size, self.device)
+        memo[id(self._cached_features)] = self._cached_features.copy()  # the features in it are never written to
+        memo[id(self._mask_store)] = mask_store = MaskStore()
+        memo[id(self._objects)] = {obj_id: obj.deep_copy(mask_store) for obj_id, obj in self._objects.items()}
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+
+def check_state(inference_state: object) -> InferenceState:
+    """A state of ``init_state``; TypeError for anything else."""
+    if not isinstance(inference_state, InferenceState):
+        raise TypeError(f"inference_state must be what init_state(...) returns, got {type(inference_state).__name__}")
+    return inference_state
+
+
+def check_frame_idx(state: InferenceState, name: str, value: object) -> int:
+    """A frame of the video; TypeError or ValueError for anything else, by the argument's name."""
+    frame_idx = check_int(name, value)
+    if not 0 <= frame_idx < state.num_frames:
+        raise ValueError(f"{name} must be from 0 to {state.num_frames - 1}, got {frame_idx}")
+    return frame_idx

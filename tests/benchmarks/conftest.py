@@ -1,0 +1,3 @@
+"""One thread for every test."""
+
+from one_thread import one_thread as one_thread
