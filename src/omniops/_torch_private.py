@@ -80,3 +80,10 @@ def x86_has_bfloat16() -> bool:
 def mkldnn_has_bfloat16() -> bool:
     """Whether oneDNN multiplies bfloat16, on x86 also where it emulates that."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def cudnn_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cuDNN's attention, and (B, heads, Q) the logarithm of the sum of the exponentials of each query's scores, which
+    tells how much the attention to some of the keys counts beside that to others. Public functions do not give it."""
+    attended, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)
+    return attended, logsumexp.reshape(attended.shape[:3])

@@ -290,5 +290,6 @@ class SAM2ImagePredictor(Pretrained):
 def _to_array(values: Tensor) -> NDArray[np.float32]:
     """Float32 on the CPU, without the first dimension where there is one prompt."""
     values = values[0] if len(values) == 1 else values
-    # Converted after the copy: bool masks are a quarter of the bytes of float32.
-    return values.cpu().numpy().astype(np.float32, copy=False)
+    # Converted after the copy: bool masks are a quarter of the bytes of float32. By PyTorch, which uses all cores.
+    array: NDArray[np.float32] = values.cpu().float().numpy()
+    return array

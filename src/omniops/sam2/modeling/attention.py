@@ -1,7 +1,10 @@
-"""Scaled dot product attention, kept clear of what PyTorch's own gets wrong on MPS, and is slow at on CPUs.
+"""Scaled dot product attention, kept clear of what PyTorch's own gets wrong on MPS, and is slow at elsewhere.
 
 On CPUs with instructions for bfloat16 (AVX512-BF16, AMX), matrix products in it are faster than PyTorch's attention,
 which does not use them for all of its work.
+
+On NVIDIA GPUs cuDNN's kernel takes 128 queries of a head on a multiprocessor, however many keys they attend to: the
+4096 of a frame are on 32 of the 132 of an H200. So the keys are split among several.
 
 What PyTorch's reports say, none of it seen on Apple hardware by us:
 
@@ -17,12 +20,14 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from omniops import device as devices
+from omniops._torch_private import cudnn_attention
 from omniops.ops._library import without_autocast
 
 MAX_SCORES = 2**28
@@ -34,6 +39,12 @@ _CPU_MIN_QUERIES = 16
 """With fewer PyTorch's attention is as fast."""
 _CPU_QUERIES_AT_ONCE = 256
 """So many at least, however many scores they have."""
+_CUDNN_CAPABILITIES = {(9, 0)}
+"""Of the GPUs on which it was measured that splitting the keys is faster: Hopper."""
+_CUDNN_QUERIES = 128
+"""On one multiprocessor."""
+_CUDNN_MIN_KEYS = 1024
+"""Of a part: with fewer it takes longer to put the parts together."""
 
 
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -57,6 +68,8 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> T
             and devices.autocast_dtype(query.device) == torch.bfloat16  # else products in it are emulated, and slow
         ):
             return _in_bfloat16(query, key, value)
+        if (parts := _cudnn_parts(query, key, value)) > 1:
+            return _by_parts_of_keys(query, key, value, parts)
         return F.scaled_dot_product_attention(query, key, value)
     at_once = max(1, MAX_SCORES // (4 * query.shape[:2].numel() * key.shape[2]))
     slices = query.chunk(-(-query.shape[2] // at_once), dim=2)  # of about one size: few queries have their own kernel
@@ -75,6 +88,42 @@ def _in_bfloat16(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         scaled = query * query.shape[3] ** -0.5
         attended = [(queries @ transposed).softmax(dim=3) @ value for queries in scaled.split(rows, dim=2)]
     return torch.cat(attended, dim=2) if len(attended) > 1 else attended[0]
+
+
+def _cudnn_parts(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Into how many parts the keys are split for cuDNN, so that all multiprocessors have work; 1 for no split."""
+    if (
+        query.device.type != "cuda"
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or not query.dtype == key.dtype == value.dtype
+        or torch.cuda.get_device_capability(query.device) not in _CUDNN_CAPABILITIES
+    ):
+        return 1
+    multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    parts = _number_of_parts(query.shape, key.shape[2], multiprocessors)
+    params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)
+    # It refuses float32, and what its version has no kernel for.
+    return parts if parts > 1 and torch.backends.cuda.can_use_cudnn_attention(params) else 1
+
+
+def _number_of_parts(query_shape: Sequence[int], keys: int, multiprocessors: int) -> int:
+    """Of one length."""
+    batch, heads, queries, _ = query_shape
+    blocks = batch * heads * -(-queries // _CUDNN_QUERIES)
+    most = min(multiprocessors // max(1, blocks), keys // _CUDNN_MIN_KEYS)
+    return next((parts for parts in range(most, 1, -1) if keys % parts == 0), 1)
+
+
+def _by_parts_of_keys(query: Tensor, key: Tensor, value: Tensor, parts: int) -> Tensor:
+    """The softmax over all keys is that over each part, times the part's share of the sum of exponentials."""
+    heads = key.shape[1]  # of which each part is one for the kernel
+    key, value = (tensor.unflatten(2, (parts, -1)).flatten(1, 2) for tensor in (key, value))
+    query = query.unsqueeze(2).expand(-1, -1, parts, -1, -1).flatten(1, 2)
+    attended, logsumexp = cudnn_attention(query, key, value)
+    shares = logsumexp.unflatten(1, (heads, parts)).softmax(dim=2)
+    of_all: Tensor = (attended.unflatten(1, (heads, parts)) * shares[..., None]).sum(dim=2)
+    return of_all.to(query.dtype)
 
 
 def _by_hand(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

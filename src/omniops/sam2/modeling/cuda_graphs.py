@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -32,9 +33,10 @@ class _Graph(NamedTuple):
 class CudaGraphs:
     """The CUDA graphs of a module's functions.
 
-    A function is called as it is the first time that it gets tensors of those shapes, captured the second time, and
-    replayed from then on: its Python does not run any more, nor do hooks of modules. So it must not wait for the GPU,
-    and nothing that it copies from the CPU changes, but for tensors that are its arguments.
+    A function is called as it is the first time that a thread gives it tensors of those shapes, captured the second
+    time, and replayed from then on: its Python does not run any more, nor do hooks of modules. So it must not wait for
+    the GPU, and nothing that it copies from the CPU changes, but for tensors that are its arguments. Where it cannot be
+    captured, or there is no memory left for it, a warning says so, and all goes on without graphs.
 
     The graphs share their memory, as they run one after the other, and what they return is copied from it. They end
     where a weight is at another address than when they were captured; call ``clear`` where a parameter is replaced by
@@ -45,9 +47,10 @@ class CudaGraphs:
         enabled: capture and replay; else functions are called as they are. An attribute too.
     """
 
-    def __init__(self, enabled: bool = False) -> None:
+    def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self._lock = threading.RLock()
+        self._streams: dict[torch.device, Any] = {}
         self.clear()
 
     def __reduce__(self) -> tuple[type[CudaGraphs], tuple[bool]]:
@@ -57,12 +60,11 @@ class CudaGraphs:
         """Forget all graphs."""
         with self._lock:
             self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-            self._called: OrderedDict[Hashable, None] = OrderedDict()
+            self._called: OrderedDict[Hashable, None] = OrderedDict()  # functions without a graph so far
             self._buffers: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()  # the graphs hold them
             self._weights: list[Tensor] = []
             self._addresses: list[int] = []
             self._pool: Any = None
-            self._stream: Any = None
 
     def run(self, function: Callable[..., _Result], *args: Any, device: torch.device, **options: Hashable) -> _Result:
         """``function(*args, **options)``.
@@ -83,13 +85,21 @@ class CudaGraphs:
             if [weight.data_ptr() for weight in self._weights] != self._addresses:
                 self.clear()
             if key not in self._graphs:
-                if key not in self._called:
-                    _keep_last(self._called, key, None)
+                # What libraries set up at a thread's first call cannot be captured.
+                call = key, threading.current_thread()
+                if call not in self._called:
+                    _keep_last(self._called, call, None)
                     with _without_kept_casts(device):  # as when it is captured, for torch.compile to compile once
                         return function(*args, **options)
                 if not self._weights:
                     self._prepare(module, device)
-                _keep_last(self._graphs, key, self._capture(function, args, device, options))
+                try:
+                    _keep_last(self._graphs, key, self._capture(function, args, device, options))
+                except RuntimeError as error:
+                    self.enabled = False
+                    self.clear()
+                    warnings.warn(f"no CUDA graphs any more: {function.__qualname__}: {error}", stacklevel=3)
+                    return function(*args, **options)
             captured = self._graphs[key]
             self._graphs.move_to_end(key)
             for buffer, tensor in zip(_tensors(captured.args), _tensors(args), strict=True):
@@ -102,21 +112,20 @@ class CudaGraphs:
         self._weights = [*module.parameters(), *module.buffers()]
         self._addresses = [weight.data_ptr() for weight in self._weights]
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # one for all: what a stream has freed only it gets again
+        if device not in self._streams:  # one for all graphs: what a stream has freed only it gets again
+            self._streams[device] = torch.cuda.Stream(device)
 
     def _capture(self, function: Callable[..., Any], args: Any, device: torch.device, options: Any) -> _Graph:
         number = itertools.count()
         args = _map(lambda tensor: self._buffer(next(number), tensor, device), args)
         graph = torch.cuda.CUDAGraph()
-        with _without_kept_casts(device):
-            function(*args, **options)  # what libraries set up at a thread's first call cannot be captured
-            with torch.cuda.stream(self._stream):
-                with torch.inference_mode(False):  # before torch 2.11 tensors made here are used by graphs of others
-                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may go on
-                try:
-                    result = function(*args, **options)
-                finally:
-                    graph.capture_end()
+        with _without_kept_casts(device), torch.cuda.stream(self._streams[device]):
+            with torch.inference_mode(False):  # before torch 2.11 tensors made here are used by graphs of others
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may go on
+            try:
+                result = function(*args, **options)
+            finally:
+                graph.capture_end()
         return _Graph(graph, args, result)
 
     def _buffer(self, number: int, tensor: Tensor, device: torch.device) -> Tensor:

@@ -79,8 +79,8 @@ class SAM2Base(nn.Module):
         image_size: the side S of the square that images are resized to, a multiple of 32.
 
     Attributes:
-        cuda_graphs: of the steps that predictors run again and again, with ``cuda_graphs.enabled = True``. Off by
-            default: so far they ran in an emulation on the CPU, and not on a GPU. A graph calls no hooks of modules.
+        cuda_graphs: of the steps that predictors run again and again. A graph calls no hooks of modules: they need
+            ``cuda_graphs.enabled = False``.
     """
 
     def __init__(self, size: HieraSize, version: str, image_size: int) -> None:
