@@ -178,7 +178,7 @@ class SAM2(Model):
             for last in _last_layers(weights, "output_hypernetworks_mlps"):
                 last.weight.mul_(64)
             for last in _last_layers(weights, "iou_prediction_head"):
-                last.weight.mul_(2)
+                last.bias.add_(torch.tensor([0.0, -1.0, 1.0, 0.0]))
             # What is remembered of an object must show in its next mask.
             for name, weight in weights.named_parameters():
                 if "cross_attn_image.v_proj" in name:
