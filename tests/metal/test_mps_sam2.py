@@ -216,6 +216,19 @@ def test_a_long_video_with_every_kind_of_call(rules, tmp_path):
     predictor.reset_state(state)
 
 
+@pytest.mark.slow
+def test_a_live_video(rules):
+    torch.manual_seed(0)
+    predictor = SAM2VideoPredictor(cast(new("tiny", "2.1", image_size=64), torch.float32).to(rules))
+    state = predictor.init_state(np.full((45, 70, 3), 25 * t, np.uint8) for t in range(4))
+    seen = []
+    for t, ids, _ in predictor.propagate_in_video(state):
+        seen.append(ids)
+        if t < 2:
+            predictor.add_new_points_or_box(state, t, t, points=[[10, 10]], labels=[1])
+    assert seen == [[], [0], [0, 1], [0, 1]]
+
+
 def test_runs_on_the_device_are_found(rules, monkeypatch):
     masks = torch.empty(4, 768, 1024, dtype=torch.bool, device=rules)
     rle.count_runs(masks)

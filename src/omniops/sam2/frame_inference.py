@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from omniops import fill_holes
 from omniops.ops._library import without_autocast
 from omniops.sam2.frames import FrameError
 from omniops.sam2.inference_state import InferenceState
+from omniops.sam2.live_frames import LiveFrames
 from omniops.sam2.mask_store import StoredMask
 from omniops.sam2.memory_bank import MemoryBank, SpatialMemory, select_memories
 from omniops.sam2.modeling.sam2 import NO_OBJ_SCORE, ImageFeatures, SAM2Base, SAMOutput
@@ -149,6 +151,25 @@ class FrameInference:
             obj.frames_tracked[frame_idx] = reverse
         return self.get_orig_video_res_output(frame_idx, [obj.tracked_output(frame_idx) for obj in objects])
 
+    def track_live(self, frame_idx: int) -> tuple[list[Any], Tensor]:
+        """Track to the latest frame of a live video all objects that have a prompt, which may be newer than the last.
+
+        Returns:
+            Their ids, and their mask logits, (N, 1, H, W), as ``track``. Nothing is kept of frames to which no other
+            will attend.
+        """
+        objects = {
+            obj_id: obj
+            for obj_id, obj in self.state.objects.items()
+            if obj.output_dict.cond_frame_outputs or obj.temp_output_dict.cond_frame_outputs
+        }
+        with devices.exclusive(self.device):
+            self._add_prompt_outputs(objects.values())
+            for obj in objects.values():
+                obj.forget_before(frame_idx + 1 - NUM_RECENT_FRAMES, self.options.max_cond_frames_in_attn)
+            masks = self.track(list(objects.values()), frame_idx, (), reverse=False)
+        return list(objects), masks
+
     def propagate_in_video_preflight(self) -> None:
         """Move the outputs of prompts after the last propagation to those that frames attend to.
 
@@ -161,7 +182,10 @@ class FrameInference:
         for obj_id, obj in objects.items():
             if not obj.output_dict.cond_frame_outputs and not obj.temp_output_dict.cond_frame_outputs:
                 raise ValueError(f"obj_id {obj_id!r} has no prompt: add one, or call remove_object")
-        for obj in objects.values():
+        self._add_prompt_outputs(objects.values())
+
+    def _add_prompt_outputs(self, objects: Iterable[TrackedObject]) -> None:
+        for obj in objects:
             temp_outputs, cond_outputs = obj.temp_output_dict, obj.output_dict.cond_frame_outputs
             prompt_frames = [*temp_outputs.non_cond_frame_outputs, *temp_outputs.cond_frame_outputs]
             for frame_idx, output in temp_outputs.non_cond_frame_outputs.items():
@@ -217,7 +241,8 @@ class FrameInference:
 
     @property
     def _max_obj_ptrs(self) -> int:
-        return min(self.state.num_frames, self.model.max_obj_ptrs_in_encoder)
+        most = self.model.max_obj_ptrs_in_encoder
+        return most if isinstance(self.state.frames, LiveFrames) else min(self.state.num_frames, most)
 
     def _split(self, output: SAMOutput, *, has_prompt: bool) -> list[FrameOutput]:
         """The outputs of each of B objects, their masks where the state stores them."""

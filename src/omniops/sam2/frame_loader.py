@@ -11,6 +11,7 @@ from torch import Tensor
 
 from omniops import device as devices
 from omniops.sam2.frames import Frames
+from omniops.sam2.live_frames import LiveFrames
 from omniops.sam2.modeling.sam2 import normalize
 
 
@@ -23,7 +24,7 @@ class VideoFrameLoader(Sequence[Tensor]):
         device: the model's.
     """
 
-    def __init__(self, frames: Frames, image_size: int, device: torch.device) -> None:
+    def __init__(self, frames: Frames | LiveFrames, image_size: int, device: torch.device) -> None:
         self.image_size = image_size
         self._frames, self._device = frames, device
         self._prefetched: dict[int, Future[Tensor]] = {}

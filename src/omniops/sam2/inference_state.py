@@ -14,6 +14,7 @@ from torch import Tensor
 from omniops.sam2.arguments import check_int
 from omniops.sam2.frame_loader import VideoFrameLoader
 from omniops.sam2.frames import Frames
+from omniops.sam2.live_frames import LiveFrames
 from omniops.sam2.mask_store import MaskStore
 from omniops.sam2.modeling.sam2 import ImageFeatures
 from omniops.sam2.tracked_object import TrackedObject
@@ -29,11 +30,10 @@ class InferenceState(Mapping[str, Any]):
     frames, which are only read, they share.
     """
 
-    frames: Frames
+    frames: Frames | LiveFrames
     """The video, with its frames as they are."""
     images: VideoFrameLoader
     """Its frames as the encoder takes them: (3, S, S), float32, normalised, on the device, decoded when asked for."""
-    num_frames: int
     video_height: int
     video_width: int
     device: torch.device
@@ -43,11 +43,18 @@ class InferenceState(Mapping[str, Any]):
     offload_video_to_cpu: bool
     offload_state_to_cpu: bool
 
-    _PROPERTIES = ("obj_ids", "obj_id_to_idx", "obj_idx_to_id", "point_inputs_per_obj", "frames_tracked_per_obj")
+    _PROPERTIES = (
+        "num_frames",
+        "obj_ids",
+        "obj_id_to_idx",
+        "obj_idx_to_id",
+        "point_inputs_per_obj",
+        "frames_tracked_per_obj",
+    )
 
     def __init__(
         self,
-        frames: Frames,
+        frames: Frames | LiveFrames,
         image_size: int,
         device: torch.device,
         offload_video_to_cpu: bool,
@@ -55,7 +62,6 @@ class InferenceState(Mapping[str, Any]):
     ) -> None:
         self.frames = frames
         self.images = VideoFrameLoader(frames, image_size, device)
-        self.num_frames = len(frames)
         self.video_height, self.video_width = frames.height, frames.width
         self.device = device
         self.storage_device = torch.device("cpu") if offload_state_to_cpu else device
@@ -65,6 +71,12 @@ class InferenceState(Mapping[str, Any]):
         self._objects: dict[Any, TrackedObject] = {}
         self._cached_features: OrderedDict[int, ImageFeatures] = OrderedDict()
         self._mask_store = MaskStore()
+        self._num_tracked_live = 0
+
+    @property
+    def num_frames(self) -> int:
+        """How many frames the video has; of a live one, how many have come so far."""
+        return len(self.frames)
 
     @property
     def obj_ids(self) -> list[Any]:
@@ -143,6 +155,14 @@ class InferenceState(Mapping[str, Any]):
         """Whether the frame got prompts that make it a conditioning frame after the last propagation."""
         return any(frame_idx in obj.temp_output_dict.cond_frame_outputs for obj in self._objects.values())
 
+    def take_live_frame(self) -> int | None:
+        """The next frame of a live video, for which it waits; None at its end."""
+        assert isinstance(self.frames, LiveFrames)
+        if self._num_tracked_live == len(self.frames) and self.frames.take() is None:
+            return None
+        self._num_tracked_live = len(self.frames)
+        return self._num_tracked_live - 1
+
     def read_from(self, frames: Frames) -> None:
         """Take the frames from another reader of the same video."""
         self.frames = frames
@@ -206,6 +226,8 @@ class InferenceState(Mapping[str, Any]):
     __hash__ = object.__hash__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InferenceState:
+        if isinstance(self.frames, LiveFrames):
+            raise TypeError("the state of a live video cannot be copied: each of its frames comes once")
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         memo[id(self.frames)] = self.frames
@@ -227,6 +249,11 @@ def check_state(inference_state: object) -> InferenceState:
 def check_frame_idx(state: InferenceState, name: str, value: object) -> int:
     """A frame of the video; TypeError or ValueError for anything else, by the argument's name."""
     frame_idx = check_int(name, value)
+    if isinstance(state.frames, LiveFrames) and frame_idx not in state.frames.kept:
+        kept = state.frames.kept
+        raise ValueError(
+            f"{name} must be one of the last frames of the live video, {kept[0]} to {kept[-1]}, got {frame_idx}"
+        )
     if not 0 <= frame_idx < state.num_frames:
         raise ValueError(f"{name} must be from 0 to {state.num_frames - 1}, got {frame_idx}")
     return frame_idx

@@ -105,6 +105,26 @@ class TrackedObject:
         self.output_dict.non_cond_frame_outputs.pop(frame_idx, None)
         self.recent_frames.pop(frame_idx, None)
 
+    def forget_before(self, frame_idx: int, max_cond_frames: int) -> None:
+        """Forget the outputs of earlier frames, to which none of a live video attends any more.
+
+        Args:
+            frame_idx: the first whose output stays.
+            max_cond_frames: of how many conditioning frames, the latest, the outputs stay; -1 for all.
+        """
+        cond_outputs = self.output_dict.cond_frame_outputs
+        if max_cond_frames >= 0:
+            for t in sorted(cond_outputs)[: max(0, len(cond_outputs) - max_cond_frames)]:
+                if t < frame_idx:
+                    del cond_outputs[t]
+        for t in [t for t in self.output_dict.non_cond_frame_outputs if t < frame_idx]:
+            self.remove_non_cond_output(t)
+        for t in [t for t in self.frames_tracked if t < frame_idx]:
+            del self.frames_tracked[t]
+        for t in [t for t in self.prompt_frames if t < frame_idx and t not in cond_outputs]:
+            self.prompt_frames.discard(t)
+            self.point_inputs.pop(t, None)
+
     def offload_old_outputs(self, num_recent: int, mask_store: MaskStore, dtype: torch.dtype) -> None:
         """Keep the memories of so many recent frames at most: of older frames the masks go to the store."""
         while len(self.recent_frames) > num_recent:

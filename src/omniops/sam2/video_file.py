@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from omniops.sam2.decoded_frames import DecodedFrames
 from omniops.sam2.display_matrix import display_orientation
 from omniops.sam2.frame_reader import Colour, FrameError, IncompleteVideoWarning
+from omniops.sam2.rgb_conversion import RGBConverter
 from omniops.sam2.video_container import InputFile, PacketRecord, main_video_stream, packet_identity
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ _DECLARE_DURATION = frozenset(("asf", "flv", "live_flv", "matroska", "mxf", "web
 """Formats whose header has the duration of the file. In others FFmpeg measures it."""
 _DURATION_TOLERANCE = 0.002
 """Seconds by which the durations that a file declares may be greater than those of its packets."""
-_MAX_SCALERS = 4
-_BT601, _BT709 = 5, 1
 _RGB_RANGE = 2
 
 
@@ -64,15 +63,13 @@ class VideoFile:
     def __init__(self, path: Path) -> None:
         try:
             import av
-            from av.video.reformatter import VideoReformatter
         except ImportError as error:
             raise ImportError(f"reading {path} needs PyAV ({error}): pip install 'omniops[sam2]'") from error
         self._path = path
         self._error = av.FFmpegError
         self._lock = threading.Lock()
         self.decoded_frames = DecodedFrames()
-        self._new_scaler = VideoReformatter
-        self._scalers: dict[tuple[int, int], Any] = {}
+        self._converter = RGBConverter()
         self._use_threads = True
         self._container: Any = None
         self._file: Any = None
@@ -131,23 +128,7 @@ class VideoFile:
 
     def _rgb(self, index: int, width: int, height: int) -> NDArray[np.uint8]:
         with self._lock:  # a decoder and its frames are for one thread at a time
-            frame = self._get(index)
-            # One scaler a size: without, each frame would keep one of its own, bigger than a small frame.
-            if (width, height) not in self._scalers and len(self._scalers) == _MAX_SCALERS:
-                self._scalers.clear()
-            scaler = self._scalers.setdefault((width, height), self._new_scaler())
-            # PyAV before 17 applies the source matrix only where the destination has another, which RGB ignores.
-            rgb: NDArray[Any] = scaler.reformat(
-                frame,
-                width,
-                height,
-                "rgb24",
-                src_colorspace=int(frame.colorspace),
-                dst_colorspace=_BT601 if frame.colorspace == _BT709 else _BT709,
-                interpolation="BICUBIC",
-                src_color_range=int(frame.color_range),
-                dst_color_range=_RGB_RANGE,
-            ).to_ndarray()
+            rgb = self._converter.convert(self._get(index), width, height)
         return np.ascontiguousarray(self._orientation.apply(rgb))
 
     def _open(self) -> None:

@@ -30,11 +30,12 @@ What differs:
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,7 @@ from omniops.sam2.frame_inference import (
 )
 from omniops.sam2.frames import FrameError, Frames
 from omniops.sam2.inference_state import InferenceState, check_frame_idx, check_state
+from omniops.sam2.live_frames import LiveFrames, is_live
 from omniops.sam2.modeling.sam2 import LARGEST_LOGIT, SAM2Base
 from omniops.sam2.prompts import PointInputs, check_mask, check_obj_id, check_video_prompts
 
@@ -146,7 +148,7 @@ class SAM2VideoPredictor(Pretrained):
 
     def init_state(
         self,
-        video_path: str | PathLike[str] | Frames,
+        video_path: str | PathLike[str] | Frames | LiveFrames | Iterable[Any] | int | BinaryIO,
         offload_video_to_cpu: bool = False,
         offload_state_to_cpu: bool = False,
         async_loading_frames: bool = False,
@@ -155,15 +157,22 @@ class SAM2VideoPredictor(Pretrained):
 
         Args:
             video_path: a video file of any kind that FFmpeg reads, or a folder of pictures, as ``Frames`` takes them,
-                or ``Frames`` themselves, which several states may share.
+                or ``Frames`` themselves, which several states may share. Or a live video: an iterable of frames, the
+                number of a camera, a URL or an open binary file, as ``LiveFrames`` takes them, or ``LiveFrames``.
             offload_video_to_cpu: no matter: frames are on the CPU until the encoder is given one.
             offload_state_to_cpu: keep masks and memories on the CPU; slower on a GPU, for many objects.
             async_loading_frames: no matter: frames are loaded when they are needed.
 
         Raises:
-            FileNotFoundError, ImportError, TypeError, ValueError: as ``Frames``.
+            FileNotFoundError, ImportError, TypeError, ValueError: as ``Frames`` and ``LiveFrames``.
         """
-        frames = video_path if isinstance(video_path, Frames) else Frames(video_path)
+        frames: Frames | LiveFrames
+        if isinstance(video_path, (Frames, LiveFrames)):
+            frames = video_path
+        elif is_live(video_path):
+            frames = LiveFrames(video_path)  # type: ignore[arg-type]
+        else:
+            frames = Frames(video_path)  # type: ignore[arg-type]
         return InferenceState(frames, self.image_size, self.device, offload_video_to_cpu, offload_state_to_cpu)
 
     @devices.exclusively
@@ -300,6 +309,10 @@ class SAM2VideoPredictor(Pretrained):
     ) -> Iterator[MasksOnFrame]:
         """Track all objects from frame to frame.
 
+        Of a live video it goes on with the frame after the last that it came to, and waits for the next ones. Objects
+        may be added, corrected and removed between any two frames, and count from the next frame on; before there is
+        one, frames come without masks. ``inference_state.frames.latency`` is how long ago the latest frame came.
+
         Args:
             inference_state: of ``init_state``.
             start_frame_idx: the first frame; by default the earliest with a prompt.
@@ -310,7 +323,9 @@ class SAM2VideoPredictor(Pretrained):
             For each frame what ``add_new_points_or_box`` returns. It may be broken off and called again.
 
         Raises:
-            ValueError: where an object has no prompt, or there is none, or an argument is out of range.
+            ValueError: where an object has no prompt, or there is none, or an argument is out of range; for a first
+                frame of a live video, or its reverse.
+            Exception: what an iterable of frames raises.
 
         Warns:
             UserWarning: where a frame cannot be decoded; it ends there.
@@ -319,10 +334,15 @@ class SAM2VideoPredictor(Pretrained):
         if start_frame_idx is not None:
             start_frame_idx = check_frame_idx(state, "start_frame_idx", start_frame_idx)
         if max_frame_num_to_track is None:
-            max_frame_num_to_track = state.num_frames
+            max_frame_num_to_track = sys.maxsize if isinstance(state.frames, LiveFrames) else state.num_frames
         max_frame_num_to_track = check_int("max_frame_num_to_track", max_frame_num_to_track)
         if max_frame_num_to_track < 0:
             raise ValueError(f"max_frame_num_to_track must not be negative, got {max_frame_num_to_track}")
+        if isinstance(state.frames, LiveFrames):
+            if start_frame_idx is not None or reverse:
+                raise ValueError("the frames of a live video come in order: leave out start_frame_idx and reverse")
+            yield from self._propagate_in_live_video(state, max_frame_num_to_track)
+            return
         with devices.exclusive(self.device):
             self._frame_inference(state).propagate_in_video_preflight()
         objects, images = state.objects, state.images
@@ -414,6 +434,19 @@ class SAM2VideoPredictor(Pretrained):
         state = check_state(inference_state)
         state.remove_all_objects()
         state.release_features()
+
+    def _propagate_in_live_video(self, state: InferenceState, max_frame_num_to_track: int) -> Iterator[MasksOnFrame]:
+        for _ in range(max_frame_num_to_track + 1):
+            try:
+                with torch.inference_mode(False):  # an iterable may compute its frames
+                    frame_idx = state.take_live_frame()
+            except FrameError as error:
+                warnings.warn(f"the masks end after frame {state.num_frames - 1}: {error}", stacklevel=3)
+                return
+            if frame_idx is None:
+                return
+            obj_ids, masks = self._frame_inference(state).track_live(frame_idx)
+            yield frame_idx, obj_ids, masks
 
     def _apply_non_overlapping_constraints(self, pred_masks: Tensor) -> Tensor:
         """``apply_non_overlapping_constraints``, which ``tools/vos_inference.py`` of the official repository calls."""

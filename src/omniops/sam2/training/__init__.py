@@ -1,0 +1,1 @@
+"""Training of SAM 2: losses, prompts drawn from masks, and the loss of pictures and of clips."""
