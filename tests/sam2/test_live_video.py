@@ -163,6 +163,14 @@ def test_frames_of_every_kind(convert):
     assert np.array_equal(frames[-1], picture(2))
 
 
+def test_frames_in_one_array_or_tensor():
+    pictures = np.stack([picture(t) for t in range(3)])
+    for source in (pictures, torch.from_numpy(pictures).permute(0, 3, 1, 2)):
+        frames = LiveFrames(source)
+        assert [frames.take(), frames.take(), frames.take()] == [1, 2, None]
+        assert np.array_equal(frames[2], picture(2))
+
+
 def test_an_iterable_may_write_its_frames_to_one_place():
     buffer = np.zeros((8, 8, 3), np.uint8)
 

@@ -290,7 +290,7 @@ def _is_iterable(source: object) -> bool:
 
 
 def _iterate(source: Any) -> Iterator[NDArray[np.uint8]]:
-    if not _is_iterable(source) or isinstance(source, Tensor) or getattr(source, "ndim", 4) < 4:
+    if not _is_iterable(source) or getattr(source, "ndim", 4) < 4:  # one picture is no list of them
         raise TypeError(
             "source must be an iterable of frames, the number of a camera, a URL or a binary file, got "
             f"{type(source).__name__}"
