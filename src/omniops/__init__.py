@@ -5,10 +5,19 @@ import sys
 from importlib import import_module
 
 TYPE_CHECKING = False
-_PROGRAM = os.path.basename("".join(getattr(sys, "argv", [])[:1]))
+
+
+def _is_command() -> bool:
+    """Whether this process is the command, by its own name or as ``python -m omniops``."""
+    program = "".join(getattr(sys, "argv", [])[:1])
+    if program == "-m":  # until Python knows the module's file
+        given = sys.orig_argv
+        return "-m" in given and given[given.index("-m") + 1 :][:1] == ["omniops"]
+    return os.path.basename(program) in ("omniops", "omniops.exe")
+
 
 # In the command's process they are imported when they are asked for: its help and Ctrl-C need not wait for PyTorch.
-if TYPE_CHECKING or _PROGRAM not in ("omniops", "omniops.exe"):
+if TYPE_CHECKING or not _is_command():
     from omniops import nn
     from omniops.dropin import disable, enable
     from omniops.nn import (
@@ -60,10 +69,17 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    __version__: str
+else:
 
     def __getattr__(name: str) -> object:
-        """A public name that was not imported above."""
+        """A public name that was not imported above, or the version, which takes reading files."""
+        if name == "__version__":
+            from importlib.metadata import version
+
+            globals()[name] = version("omniops")
+            return globals()[name]
         if name == "nn":
             return import_module("omniops.nn")
         if name in __all__:

@@ -13,6 +13,14 @@ from omniops._torch_private import dispatch_key, has_kernel, operator_names
 from omniops.backends import BACKENDS, cpu, reference
 
 PACKAGES = ("omniops", "torch", "numpy", "triton")
+NOT_INSTALLED = "not installed"
+# What omniops calls, serves or is compared with, by the names that pip knows.
+OTHER_PACKAGES = (
+    "torchvision", "transformers", "timm", "sam2", "mmcv", "mmcv-lite", "mmdet", "mmengine", "detectron2",
+    "safetensors", "huggingface-hub", "av", "pillow", "pillow-heif", "matplotlib", "opencv-python",
+    "opencv-python-headless", "opencv-contrib-python", "faster-coco-eval", "pycocotools", "supervision",
+    "ultralytics", "scipy", "typer", "rich", "flask", "strawberry-graphql", "gunicorn", "waitress",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -23,6 +31,16 @@ def versions() -> dict[str, str]:
 def installed(packages: Iterable[str]) -> dict[str, str]:
     """The version of each package, or that it is not installed."""
     return {package: _version(package) for package in packages}
+
+
+def ffmpeg() -> dict[str, str]:
+    """The versions of the FFmpeg that PyAV brings and of its libraries; nothing where PyAV cannot be used."""
+    try:
+        av = import_module("av")
+    except (ImportError, OSError):  # a library that it needs may be missing
+        return {}
+    libraries = {name: ".".join(map(str, numbers)) for name, numbers in av.library_versions.items()}
+    return {"ffmpeg": str(av.ffmpeg_version_info), **libraries}
 
 
 def machine() -> dict[str, str]:
@@ -58,4 +76,4 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED

@@ -71,6 +71,29 @@ for name in sys.argv[1:]:
 """
 
 
+_AS_MODULE = """
+import atexit, runpy, sys
+atexit.register(lambda: print(sorted({"torch", "numpy"} & set(sys.modules)), file=sys.stderr))
+sys.orig_argv, sys.argv[0] = [sys.executable, "-m", "omniops"], "-m"  # as while Python looks for the module
+runpy.run_module("omniops", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("-h",), ("--version",), ("segment", "-h")])
+def test_as_a_module_it_imports_nothing_heavy_either(arguments):
+    result = _python(_AS_MODULE, *arguments)
+    assert result.stdout.strip()
+    assert "'torch'" not in result.stderr
+    assert result.stderr.startswith("[")
+
+
+def test_another_module_has_the_public_names_at_once():
+    """Also where it imports omniops while Python still looks for its file."""
+    code = "sys.orig_argv, sys.argv[0] = [sys.executable, '-m', 'another'], '-m'; import omniops; "
+    result = _python("import sys; " + code + "print('torch' in sys.modules, 'carafe' in vars(omniops))")
+    assert result.stdout == "True True\n"
+
+
 @pytest.mark.parametrize("command", [(), ("segment",), ("detect",), ("serve",)])
 def test_help_imports_nothing_heavy(command):
     result = _python(_AS_INSTALLED + _HELP, *command, "--help")

@@ -2,9 +2,11 @@
 
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
 import numpy
+import PIL
 import pytest
 import torch
 
@@ -121,3 +123,41 @@ def test_metal_names_its_device_where_torch_can_ask(monkeypatch):
 
 def test_a_file_that_cannot_be_written_is_wrong_use(fails, tmp_path):
     assert fails("doctor", "--json", str(tmp_path), status=2).endswith("it is a folder")
+
+
+def test_on_stdout_the_facts_are_alone(omniops):
+    result = omniops("doctor", "--json", "-")
+    assert (result.status, result.err, result.notes) == (0, "", [])
+    found = json.loads(result.out)
+    assert found["versions"] == environment.versions()
+    needed = {
+        "torchvision",
+        "transformers",
+        "sam2",
+        "mmcv",
+        "mmcv-lite",
+        "av",
+        "pillow",
+        "safetensors",
+        "huggingface-hub",
+    }
+    assert needed | {"opencv-python-headless", "faster-coco-eval", "typer", "flask"} <= set(found["packages"])
+    assert found["packages"]["pillow"] == PIL.__version__
+
+
+def test_it_shows_the_other_packages_that_are_here_and_no_others(omniops, monkeypatch):
+    monkeypatch.setattr(doctor, "OTHER_PACKAGES", ("pillow", "no-such-package"))
+    shown = " ".join(omniops("doctor").out.split())
+    assert f"also installed pillow {PIL.__version__}, " in shown
+    assert "no-such-package" not in shown
+
+
+def test_it_knows_the_ffmpeg_that_reads_videos(omniops, monkeypatch):
+    libraries = {"libavcodec": (61, 19, 101), "libavformat": (61, 7, 100)}
+    spec = ModuleSpec("av", None)
+    av = SimpleNamespace(ffmpeg_version_info="7.1.1", library_versions=libraries, __spec__=spec)
+    monkeypatch.setitem(sys.modules, "av", av)
+    assert doctor.facts()["ffmpeg"] == {"ffmpeg": "7.1.1", "libavcodec": "61.19.101", "libavformat": "61.7.100"}
+    assert "FFmpeg 7.1.1" in " ".join(omniops("doctor").out.split())
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert doctor.facts()["ffmpeg"] == {}

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ) from None
         run_app(arguments)
 
-    with errors.signals_as_errors():
+    with errors.signals_as_errors(), errors.levels():
         errors.escape_unencodable()
         status = errors.run(call)
     sys.exit(status)

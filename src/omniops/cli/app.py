@@ -11,9 +11,10 @@ import rich  # noqa: F401  # which every command needs, and Typer's help would d
 import typer
 from typer.core import TyperGroup
 
-from omniops.cli import errors
+from omniops.cli import errors, options
 
 _BENCH_SAM2 = "bench sam2"
+_OPTIONS = "options"
 
 
 class Command(NamedTuple):
@@ -102,13 +103,15 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
 
 
-def _make_app() -> typer.Typer:
+def _make_app(add_completion: bool = False) -> typer.Typer:
     return typer.Typer(
         name="omniops",
         cls=_Commands,
         help="Vision operators on every device: what serves them here, whether they are right, how fast they are.",
         no_args_is_help=True,
-        add_completion=False,
+        epilog=options.EXIT_STATUS,
+        context_settings={"help_option_names": ["-h", "--help"]},  # commands inherit it
+        add_completion=add_completion,
         pretty_exceptions_enable=False,
     )
 
@@ -119,7 +122,10 @@ def _import_command(name: str) -> Any:
     errors.raise_received()
     alone = _make_app()
     alone.command(name)(function)
-    return typer.main.get_group(alone).commands[name]
+    alone.command(_OPTIONS)(options.of_every_command)
+    commands = typer.main.get_group(alone).commands
+    commands[name].params += commands[_OPTIONS].params
+    return commands[name]
 
 
 def _placeholder() -> None:
@@ -128,7 +134,8 @@ def _placeholder() -> None:
 
 def run_app(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments, run the command and exit."""
-    app = _make_app()
+    app = _make_app(add_completion=True)
+    app.callback()(options.of_the_command)
     for name, command in COMMANDS.items():
         app.command(name, help=command.summary, hidden=command.hidden)(_placeholder)
     app(args=None if arguments is None else list(arguments), prog_name="omniops")

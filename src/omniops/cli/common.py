@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 from omniops.cli.errors import CommandError as CommandError
-from omniops.cli.errors import raise_received, say
+from omniops.cli.errors import raise_received, say, says
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,12 @@ DEVICE_NAMES = "auto, cpu, cuda, cuda:1, mps, ..."
 
 DeviceOption = Annotated[
     str | None,
-    typer.Option("--device", metavar="D", help=DEVICE_NAMES, show_default="the GPU where there is one"),
+    typer.Option(
+        "--device",
+        metavar="D",
+        help=f"{DEVICE_NAMES}; OMNIOPS_DEVICE says what auto is",
+        show_default="the GPU where there is one",
+    ),
 ]
 
 
@@ -92,7 +97,7 @@ def print_lines(*lines: str, above: Progress | None = None) -> None:
 def progress(*columns: ProgressColumn) -> Progress:
     """A progress bar, beside the results on stderr and gone at the end, with more columns if wanted.
 
-    There is none where stderr is no terminal.
+    There is none where stderr is no terminal, and with --quiet.
     """
     console = Console(stderr=True)
     return Progress(
@@ -103,7 +108,7 @@ def progress(*columns: ProgressColumn) -> Progress:
         TextColumn("{task.description}"),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and says("info")),
     )
 
 

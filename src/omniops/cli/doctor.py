@@ -22,26 +22,55 @@ from omniops.cli import cases
 from omniops.cli.common import EXTRAS, missing_packages, output, require_writable
 from omniops.dropin import LIBRARIES
 from omniops.dropin._extension import Extension
-from omniops.environment import installed, is_for, machine, operators, serving, versions
+from omniops.environment import (
+    NOT_INSTALLED,
+    OTHER_PACKAGES,
+    ffmpeg,
+    installed,
+    is_for,
+    machine,
+    operators,
+    serving,
+    versions,
+)
 from omniops.formatting import dtype_name
 
 
 def doctor(
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything there, to attach to a report.")
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write everything there, to attach to a report; - for stdout, and nothing else.",
+        ),
     ] = None,
 ) -> None:
     """Show versions, devices, and the kernel that serves each operator on each device.
 
     Example: omniops doctor
+
+    Example: omniops doctor --json -
     """
-    require_writable(json_file)
+    is_stdout = json_file == Path("-")
+    if not is_stdout:
+        require_writable(json_file)
     found = facts()
+    written = json.dumps(found, indent=1)
+    if is_stdout:
+        print(written)
+        return
     if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(written + "\n", encoding="utf-8")
+    _show(found)
+
+
+def _show(found: dict[str, Any]) -> None:
     console = output()
+    others = [f"{name} {value}" for name, value in found["packages"].items() if value != NOT_INSTALLED]
+    others += [f"FFmpeg {value}" for name, value in found["ffmpeg"].items() if name == "ffmpeg"]
     table = Table("", "", show_header=False, box=None)
-    for name, value in {**found["versions"], **found["machine"]}.items():
+    for name, value in {**found["versions"], **found["machine"], "also installed": ", ".join(others)}.items():
         table.add_row(name, value)
     console.print(table)
 
@@ -88,7 +117,8 @@ def facts() -> dict[str, Any]:
         "versions": versions(),
         "machine": machine(),
         "system": _system(),
-        "packages": installed(name for packages in EXTRAS.values() for name in packages),
+        "packages": installed(dict.fromkeys((*OTHER_PACKAGES, *(name for extra in EXTRAS.values() for name in extra)))),
+        "ffmpeg": ffmpeg(),
         "devices": [
             {
                 "device": str(device),
@@ -154,6 +184,7 @@ def _system() -> dict[str, Any]:
         "torch": torch.__config__.show(),
         "torch commit": torch.version.git_version,
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         # As Metal calls it, which tells a virtual machine's GPU; older versions of torch do not ask.
         "metal device": metal.get_name() if is_available and hasattr(metal, "get_name") else None,
         "metal cores": metal.get_core_count() if is_available and hasattr(metal, "get_core_count") else None,

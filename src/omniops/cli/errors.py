@@ -21,6 +21,9 @@ _UNREAD = 128 + 13
 """What a shell reports of a process that SIGPIPE ended, which Python ignores."""
 _received: list[KeyboardInterrupt] = []
 """What signals raised."""
+_LEVELS = {"error": 40, "warning": 30, "info": 20, "debug": 10}
+"""What is said on stderr, numbered as ``logging`` does."""
+_level = _LEVELS["info"]
 
 
 class CommandError(Exception):
@@ -73,30 +76,42 @@ def report(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # as of ``| head -1``
         _discard_output()
         return _UNREAD
+    status = _say_error(error)
+    if _level <= _LEVELS["debug"]:
+        _print_traceback(error)
+    return status
+
+
+def _say_error(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
-        say(f"error: {cause(error)}")
+        say(f"error: {cause(error)}", "error")
         return exit_status(error)
     if isinstance(error, CommandError):
-        say(f"error: {error}")
+        say(f"error: {error}", "error")
         return error.status
     if isinstance(error, OSError):
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF, errno.EFBIG):
             _discard_output()
-            say(f"error: cannot write the output: {reason(error)}")
+            say(f"error: cannot write the output: {reason(error)}", "error")
         else:
             prefix = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-            say(f"error: {prefix}{reason(error)}")
+            say(f"error: {prefix}{reason(error)}", "error")
         return 1
     if _is_memory(error):
-        say(f"error: not enough memory: {reason(error)}")
+        say(f"error: not enough memory: {reason(error)}", "error")
         return 1
     name = type(error).__name__
-    say(f"error: a fault of omniops, please report it with what follows: {name}: {reason(error)}")
+    say(f"error: a fault of omniops, please report it with what follows: {name}: {reason(error)}", "error")
+    if _level > _LEVELS["debug"]:
+        _print_traceback(error)
+    return 1
+
+
+def _print_traceback(error: BaseException) -> None:
     import traceback
 
     with suppress(OSError, ValueError):
         traceback.print_exception(error)
-    return 1
 
 
 def reason(error: BaseException) -> str:
@@ -106,8 +121,49 @@ def reason(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def say(text: str) -> None:
-    """A line on stderr, at once, whatever stderr is."""
+@contextmanager
+def levels() -> Iterator[None]:
+    """Meanwhile ``set_level`` may be called; afterwards all is said again that was said before."""
+    import logging
+    import warnings
+
+    global _level
+    before, disabled = _level, logging.root.manager.disable
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            _level = before
+            logging.disable(disabled)
+
+
+def set_level(name: str) -> None:
+    """Say on stderr what is as urgent as error, warning, info or debug, or more so; libraries follow."""
+    import logging
+    import warnings
+
+    global _level
+    _level = _LEVELS[name]
+    if _level > _LEVELS["info"]:
+        logging.disable(_level - 1)
+    if _level > _LEVELS["warning"]:
+        warnings.simplefilter("ignore")
+
+
+def is_quiet() -> bool:
+    """Whether errors alone are said."""
+    return _level >= _LEVELS["error"]
+
+
+def says(level: str) -> bool:
+    """Whether what is of that level is said: error, warning, info or debug."""
+    return _LEVELS[level] >= _level
+
+
+def say(text: str, level: str = "info") -> None:
+    """A line on stderr, at once, whatever stderr is; none where what is of that level is not said."""
+    if not says(level):
+        return
     with suppress(OSError, ValueError):
         if sys.stderr is not None:
             print(f"omniops: {text}", file=sys.stderr, flush=True)
@@ -153,7 +209,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 def _status(ended: SystemExit) -> int:
     if isinstance(ended.code, str):
-        say(ended.code)
+        say(ended.code, "error")
         return 1
     return int(ended.code or 0)
 

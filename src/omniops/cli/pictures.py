@@ -50,7 +50,7 @@ def find_pictures(sources: Sequence[Path]) -> list[Path]:
             f"no pictures in {', '.join(map(str, sources))}: no file ends with {readable_endings()}{of_others}"
         )
     for path in unread:
-        say(f"{path} is left out: a picture of a kind that is not read")
+        say(f"{path} is left out: a picture of a kind that is not read", "warning")
     return list(found.values())
 
 

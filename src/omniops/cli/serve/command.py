@@ -229,9 +229,12 @@ def _announce(settings: Settings, gallery: Path | None, address: str, is_loopbac
     print_lines(f"SAM 2 is served at {address} - Ctrl-C ends it")
     if not is_loopback:
         who = "who has the token" if settings.token is not None else "anybody, without a token"
-        say(f"other machines are served by this one's address: {who}")
+        say(f"other machines are served by this one's address: {who}", "warning")
     if not is_loopback and not https:
-        say("without --certfile browsers on other machines decode no video frame by frame, and all is sent unencrypted")
+        say(
+            "without --certfile browsers on other machines decode no video frame by frame, and all is sent unencrypted",
+            "warning",
+        )
     if gallery is None:
         say("no FOLDER was given: the gallery shows a sample clip")
     elif not any(path.is_file() for path in gallery.rglob("*")):
