@@ -1,4 +1,4 @@
-"""The losses of SAM 2 (Ravi et al., 2024, appendix D.2): focal and dice on masks, L1 on IoU, cross entropy on presence."""
+"""The losses of SAM 2 (Ravi et al., 2024): focal and dice on masks, L1 on IoU, cross entropy on presence."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def sam2_losses(masks: Masks, targets: Tensor) -> Losses:
         ValueError: for targets of another shape.
     """
     if targets.ndim != 3 or len(targets) != len(masks.ious):
-        raise ValueError(f"targets must be ({len(masks.ious)}, H, W), a mask for each prompt, got {tuple(targets.shape)}")
+        raise ValueError(
+            f"targets must be ({len(masks.ious)}, H, W), a mask for each prompt, got {tuple(targets.shape)}"
+        )
     with torch.autocast(targets.device.type, enabled=False):
         targets = targets.float()
         logits = masks.low_res_masks.float()

@@ -1,4 +1,4 @@
-"""Prompts drawn from masks, as SAM 2 is trained: a first click, a box or a mask, then clicks where the result is wrong."""
+"""Prompts drawn from masks: a first click or box, then clicks where the result is wrong, as SAM 2 is trained."""
 
 from __future__ import annotations
 

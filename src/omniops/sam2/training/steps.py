@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from omniops.sam2.modeling.layers import project_rows
 from omniops.sam2.modeling.mask_decoder import Masks
-from omniops.sam2.modeling.sam2 import ImageFeatures, SAM2Base
-from omniops.sam2.prompts import PointInputs
+from omniops.sam2.modeling.prompt_encoder import NOT_A_POINT
+from omniops.sam2.modeling.sam2 import NO_OBJ_SCORE, ImageFeatures, SAM2Base
 from omniops.sam2.training.losses import Losses, sam2_losses
 from omniops.sam2.training.sampling import box_points, corrective_points, sample_points
 
@@ -61,7 +61,9 @@ def clip_step(
         targets: (T, B, S, S), 0 and 1.
     """
     features = model.forward_image(frames)
-    losses, memories, pointers = [], [], []
+    losses: list[Losses] = []
+    memories: list[Tensor] = []
+    pointers: list[Tensor] = []
     for t, expected in enumerate(targets):
         frame = features.of(t)
         if t == 0:
@@ -69,7 +71,9 @@ def clip_step(
             found = _interact(model, frame, embed, expected, prompt, corrections, generator)
         else:
             recent = [0, *range(max(1, t - model.num_maskmem + 1), t)]
-            index, times = model.encode_times([t - i if i else 0 for i in recent], [t - i for i in recent], len(frames) - 1)
+            index, times = model.encode_times(
+                [t - i if i else 0 for i in recent], [t - i for i in recent], len(frames) - 1
+            )
             embed = model.prepare_memory_conditioned_features(
                 frame.image_embed,
                 torch.stack([memories[i] for i in recent]),
@@ -77,7 +81,10 @@ def clip_step(
                 torch.stack([pointers[i] for i in recent]),
                 times,
             )
-            nothing = (expected.new_zeros(len(expected), 1, 2), expected.new_full((len(expected), 1), -1).int())
+            nothing = (
+                expected.new_zeros(len(expected), 1, 2),
+                expected.new_full((len(expected), 1), NOT_A_POINT).int(),
+            )
             found = [model.predict_masks(frame, embed, *nothing, None, multimask_output=True)]
         losses += [sam2_losses(masks, expected) for masks in found]
         logits, pointer = _choose(model, found[-1])
@@ -109,17 +116,16 @@ def _interact(
         coords, labels = box_points(targets)
     else:
         coords = sample_points(targets > 0.5, generator)
-        label = -1 if prompt == "mask" else 1
-        labels = torch.full(coords.shape[:2], label, dtype=torch.int32, device=coords.device)
-        labels[~targets.flatten(1).any(dim=1)] *= 0 if label == 1 else 1  # a click beside an object that is not there
+        # A click beside an object that is not there is one outside of it.
+        labels = targets.flatten(1).any(dim=1, keepdim=True).int()
+        if prompt == "mask":
+            labels = torch.full_like(labels, NOT_A_POINT)
     if prompt == "mask":
         mask_input = model.mask_downsample(targets[:, None].float()).float()
     found = []
     for step in range(corrections + 1):
         several = step == 0 and prompt == "point"
-        masks = model.predict_masks(
-            features, embed, *PointInputs(coords, labels), mask_input, multimask_output=several
-        )
+        masks = model.predict_masks(features, embed, coords, labels, mask_input, multimask_output=several)
         found.append(masks)
         if step < corrections:
             best = _best(masks)
@@ -141,7 +147,7 @@ def _choose(model: SAM2Base, masks: Masks) -> tuple[Tensor, Tensor]:
     objects = torch.arange(len(masks.ious), device=masks.ious.device)
     pointer = project_rows(model.obj_ptr_proj, masks.sam_output_tokens[objects, masks.ious.argmax(dim=1)])
     is_there = masks.object_score_logits > 0
-    logits = torch.where(is_there[..., None, None], _best(masks), -1024.0)
+    logits = torch.where(is_there[..., None, None], _best(masks), NO_OBJ_SCORE)
     return logits, torch.where(is_there, pointer, model.no_obj_ptr)
 
 

@@ -1,0 +1,91 @@
+"""Losses by hand, gradients, and weights that the official package loads."""
+
+import math
+
+import pytest
+import torch
+
+from omniops.sam2.architectures import new
+from omniops.sam2.checkpoints import load
+from omniops.sam2.training.losses import actual_iou, dice_loss, sigmoid_focal_loss
+from omniops.sam2.training.sampling import box_points, corrective_points
+from omniops.sam2.training.steps import clip_step, image_step, save_checkpoint
+
+SIDE = 64
+UNUSED = {"no_mem_pos_enc"}  # in the checkpoints, but used by no model
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return new("tiny", image_size=SIDE).train()
+
+
+@pytest.fixture
+def batch():
+    images, targets = torch.zeros(2, 3, SIDE, SIDE), torch.zeros(2, SIDE, SIDE)
+    targets[0, 8:40, 8:40] = targets[1, 20:60, 16:48] = 1
+    return images + 2 * targets[:, None], targets
+
+
+def test_losses_by_hand():
+    logits = torch.zeros(1, 2, 2, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]], dtype=torch.float64)
+    expected = (0.25 + 3 * 0.75) / 4 * 0.25 * math.log(2)
+    assert sigmoid_focal_loss(logits, targets).item() == pytest.approx(expected)
+    assert dice_loss(logits, targets).item() == pytest.approx(1 - 2 / 4)
+    assert actual_iou(targets - 0.5, torch.ones_like(targets)).item() == 0.25
+    for loss in (sigmoid_focal_loss, dice_loss):
+        assert torch.autograd.gradcheck(lambda x, loss=loss: loss(x, targets), logits)
+
+
+def test_prompts_by_hand():
+    targets = torch.zeros(1, 6, 8)
+    targets[0, 1:4, 2:7] = 1
+    coords, labels = box_points(targets)
+    assert coords.tolist() == [[[2, 1], [6, 3]]]
+    assert labels.tolist() == [[2, 3]]
+    logits = targets * 2 - 1
+    logits[0, 3, 6] = -1
+    points, labels = corrective_points(logits, targets)
+    assert (points.tolist(), labels.tolist()) == ([[[6, 3]]], [[1]])
+    assert corrective_points(targets * 2 - 1, targets)[1].item() == -1
+
+
+@pytest.mark.parametrize(
+    "prompt", ["point", *(pytest.param(prompt, marks=pytest.mark.slow) for prompt in ("box", "mask"))]
+)
+def test_loss_falls(model, batch, prompt):
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    values = []
+    for _ in range(6):
+        loss = image_step(model, *batch, prompt, 0, torch.Generator().manual_seed(0)).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < 0.8 * values[0]
+
+
+def test_gradients_reach_every_parameter(model, batch):
+    images, targets = batch
+    with torch.no_grad():
+        model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(1)
+    for prompt in ("point", "box", "mask"):
+        image_step(model, *batch, prompt, 1).total.backward()
+    clip_step(model, images, targets[:, None]).total.backward()
+    with torch.no_grad():
+        model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(-99)
+    clip_step(model, images, targets[:, None]).total.backward()
+    missing = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert missing == UNUSED
+
+
+def test_saved_weights_load_in_the_official_package(model, twins, tmp_path):
+    official, _ = twins(image_size=SIDE)
+    path = tmp_path / "tuned.pt"
+    save_checkpoint(model, path)
+    state = torch.load(path, weights_only=True)["model"]
+    assert official.state_dict().keys() == state.keys()
+    ours = load(path, "cpu", "float32", image_size=SIDE).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in state.items())
