@@ -89,3 +89,29 @@ def test_saved_weights_load_in_the_official_package(model, twins, tmp_path):
     assert official.state_dict().keys() == state.keys()
     ours = load(path, "cpu", "float32", image_size=SIDE).state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in state.items())
+
+
+def test_the_official_package_computes_the_same_masks(model, twins, tmp_path):
+    official, _ = twins(image_size=SIDE)
+    before = {name: tensor.clone() for name, tensor in official.state_dict().items()}
+    with torch.no_grad():
+        model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(9)
+    path = tmp_path / "tuned.pt"
+    save_checkpoint(model, path)
+    try:
+        official.load_state_dict(torch.load(path, weights_only=True)["model"], strict=True)
+        images = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+        model.eval()
+        points, labels = torch.tensor([[[20.0, 30.0]]]), torch.ones(1, 1, dtype=torch.int32)
+        with torch.no_grad():
+            features = model.forward_image(images)
+            embed = model.add_no_mem_embed(features.image_embed)
+            found = model.predict_masks(features, embed, points, labels, None, multimask_output=True).low_res_masks
+            fine = official.forward_image(images)["backbone_fpn"][:2]
+            expected = official._forward_sam_heads(
+                embed, {"point_coords": points, "point_labels": labels}, high_res_features=fine, multimask_output=True
+            )[0]
+        assert (expected > -1024).all()  # else the masks would not be seen
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    finally:
+        official.load_state_dict(before)
