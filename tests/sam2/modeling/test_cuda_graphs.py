@@ -68,13 +68,13 @@ def test_a_function_is_called_then_captured_then_replayed(replayed: list[Emulate
         assert torch.equal(same, x)
         assert none is None
         calls.append((module.calls, len(replayed)))
-    assert calls == [(1, 0), (2, 1), (2, 2), (2, 3)]
+    assert calls == [(1, 0), (3, 0), (3, 1), (3, 2)]
 
 
 def test_results_are_the_callers_own(replayed: list[EmulatedCudaGraph]) -> None:
     module, x = Scaled(), torch.randn(2, 3)
     results = [module.run(x * i, None)[0] for i in range(4)]
-    assert len(replayed) == 3
+    assert len(replayed) == 2
     for i, result in enumerate(results):
         assert torch.equal(result, module.expected(x * i))
 
@@ -124,13 +124,13 @@ def test_functions_are_called_and_captured_with_autocast_in_one_state(replayed: 
     module.register_forward_pre_hook(lambda *_: states.append(torch.is_autocast_cache_enabled()))
     for _ in range(2):
         module.run(torch.ones(2, 3), None)
-    assert states == [False, False]
+    assert states == [False, False, False]
     assert torch.is_autocast_cache_enabled()
 
 
 def test_training_has_a_graph_of_its_own(replayed: list[EmulatedCudaGraph]) -> None:
     module, x = Scaled(), torch.ones(2, 3)
-    for _ in range(2):
+    for _ in range(3):
         module.run(x, None)
     module.eval()
     module.run(x, None)
@@ -199,22 +199,30 @@ def test_a_copy_has_no_graphs(replayed: list[EmulatedCudaGraph]) -> None:
             copied.weight.fill_(0.5)
         for _ in range(3):
             assert torch.equal(copied.run(x, None)[0], copied.expected(x))
-        assert copied.calls == module.calls + 2
+        assert copied.calls == module.calls + 3
     assert torch.equal(module.run(x, None)[0], module.expected(x))
 
 
-def test_a_function_is_called_before_in_each_thread(replayed: list[EmulatedCudaGraph]) -> None:
-    module, calls = Scaled(), []
-
-    def call() -> None:
-        module.run(torch.ones(2, 3), None)
-        calls.append((module.calls, len(replayed)))
-
-    for number in (1, 1, 2, 1):
+def test_a_thread_calls_a_function_before_it_captures_it(replayed: list[EmulatedCudaGraph]) -> None:
+    module = Scaled()
+    captures: list[bool] = []
+    module.register_forward_pre_hook(lambda *_: captures.append(EmulatedCudaGraph.capturing is not None))
+    for _ in range(3):
         with ThreadPoolExecutor(1) as pool:
-            for _ in range(number):
-                pool.submit(call).result()
-    assert calls == [(1, 0), (2, 0), (3, 0), (4, 1), (4, 2)]
+            pool.submit(module.run, torch.ones(2, 3), None).result()
+    assert captures == [False, False, True]
+    assert len(replayed) == 1
+
+
+def test_wrong_arguments_leave_graphs_enabled(replayed: list[EmulatedCudaGraph]) -> None:
+    module, x = Scaled(), torch.ones(2, 3)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            module.run(torch.ones(2, 4), None)
+    for _ in range(3):
+        assert torch.equal(module.run(x, None)[0], module.expected(x))
+    assert module.cuda_graphs.enabled
+    assert len(replayed) == 1
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 MAX_GRAPHS = 32
 """Of one model; those used last stay."""
+
+_CAPTURE_LOCK = threading.Lock()
+"""Graphs of all models are captured one at a time: captures share PyTorch's generator of random numbers."""
 
 _Result = TypeVar("_Result")
 
@@ -33,8 +37,8 @@ class _Graph(NamedTuple):
 class CudaGraphs:
     """The CUDA graphs of a module's functions.
 
-    A function is called as it is the first time that a thread gives it tensors of those shapes, captured the second
-    time, and replayed from then on: its Python does not run any more, nor do hooks of modules. So it must not wait for
+    A function is called as it is the first two times that it gets tensors of those shapes, captured after the second
+    call, and replayed from then on: its Python does not run any more, nor do hooks of modules. So it must not wait for
     the GPU, and nothing that it copies from the CPU changes, but for tensors that are its arguments. Where it cannot be
     captured, or there is no memory left for it, a warning says so, and all goes on without graphs.
 
@@ -60,7 +64,7 @@ class CudaGraphs:
         """Forget all graphs."""
         with self._lock:
             self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-            self._called: OrderedDict[Hashable, None] = OrderedDict()  # functions without a graph so far
+            self._called: OrderedDict[Hashable, None] = OrderedDict()  # functions called once so far
             self._buffers: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()  # the graphs hold them
             self._weights: list[Tensor] = []
             self._addresses: list[int] = []
@@ -85,21 +89,7 @@ class CudaGraphs:
             if [weight.data_ptr() for weight in self._weights] != self._addresses:
                 self.clear()
             if key not in self._graphs:
-                # What libraries set up at a thread's first call cannot be captured.
-                call = key, threading.current_thread()
-                if call not in self._called:
-                    _keep_last(self._called, call, None)
-                    with _without_kept_casts(device):  # as when it is captured, for torch.compile to compile once
-                        return function(*args, **options)
-                if not self._weights:
-                    self._prepare(module, device)
-                try:
-                    _keep_last(self._graphs, key, self._capture(function, args, device, options))
-                except RuntimeError as error:
-                    self.enabled = False
-                    self.clear()
-                    warnings.warn(f"no CUDA graphs any more: {function.__qualname__}: {error}", stacklevel=3)
-                    return function(*args, **options)
+                return self._call_and_capture(key, function, args, device, options)
             captured = self._graphs[key]
             self._graphs.move_to_end(key)
             for buffer, tensor in zip(_tensors(captured.args), _tensors(args), strict=True):
@@ -108,24 +98,52 @@ class CudaGraphs:
             result: _Result = _map(Tensor.clone, captured.result)
         return result
 
+    def _call_and_capture(
+        self, key: Hashable, function: Callable[..., _Result], args: Any, device: torch.device, options: Any
+    ) -> _Result:
+        """Call the function, and capture it if it was called before.
+
+        The call comes first, because what libraries set up at a thread's first call cannot be captured, and so that
+        wrong arguments raise their error there and are not taken for a failed capture.
+        """
+        with _without_kept_casts(device):  # as when it is captured, for torch.compile to compile once
+            result = function(*args, **options)
+        if key not in self._called:
+            _keep_last(self._called, key, None)
+            return result
+        del self._called[key]
+        if not self._weights:
+            module: nn.Module = function.__self__  # type: ignore[attr-defined]
+            self._prepare(module, device)
+        try:
+            _keep_last(self._graphs, key, self._capture(function, args, device, options))
+        except RuntimeError as error:
+            self.enabled = False
+            self.clear()
+            warnings.warn(f"no CUDA graphs any more: {function.__qualname__}: {error}", stacklevel=4)
+        return result
+
     def _prepare(self, module: nn.Module, device: torch.device) -> None:
         self._weights = [*module.parameters(), *module.buffers()]
         self._addresses = [weight.data_ptr() for weight in self._weights]
         self._pool = torch.cuda.graph_pool_handle()
-        if device not in self._streams:  # one for all graphs: what a stream has freed only it gets again
+        if device not in self._streams:  # one for all graphs: PyTorch reuses freed memory on the same stream alone
             self._streams[device] = torch.cuda.Stream(device)
 
     def _capture(self, function: Callable[..., Any], args: Any, device: torch.device, options: Any) -> _Graph:
         number = itertools.count()
         args = _map(lambda tensor: self._buffer(next(number), tensor, device), args)
         graph = torch.cuda.CUDAGraph()
-        with _without_kept_casts(device), torch.cuda.stream(self._streams[device]):
-            with torch.inference_mode(False):  # before torch 2.11 tensors made here are used by graphs of others
+        with _without_kept_casts(device), torch.cuda.stream(self._streams[device]), _CAPTURE_LOCK:
+            with torch.inference_mode(False):  # before torch 2.11 graphs of other libraries use tensors made here
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may go on
             try:
                 result = function(*args, **options)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # that the capture failed, where it is the error that says why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return _Graph(graph, args, result)
 
     def _buffer(self, number: int, tensor: Tensor, device: torch.device) -> Tensor:
