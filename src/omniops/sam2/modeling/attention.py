@@ -40,11 +40,11 @@ _CPU_MIN_QUERIES = 16
 _CPU_QUERIES_AT_ONCE = 256
 """So many at least, however many scores they have."""
 _CUDNN_CAPABILITIES = {(9, 0)}
-"""Of the GPUs on which it was measured that splitting the keys is faster: Hopper."""
+"""Compute capability of the GPUs on which splitting the keys was measured to be faster: Hopper's."""
 _CUDNN_QUERIES = 128
-"""On one multiprocessor."""
+"""Queries that one multiprocessor takes."""
 _CUDNN_MIN_KEYS = 1024
-"""Of a part: with fewer it takes longer to put the parts together."""
+"""Keys of a part, at least: with fewer, putting the parts together takes longer than the split saves."""
 
 
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -108,16 +108,21 @@ def _cudnn_parts(query: Tensor, key: Tensor, value: Tensor) -> int:
 
 
 def _number_of_parts(query_shape: Sequence[int], keys: int, multiprocessors: int) -> int:
-    """Of one length."""
+    """The most parts of equal length for which there are multiprocessors and keys."""
     batch, heads, queries, _ = query_shape
     blocks = batch * heads * -(-queries // _CUDNN_QUERIES)
-    most = min(multiprocessors // max(1, blocks), keys // _CUDNN_MIN_KEYS)
-    return next((parts for parts in range(most, 1, -1) if keys % parts == 0), 1)
+    if not blocks:
+        return 1
+    max_parts = min(multiprocessors // blocks, keys // _CUDNN_MIN_KEYS)
+    return next((parts for parts in range(max_parts, 1, -1) if keys % parts == 0), 1)
 
 
 def _by_parts_of_keys(query: Tensor, key: Tensor, value: Tensor, parts: int) -> Tensor:
-    """The softmax over all keys is that over each part, times the part's share of the sum of exponentials."""
-    heads = key.shape[1]  # of which each part is one for the kernel
+    """Attention to each part of the keys, added up.
+
+    Each counts by its share of the sum of the exponentials of all scores.
+    """
+    heads = key.shape[1]  # the kernel takes each part as a head of its own
     key, value = (tensor.unflatten(2, (parts, -1)).flatten(1, 2) for tensor in (key, value))
     query = query.unsqueeze(2).expand(-1, -1, parts, -1, -1).flatten(1, 2)
     attended, logsumexp = cudnn_attention(query, key, value)
