@@ -52,9 +52,8 @@ def test_prompts_by_hand():
     assert corrective_points(targets * 2 - 1, targets)[1].item() == -1
 
 
-@pytest.mark.parametrize(
-    "prompt", ["point", *(pytest.param(prompt, marks=pytest.mark.slow) for prompt in ("box", "mask"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", ["point", "box", "mask"])
 def test_loss_falls(model, batch, prompt):
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     values = []

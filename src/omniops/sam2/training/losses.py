@@ -36,7 +36,7 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """(..., H, W) logits and targets of 0 and 1 -> (...), 1 - (2 |A B| + 1) / (|A| + |B| + 1)."""
+    """(..., H, W) logits and targets of 0 and 1 -> (...), one less the Dice coefficient, smoothed by 1."""
     probability = logits.sigmoid()
     overlap = (probability * targets).sum(dim=(-2, -1))
     return 1 - (2 * overlap + 1) / (probability.sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1)) + 1)
