@@ -80,6 +80,7 @@ def test_guided_upsampling(rules, dtype):
     predictor.predict([[10, 10]], [1])
 
 
+@pytest.mark.slow
 @dtypes
 def test_masks_of_everything(rules, dtype):
     generator = SAM2AutomaticMaskGenerator(
@@ -111,6 +112,7 @@ def test_videos(rules, dtype, tmp_path):
     eight_objects(SAM2VideoPredictor(model(rules, dtype=dtype)), write_clip(tmp_path / "clip", 5))
 
 
+@pytest.mark.slow
 @dtypes
 def test_videos_with_every_option(rules, dtype, tmp_path):
     """And of a state that was copied."""
@@ -179,6 +181,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "rule"), PLANTED.values(), ids=PLANTED)
 def test_a_planted_fault_is_found(rules, monkeypatch, tmp_path, fault, rule):
     monkeypatch.setattr(*fault)

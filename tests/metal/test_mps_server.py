@@ -89,7 +89,8 @@ def everything_asked(served: Inference, clip: str) -> list[Any]:
     return answers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_all_that_is_asked_keeps_the_rules(clip, dtype):
     with mps_device(values=False) as device:
         everything_asked(Inference(model(device, dtype)), clip)

@@ -166,6 +166,7 @@ def test_pack_learns():
     assert losses[-1] < 0.97 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pack_under_autocast_and_compile(dtype):
     torch.manual_seed(0)
