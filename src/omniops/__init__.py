@@ -11,8 +11,8 @@ def _is_command() -> bool:
     """Whether this process is the command, by its own name or as ``python -m omniops``."""
     program = "".join(getattr(sys, "argv", [])[:1])
     if program == "-m":  # until Python knows the module's file
-        given = sys.orig_argv
-        return "-m" in given and given[given.index("-m") + 1 :][:1] == ["omniops"]
+        arguments = sys.orig_argv
+        return "-m" in arguments and arguments[arguments.index("-m") + 1 :][:1] == ["omniops"]
     return os.path.basename(program) in ("omniops", "omniops.exe")
 
 

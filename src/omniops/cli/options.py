@@ -26,9 +26,9 @@ class LogLevel(str, Enum):
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from omniops import __version__
 
-        typer.echo(f"omniops {version('omniops')}")
+        typer.echo(f"omniops {__version__}")
         raise typer.Exit
 
 

@@ -185,6 +185,7 @@ class FrameInference:
         self._add_prompt_outputs(objects.values())
 
     def _add_prompt_outputs(self, objects: Iterable[TrackedObject]) -> None:
+        """Move the outputs of new prompts to those that frames attend to."""
         for obj in objects:
             temp_outputs, cond_outputs = obj.temp_output_dict, obj.output_dict.cond_frame_outputs
             prompt_frames = [*temp_outputs.non_cond_frame_outputs, *temp_outputs.cond_frame_outputs]

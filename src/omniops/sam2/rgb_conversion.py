@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 _MAX_SCALERS = 4
 _BT601, _BT709 = 5, 1
-_RGB_RANGE = 2
+RGB_RANGE = 2
+"""FFmpeg's number for all values from 0 to 255."""
 
 
 class RGBConverter:
@@ -39,6 +40,6 @@ class RGBConverter:
             dst_colorspace=_BT601 if frame.colorspace == _BT709 else _BT709,
             interpolation="BICUBIC",
             src_color_range=int(frame.color_range),
-            dst_color_range=_RGB_RANGE,
+            dst_color_range=RGB_RANGE,
         ).to_ndarray()
         return rgb

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from omniops.sam2.decoded_frames import DecodedFrames
 from omniops.sam2.display_matrix import display_orientation
 from omniops.sam2.frame_reader import Colour, FrameError, IncompleteVideoWarning
-from omniops.sam2.rgb_conversion import RGBConverter
+from omniops.sam2.rgb_conversion import RGB_RANGE, RGBConverter
 from omniops.sam2.video_container import InputFile, PacketRecord, main_video_stream, packet_identity
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ _DECLARE_DURATION = frozenset(("asf", "flv", "live_flv", "matroska", "mxf", "web
 """Formats whose header has the duration of the file. In others FFmpeg measures it."""
 _DURATION_TOLERANCE = 0.002
 """Seconds by which the durations that a file declares may be greater than those of its packets."""
-_RGB_RANGE = 2
 
 
 class VideoFile:
@@ -122,7 +121,7 @@ class VideoFile:
         ratio = Fraction(self._stream.sample_aspect_ratio or 1)
         self.sample_aspect_ratio = 1 / ratio if is_transposed else ratio
         context = self._stream.codec_context
-        full_range = first.color_range == _RGB_RANGE or first.format.name.startswith("yuvj")
+        full_range = first.color_range == RGB_RANGE or first.format.name.startswith("yuvj")
         numbers = (int(context.color_primaries), int(context.color_trc), int(first.colorspace))
         self.colour = None if first.format.is_rgb else Colour(*numbers, full_range)
 

@@ -102,9 +102,11 @@ def _cudnn_parts(query: Tensor, key: Tensor, value: Tensor) -> int:
         return 1
     multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
     parts = _number_of_parts(query.shape, key.shape[2], multiprocessors)
+    if parts == 1:
+        return 1
     params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)
     # It refuses float32, and what its version has no kernel for.
-    return parts if parts > 1 and torch.backends.cuda.can_use_cudnn_attention(params) else 1
+    return parts if torch.backends.cuda.can_use_cudnn_attention(params) else 1
 
 
 def _number_of_parts(query_shape: Sequence[int], keys: int, multiprocessors: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from omniops.sam2.modeling.layers import project_rows
 from omniops.sam2.modeling.mask_decoder import Masks
 from omniops.sam2.modeling.prompt_encoder import NOT_A_POINT
-from omniops.sam2.modeling.sam2 import NO_OBJ_SCORE, ImageFeatures, SAM2Base
+from omniops.sam2.modeling.sam2 import LARGEST_LOGIT, NO_OBJ_SCORE, ImageFeatures, SAM2Base
 from omniops.sam2.training.losses import Losses, sam2_losses
 from omniops.sam2.training.sampling import box_points, corrective_points, sample_points
 
@@ -129,7 +129,7 @@ def _interact(
         found.append(masks)
         if step < corrections:
             best = _best(masks)
-            mask_input = best.detach().clamp(-32, 32)
+            mask_input = best.detach().clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
             logits = F.interpolate(mask_input, targets.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
             point, label_of_point = corrective_points(logits, targets, generator)
             coords, labels = torch.cat((coords, point), dim=1), torch.cat((labels, label_of_point), dim=1)
