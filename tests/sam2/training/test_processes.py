@@ -1,12 +1,11 @@
 """Two processes give the gradients of one."""
 
-import os
-import socket
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from omniops.sam2.architectures import new
@@ -35,10 +34,9 @@ def gradients(step):
     return {name: parameter.grad for name, parameter in step.named_parameters() if parameter.grad is not None}
 
 
-def run_process(rank, port, path):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def run_process(rank, store, path):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     parallel = nn.parallel.DistributedDataParallel(Step(), find_unused_parameters=True)
     images, targets = batch()
     parallel(images[rank : rank + 1], targets[rank : rank + 1]).backward()
@@ -49,14 +47,22 @@ def run_process(rank, port, path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed")
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     path = tmp_path / "gradients.pt"
-    context = mp.start_processes(run_process, (port, path), nprocs=2, join=False, start_method="fork")
-    while not context.join():
-        pass
+    command = [sys.executable, __file__]  # not forked: threads of PyTorch that ran before would be missing there
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), tmp_path / "store", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
     step = Step()
     step(*batch()).backward()
     expected, found = gradients(step), torch.load(path, weights_only=True)
@@ -64,3 +70,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     largest = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
         assert (found[name] - gradient).abs().max() <= 1e-5 * largest, name
+
+
+if __name__ == "__main__":
+    run_process(int(sys.argv[1]), *sys.argv[2:])
