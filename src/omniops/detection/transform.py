@@ -94,8 +94,7 @@ class Transform(GeneralizedRCNNTransform):  # type: ignore[misc]
         """(3, H, W) in [0, 1] and its target -> the image resized, in [0, 255], and the target in its pixels."""
         height, width = _size(image)
         shorter = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
-        scale = min(self.max_size / max(height, width), shorter / min(height, width))
-        size = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+        size = _fitting_size((height, width), shorter, self.max_size)
         target = {} if target is None else dict(target)
         if "boxes" in target:
             target["boxes"] = resize_boxes(target["boxes"].float(), (height, width), size)
@@ -106,6 +105,19 @@ class Transform(GeneralizedRCNNTransform):  # type: ignore[misc]
                 F.interpolate(masks[:, None].float(), size)[:, 0].byte() if len(masks) else masks.new_zeros((0, *size))
             )
         return resize_bilinear(image * 255, size), target
+
+    def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Of an image (H, W) in evaluation what it has as a batch of its own, resized and padded.
+
+        In a batch of images that agree in it each has the padding that it has alone, and so the same detections.
+
+        Example:
+            >>> Transform(64, 96, (0.5,) * 3, (0.5,) * 3, size_divisible=32, mask_threshold=None).padded_size((48, 64))
+            (64, 96)
+        """
+        resized = _fitting_size(size, self.min_size[-1], self.max_size)
+        height, width = (math.ceil(side / self.size_divisible) * self.size_divisible for side in resized)
+        return height, width
 
     def postprocess(
         self, result: list[Target], image_shapes: list[ResizedSize], original_image_sizes: list[tuple[int, int]]
@@ -122,6 +134,13 @@ class Transform(GeneralizedRCNNTransform):  # type: ignore[misc]
                     detections["masks"], detections["boxes"], size.original, self.mask_threshold
                 )
         return result
+
+
+def _fitting_size(size: tuple[int, int], shorter: int, longest: int) -> tuple[int, int]:
+    """(H, W) made as large as the two sides may be."""
+    height, width = size
+    scale = min(longest / max(height, width), shorter / min(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def _size(image: Tensor) -> tuple[int, int]:
