@@ -11,7 +11,8 @@ from omniops.sam2.tracked_object import FrameOutput, TrackedObject
 
 
 def output() -> FrameOutput:
-    return FrameOutput(torch.zeros(1, 1, 4, 4), torch.zeros(1, 256), torch.zeros(1, 1), has_prompt=False)
+    one = torch.zeros(1, 1)
+    return FrameOutput(torch.zeros(1, 1, 4, 4), torch.zeros(1, 256), one, one, has_prompt=False)
 
 
 def tracked(cond_frames, non_cond_frames) -> TrackedObject:

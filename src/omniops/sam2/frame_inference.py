@@ -248,7 +248,8 @@ class FrameInference:
     def _split(self, output: SAMOutput, *, has_prompt: bool) -> list[FrameOutput]:
         """The outputs of each of B objects, their masks where the state stores them."""
         masks = output.low_res_masks.to(self.state.storage_device)
-        objects = zip(masks.split(1), output.obj_ptr.split(1), output.object_score_logits.split(1), strict=True)
+        pointers, scores, ious = (t.split(1) for t in (output.obj_ptr, output.object_score_logits, output.ious))
+        objects = zip(masks.split(1), pointers, scores, ious, strict=True)
         return [FrameOutput(*tensors, has_prompt) for tensors in objects]
 
     def _track(self, objects: Iterable[TrackedObject], frame_idx: int, features: ImageFeatures, reverse: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omniops import device as devices
 from omniops.sam2.arguments import check_int
 from omniops.sam2.frame_loader import VideoFrameLoader
 from omniops.sam2.frames import Frames
@@ -128,6 +129,33 @@ class InferenceState(Mapping[str, Any]):
     def frames_with_features(self) -> list[int]:
         """The frames whose features are cached, the one used last at the end."""
         return list(self._cached_features)
+
+    @devices.exclusively
+    def predicted_ious(self, frame_idx: int) -> dict[Any, float]:
+        """How good the masks of a frame are, as the mask decoder expects it: the ``predicted_iou`` of pictures' masks.
+
+        It is the decoder's score of its own mask, before holes are filled and whatever the upsampling. The official
+        predictor computes it too and drops it. The masks are those of ``masks_on_frame``.
+
+        Args:
+            frame_idx: from 0 to ``num_frames`` - 1.
+
+        Returns:
+            By the object's id from 0 to 1; 1 of a mask that the user gave, and 0 where the object is not to be seen,
+            whose mask is empty. Objects without a mask on the frame are left out.
+
+        Raises:
+            ValueError: for a frame out of range.
+        """
+        frame_idx = check_frame_idx(self, "frame_idx", frame_idx)
+        is_cond = self.has_temp_cond_outputs(frame_idx)
+        latest = {obj_id: obj.latest_output(frame_idx, is_cond) for obj_id, obj in self.objects.items()}
+        outputs = {obj_id: output for obj_id, output in latest.items() if output is not None}
+        if not outputs:
+            return {}
+        is_visible = torch.cat([output.object_score_logits for output in outputs.values()])[:, 0] > 0
+        ious = torch.cat([output.predicted_iou for output in outputs.values()])[:, 0]
+        return dict(zip(outputs, torch.where(is_visible, ious, 0.0).tolist(), strict=True))
 
     def object_or_new(self, obj_id: Hashable) -> TrackedObject:
         """The object of an id; a new one, which the state does not have yet, for an id that it does not know."""

@@ -25,6 +25,8 @@ class FrameOutput:
     """(1, 256), the object pointer."""
     object_score_logits: Tensor
     """(1, 1), above 0 where the object is in the frame."""
+    predicted_iou: Tensor
+    """(1, 1), the IoU of the mask that the decoder expects; 1 of a mask that was given."""
     has_prompt: bool
     """Whether it was predicted from points or a mask, not tracked."""
     maskmem_features: Tensor | None = None
@@ -32,7 +34,13 @@ class FrameOutput:
 
     def tensors(self) -> list[Tensor]:
         """Those that are in memory."""
-        found = (self.pred_masks, self.obj_ptr, self.object_score_logits, self.maskmem_features)
+        found = (
+            self.pred_masks,
+            self.obj_ptr,
+            self.object_score_logits,
+            self.predicted_iou,
+            self.maskmem_features,
+        )
         return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 

@@ -67,6 +67,8 @@ class SAMOutput(NamedTuple):
     """(B, 256), the object pointer."""
     object_score_logits: Tensor
     """(B, 1), above 0 where the object is in the frame."""
+    ious: Tensor
+    """(B, 1), the IoU of each mask that the decoder expects; 1 of a mask that was given."""
 
 
 class SAM2Base(nn.Module):
@@ -232,6 +234,7 @@ class SAM2Base(nn.Module):
             torch.where(is_obj_appearing[..., None, None], logits, NO_OBJ_SCORE),
             torch.where(is_obj_appearing, obj_ptr, self.no_obj_ptr),
             masks.object_score_logits.float(),
+            masks.ious[objects, best][:, None].float(),
         )
 
     def use_mask_as_output(self, features: ImageFeatures, mask_inputs: Tensor) -> SAMOutput:
@@ -245,7 +248,12 @@ class SAM2Base(nn.Module):
         )
         is_obj_appearing = mask_inputs.flatten(1).any(dim=1, keepdim=True)
         obj_ptr = torch.where(is_obj_appearing, decoded.obj_ptr, self.no_obj_ptr)
-        return SAMOutput(low_res.to(mask_inputs.device), obj_ptr, is_obj_appearing * _MASK_SCALE + _MASK_BIAS)
+        return SAMOutput(
+            low_res.to(mask_inputs.device),
+            obj_ptr,
+            is_obj_appearing * _MASK_SCALE + _MASK_BIAS,
+            torch.ones_like(decoded.ious),
+        )
 
     def encode_new_memory(
         self, image_embed: Tensor, low_res_masks: Tensor, object_score_logits: Tensor, *, is_mask_from_pts: bool
