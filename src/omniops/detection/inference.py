@@ -11,6 +11,7 @@ from torch import Tensor
 
 from omniops.detection.transform import Transform
 
+_CPU = torch.device("cpu")
 Detector = Callable[[list[Tensor]], list[dict[str, Tensor]]]
 
 
@@ -40,9 +41,12 @@ def detect(detector: Detector, pixels: NDArray[np.uint8], device: torch.device) 
 
 
 def detect_batch(
-    detector: Detector, pictures: Sequence[NDArray[np.uint8]], device: torch.device
+    detector: Detector,
+    pictures: Sequence[NDArray[np.uint8]],
+    device: torch.device,
+    output_device: torch.device = _CPU,
 ) -> list[dict[str, Tensor]]:
-    """The detections in each of several pictures, on the CPU, as ``detect`` gives them.
+    """The detections in each of several pictures, as ``detect`` gives them.
 
     Pictures that the detector pads to one size go through it together, the others after each other: the largest of a
     batch would have the others padded, and what is found near a padded border is another.
@@ -51,6 +55,7 @@ def detect_batch(
         detector: one of this package, or of torchvision, in evaluation on the device.
         pictures: each (H, W, 3) in RGB, of any sizes.
         device: where the detector is.
+        output_device: where the detections are to be.
 
     Returns:
         For each picture what ``detect`` returns: equal to the rounding of arithmetic in batches.
@@ -72,7 +77,7 @@ def detect_batch(
         images = [torch.from_numpy(pictures[number]).to(device).permute(2, 0, 1) / 255 for number in numbers]
         with torch.inference_mode():
             for number, detections in zip(numbers, detector(images), strict=True):
-                found[number] = {name: value.cpu() for name, value in detections.items()}
+                found[number] = {name: value.to(output_device) for name, value in detections.items()}
     if not all(detections[name].isfinite().all() for detections in found for name in ("boxes", "scores")):
         raise FloatingPointError("the detections are no finite numbers: are the weights damaged, or another model's?")
     return found

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import normalize
 
+import numpy as np
 from rich.markup import escape
 
 from omniops.cli.common import CommandError, DeviceOption, choose_device, print_lines, progress
-from omniops.cli.detect.detector import detect_objects, fail_for, load_detector, require_detection
+from omniops.cli.detect.batches import BatchDetector, Detected
+from omniops.cli.detect.detector import fail_for, load_detector, require_detection, say_failed
 from omniops.cli.detect.options import (
+    BatchOption,
     Model,
     ModelOption,
     OutOption,
@@ -26,25 +31,29 @@ from omniops.cli.detect.options import (
 from omniops.cli.errors import cause, exit_status, raise_received, say
 from omniops.cli.outputs import OverwriteOption, Records, lines_of, require_new, writing
 from omniops.cli.pictures import find_pictures, read_picture
+from omniops.cli.pipeline import OrderedOutput, map_ahead
+from omniops.cli.sources import FilesFromOption, expand_sources
 from omniops.drawing import draw_detections
 
 if TYPE_CHECKING:
-    import torch
-
-    from omniops.detection import CARAFERCNN
+    from omniops.cli.detect.batches import Pixels
 
 RESULTS = "detections.json"
 LOWEST_SCORE = 0.05
 """Of a detection in the results: MMDetection's."""
+_MAX_THREADS = 4
+"""That read pictures ahead of the model, and as many that draw them after it."""
 
 
 def detect(
-    images: PicturesArgument,
+    images: PicturesArgument = None,
     weights: WeightsOption = None,
     model: ModelOption = Model.MASK,
     random_weights: RandomWeightsOption = False,
     device: DeviceOption = None,
     out: OutOption = Path("omniops-detections"),
+    files_from: FilesFromOption = None,
+    batch: BatchOption = None,
     threshold: ThresholdOption = 0.5,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -60,87 +69,141 @@ def detect(
     line of JSON for each detection, which stays there where the process is killed.
 
     Example: omniops detect street.jpg photos/ --weights coco --out found
+
+    Example: find . -name '*.jpg' | omniops detect --files-from - --weights coco --batch 8
     """
     require_weights(weights, random_weights)
-    paths = find_pictures(images)
-    targets = [out / name for name in _output_names(paths)]
+    paths = find_pictures([Path(source) for source in expand_sources(images or (), files_from)])
+    pictures = [
+        _Picture(path, image_id, out / name)
+        for path, image_id, name in zip(paths, _image_ids(paths), _output_names(paths), strict=True)
+    ]
     results = out / RESULTS
-    require_new([*targets, results, lines_of(results)], overwrite, paths)
+    require_new([*(picture.target for picture in pictures), results, lines_of(results)], overwrite, paths)
     say("loading PyTorch and torchvision")
     chosen = choose_device(device)
     require_detection()
     detector = load_detector(model, weights, chosen, box_score_thresh=min(LOWEST_SCORE, threshold))
     say(f"looking at {len(paths)} pictures" if len(paths) > 1 else f"looking at {paths[0]}")
 
-    detections = _Detections(detector, chosen, threshold, overwrite, Records(results, overwrite))
-    stopped = _detect_until_stopped(detections, paths, targets)
+    detections = _Detections(threshold, overwrite, Records(results, overwrite))
+    stopped = _detect_until_stopped(detections, BatchDetector(detector, chosen, batch, threshold), pictures)
     detections.records.finish(detections.found)
     if isinstance(stopped, OSError):  # of the output, which nobody reads or nothing takes
         raise stopped
     print_lines(f"Wrote {len(detections.found)} detections in {detections.pictures} pictures to {results}")
-    failed = detections.failed
     if stopped is not None:
-        print(*failed.values(), sep="\n", end="\n" if failed else "", file=sys.stderr)
+        say_failed(detections.failed)
         done = f"{detections.pictures} of {len(paths)} images were done"
         raise CommandError(f"{cause(stopped)}: {done}", exit_status(stopped))
-    fail_for(failed, len(paths))
+    fail_for(detections.failed, len(paths))
+
+
+class _Picture(NamedTuple):
+    """A picture, its id, and the file that it is drawn into."""
+
+    path: Path
+    image_id: int
+    target: Path
+
+
+class _Drawn(NamedTuple):
+    """Of a picture the COCO results, and the line to print, or why it could not be drawn."""
+
+    picture: _Picture
+    results: list[dict[str, Any]]
+    summary: str | CommandError
 
 
 def _detect_until_stopped(
-    detections: _Detections, paths: Sequence[Path], targets: Sequence[Path]
+    detections: _Detections, detector: BatchDetector, pictures: Sequence[_Picture]
 ) -> BaseException | None:
-    """Find what is on the pictures; returns what ended that early, after which what was found so far is kept."""
+    """Find what is on the pictures; returns what ended that early, after which what was found so far is kept.
+
+    Threads read the pictures to come, and others draw those that are done, while the detector is at work.
+    """
+    threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    waiting = threads + detector.size
     try:
         with progress() as bar:
-            task = bar.add_task("", total=len(paths))
-            for path, image_id, target in zip(paths, _image_ids(paths), targets, strict=True):
-                raise_received()
-                bar.update(task, description=escape(path.name))
-                summary = detections.add(path, image_id, target)
-                if summary:
+            task = bar.add_task("", total=len(pictures))
+
+            def add(drawn: _Drawn) -> None:
+                bar.update(task, description=escape(drawn.picture.path.name))
+                if summary := detections.add(drawn):
                     print_lines(summary, above=bar)
                 bar.advance(task)
+
+            with (
+                closing(map_ahead(_read, pictures, threads, waiting)) as read,
+                OrderedOutput(detections.draw, add, threads, waiting) as output,
+            ):
+                while batch := list(islice(read, detector.size)):
+                    raise_received()
+                    for detected in _detect_batch(detector, batch):
+                        output.add(detected)
     except (KeyboardInterrupt, OSError, CommandError) as error:
         return error
     return None
 
 
+def _read(picture: _Picture) -> tuple[_Picture, Pixels | CommandError]:
+    try:
+        return picture, np.array(read_picture(picture.path))
+    except CommandError as error:
+        return picture, error
+
+
+def _detect_batch(
+    detector: BatchDetector, batch: Sequence[tuple[_Picture, Pixels | CommandError]]
+) -> Iterator[tuple[_Picture, Detected | CommandError]]:
+    readable = [(picture.image_id, pixels) for picture, pixels in batch if not isinstance(pixels, CommandError)]
+    detected = iter(detector.detect(readable))
+    for picture, pixels in batch:
+        yield picture, pixels if isinstance(pixels, CommandError) else next(detected)
+
+
 class _Detections:
     """What was found on the pictures that are done, and which failed."""
 
-    def __init__(
-        self, detector: CARAFERCNN, device: torch.device, threshold: float, overwrite: bool, records: Records
-    ) -> None:
-        self._detector, self._device, self._threshold, self._overwrite = detector, device, threshold, overwrite
+    def __init__(self, threshold: float, overwrite: bool, records: Records) -> None:
+        self._threshold, self._overwrite = threshold, overwrite
         self.records = records
         self.found: list[dict[str, Any]] = []
         self.failed: dict[Path, str] = {}
         self.pictures = 0
 
-    def add(self, path: Path, image_id: int, target: Path) -> str:
-        """Find what is on a picture and write both; returns the line to print, or nothing where that failed."""
-        from omniops.detection import COCO_CATEGORIES, coco
+    def draw(self, picture_and_detected: tuple[_Picture, Detected | CommandError]) -> _Drawn:
+        """Draw what was found on a picture into its file; called in several threads."""
+        from PIL import Image
 
+        from omniops.detection import COCO_CATEGORIES
+
+        picture, detected = picture_and_detected
+        if isinstance(detected, CommandError):
+            return _Drawn(picture, [], detected)
+        results = [{**result, "file_name": picture.path.as_posix()} for result in detected.results]
+        classes = [COCO_CATEGORIES[label] for label in detected.shown["labels"].tolist()]
         try:
-            picture = read_picture(path)
-            found = detect_objects(self._detector, picture, self._device)
-            records = [{**result, "file_name": path.as_posix()} for result in coco.to_results(found, image_id)]
-            shown = {name: value[found["scores"] >= self._threshold] for name, value in found.items()}
+            with writing(picture.target, self._overwrite) as temporary:
+                drawn = draw_detections(Image.fromarray(detected.pixels), detected.shown, classes)
+                drawn.save(temporary, format="JPEG", quality=90)
         except CommandError as error:
-            self.failed[path] = str(error)
-            return ""
-        self.records.add(records)  # whatever keeps them from the disk ends the work
-        self.found += records
-        classes = [COCO_CATEGORIES[label] for label in shown["labels"].tolist()]
-        try:
-            with writing(target, self._overwrite) as temporary:
-                draw_detections(picture, shown, classes).save(temporary, format="JPEG", quality=90)
-        except CommandError as error:
-            self.failed[path] = str(error)
+            return _Drawn(picture, results, error)
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(classes).most_common())
+        nothing = f"nothing that scores {self._threshold:g}"
+        return _Drawn(picture, results, f"{picture.path} -> {picture.target}: {counts or nothing}")
+
+    def add(self, drawn: _Drawn) -> str:
+        """Write down what was found on the next picture; returns the line to print, or nothing where that failed."""
+        picture, results, summary = drawn
+        self.records.add(results)  # whatever keeps them from the disk ends the work
+        self.found += results
+        if isinstance(summary, CommandError):
+            self.failed[picture.path] = str(summary)
             return ""
         self.pictures += 1
-        counts = ", ".join(f"{count} {name}" for name, count in Counter(classes).most_common())
-        return f"{path} -> {target}: {counts or f'nothing that scores {self._threshold:g}'}"
+        return summary
 
 
 def _output_names(paths: Sequence[Path]) -> list[str]:
@@ -149,13 +212,19 @@ def _output_names(paths: Sequence[Path]) -> list[str]:
     Some file systems tell neither A from a nor é from e with an accent.
     """
     names: dict[str, str] = {}
+    numbers: Counter[str] = Counter()
     for path in paths:
-        name, number = f"{path.stem}.jpg", 1
-        while (key := normalize("NFC", name).casefold()) in names:
-            number += 1
-            name = f"{path.stem}-{number}.jpg"
-        names[key] = name
+        name = f"{path.stem}.jpg"
+        stem = _key(name)
+        while _key(name) in names:
+            numbers[stem] += 1
+            name = f"{path.stem}-{numbers[stem] + 1}.jpg"
+        names[_key(name)] = name
     return list(names.values())
+
+
+def _key(name: str) -> str:
+    return normalize("NFC", name).casefold()
 
 
 def _image_ids(paths: Sequence[Path]) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,8 +81,14 @@ def detect_objects(detector: CARAFERCNN, picture: Image, device: torch.device) -
         raise CommandError(f"{size}: {reason(error)}", status=1) from None
 
 
+def say_failed(failed: Mapping[Path, str]) -> None:
+    """Name the pictures that were lost, and why."""
+    for why in failed.values():
+        say(f"error: {why}", "error")
+
+
 def fail_for(failed: Mapping[Path, str], total: int) -> None:
     """Name the pictures that were lost, if any, and end with status 1."""
     if failed:
-        print(*failed.values(), sep="\n", file=sys.stderr)
+        say_failed(failed)
         raise CommandError(f"{len(failed)} of {total} images failed", status=1)

@@ -32,7 +32,25 @@ RandomWeightsOption = Annotated[
 ]
 
 # Of omniops detect.
-PicturesArgument = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures, or folders of them.")]
+PicturesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="IMAGE",
+        help="Pictures, folders of them, or patterns in quotes, as 'photos/**/*.jpg'.",
+        show_default=False,
+    ),
+]
+BatchOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch",
+        metavar="N",
+        min=1,
+        help="How many pictures are detected at once. Of them those that are padded to one size go through the model "
+        "together, so that what is found is that of --batch 1 but for rounding.",
+        show_default="4 on a CUDA GPU, else 1",
+    ),
+]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to.")]
 ThresholdOption = Annotated[
     float, typer.Option("--threshold", metavar="T", min=0.0, max=1.0, help="The lowest score that is drawn.")
