@@ -22,12 +22,14 @@ class Processes:
         """The number of this process, from 0."""
         self.local_rank = int(os.environ["LOCAL_RANK"]) if self.are_several else 0
         """Its number among those on this machine, from 0."""
+        self.count = int(os.environ["WORLD_SIZE"]) if self.are_several else 1
+        """How many they are, on all machines."""
 
-    def start(self) -> None:
-        """Make the process group, which the other methods use."""
+    def start(self, gpus: bool = False) -> None:
+        """Make the process group, which the other methods use; with ``gpus`` also for tensors on NVIDIA's."""
         if self.are_several:
             # gloo, as what they exchange is on the CPU on every device. A fast process may wait long for a slow one.
-            dist.init_process_group("gloo", timeout=timedelta(days=1))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=1))
 
     def share(self, work: Sequence[_T]) -> Sequence[_T]:
         """The share of the work that is this process's."""

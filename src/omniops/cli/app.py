@@ -56,6 +56,11 @@ COMMANDS = {
         "detect_eval",
         "Compute COCO's average precision and recall of boxes, and of masks where model and annotations have them.",
     ),
+    "detect-train": Command(
+        "detect.train",
+        "detect_train",
+        "Fine-tune a detector on pictures with COCO annotations, of any categories.",
+    ),
     "segment": Command(
         "segment.command", "segment", "Cut objects out of a picture, or follow them through a video, with SAM 2."
     ),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from omniops.detection.carafe_rcnn import COCO_CATEGORIES, COCO_CATEGORY_IDS
@@ -70,6 +72,29 @@ def read_annotations(path: str | PathLike[str]) -> dict[str, Any]:
     if complaint := _complaint(content):
         raise ValueError(f"{path} is not a COCO annotation file of instances: {complaint}")
     return dict(content)
+
+
+def relative_path(file_name: str) -> Path:
+    """The path of a picture from the folder of the pictures.
+
+    Raises:
+        ValueError: for a name that leads out of that folder.
+    """
+    path = Path(os.path.normpath(file_name))  # as written: where links inside the folder lead is up to who made them
+    if path.anchor or ".." in path.parts:
+        raise ValueError(f"the picture {file_name} is not in the folder of the pictures: give names from there on")
+    return path
+
+
+def decode_mask(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
+    """An object's ``segmentation``, polygons or run lengths, compressed or not -> (H, W) of 0 and 1."""
+    if isinstance(segmentation, list):
+        encoded = rle.merge(rle.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        encoded = rle.frPyObjects(segmentation, height, width)
+    else:
+        encoded = {"size": segmentation["size"], "counts": segmentation["counts"].encode()}
+    return np.ascontiguousarray(rle.decode(encoded), dtype=np.uint8)
 
 
 def label_ids(annotations: Mapping[str, Any]) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ class CocoEvaluator:
     Args:
         annotations: as ``omniops.detection.coco.read_annotations`` gives them. Where their categories are not COCO's,
             labels are taken for theirs in the order of their ids.
+        category_ids: of each label, 0 of the background first, where the detector knows better.
 
     Example:
         >>> import torch
@@ -32,9 +33,9 @@ class CocoEvaluator:
         1.0
     """
 
-    def __init__(self, annotations: Mapping[str, Any]) -> None:
+    def __init__(self, annotations: Mapping[str, Any], category_ids: Sequence[int] | None = None) -> None:
         self.annotations = annotations
-        self.category_ids = coco.label_ids(annotations)
+        self.category_ids = coco.label_ids(annotations) if category_ids is None else tuple(category_ids)
         """COCO's id of each label, 0 of the background first."""
         self.results: dict[int, list[dict[str, Any]]] = {}
         """COCO's results of each image that counts, by its id."""

@@ -1,12 +1,13 @@
-"""The detector of ``omniops detect`` and ``omniops detect-eval``, and how they fail."""
+"""The detector and the annotations of ``omniops detect``, ``detect-eval`` and ``detect-train``, and how they fail."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from omniops.cli.common import CommandError
+from omniops.cli.common import CommandError, choose_device
 from omniops.cli.detect.options import Model
 from omniops.cli.errors import raise_received, reason, say
 
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from omniops.detection import CARAFERCNN
+    from omniops.detection.trained import Categories
+    from omniops.distributed import Processes
+
+
+class Known(NamedTuple):
+    """What is known of a detector before it is built."""
+
+    model: Model
+    categories: Categories
+    """The names and COCO's ids of its labels."""
+    arguments: dict[str, int]
+    """Of the function that builds it."""
 
 
 def require_detection() -> None:
@@ -43,17 +56,24 @@ def load_detector(
     from omniops import detection
 
     say(f"loading {model.value}" + (", with random weights: what it finds means nothing" if weights is None else ""))
-    build = {
-        Model.MASK: detection.mask_rcnn_resnet50_fpn_carafe,
-        Model.FASTER: detection.faster_rcnn_resnet50_fpn_carafe,
-    }[model]
     torch.manual_seed(0)
-    try:
+    with errors_of_weights(f"--model is {model.value}, here for {classes}"):
+        build = getattr(detection, model.architecture)
         detector: CARAFERCNN = build(weights, progress=progress, mask_threshold=0.5, **arguments)
+    detector.eval().to(device)
+    raise_received()
+    return detector
+
+
+@contextmanager
+def errors_of_weights(what: str) -> Iterator[None]:
+    """What goes wrong while weights are read, as errors of the command; ``what`` says what they were to fit."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise CommandError(str(error)) from None
     except ValueError as error:
-        raise CommandError(f"{error} (--model is {model.value}, here for {classes})", status=1) from None
+        raise CommandError(f"{error} ({what})", status=1) from None
     except ConnectionError as error:  # said by us, with what to do
         raise CommandError(str(error), status=1) from None
     except OSError as error:
@@ -61,9 +81,41 @@ def load_detector(
         raise CommandError(f"{prefix}{reason(error)}", status=1) from None
     except ImportError as error:
         raise CommandError(str(error), status=1) from None
-    detector.eval().to(device)
-    raise_received()
-    return detector
+
+
+def identify(model: Model, weights: str | None, progress: bool = True) -> Known:
+    """The detector that the weights say they are of, or else the model that was asked for, of COCO's categories."""
+    from omniops.detection.trained import COCO, read_description
+
+    described = None
+    if weights not in (None, "coco"):
+        with errors_of_weights(f"--weights {weights}"):
+            described = read_description(weights, progress)
+    if described is None:
+        return Known(model, COCO, {})
+    sizes = {"min_size": described.min_size, "max_size": described.max_size}
+    count = len(described.categories.ids)
+    return Known(Model.of(described.architecture), described.categories, {"num_classes": count, **sizes})
+
+
+def read_coco(path: Path) -> dict[str, Any]:
+    """A COCO annotation file of instances."""
+    from omniops.detection import coco
+
+    try:
+        return coco.read_annotations(path)
+    except OSError as error:
+        raise CommandError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+def choose_own_device(name: str | None, processes: Processes) -> torch.device:
+    """As every command; but of several processes each takes its own GPU where none is named by its number."""
+    chosen = choose_device(name)
+    if processes.are_several and chosen.type != "cpu" and ":" not in (name or ""):
+        return choose_device(f"{chosen.type}:{processes.local_rank}")
+    return chosen
 
 
 def detect_objects(detector: CARAFERCNN, picture: Image, device: torch.device) -> dict[str, Tensor]:

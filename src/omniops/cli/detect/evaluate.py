@@ -12,8 +12,16 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from omniops import device as devices
-from omniops.cli.common import CommandError, DeviceOption, Heartbeat, choose_device, output, progress
-from omniops.cli.detect.detector import detect_objects, fail_for, load_detector, require_detection
+from omniops.cli.common import CommandError, DeviceOption, Heartbeat, output, progress
+from omniops.cli.detect.detector import (
+    choose_own_device,
+    detect_objects,
+    fail_for,
+    identify,
+    load_detector,
+    read_coco,
+    require_detection,
+)
 from omniops.cli.detect.options import (
     AnnotationsOption,
     FolderOption,
@@ -32,6 +40,7 @@ from omniops.environment import versions
 if TYPE_CHECKING:
     from omniops.detection import CARAFERCNN
     from omniops.detection.evaluation import CocoEvaluator
+    from omniops.detection.trained import Categories
 
     Figures = dict[str, dict[str, float | None]]
 
@@ -49,7 +58,8 @@ def detect_eval(
     """Compute COCO's average precision and recall of boxes, and of masks where model and annotations have them.
 
     Where the annotations' categories are not COCO's, the detector's labels are taken for theirs in the order of their
-    ids. A picture that cannot be read is left out of the figures and named at the end, with status 1.
+    ids; what omniops detect-train wrote has its own. A picture that cannot be read is left out of the figures and named
+    at the end, with status 1.
 
     Under torchrun the pictures are shared among the processes, each with a GPU of its own, and the figures are the
     same: torchrun --nproc-per-node 2 --no-python omniops detect-eval ...
@@ -57,22 +67,24 @@ def detect_eval(
     Example: omniops detect-eval --images val2017 --annotations instances_val2017.json --weights coco
     """
     processes = Processes()
-    chosen = _choose_device(device, processes)
+    chosen = choose_own_device(device, processes)
     require_weights(weights, random_weights)
     if processes.rank == 0:  # another process may be slower than the first one is
         require_new([json_file], overwrite, [annotations])
     require_detection()
     if not images.is_dir():
         raise CommandError(f"no such folder: {images}")
-    evaluator = _read_annotations(annotations)
+    processes.start()
+    is_first = processes.rank == 0
+    with processes.local_rank_zero_first():
+        model, categories, known = identify(model, weights, progress=is_first)
+    evaluator = _evaluator(annotations, categories)
     paths = _paths(evaluator, images, annotations)
 
-    processes.start()
     count = len(evaluator.category_ids)
     classes = f"the {count - 1} classes of {annotations}"
     with processes.local_rank_zero_first():
-        is_first = processes.rank == 0
-        detector = load_detector(model, weights, chosen, progress=is_first, classes=classes, num_classes=count)
+        detector = load_detector(model, weights, chosen, is_first, classes, **{"num_classes": count, **known})
     failed = _detect_all(evaluator, detector, paths, chosen, processes)
     if not _gather(evaluator, failed, processes):
         return
@@ -96,16 +108,19 @@ def detect_eval(
     fail_for(failed, len(paths))
 
 
-def _read_annotations(path: Path) -> CocoEvaluator:
-    from omniops.detection import coco
+def _evaluator(path: Path, categories: Categories) -> CocoEvaluator:
+    """Of the annotations, whose categories must be among the detector's where those are not COCO's."""
     from omniops.detection.evaluation import CocoEvaluator
+    from omniops.detection.trained import COCO
 
+    annotations = read_coco(path)
+    if categories == COCO:
+        return CocoEvaluator(annotations)
     try:
-        return CocoEvaluator(coco.read_annotations(path))
-    except OSError as error:
-        raise CommandError(f"cannot read {path}: {error.strerror}") from None
+        categories.require(annotations)
     except ValueError as error:
-        raise CommandError(str(error)) from None
+        raise CommandError(f"{path}: {error}") from None
+    return CocoEvaluator(annotations, categories.ids)
 
 
 def _paths(evaluator: CocoEvaluator, folder: Path, annotations: Path) -> list[Path]:
@@ -164,18 +179,12 @@ def _print(figures: Figures, images: int, model: Model, device: str) -> None:
 
 def _inside(name: str, annotations: Path) -> Path:
     """The path of a picture from its folder; raise where an annotation file's name leads out of that folder."""
-    path = Path(os.path.normpath(name))  # as written: where links inside the folder lead is up to who made them
-    if path.anchor or ".." in path.parts:
+    from omniops.detection import coco
+
+    try:
+        return coco.relative_path(name)
+    except ValueError:
         raise CommandError(
             f"{annotations} is refused: it names the picture {name}, which is not in the folder that --images names: "
             "give the names from that folder on"
-        )
-    return path
-
-
-def _choose_device(name: str | None, processes: Processes) -> torch.device:
-    """As every command; but of several processes each takes its own GPU where none is named by its number."""
-    chosen = choose_device(name)
-    if processes.are_several and chosen.type != "cpu" and ":" not in (name or ""):
-        return choose_device(f"{chosen.type}:{processes.local_rank}")
-    return chosen
+        ) from None

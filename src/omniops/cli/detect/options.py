@@ -17,14 +17,30 @@ class Model(str, Enum):
     MASK = "mask-rcnn-r50-carafe"
     FASTER = "faster-rcnn-r50-carafe"
 
+    @property
+    def architecture(self) -> str:
+        """The function of ``omniops.detection`` that builds it."""
+        return {Model.MASK: "mask_rcnn_resnet50_fpn_carafe", Model.FASTER: "faster_rcnn_resnet50_fpn_carafe"}[self]
 
-ModelOption = Annotated[Model, typer.Option("--model", help="Mask R-CNN gives masks as well.")]
+    @classmethod
+    def of(cls, architecture: str) -> Model:
+        """The one that a function of ``omniops.detection`` builds."""
+        return next(model for model in cls if model.architecture == architecture)
+
+
+ModelOption = Annotated[
+    Model,
+    typer.Option(
+        "--model", help="Mask R-CNN gives masks as well. What omniops detect-train wrote says itself what it is."
+    ),
+]
 WeightsOption = Annotated[
     str | None,
     typer.Option(
         "--weights",
         metavar="FILE|URL|coco",
-        help="OpenMMLab's checkpoint or a state dict; coco: the one that OpenMMLab published, 200 MB, fetched once.",
+        help="A file of omniops detect-train, OpenMMLab's checkpoint or a state dict; coco: the one that OpenMMLab "
+        "published, 200 MB, fetched once.",
     ),
 ]
 RandomWeightsOption = Annotated[
