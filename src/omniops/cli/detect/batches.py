@@ -37,10 +37,18 @@ class BatchDetector:
     Args:
         size: of a batch; by default what suits the device. It falls where the memory does not suffice.
         threshold: detections with a lower score are not drawn.
+        category_ids: of each label, 0 of the background first.
     """
 
-    def __init__(self, detector: CARAFERCNN, device: torch.device, size: int | None, threshold: float) -> None:
-        self._detector, self._device, self._threshold = detector, device, threshold
+    def __init__(
+        self,
+        detector: CARAFERCNN,
+        device: torch.device,
+        size: int | None,
+        threshold: float,
+        category_ids: Sequence[int],
+    ) -> None:
+        self._detector, self._device, self._threshold, self._category_ids = detector, device, threshold, category_ids
         self.size = size or (CUDA_BATCH if device.type == "cuda" else 1)
 
     def detect(self, pictures: Sequence[tuple[int, Pixels]]) -> list[Detected | CommandError]:
@@ -84,4 +92,4 @@ class BatchDetector:
 
         is_shown = found["scores"] >= self._threshold
         shown = {name: value[is_shown].cpu() for name, value in found.items()}
-        return Detected(pixels, coco.to_results(found, image_id), shown)
+        return Detected(pixels, coco.to_results(found, image_id, self._category_ids), shown)

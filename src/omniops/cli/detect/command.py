@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from omniops.cli.common import CommandError, DeviceOption, choose_device, print_lines, progress
 from omniops.cli.detect.batches import BatchDetector, Detected
-from omniops.cli.detect.detector import fail_for, load_detector, require_detection, say_failed
+from omniops.cli.detect.detector import fail_for, identify, load_detector, require_detection, say_failed
 from omniops.cli.detect.options import (
     BatchOption,
     Model,
@@ -59,6 +59,8 @@ def detect(
 ) -> None:
     """Find COCO's 80 kinds of objects in pictures: draw their boxes, masks, classes and scores, and write them down.
 
+    With --weights of omniops detect-train it finds the categories of that training.
+
     DIR gets a .jpg of each picture, numbered where several have the same name, and detections.json: every detection
     that scores above 0.05, in COCO's results format and with its picture's file_name. Its image_id is the number that
     is the picture's name where all are named by different numbers, as COCO's are, or else counts the pictures from 1.
@@ -83,11 +85,13 @@ def detect(
     say("loading PyTorch and torchvision")
     chosen = choose_device(device)
     require_detection()
-    detector = load_detector(model, weights, chosen, box_score_thresh=min(LOWEST_SCORE, threshold))
+    model, categories, known = identify(model, weights)
+    detector = load_detector(model, weights, chosen, box_score_thresh=min(LOWEST_SCORE, threshold), **known)
     say(f"looking at {len(paths)} pictures" if len(paths) > 1 else f"looking at {paths[0]}")
 
-    detections = _Detections(threshold, overwrite, Records(results, overwrite))
-    stopped = _detect_until_stopped(detections, BatchDetector(detector, chosen, batch, threshold), pictures)
+    detections = _Detections(threshold, categories.names, overwrite, Records(results, overwrite))
+    batches = BatchDetector(detector, chosen, batch, threshold, categories.ids)
+    stopped = _detect_until_stopped(detections, batches, pictures)
     detections.records.finish(detections.found)
     if isinstance(stopped, OSError):  # of the output, which nobody reads or nothing takes
         raise stopped
@@ -166,8 +170,8 @@ def _detect_batch(
 class _Detections:
     """What was found on the pictures that are done, and which failed."""
 
-    def __init__(self, threshold: float, overwrite: bool, records: Records) -> None:
-        self._threshold, self._overwrite = threshold, overwrite
+    def __init__(self, threshold: float, names: Sequence[str], overwrite: bool, records: Records) -> None:
+        self._threshold, self._names, self._overwrite = threshold, names, overwrite
         self.records = records
         self.found: list[dict[str, Any]] = []
         self.failed: dict[Path, str] = {}
@@ -177,13 +181,11 @@ class _Detections:
         """Draw what was found on a picture into its file; called in several threads."""
         from PIL import Image
 
-        from omniops.detection import COCO_CATEGORIES
-
         picture, detected = picture_and_detected
         if isinstance(detected, CommandError):
             return _Drawn(picture, [], detected)
         results = [{**result, "file_name": picture.path.as_posix()} for result in detected.results]
-        classes = [COCO_CATEGORIES[label] for label in detected.shown["labels"].tolist()]
+        classes = [self._names[label] for label in detected.shown["labels"].tolist()]
         try:
             with writing(picture.target, self._overwrite) as temporary:
                 drawn = draw_detections(Image.fromarray(detected.pixels), detected.shown, classes)

@@ -27,7 +27,7 @@ class Known(NamedTuple):
     model: Model
     categories: Categories
     """The names and COCO's ids of its labels."""
-    arguments: dict[str, int]
+    arguments: dict[str, Any]
     """Of the function that builds it."""
 
 
