@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("omniops.detection.coco", exc_type=ImportError, reason="needs torchvision and faster-coco-eval")
 
@@ -122,3 +123,19 @@ def test_the_examples_print_what_they_say(module):
     tested = doctest.testmod(module)
     assert tested.attempted
     assert not tested.failed
+
+
+def test_masks_are_encoded_as_by_the_evaluation():
+    random = np.random.default_rng(0)
+    masks = torch.from_numpy(random.random((40, 1, 30, 20)) < 0.3)
+    masks[0], masks[1] = False, True
+    masks[2:30, :, :, :5] = masks[2:30, :, 28:] = masks[2:10, :, :, 15:] = False
+    found = {"boxes": torch.zeros(40, 4), "labels": torch.ones(40, dtype=torch.int64), "scores": torch.ones(40)}
+    for values in (masks, masks.float() * 0.5):
+        results = coco.to_results({**found, "masks": values}, 7)
+        for result, mask in zip(results, masks, strict=True):
+            expected = coco.rle.encode(np.asfortranarray(mask[0].numpy(), dtype=np.uint8))
+            assert result["segmentation"] == {"size": [30, 20], "counts": expected["counts"].decode()}
+    # As on a GPU, of many at once.
+    for counts, mask in zip(coco.count_runs(masks[:, 0]), masks[:, 0], strict=True):
+        assert counts.tolist() == coco._count_runs_of_one(mask).tolist()

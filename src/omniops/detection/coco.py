@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from omniops.detection.carafe_rcnn import COCO_CATEGORIES, COCO_CATEGORY_IDS
+from omniops.sam2.rle import Counts, count_runs
 
 try:
     from faster_coco_eval import COCO, COCOeval_faster
@@ -27,6 +28,8 @@ except ImportError as error:
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """COCO's twelve: AP over IoU 0.50:0.95, at 0.50 and 0.75; of small, medium and large objects; recall at most 1, 10,
 100 detections an image; and of the three sizes."""
+_MASKS_AT_ONCE = 32
+"""Of which a GPU counts the run lengths, so that what that takes is bounded."""
 
 
 def to_results(
@@ -50,10 +53,32 @@ def to_results(
             detections["boxes"].tolist(), detections["labels"].tolist(), detections["scores"].tolist(), strict=True
         )
     ]
-    for result, mask in zip(results, detections.get("masks", ()), strict=False):
-        encoded = rle.encode(np.asfortranarray((mask[0] >= 0.5).cpu().numpy(), dtype=np.uint8))
-        result["segmentation"] = {"size": list(encoded["size"]), "counts": encoded["counts"].decode()}
+    if "masks" in detections:
+        for result, segmentation in zip(results, _encode_masks(detections["masks"][:, 0] >= 0.5), strict=True):
+            result["segmentation"] = segmentation
     return results
+
+
+def _encode_masks(masks: Tensor) -> Iterator[dict[str, Any]]:
+    """Boolean masks (N, H, W) -> compressed run lengths, which a CUDA GPU counts of many at once."""
+    size = list(masks.shape[1:])
+    for some in masks.split(_MASKS_AT_ONCE):
+        for counts in count_runs(some) if some.is_cuda else map(_count_runs_of_one, some.cpu()):
+            compressed = rle.frPyObjects({"size": size, "counts": counts.tolist()}, *size)["counts"]
+            yield {"size": list(size), "counts": compressed.decode()}
+
+
+def _count_runs_of_one(mask: Tensor) -> Counts:
+    """The run lengths of a mask (H, W), most of which is background: counted of the part with all of it."""
+    height, width = mask.shape
+    values = mask.numpy()
+    rows = np.flatnonzero(values.any(axis=1))
+    if len(rows) == 0:
+        return np.array([height * width])
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    columns = np.flatnonzero(values[top:bottom].any(axis=0))
+    left, right = int(columns[0]), int(columns[-1]) + 1
+    return count_runs(mask[None, top:bottom, left:right], (left, top), (height, width))[0]
 
 
 def read_annotations(path: str | PathLike[str]) -> dict[str, Any]:

@@ -37,7 +37,10 @@ def draw_detections(picture: Image, detections: Mapping[str, Tensor], names: Seq
     if "masks" in detections:
         pixels = np.array(picture)
         for mask, colour in reversed(list(zip(detections["masks"][:, 0].numpy(), colours, strict=True))):
-            pixels[mask] = (pixels[mask] * 0.5 + np.multiply(colour, 0.5)).astype(np.uint8)
+            rows = np.flatnonzero(mask.any(axis=1))
+            around = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0)  # to look through few of the pixels
+            part, inside = pixels[around], mask[around]
+            part[inside] = (part[inside] * 0.5 + np.multiply(colour, 0.5)).astype(np.uint8)
         picture = Image.fromarray(pixels)
     drawing = ImageDraw.Draw(picture)
     font = ImageFont.load_default(max(11, max(picture.size) // 70))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from omniops.cli.detect.detector import detect_objects
+from omniops.cli.detect.detector import errors_of_picture
 from omniops.cli.errors import CommandError, say
 
 if TYPE_CHECKING:
@@ -53,31 +53,38 @@ class BatchDetector:
 
     def detect(self, pictures: Sequence[tuple[int, Pixels]]) -> list[Detected | CommandError]:
         """What is on each picture, (H, W, 3) in RGB, of an image id; or why that is not known."""
-        found = self._detect_together([pixels for _, pixels in pictures])
-        return [
-            result if isinstance(result, CommandError) else self._describe(result, image_id, pixels)
-            for (image_id, pixels), result in zip(pictures, found, strict=True)
-        ]
-
-    def _detect_together(self, pictures: Sequence[Pixels]) -> Sequence[dict[str, Tensor] | CommandError]:
         import torch
-
-        from omniops.detection.inference import detect_batch
 
         if len(pictures) > 1:
             try:
-                return detect_batch(self._detector, pictures, self._device, output_device=self._device)
+                return self._detect(pictures)
             except torch.OutOfMemoryError:
                 self._take_smaller(len(pictures))
             except (FloatingPointError, RuntimeError, ValueError):  # of one of them
                 pass
-        return [self._detect_alone(pixels) for pixels in pictures]
+        return [self._detect_alone(picture) for picture in pictures]
 
-    def _detect_alone(self, pixels: Pixels) -> dict[str, Tensor] | CommandError:
-        from PIL import Image
+    def _detect(self, pictures: Sequence[tuple[int, Pixels]]) -> list[Detected | CommandError]:
+        import torch
 
+        from omniops.detection import coco
+        from omniops.detection.inference import detect_batch
+
+        # A CUDA GPU encodes masks faster than it hands them over.
+        between = self._device if self._device.type == "cuda" else torch.device("cpu")
+        together = detect_batch(self._detector, [pixels for _, pixels in pictures], self._device, between)
+        described: list[Detected | CommandError] = []
+        for (image_id, pixels), found in zip(pictures, together, strict=True):
+            is_shown = found["scores"] >= self._threshold
+            shown = {name: value[is_shown].cpu() for name, value in found.items()}
+            described.append(Detected(pixels, coco.to_results(found, image_id, self._category_ids), shown))
+        return described
+
+    def _detect_alone(self, picture: tuple[int, Pixels]) -> Detected | CommandError:
+        height, width = picture[1].shape[:2]
         try:
-            return detect_objects(self._detector, Image.fromarray(pixels), self._device)
+            with errors_of_picture(width, height):
+                return self._detect([picture])[0]
         except CommandError as error:
             return error
 
@@ -86,10 +93,3 @@ class BatchDetector:
         if smaller < self.size:
             self.size = smaller
             say(f"{failed} pictures at once take more memory than there is: going on with {smaller}", "warning")
-
-    def _describe(self, found: dict[str, Tensor], image_id: int, pixels: Pixels) -> Detected:
-        from omniops.detection import coco
-
-        is_shown = found["scores"] >= self._threshold
-        shown = {name: value[is_shown].cpu() for name, value in found.items()}
-        return Detected(pixels, coco.to_results(found, image_id, self._category_ids), shown)

@@ -124,13 +124,19 @@ def detect_objects(detector: CARAFERCNN, picture: Image, device: torch.device) -
 
     from omniops.detection.inference import detect
 
-    try:
+    with errors_of_picture(picture.width, picture.height):
         return detect(detector, np.array(picture), device)
+
+
+@contextmanager
+def errors_of_picture(width: int, height: int) -> Iterator[None]:
+    """What goes wrong while a picture is looked at, as errors of the command."""
+    try:
+        yield
     except FloatingPointError as error:
         raise CommandError(str(error), status=1) from None
     except (RuntimeError, ValueError) as error:  # RuntimeError: no memory, on the CPU too
-        size = f"a picture of {picture.width} x {picture.height} pixels"
-        raise CommandError(f"{size}: {reason(error)}", status=1) from None
+        raise CommandError(f"a picture of {width} x {height} pixels: {reason(error)}", status=1) from None
 
 
 def say_failed(failed: Mapping[Path, str]) -> None:
