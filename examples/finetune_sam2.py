@@ -2,9 +2,11 @@
 
     python examples/finetune_sam2.py --steps 20 --image-size 128 --device cpu
     torchrun --nproc-per-node 2 examples/finetune_sam2.py --steps 20 --image-size 128 --device cpu
+    torchrun --nproc-per-node 2 examples/finetune_sam2.py --steps 20 --image-size 128 --device cpu --fsdp
 
 ``--weights`` starts from a checkpoint, as ``omniops.sam2.load`` takes it; without it weights are random. The result is
-a file as Meta's, for ``omniops.sam2.load`` and the official package. Put your own frames and masks into ``draw_clip``.
+a file as Meta's, for ``omniops.sam2.load`` and the official package. Under torchrun each process has all weights (DDP),
+or with ``--fsdp`` a share of them (FSDP2). Put your own frames and masks into ``draw_clip``.
 """
 
 from __future__ import annotations
@@ -20,8 +22,7 @@ from omniops import device as devices
 from omniops.distributed import Processes
 from omniops.sam2 import load
 from omniops.sam2.modeling.sam2 import SAM2Base, normalize
-from omniops.sam2.training.losses import Losses
-from omniops.sam2.training.steps import clip_step, image_step, save_checkpoint
+from omniops.sam2.training import Losses, clip_step, fully_shard_step, image_step, sample_prompt, save_checkpoint
 
 
 def draw_clip(rng: np.random.Generator, frames: int, side: int) -> tuple[Tensor, Tensor]:
@@ -41,58 +42,92 @@ def draw_clip(rng: np.random.Generator, frames: int, side: int) -> tuple[Tensor,
 
 
 class TrainingStep(nn.Module):
-    """The loss as a module's forward, where DistributedDataParallel puts its hooks."""
+    """The loss as a module's forward, where DDP and FSDP2 put their hooks."""
 
-    def __init__(self, model: SAM2Base) -> None:
+    def __init__(self, model: SAM2Base, num_correction_pt_per_frame: int, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.clicks, self.dtype = model, num_correction_pt_per_frame, dtype
 
     def forward(self, images: Tensor, masks: Tensor, prompt: str, *, is_clip: bool) -> Losses:
         """Of pictures, or of a clip."""
-        with devices.autocast(images.device):
-            if is_clip:
-                return clip_step(self.model, images, masks[:, None], prompt)
-            return image_step(self.model, images, masks, prompt)
+        with devices.autocast(images.device, self.dtype):
+            if not is_clip:
+                return image_step(self.model, images, masks, prompt, num_correction_pt_per_frame=self.clicks)
+            return clip_step(
+                self.model,
+                images,
+                masks[:, None],
+                prompt,
+                num_correction_pt_per_frame=self.clicks,
+                num_frames_to_correct=min(2, len(images)),
+                rand_frames_to_correct=True,
+            )
 
 
-def main() -> None:
-    """Train, print, save."""
+def parse_arguments() -> argparse.Namespace:
+    """Those of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", help="a checkpoint; random weights by default")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=2, help="pictures of a process")
-    parser.add_argument("--frames", type=int, default=3, help="of a clip; every second step is one")
+    parser.add_argument("--frames", type=int, default=3, help="of a clip, 2 or more; every second step is one")
+    parser.add_argument("--clicks", type=int, default=3, help="corrections of a mask; Meta's training had 7")
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="of autocast; the device's by default"
+    )
+    parser.add_argument("--fsdp", action="store_true", help="share the weights out among torchrun's processes")
     parser.add_argument("--out", default="sam2_finetuned.pt")
     args = parser.parse_args()
+    if args.fsdp and not Processes().are_several:
+        parser.error("--fsdp is for processes: start them by torchrun --nproc-per-node N examples/finetune_sam2.py ...")
+    return args
 
-    processes = Processes()
-    device = devices.pick(args.device)
-    if device.type == "cuda" and processes.are_several:
-        device = torch.device("cuda", processes.local_rank)
-        torch.cuda.set_device(device)
+
+def start_processes(name: str) -> torch.device:
+    """The device of this process, in a group with the others where torchrun started several."""
+    processes, device = Processes(), devices.pick(name)
     if processes.are_several:
+        if device.type == "cuda":
+            device = torch.device("cuda", processes.local_rank)
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def draw_batch(rng: np.random.Generator, args: argparse.Namespace, *, is_clip: bool) -> tuple[Tensor, Tensor]:
+    """The frames of a clip, or pictures."""
+    if is_clip:
+        return draw_clip(rng, args.frames, args.image_size)
+    pictures = [draw_clip(rng, 1, args.image_size) for _ in range(args.batch_size)]
+    images, masks = (torch.cat(tensors) for tensors in zip(*pictures, strict=True))
+    return images, masks
+
+
+def main() -> None:
+    """Train, print, save."""
+    args = parse_arguments()
+    device, processes = start_processes(args.device), Processes()
+    dtype = getattr(torch, args.dtype) if args.dtype else devices.autocast_dtype(device)
     model = load(
         args.weights or "tiny", device, "float32", image_size=args.image_size, random_weights=not args.weights
     ).train()
-    step: nn.Module = TrainingStep(model)
-    if processes.are_several:
+    step: nn.Module = TrainingStep(model, args.clicks, dtype)
+    if args.fsdp:
+        fully_shard_step(step)
+    elif processes.are_several:
         step = nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate)
-    scaler = torch.amp.GradScaler(device.type, enabled=devices.autocast_dtype(device) == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     rng = np.random.default_rng(processes.rank)
     torch.manual_seed(processes.rank)
+    prompts = torch.Generator().manual_seed(0)  # the same prompts in all processes: FSDP2 needs that
     for number in range(args.steps):
         is_clip = number % 2 == 1
-        if is_clip:
-            images, masks = draw_clip(rng, args.frames, args.image_size)
-        else:
-            pictures = [draw_clip(rng, 1, args.image_size) for _ in range(args.batch_size)]
-            images, masks = (torch.cat(tensors) for tensors in zip(*pictures, strict=True))
-        prompt = "box" if number // 2 % 2 else "point"
+        images, masks = draw_batch(rng, args, is_clip=is_clip)
+        prompt = sample_prompt(0.5 if is_clip else 1, generator=prompts)  # masks are for clips
         losses = step(normalize(images.to(device)), masks.to(device), prompt, is_clip=is_clip)
         optimizer.zero_grad()
         scaler.scale(losses.total).backward()
@@ -105,10 +140,11 @@ def main() -> None:
             print(
                 f"step {number + 1} ({kind}, {prompt}): loss {losses.total:.3f}, IoU {losses.mean_iou:.3f}", flush=True
             )
+    save_checkpoint(model, args.out)  # in all processes: those of FSDP2 have a share each
     if processes.rank == 0:
-        save_checkpoint(model, args.out)
         print(f"wrote {args.out}")
     if processes.are_several:
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 import omniops
 
 API = Path(__file__).parents[1] / "docs" / "api"
-MODULES = ("omniops", "omniops.nn", "omniops.detection", "omniops.sam2", "omniops.device")
+MODULES = ("omniops", "omniops.nn", "omniops.detection", "omniops.sam2", "omniops.sam2.training", "omniops.device")
 # What device.py has for the other modules.
 INTERNAL = {"exclusively", "without_single_row"}
 
@@ -119,10 +119,12 @@ def models():
     return functools.cache(omniops.sam2.load)
 
 
-# remote starts a process, which takes seconds.
+# remote starts a process, and FSDP2 loads much of PyTorch, which takes seconds.
+SLOW = {"omniops.sam2.remote", "omniops.sam2.training.fully_shard_step"}
+
+
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow if name == "omniops.sam2.remote" else ()) for name in PUBLIC],
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PUBLIC]
 )
 def test_the_docstring_has_an_example_that_runs(name, models, monkeypatch):
     monkeypatch.setattr(omniops.sam2, "load", models)

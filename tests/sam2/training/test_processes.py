@@ -1,4 +1,4 @@
-"""Two processes give the gradients of one."""
+"""Two processes that train together give the weights of one with the whole batch."""
 
 import subprocess
 import sys
@@ -9,48 +9,71 @@ import torch.distributed as dist
 from torch import nn
 
 from omniops.sam2.architectures import new
-from omniops.sam2.training.steps import image_step
+from omniops.sam2.checkpoints import load
+from omniops.sam2.training import clip_step, fully_shard_step, image_step, save_checkpoint
 
 SIDE = 64
 
 
 class Step(nn.Module):
+    """Of pictures and of clips, whose frames use the same weights again and again."""
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.model = new("tiny", image_size=SIDE).train()
 
-    def forward(self, images, targets):
-        return image_step(self.model, images, targets, "box", 0).total
+    def forward(self, images, targets, clips):
+        losses = [image_step(self.model, images, targets, "box", num_correction_pt_per_frame=0)]
+        for frames, masks in clips:
+            clicks = torch.Generator().manual_seed(0)
+            options = {"num_correction_pt_per_frame": 1, "num_frames_to_correct": 2, "generator": clicks}
+            losses.append(clip_step(self.model, frames, masks, **options))
+        image, *of_clips = (loss.total for loss in losses)
+        return image + torch.stack(of_clips).mean()
 
 
 def batch():
+    """Two pictures, and a clip for each process."""
+    generator = torch.Generator().manual_seed(0)
     targets = torch.zeros(2, SIDE, SIDE)
     targets[0, 8:40, 8:40] = targets[1, 20:60, 16:48] = 1
-    return torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)), targets
+    clips = [(torch.randn(3, 3, SIDE, SIDE, generator=generator), mask.expand(3, 1, -1, -1)) for mask in targets]
+    return torch.randn(2, 3, SIDE, SIDE, generator=generator), targets, clips
 
 
-def gradients(step):
-    return {name: parameter.grad for name, parameter in step.named_parameters() if parameter.grad is not None}
+def descend(step, *inputs):
+    """A step of gradient descent, by the gradients themselves."""
+    optimizer = torch.optim.SGD(step.parameters(), lr=1)
+    step(*inputs).backward()
+    optimizer.step()
 
 
-def run_process(rank, store, path):
+def run_process(kind, rank, store, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    parallel = nn.parallel.DistributedDataParallel(Step(), find_unused_parameters=True)
-    images, targets = batch()
-    parallel(images[rank : rank + 1], targets[rank : rank + 1]).backward()
-    if rank == 0:
-        torch.save(gradients(parallel.module), path)
+    step = parallel = Step()
+    model = step.model
+    if kind == "fsdp":
+        fully_shard_step(step)
+        whole = sum(parameter.numel() for parameter in model.parameters())
+        assert sum(parameter.to_local().numel() for parameter in model.parameters()) < 0.6 * whole
+    else:
+        parallel = nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
+    images, targets, clips = batch()
+    one = slice(rank, rank + 1)
+    descend(parallel, images[one], targets[one], clips[one])
+    save_checkpoint(model, path)
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed")
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    path = tmp_path / "gradients.pt"
-    command = [sys.executable, __file__]  # not forked: threads of PyTorch that ran before would be missing there
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_give_the_weights_of_one(kind, tmp_path):
+    path = tmp_path / "trained.pt"
+    command = [sys.executable, __file__, kind]  # not forked: threads of PyTorch that ran before would be missing there
     processes = [
         subprocess.Popen(
             [*command, str(rank), tmp_path / "store", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -64,13 +87,20 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     step = Step()
-    step(*batch()).backward()
-    expected, found = gradients(step), torch.load(path, weights_only=True)
-    assert found.keys() >= expected.keys()
-    largest = max(gradient.abs().max() for gradient in expected.values())
-    for name, gradient in expected.items():
-        assert (found[name] - gradient).abs().max() <= 1e-5 * largest, name
+    before = {name: weight.clone() for name, weight in step.model.state_dict().items()}
+    descend(step, *batch())
+    expected, found = step.model.state_dict(), load(path, "cpu", "float32", image_size=SIDE).state_dict()
+    largest = max((weight - before[name]).abs().max() for name, weight in expected.items())
+    assert largest > 0.1
+    for name, weight in expected.items():
+        assert (found[name] - weight).abs().max() <= 1e-5 * largest, name
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+def test_sharding_says_what_it_needs():
+    with pytest.raises(RuntimeError, match=r"torch\.distributed\.init_process_group"):
+        fully_shard_step(nn.Identity())
 
 
 if __name__ == "__main__":
-    run_process(int(sys.argv[1]), *sys.argv[2:])
+    run_process(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

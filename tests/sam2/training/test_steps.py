@@ -7,9 +7,16 @@ import torch
 
 from omniops.sam2.architectures import new
 from omniops.sam2.checkpoints import load
-from omniops.sam2.training.losses import actual_iou, dice_loss, sigmoid_focal_loss
-from omniops.sam2.training.sampling import box_points, corrective_points
-from omniops.sam2.training.steps import clip_step, image_step, save_checkpoint
+from omniops.sam2.training import (
+    actual_iou,
+    box_points,
+    clip_step,
+    corrective_points,
+    dice_loss,
+    image_step,
+    save_checkpoint,
+    sigmoid_focal_loss,
+)
 
 SIDE = 64
 UNUSED = {"no_mem_pos_enc"}  # in the checkpoints, but used by no model
@@ -58,7 +65,9 @@ def test_loss_falls(model, batch, prompt):
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     values = []
     for _ in range(6):
-        loss = image_step(model, *batch, prompt, 0, torch.Generator().manual_seed(0)).total
+        loss = image_step(
+            model, *batch, prompt, num_correction_pt_per_frame=0, generator=torch.Generator().manual_seed(0)
+        ).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -71,11 +80,11 @@ def test_gradients_reach_every_parameter(model, batch):
     with torch.no_grad():
         model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(1)
     for prompt in ("point", "box", "mask"):
-        image_step(model, *batch, prompt, 1).total.backward()
-    clip_step(model, images, targets[:, None]).total.backward()
+        image_step(model, *batch, prompt, num_correction_pt_per_frame=1).total.backward()
+    clip_step(model, images, targets[:, None], num_correction_pt_per_frame=0).total.backward()
     with torch.no_grad():
         model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(-99)
-    clip_step(model, images, targets[:, None]).total.backward()
+    clip_step(model, images, targets[:, None], num_correction_pt_per_frame=0).total.backward()
     missing = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert missing == UNUSED
 

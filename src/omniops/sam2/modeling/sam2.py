@@ -214,6 +214,22 @@ class SAM2Base(nn.Module):
             mask_input: (B, 1, S/4, S/4), the logits to start from.
             multimask_output: decode three masks and take the best where few points leave open which one is meant.
         """
+        _, output = self.forward_sam_heads_with_masks(
+            features, image_embed, point_coords, point_labels, mask_input, multimask_output=multimask_output
+        )
+        return output
+
+    def forward_sam_heads_with_masks(
+        self,
+        features: ImageFeatures,
+        image_embed: Tensor,
+        point_coords: Tensor | None = None,
+        point_labels: Tensor | None = None,
+        mask_input: Tensor | None = None,
+        *,
+        multimask_output: bool = True,
+    ) -> tuple[Masks, SAMOutput]:
+        """As ``forward_sam_heads``, with all masks that were decoded: training has losses of each."""
         if point_coords is None or point_labels is None:
             count = len(image_embed) if mask_input is None else len(mask_input)
             point_coords = image_embed.new_zeros(count, 1, 2, dtype=torch.float32)
@@ -230,7 +246,7 @@ class SAM2Base(nn.Module):
         logits = masks.low_res_masks[objects, best][:, None].float()
         is_obj_appearing = masks.object_score_logits > 0
         obj_ptr = project_rows(self.obj_ptr_proj, masks.sam_output_tokens[objects, best])
-        return SAMOutput(
+        return masks, SAMOutput(
             torch.where(is_obj_appearing[..., None, None], logits, NO_OBJ_SCORE),
             torch.where(is_obj_appearing, obj_ptr, self.no_obj_ptr),
             masks.object_score_logits.float(),
@@ -238,7 +254,7 @@ class SAM2Base(nn.Module):
         )
 
     def use_mask_as_output(self, features: ImageFeatures, mask_inputs: Tensor) -> SAMOutput:
-        """An object whose mask is known, (1, 1, S, S) of 0 and 1: it is the result, the decoder gives the pointer."""
+        """B objects whose masks are known, (B, 1, S, S) of 0 and 1: they are the result, the decoder gives pointers."""
         logits = mask_inputs * _MASK_SCALE + _MASK_BIAS
         size = features.high_res_feats[0].shape[-2:]
         # On the CPU, because not every device has it.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omniops.ops._library import without_autocast
 from omniops.sam2.modeling.mask_decoder import Masks
 
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT, OBJECT_WEIGHT = 20.0, 1.0, 1.0, 1.0
@@ -15,7 +16,12 @@ _ALPHA, _GAMMA = 0.25, 2.0
 
 
 class Losses(NamedTuple):
-    """Means over objects, scalars in float32."""
+    """Means over objects, scalars in float32.
+
+    Example:
+        >>> Losses._fields
+        ('total', 'focal', 'dice', 'iou', 'object_score', 'mean_iou')
+    """
 
     total: Tensor
     focal: Tensor
@@ -27,7 +33,23 @@ class Losses(NamedTuple):
 
 
 def sigmoid_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """(..., H, W) logits and targets of 0 and 1 -> (...), the mean over pixels (Lin et al., 2017)."""
+    """The focal loss (Lin et al., 2017), the mean over pixels, with alpha 0.25 and gamma 2.
+
+    Args:
+        logits: (..., H, W), floating.
+        targets: (..., H, W), 0 and 1, of the logits' shape and dtype.
+
+    Returns:
+        (...), of the logits' dtype.
+
+    Raises:
+        ValueError: for different shapes.
+
+    Example:
+        >>> sigmoid_focal_loss(torch.full((1, 2, 2), 9.0), torch.ones(1, 2, 2)) < 1e-9
+        tensor([True])
+    """
+    _check_shapes(logits, targets)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     probability = logits.sigmoid()
     missed = probability + targets - 2 * probability * targets
@@ -36,7 +58,23 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """(..., H, W) logits and targets of 0 and 1 -> (...), one less the Dice coefficient, smoothed by 1."""
+    """One less the Dice coefficient, smoothed by 1.
+
+    Args:
+        logits: (..., H, W), floating.
+        targets: (..., H, W), 0 and 1, of the logits' shape.
+
+    Returns:
+        (...), of the logits' dtype.
+
+    Raises:
+        ValueError: for different shapes.
+
+    Example:
+        >>> dice_loss(torch.zeros(1, 2, 2), torch.ones(1, 2, 2))  # 1 - (2 * 2 + 1) / (2 + 4 + 1)
+        tensor([0.2857])
+    """
+    _check_shapes(logits, targets)
     probability = logits.sigmoid()
     overlap = (probability * targets).sum(dim=(-2, -1))
     return 1 - (2 * overlap + 1) / (probability.sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1)) + 1)
@@ -44,7 +82,23 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def actual_iou(logits: Tensor, targets: Tensor) -> Tensor:
-    """(..., H, W) logits and targets -> (...), the IoU of what is above 0; 1 where both are empty."""
+    """The IoU of masks, which are what is above 0, with targets; 1 where both are empty.
+
+    Args:
+        logits: (..., H, W)
+        targets: (..., H, W), 0 and 1.
+
+    Returns:
+        (...), float32, without gradient.
+
+    Raises:
+        ValueError: for different shapes.
+
+    Example:
+        >>> actual_iou(torch.tensor([[[3.0, 3.0], [-3.0, -3.0]]]), torch.ones(1, 2, 2))
+        tensor([0.5000])
+    """
+    _check_shapes(logits, targets)
     found, expected = logits > 0, targets > 0.5
     union = (found | expected).sum(dim=(-2, -1)).float()
     return torch.where(union > 0, (found & expected).sum(dim=(-2, -1)) / union.clamp(min=1), 1.0)
@@ -59,14 +113,26 @@ def sam2_losses(masks: Masks, targets: Tensor) -> Losses:
         masks: of ``SAM2Base.predict_masks``.
         targets: (B, S, S) or (B, S/4, S/4), 0 and 1; logits are resized to them.
 
+    Returns:
+        The means over objects, computed in float32 also under autocast.
+
     Raises:
         ValueError: for targets of another shape.
+
+    Example:
+        >>> from omniops.sam2.modeling.mask_decoder import Masks
+        >>> targets = torch.zeros(1, 8, 8)
+        >>> targets[:, 2:6, 2:6] = 1
+        >>> logits = 40 * targets[:, None] - 20
+        >>> masks = Masks(logits, torch.ones(1, 1), torch.zeros(1, 1, 256), torch.full((1, 1), 20.0))
+        >>> sam2_losses(masks, targets).total < 1e-6
+        tensor(True)
     """
     if targets.ndim != 3 or len(targets) != len(masks.ious):
         raise ValueError(
             f"targets must be ({len(masks.ious)}, H, W), a mask for each prompt, got {tuple(targets.shape)}"
         )
-    with torch.autocast(targets.device.type, enabled=False):
+    with without_autocast(targets):
         targets = targets.float()
         logits = masks.low_res_masks.float()
         if logits.shape[-2:] != targets.shape[-2:]:
@@ -86,3 +152,8 @@ def sam2_losses(masks: Masks, targets: Tensor) -> Losses:
         total = FOCAL_WEIGHT * focal + DICE_WEIGHT * dice + IOU_WEIGHT * iou + OBJECT_WEIGHT * score
         mean_iou = (actual.gather(1, best)[:, 0] * is_there).sum() / is_there.sum().clamp(min=1)
     return Losses(total, focal, dice, iou, score, mean_iou)
+
+
+def _check_shapes(logits: Tensor, targets: Tensor) -> None:
+    if logits.shape != targets.shape:
+        raise ValueError(f"targets must have the shape of logits, {tuple(logits.shape)}, got {tuple(targets.shape)}")

@@ -1,19 +1,21 @@
-"""The losses of a batch of pictures, and of a clip whose frames attend to the memories of those before."""
+"""The losses of a batch of pictures, and of a clip whose frames attend to the memories of others.
+
+The arguments have the names of the official training's, and their defaults are the simplest case. Meta's published
+configuration has ``num_correction_pt_per_frame=7, num_frames_to_correct=2, rand_frames_to_correct=True,
+num_init_cond_frames=2, rand_init_cond_frames=True, prob_to_sample_from_gt=0.1``, prompts as ``sample_prompt`` draws
+them, and clips of 8 frames.
+"""
 
 from __future__ import annotations
 
-from os import PathLike
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from omniops.sam2.modeling.layers import project_rows
-from omniops.sam2.modeling.mask_decoder import Masks
-from omniops.sam2.modeling.prompt_encoder import NOT_A_POINT
-from omniops.sam2.modeling.sam2 import LARGEST_LOGIT, NO_OBJ_SCORE, ImageFeatures, SAM2Base
+from omniops.sam2.modeling.sam2 import SAM2Base
+from omniops.sam2.training.clip_memory import ClipMemory
+from omniops.sam2.training.interaction import Clicks, Prompt, first_prompt, interact
 from omniops.sam2.training.losses import Losses, sam2_losses
-from omniops.sam2.training.sampling import box_points, corrective_points, sample_points
+from omniops.sam2.training.sampling import check_probability, sample_frames
 
 PROMPTS = ("point", "box", "mask")
 
@@ -23,25 +25,47 @@ def image_step(
     images: Tensor,
     targets: Tensor,
     prompt: str = "point",
-    corrections: int = 1,
+    *,
+    num_correction_pt_per_frame: int = 7,
+    prob_to_sample_from_gt: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Losses:
     """The loss of B pictures with an object each.
 
     Args:
-        model: in training mode, in float32.
-        images: (B, 3, S, S), of ``normalize``.
-        targets: (B, S, S), 0 and 1.
+        model: in training mode, in float32; ``omniops.device.autocast`` around the step has it compute in less.
+        images: (B, 3, S, S), of ``normalize``, on the model's device.
+        targets: (B, S, S), 0 and 1, on the model's device.
         prompt: the first, ``point``, ``box`` or ``mask``.
-        corrections: clicks where the mask is wrong, each of which the loss is of too.
+        num_correction_pt_per_frame: clicks where the mask is wrong, each of which the loss is of too.
+        prob_to_sample_from_gt: the probability that a click is in the target instead.
         generator: of the CPU, that draws the clicks.
 
+    Returns:
+        The means over pictures and clicks.
+
     Raises:
-        ValueError: for another prompt.
+        ValueError: for another prompt, images or targets of other shapes, a negative number, no probability, or a model
+            that is not in float32.
+
+    Example:
+        >>> from omniops.sam2 import load
+        >>> model = load("tiny", "cpu", "float32", image_size=64, random_weights=True).train()
+        >>> targets = torch.zeros(2, 64, 64)
+        >>> targets[:, 16:48, 16:48] = 1
+        >>> losses = image_step(model, torch.randn(2, 3, 64, 64), targets, "box", num_correction_pt_per_frame=1)
+        >>> losses.total.backward()
+        >>> losses.total.shape, losses.mean_iou.requires_grad
+        (torch.Size([]), False)
     """
+    clicks = _check_clicks(num_correction_pt_per_frame, prob_to_sample_from_gt, generator)
+    _check_inputs(model, prompt, "images", images)
+    _check_targets(targets, (len(images), *images.shape[2:]), "(B, S, S), a mask for each picture")
+    targets = targets.float()
     features = model.forward_image(images)
-    embed = model.add_no_mem_embed(features.image_embed)
-    found = _interact(model, features, embed, targets, prompt, corrections, generator)
+    image_embed = model.add_no_mem_embed(features.image_embed)
+    first = first_prompt(model, targets, prompt, generator)
+    found, _ = interact(model, features, image_embed, targets, first, clicks)
     return _mean([sam2_losses(masks, targets) for masks in found])
 
 
@@ -50,105 +74,112 @@ def clip_step(
     frames: Tensor,
     targets: Tensor,
     prompt: str = "point",
-    corrections: int = 0,
+    *,
+    num_correction_pt_per_frame: int = 7,
+    num_frames_to_correct: int = 1,
+    rand_frames_to_correct: bool = False,
+    num_init_cond_frames: int = 1,
+    rand_init_cond_frames: bool = False,
+    add_all_frames_to_correct_as_cond: bool = True,
+    prob_to_sample_from_gt: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Losses:
-    """The loss of T frames with B objects: prompted on the first, tracked on the others.
+    """The loss of T frames with B objects: prompted on some, tracked on the others, and there corrected on some.
+
+    Prompted frames come first, and have no memories of others; the rest follow by time. A mask as prompt is the result
+    of its frame, as ``SAM2VideoPredictor.add_new_mask`` has it: it becomes that frame's memory as it was given, there
+    is nothing to correct, and the loss is of the other frames.
 
     Args:
-        model, prompt, corrections, generator: as in ``image_step``.
-        frames: (T, 3, S, S), of ``normalize``.
-        targets: (T, B, S, S), 0 and 1.
+        model, prompt, num_correction_pt_per_frame, prob_to_sample_from_gt: as in ``image_step``.
+        frames: (T, 3, S, S), of ``normalize``, on the model's device.
+        targets: (T, B, S, S), 0 and 1, on the model's device.
+        num_frames_to_correct: how many frames get clicks where the mask is wrong, the prompted ones among them. Masks
+            as prompts are not corrected, and this is ignored.
+        rand_frames_to_correct: from as many as are prompted to that number, at random.
+        num_init_cond_frames: how many are prompted: the first, and others at random.
+        rand_init_cond_frames: from 1 to that number, at random.
+        add_all_frames_to_correct_as_cond: frames that were corrected are from then on remembered as prompted ones.
+        generator: of the CPU, that draws frames and clicks.
+
+    Returns:
+        The means over objects, frames and clicks.
+
+    Raises:
+        ValueError: as in ``image_step``; also unless 1 <= num_init_cond_frames <= num_frames_to_correct <= T, or, for
+            masks as prompts, 1 <= num_init_cond_frames < T.
+
+    Example:
+        >>> from omniops.sam2 import load
+        >>> model = load("tiny", "cpu", "float32", image_size=64, random_weights=True).train()
+        >>> targets = torch.zeros(2, 1, 64, 64)
+        >>> targets[..., 16:48, 16:48] = 1
+        >>> losses = clip_step(model, torch.randn(2, 3, 64, 64), targets, num_correction_pt_per_frame=1)
+        >>> losses.total.backward()
+        >>> clip_step(model, torch.randn(2, 3, 64, 64), targets, "mask").total.requires_grad
+        True
     """
+    clicks = _check_clicks(num_correction_pt_per_frame, prob_to_sample_from_gt, generator)
+    _check_inputs(model, prompt, "frames", frames)
+    objects = max(targets.shape[1], 1) if targets.ndim == 4 else 1
+    _check_targets(targets, (len(frames), objects, *frames.shape[2:]), "(T, B, S, S), masks for each frame")
+    if prompt == "mask":
+        if num_init_cond_frames >= len(frames):
+            raise ValueError(
+                f"num_init_cond_frames must be less than the number of frames, {len(frames)}, because masks that are "
+                f"given train nothing on their own frames, got {num_init_cond_frames}"
+            )
+        num_frames_to_correct = num_init_cond_frames
+    prompted, corrected = sample_frames(
+        len(frames),
+        num_init_cond_frames,
+        num_frames_to_correct,
+        rand_init_cond_frames=rand_init_cond_frames,
+        rand_frames_to_correct=rand_frames_to_correct,
+        generator=generator,
+    )
+    targets = targets.float()
     features = model.forward_image(frames)
+    memory = ClipMemory(model, len(frames))
     losses: list[Losses] = []
-    memories: list[Tensor] = []
-    pointers: list[Tensor] = []
-    for t, expected in enumerate(targets):
-        frame = features.of(t)
-        if t == 0:
-            embed = model.add_no_mem_embed(frame.image_embed)
-            found = _interact(model, frame, embed, expected, prompt, corrections, generator)
+    for t in (*prompted, *(t for t in range(len(frames)) if t not in prompted)):
+        frame, expected, is_prompted = features.of(t), targets[t], t in prompted
+        if is_prompted and prompt == "mask":
+            output = model.use_mask_as_output(frame, expected[:, None])
         else:
-            recent = [0, *range(max(1, t - model.num_maskmem + 1), t)]
-            index, times = model.encode_times(
-                [t - i if i else 0 for i in recent], [t - i for i in recent], len(frames) - 1
-            )
-            embed = model.prepare_memory_conditioned_features(
-                frame.image_embed,
-                torch.stack([memories[i] for i in recent]),
-                index,
-                torch.stack([pointers[i] for i in recent]),
-                times,
-            )
-            nothing = (
-                expected.new_zeros(len(expected), 1, 2),
-                expected.new_full((len(expected), 1), NOT_A_POINT).int(),
-            )
-            found = [model.predict_masks(frame, embed, *nothing, None, multimask_output=True)]
-        losses += [sam2_losses(masks, expected) for masks in found]
-        logits, pointer = _choose(model, found[-1])
-        score = found[-1].object_score_logits
-        memories.append(model.encode_new_memory(frame.image_embed, logits, score, is_mask_from_pts=False))
-        pointers.append(pointer)
+            if is_prompted:
+                first = first_prompt(model, expected, prompt, generator)
+                image_embed = model.add_no_mem_embed(frame.image_embed)
+            else:
+                first, image_embed = Prompt(), memory.attend(t, frame.image_embed)
+            on_frame = clicks if t in corrected else clicks._replace(number=0)
+            found, output = interact(model, frame, image_embed, expected, first, on_frame)
+            losses += [sam2_losses(masks, expected) for masks in found]
+        is_cond = is_prompted or (add_all_frames_to_correct_as_cond and t in corrected)
+        memory.add(t, frame.image_embed, output, is_cond=is_cond)
     return _mean(losses)
 
 
-def save_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Write the weights as Meta's checkpoints have them, for ``omniops.sam2.load`` and the official package."""
-    torch.save({"model": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}}, path)
+def _check_clicks(number: int, prob_to_sample_from_gt: float, generator: torch.Generator | None) -> Clicks:
+    if number < 0:
+        raise ValueError(f"num_correction_pt_per_frame must be 0 or more, got {number}")
+    check_probability("prob_to_sample_from_gt", prob_to_sample_from_gt)
+    return Clicks(number, prob_to_sample_from_gt, generator)
 
 
-def _interact(
-    model: SAM2Base,
-    features: ImageFeatures,
-    embed: Tensor,
-    targets: Tensor,
-    prompt: str,
-    corrections: int,
-    generator: torch.Generator | None,
-) -> list[Masks]:
-    """The masks of the first prompt and of each correction."""
+def _check_inputs(model: SAM2Base, prompt: str, name: str, images: Tensor) -> None:
     if prompt not in PROMPTS:
         raise ValueError(f"prompt must be one of {', '.join(PROMPTS)}, got {prompt!r}")
-    mask_input = None
-    if prompt == "box":
-        coords, labels = box_points(targets)
-    else:
-        coords = sample_points(targets > 0.5, generator)
-        # A click beside an object that is not there is one outside of it.
-        labels = targets.flatten(1).any(dim=1, keepdim=True).int()
-        if prompt == "mask":
-            labels = torch.full_like(labels, NOT_A_POINT)
-    if prompt == "mask":
-        mask_input = model.mask_downsample(targets[:, None].float()).float()
-    found = []
-    for step in range(corrections + 1):
-        several = step == 0 and prompt == "point"
-        masks = model.predict_masks(features, embed, coords, labels, mask_input, multimask_output=several)
-        found.append(masks)
-        if step < corrections:
-            best = _best(masks)
-            mask_input = best.detach().clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
-            logits = F.interpolate(mask_input, targets.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-            point, label_of_point = corrective_points(logits, targets, generator)
-            coords, labels = torch.cat((coords, point), dim=1), torch.cat((labels, label_of_point), dim=1)
-    return found
+    if model.dtype != torch.float32:
+        raise ValueError(f"model must be in float32 to be trained, got {model.dtype}: load it with dtype='float32'")
+    side = model.image_size
+    if images.ndim != 4 or not len(images) or images.shape[1:] != (3, side, side):
+        raise ValueError(f"{name} must be (N, 3, {side}, {side}), N >= 1, got {tuple(images.shape)}")
 
 
-def _best(masks: Masks) -> Tensor:
-    """(B, 1, S/4, S/4), of the highest predicted IoU."""
-    objects = torch.arange(len(masks.ious), device=masks.ious.device)
-    return masks.low_res_masks[objects, masks.ious.argmax(dim=1)][:, None].float()
-
-
-def _choose(model: SAM2Base, masks: Masks) -> tuple[Tensor, Tensor]:
-    """What later frames are given: the logits and the object pointers of B objects."""
-    objects = torch.arange(len(masks.ious), device=masks.ious.device)
-    pointer = project_rows(model.obj_ptr_proj, masks.sam_output_tokens[objects, masks.ious.argmax(dim=1)])
-    is_there = masks.object_score_logits > 0
-    logits = torch.where(is_there[..., None, None], _best(masks), NO_OBJ_SCORE)
-    return logits, torch.where(is_there, pointer, model.no_obj_ptr)
+def _check_targets(targets: Tensor, shape: tuple[int, ...], layout: str) -> None:
+    if targets.shape != shape:
+        raise ValueError(f"targets must be {layout}, here {shape}, got {tuple(targets.shape)}")
 
 
 def _mean(losses: list[Losses]) -> Losses:
