@@ -5,9 +5,9 @@ The methods have the names of those of the official predictor that do the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ class VideoOptions:
     max_cond_frames_in_attn: int
     upsampling: str
 
+    @classmethod
+    def of(cls, predictor: object) -> VideoOptions:
+        """The predictor's, as they are now."""
+        return cls(**{option.name: getattr(predictor, option.name) for option in fields(cls)})
+
 
 def frames_per_batch(device: torch.device) -> int:
     """How many frames the image encoder takes as one batch on that device."""
@@ -78,19 +83,30 @@ class FrameInference:
 
     def get_image_feature(self, frame_idx: int, next_frames: Sequence[int] = ()) -> ImageFeatures:
         """The image encoder's features of a frame. Next frames are encoded with it, as one batch, where it must be."""
-        cached = self.state.frames_with_features
+        cached = self.state.cached_batches
         if frame_idx not in cached:
             images = {frame_idx: self.state.images[frame_idx]}
             with suppress(FrameError):  # the error of a next frame is raised when it is that frame's turn
                 for t in next_frames[: frames_per_batch(self.device) - 1]:
                     if t not in cached:
                         images[t] = self.state.images[t]
-            with self.model.autocast():
-                features = self.model.run(self.model.forward_image, torch.stack(list(images.values())))
-            for i, t in enumerate(images):
-                self.state.cache_features(t, features.of(i))
+            for t, features in self._encode(images).items():
+                self.state.cache_features(t, tuple(images), features)
             self.state.release_features(keep=MAX_CACHED_FEATURES)
-        return self.state.get_features(frame_idx)
+        elif self.state.get_features(frame_idx) is None:  # the state was loaded
+            batch = cached[frame_idx]
+            for t, features in self._encode({t: self.state.images[t] for t in batch}).items():
+                if cached.get(t) == batch:
+                    self.state.cache_features(t, batch, features)
+        found = self.state.get_features(frame_idx)
+        assert found is not None
+        return found
+
+    def _encode(self, images: Mapping[int, Tensor]) -> dict[int, ImageFeatures]:
+        """The features of frames, encoded as one batch."""
+        with self.model.autocast():
+            features = self.model.run(self.model.forward_image, torch.stack(list(images.values())))
+        return {t: features.of(i) for i, t in enumerate(images)}
 
     def select_memories(self, obj: TrackedObject, frame_idx: int, *, reverse: bool) -> MemoryBank:
         """What a frame attends to of an object."""

@@ -6,19 +6,30 @@ import copy
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from os import PathLike
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from omniops import device as devices
+from omniops.sam2 import saved_states
 from omniops.sam2.arguments import check_int
 from omniops.sam2.frame_loader import VideoFrameLoader
 from omniops.sam2.frames import Frames
 from omniops.sam2.live_frames import LiveFrames
 from omniops.sam2.mask_store import MaskStore
-from omniops.sam2.modeling.sam2 import ImageFeatures
+from omniops.sam2.modeling.sam2 import ImageFeatures, SAM2Base
 from omniops.sam2.tracked_object import TrackedObject
+
+
+class CachedFeatures(NamedTuple):
+    """The image encoder's features of a frame."""
+
+    batch: tuple[int, ...]
+    """The frames that were encoded as one batch: another batch may give features that differ in their last bits."""
+    features: ImageFeatures | None
+    """None in a state that was loaded, until they are asked for."""
 
 
 class InferenceState(Mapping[str, Any]):
@@ -56,21 +67,22 @@ class InferenceState(Mapping[str, Any]):
     def __init__(
         self,
         frames: Frames | LiveFrames,
-        image_size: int,
-        device: torch.device,
+        model: SAM2Base,
         offload_video_to_cpu: bool,
         offload_state_to_cpu: bool,
     ) -> None:
+        device = model.device
         self.frames = frames
-        self.images = VideoFrameLoader(frames, image_size, device)
+        self.images = VideoFrameLoader(frames, model.image_size, device)
         self.video_height, self.video_width = frames.height, frames.width
         self.device = device
         self.storage_device = torch.device("cpu") if offload_state_to_cpu else device
         self.offload_video_to_cpu = offload_video_to_cpu
         self.offload_state_to_cpu = offload_state_to_cpu
         # With an underscore, for attributes without one are keys of the mapping.
+        self._model = model
         self._objects: dict[Any, TrackedObject] = {}
-        self._cached_features: OrderedDict[int, ImageFeatures] = OrderedDict()
+        self._cached_features: OrderedDict[int, CachedFeatures] = OrderedDict()
         self._mask_store = MaskStore()
         self._num_tracked_live = 0
 
@@ -109,6 +121,16 @@ class InferenceState(Mapping[str, Any]):
             i: {frame_idx: {"reverse": reverse} for frame_idx, reverse in obj.frames_tracked.items()}
             for i, obj in enumerate(self._objects.values())
         }
+
+    @property
+    def tracked_frames(self) -> dict[Any, dict[int, bool]]:
+        """By an object's id the frames that it was tracked to, and whether in reverse; of a live video the last 16."""
+        return {obj_id: dict(obj.frames_tracked) for obj_id, obj in self._objects.items()}
+
+    @property
+    def model(self) -> SAM2Base:
+        """The model that the outputs are of."""
+        return self._model
 
     @property
     def video_size(self) -> tuple[int, int]:
@@ -183,6 +205,25 @@ class InferenceState(Mapping[str, Any]):
         """Whether the frame got prompts that make it a conditioning frame after the last propagation."""
         return any(frame_idx in obj.temp_output_dict.cond_frame_outputs for obj in self._objects.values())
 
+    def processing_order(self, start_frame_idx: int | None, max_frame_num_to_track: int, *, reverse: bool) -> range:
+        """The frames that a propagation comes to; none in reverse from the first, as in the official predictor."""
+        if start_frame_idx is None:
+            start_frame_idx = min(t for obj in self._objects.values() for t in obj.output_dict.cond_frame_outputs)
+        if not reverse:
+            return range(start_frame_idx, min(start_frame_idx + max_frame_num_to_track, self.num_frames - 1) + 1)
+        if start_frame_idx == 0:
+            return range(0)
+        return range(start_frame_idx, max(start_frame_idx - max_frame_num_to_track, 0) - 1, -1)
+
+    @property
+    def num_tracked_live(self) -> int:
+        """How many frames of a live video a propagation has come to."""
+        return self._num_tracked_live
+
+    def go_on_with_live_frame(self, frame_idx: int) -> None:
+        """Have the next propagation of a live video begin with that frame."""
+        self._num_tracked_live = frame_idx
+
     def take_live_frame(self) -> int | None:
         """The next frame of a live video, for which it waits; None at its end."""
         assert isinstance(self.frames, LiveFrames)
@@ -196,14 +237,20 @@ class InferenceState(Mapping[str, Any]):
         self.frames = frames
         self.images = VideoFrameLoader(frames, self.images.image_size, self.device)
 
-    def cache_features(self, frame_idx: int, features: ImageFeatures) -> None:
-        """Keep the image encoder's features of a frame."""
-        self._cached_features[frame_idx] = features
+    @property
+    def cached_batches(self) -> dict[int, tuple[int, ...]]:
+        """``frames_with_features``, and the frames that were encoded as one batch with each."""
+        return {frame_idx: cached.batch for frame_idx, cached in self._cached_features.items()}
 
-    def get_features(self, frame_idx: int) -> ImageFeatures:
-        """The cached features of a frame, which are the last to be released from now on. KeyError without."""
+    def cache_features(self, frame_idx: int, batch: tuple[int, ...], features: ImageFeatures | None) -> None:
+        """Keep the image encoder's features of a frame, and of which batch they are."""
+        self._cached_features[frame_idx] = CachedFeatures(batch, features)
+
+    def get_features(self, frame_idx: int) -> ImageFeatures | None:
+        """The cached features of a frame, which are the last to be released from now on; None where a state that was
+        loaded has yet to encode their batch again. KeyError without."""
         self._cached_features.move_to_end(frame_idx)
-        return self._cached_features[frame_idx]
+        return self._cached_features[frame_idx].features
 
     def release_features(self, keep: int = 0) -> None:
         """Release the image encoder's features of frames, but for those used last; they are encoded again when needed.
@@ -217,11 +264,29 @@ class InferenceState(Mapping[str, Any]):
     @property
     def nbytes(self) -> int:
         """Bytes in memory of the model's features, masks and memories so far, and of frames that are decoded ahead."""
-        tensors = [t for f in self._cached_features.values() for t in (f.image_embed, *f.high_res_feats)]
+        features = [cached.features for cached in self._cached_features.values() if cached.features is not None]
+        tensors = [t for f in features for t in (f.image_embed, *f.high_res_feats)]
         tensors += [t for obj in self._objects.values() for t in obj.tensors()]
         # Views share the memory of what was computed as one batch.
         storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
         return sum(storages.values()) + self.images.nbytes
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write all but the video to a file, from which ``SAM2VideoPredictor.load_state`` goes on: bit for bit as here.
+
+        It belongs between two frames of a propagation, or two calls. What was at the path is replaced once the new file
+        is on the disk. See ``omniops.sam2.saved_states`` for what is in it.
+
+        Args:
+            path: of the file, as ``clip.safetensors``.
+
+        Raises:
+            FileNotFoundError: where its folder is not there.
+            IsADirectoryError: where it is a folder.
+            OSError: where it cannot be written.
+            TypeError: for an object's id that is no number, text, None or tuple of them.
+        """
+        saved_states.save(self, path)
 
     @contextmanager
     def unchanged_on_error(self, obj_id: Hashable) -> Iterator[None]:
@@ -259,6 +324,7 @@ class InferenceState(Mapping[str, Any]):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         memo[id(self.frames)] = self.frames
+        memo[id(self._model)] = self._model
         memo[id(self.images)] = VideoFrameLoader(self.frames, self.images.image_size, self.device)
         memo[id(self._cached_features)] = self._cached_features.copy()  # the features in it are never written to
         memo[id(self._mask_store)] = mask_store = MaskStore()

@@ -8,8 +8,9 @@ from __future__ import annotations
 import operator
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from os import PathLike
 from time import perf_counter
 from typing import Any, BinaryIO, NamedTuple
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from omniops.sam2.arguments import check_int
+from omniops.sam2.frames import Frames
 from omniops.sam2.live_sources import is_stream, open_stream
 from omniops.sam2.transforms import to_rgb
 
@@ -85,6 +87,7 @@ class LiveFrames:
         opened = open_stream(source) if is_read_by_pyav else _iterate(source)  # type: ignore[arg-type]
         self._kept: OrderedDict[int, _Arrival] = OrderedDict()
         self._num_taken = 0
+        self._first: _Arrival | None = None
         self._size: tuple[int, int] | None = None
         if (when_full or (DROP_OLDEST if is_camera_or_url else WAIT)) == WAIT:
             self._queue: _WaitingSource | _Queue = _WaitingSource(opened)
@@ -134,7 +137,7 @@ class LiveFrames:
             TypeError, ValueError: for a frame of another type or size.
             Exception: what an iterable raises.
         """
-        arrival = self._queue.get()
+        arrival, self._first = self._first or self._queue.get(), None
         if arrival is None:
             return None
         size = arrival.pixels.shape[:2]
@@ -151,12 +154,38 @@ class LiveFrames:
             self._kept.popitem(last=False)
         return self._num_taken - 1
 
+    def go_on_from(self, num_taken: int, last: Sequence[NDArray[np.uint8]]) -> None:
+        """Number the frames after those of an earlier video, of which the last ones count as taken just now.
+
+        Args:
+            num_taken: of how many frames the earlier one was, 1 or more.
+            last: the pixels of its last, (H, W, 3), at most 16.
+
+        Raises:
+            ValueError: where the earlier one's frames are of another size, or more than the first frame has been taken.
+        """
+        height, width = last[0].shape[:2]
+        if (height, width) != self._size:
+            raise ValueError(
+                f"a live video of {width} x {height} pixels cannot go on with one of {self.width} x {self.height}"
+            )
+        if self._num_taken != 1:
+            raise ValueError(
+                f"what a live video goes on with must be new, but {self._num_taken} of its frames are taken"
+            )
+        self._first = self._kept.pop(0)
+        now = perf_counter()
+        for i, pixels in enumerate(last, start=num_taken - len(last)):
+            self._kept[i] = _Arrival(pixels, now)
+        self._num_taken = num_taken
+
     def time(self, index: int) -> float:
         """When a frame that is kept had come, in seconds by ``time.perf_counter``."""
         return self._arrival(index).time
 
     def close(self) -> None:
         """Take no more frames, and let go of the source."""
+        self._first = None
         self._queue.close()
 
     def resized(self, index: int, image_size: int) -> NDArray[np.uint8]:
@@ -276,6 +305,17 @@ def _read(source: Iterator[NDArray[np.uint8]], queue: _Queue) -> None:
 def _close(source: Any) -> None:
     if hasattr(source, "close"):
         source.close()
+
+
+VideoSource = str | PathLike[str] | Frames | LiveFrames | Iterable[Any] | int | BinaryIO
+"""What ``SAM2VideoPredictor.init_state`` takes as a video."""
+
+
+def open_video(source: VideoSource) -> Frames | LiveFrames:
+    """The frames of a video."""
+    if isinstance(source, (Frames, LiveFrames)):
+        return source
+    return LiveFrames(source) if is_live(source) else Frames(source)  # type: ignore[arg-type]
 
 
 def is_live(source: object) -> bool:

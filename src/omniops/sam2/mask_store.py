@@ -23,6 +23,11 @@ class MaskStore:
         self._num_slots = 0
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of all tensors in it."""
+        return self._dtype
+
+    @property
     def num_slots(self) -> int:
         """How many tensors the file has room for."""
         return self._num_slots
@@ -57,6 +62,16 @@ class StoredMask:
     def __init__(self, store: MaskStore, slot: int, shape: torch.Size) -> None:
         self.store = store
         self._slot, self._shape = slot, shape
+
+    @property
+    def shape(self) -> torch.Size:
+        """The tensor's."""
+        return self._shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tensor's."""
+        return self.store.dtype
 
     def tensor(self) -> Tensor:
         """Read it, on the CPU."""

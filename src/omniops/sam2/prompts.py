@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omniops.sam2.arguments import check_array
 
-_POINT_LABELS = (-1, 0, 1, 2, 3)
+POINT_LABELS = (-1, 0, 1, 2, 3)
 """Padding, background, foreground, and a box's top left and bottom right corners."""
 _BOX_LABELS = (2, 3)
 
@@ -97,7 +97,7 @@ def _check_points(points: object, labels: object) -> PointInputs:
         raise ValueError(f"points must be (P, 2), got {shape}")
     if point_labels.shape != coords.shape[:2]:
         raise ValueError(f"labels must be ({coords.shape[1]},) as points say, got {tuple(point_labels.shape[1:])}")
-    if not torch.isin(point_labels, point_labels.new_tensor(_POINT_LABELS)).all():
+    if not torch.isin(point_labels, point_labels.new_tensor(POINT_LABELS)).all():
         raise ValueError(f"labels must be 1 (object), 0 (not) or -1 (ignored), got {point_labels.flatten().tolist()}")
     return PointInputs(coords, point_labels.to(torch.int32))
 
@@ -195,7 +195,7 @@ def _check_batched_points(point_coords: ArrayLike, point_labels: ArrayLike | Non
         raise ValueError(
             f"point_labels must be {tuple(coords.shape[:-1])} as point_coords say, got {tuple(labels.shape)}"
         )
-    if not torch.isin(labels, torch.tensor(_POINT_LABELS)).all():
+    if not torch.isin(labels, torch.tensor(POINT_LABELS)).all():
         raise ValueError(f"point_labels must be 1 (object) or 0 (not), got {labels.unique().tolist()}")
     return (coords, labels) if coords.dim() == 3 else (coords[None], labels[None])
 

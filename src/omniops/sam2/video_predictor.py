@@ -32,10 +32,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,11 +51,12 @@ from omniops.sam2.frame_inference import (
     apply_non_overlapping_constraints,
     frames_per_batch,
 )
-from omniops.sam2.frames import FrameError, Frames
+from omniops.sam2.frames import FrameError
 from omniops.sam2.inference_state import InferenceState, check_frame_idx, check_state
-from omniops.sam2.live_frames import LiveFrames, is_live
+from omniops.sam2.live_frames import LiveFrames, VideoSource, open_video
 from omniops.sam2.modeling.sam2 import LARGEST_LOGIT, SAM2Base
 from omniops.sam2.prompts import PointInputs, check_mask, check_obj_id, check_video_prompts
+from omniops.sam2.saved_states import SavedState
 
 _NUM_PREFETCHED = 8
 """How many frames are decoded before the model comes to them, 3 MB each at 1024."""
@@ -148,7 +149,7 @@ class SAM2VideoPredictor(Pretrained):
 
     def init_state(
         self,
-        video_path: str | PathLike[str] | Frames | LiveFrames | Iterable[Any] | int | BinaryIO,
+        video_path: VideoSource,
         offload_video_to_cpu: bool = False,
         offload_state_to_cpu: bool = False,
         async_loading_frames: bool = False,
@@ -166,14 +167,38 @@ class SAM2VideoPredictor(Pretrained):
         Raises:
             FileNotFoundError, ImportError, TypeError, ValueError: as ``Frames`` and ``LiveFrames``.
         """
-        frames: Frames | LiveFrames
-        if isinstance(video_path, (Frames, LiveFrames)):
-            frames = video_path
-        elif is_live(video_path):
-            frames = LiveFrames(video_path)  # type: ignore[arg-type]
-        else:
-            frames = Frames(video_path)  # type: ignore[arg-type]
-        return InferenceState(frames, self.image_size, self.device, offload_video_to_cpu, offload_state_to_cpu)
+        return InferenceState(open_video(video_path), self.model, offload_video_to_cpu, offload_state_to_cpu)
+
+    def load_state(self, path: str | PathLike[str], video: VideoSource, **options: bool) -> InferenceState:
+        """A state from a file of its ``save``: it goes on as if it had not been interrupted, given the same options.
+
+        Args:
+            path: of the file. It is not trusted.
+            video: the same one, as ``init_state`` takes it; of a live video one that goes on with the next frames.
+            options: ``offload_video_to_cpu``, ``offload_state_to_cpu`` and ``async_loading_frames`` of ``init_state``.
+
+        Raises:
+            FileNotFoundError, ImportError, TypeError: as ``init_state``, and for the file.
+            ValueError: where the file is none of ``save``, damaged, of a newer version, of another model or another
+                video; and as ``init_state``.
+
+        Example:
+            >>> predictor = SAM2VideoPredictor(omniops.sam2.load("tiny", random_weights=True, image_size=64))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     for i in range(3):
+            ...         Image.new("RGB", (64, 48)).save(f"{folder}/{i}.png")
+            ...     state = predictor.init_state(folder)
+            ...     _ = predictor.add_new_points_or_box(state, frame_idx=0, obj_id=1, points=[[32, 24]], labels=[1])
+            ...     _ = list(predictor.propagate_in_video(state, max_frame_num_to_track=1))
+            ...     state.save(f"{folder}/clip.safetensors")
+            ...     state = predictor.load_state(f"{folder}/clip.safetensors", folder)
+            ...     [frame for frame, *_ in predictor.propagate_in_video(state, start_frame_idx=2)]
+            [2]
+        """
+        with SavedState(path, self.model) as saved:
+            state = self.init_state(video, **options)
+            saved.restore(state, self.frames_at_once)
+        return state
 
     @devices.exclusively
     @torch.inference_mode()
@@ -346,7 +371,7 @@ class SAM2VideoPredictor(Pretrained):
         with devices.exclusive(self.device):
             self._frame_inference(state).propagate_in_video_preflight()
         objects, images = state.objects, state.images
-        processing_order = _processing_order(state, start_frame_idx, max_frame_num_to_track, reverse)
+        processing_order = state.processing_order(start_frame_idx, max_frame_num_to_track, reverse=reverse)
         with ThreadPoolExecutor(_NUM_DECODING_THREADS) as pool:
             try:
                 for i, frame_idx in enumerate(processing_order, start=1):
@@ -454,15 +479,7 @@ class SAM2VideoPredictor(Pretrained):
 
     def _frame_inference(self, state: InferenceState) -> FrameInference:
         """The model on frames of that state, with the options as they are now."""
-        options = VideoOptions(
-            fill_hole_area=self.fill_hole_area,
-            non_overlap_masks=self.non_overlap_masks,
-            clear_non_cond_mem_around_input=self.clear_non_cond_mem_around_input,
-            binarize_mask_from_pts_for_mem_enc=self.binarize_mask_from_pts_for_mem_enc,
-            max_cond_frames_in_attn=self.max_cond_frames_in_attn,
-            upsampling=self.upsampling,
-        )
-        return FrameInference(self.model, state, options)
+        return FrameInference(self.model, state, VideoOptions.of(self))
 
     def _point_inputs(
         self,
@@ -481,16 +498,3 @@ class SAM2VideoPredictor(Pretrained):
     def _consolidated(self, inference: FrameInference, frame_idx: int, is_cond: bool) -> MasksOnFrame:
         masks = inference.consolidate_temp_output_across_obj(frame_idx, is_cond=is_cond)
         return frame_idx, inference.state.obj_ids, masks
-
-
-def _processing_order(
-    state: InferenceState, start_frame_idx: int | None, max_frame_num_to_track: int, reverse: bool
-) -> range:
-    """The frames that a propagation comes to; none in reverse from the first frame, as in the official predictor."""
-    if start_frame_idx is None:
-        start_frame_idx = min(t for obj in state.objects.values() for t in obj.output_dict.cond_frame_outputs)
-    if not reverse:
-        return range(start_frame_idx, min(start_frame_idx + max_frame_num_to_track, state.num_frames - 1) + 1)
-    if start_frame_idx == 0:
-        return range(0)
-    return range(start_frame_idx, max(start_frame_idx - max_frame_num_to_track, 0) - 1, -1)

@@ -1,0 +1,113 @@
+"""JSON of a file that is not trusted: what is asked for is of the type and in the range that is said, or an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container
+from typing import Any
+
+
+def parse(text: str) -> Fields:
+    """The object of JSON that a text is.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        return Fields("its description", json.loads(text, parse_constant=_refuse))
+    except RecursionError:
+        raise ValueError("its description is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"its description is no JSON ({error})") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"its description has the number {constant}")
+
+
+class Fields:
+    """An object of JSON, whose fields are asked for by their names.
+
+    Args:
+        name: what errors call it.
+        value: the object.
+
+    Raises:
+        ValueError: for anything else than an object; by each method, where there is no such field, or another.
+    """
+
+    def __init__(self, name: str, value: object) -> None:
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be an object of JSON, got {_shown(value)}")
+        self._name, self._values = name, value
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a field, whatever it is."""
+        if name not in self._values:
+            raise ValueError(f"{self._name} lacks {name}")
+        return self._values[name]
+
+    def get(self, name: str) -> Any:
+        """The value of a field, whatever it is; None where it is missing."""
+        return self._values.get(name)
+
+    def fields(self, name: str) -> Fields:
+        """An object."""
+        return Fields(name, self[name])
+
+    def list_of_fields(self, name: str) -> list[Fields]:
+        """A list of objects."""
+        return [Fields(f"{name}[{i}]", value) for i, value in enumerate(self._list(name))]
+
+    def integer(self, name: str, low: int, high: int) -> int:
+        """An integer from low to high."""
+        return check_integer(name, self[name], low, high)
+
+    def integers(self, name: str, low: int, high: int) -> list[int]:
+        """A list of integers from low to high."""
+        return [check_integer(name, value, low, high) for value in self._list(name)]
+
+    def frames(self, name: str, allowed: Container[int]) -> list[int]:
+        """A list of frames, each once."""
+        return check_frames(name, self._list(name), allowed)
+
+    def pairs(self, name: str) -> list[tuple[Any, Any]]:
+        """A list of pairs, whatever they are."""
+        pairs = self._list(name)
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            raise ValueError(f"{name} must be a list of pairs, got {_shown(pairs)}")
+        return [(first, second) for first, second in pairs]
+
+    def _list(self, name: str) -> list[Any]:
+        value = self[name]
+        if not isinstance(value, list):
+            raise ValueError(f"{name} must be a list, got {_shown(value)}")
+        return value
+
+
+def check_integer(name: str, value: object, low: int, high: int) -> int:
+    """An integer from low to high; ValueError for anything else."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {_shown(value)}")
+    return value
+
+
+def check_frames(name: str, value: Any, allowed: Container[int]) -> list[int]:
+    """A list of frames, each once, or one; ValueError for anything else."""
+    frames: list[Any] = value if isinstance(value, list) else [value]
+    wrong = [t for t in frames if not isinstance(t, int) or isinstance(t, bool) or t not in allowed]
+    if wrong:
+        raise ValueError(f"{name} has {_shown(wrong[0])}, which is no frame that it can have")
+    if len(set(frames)) < len(frames):
+        raise ValueError(f"{name} has a frame more than once")
+    return frames
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # Python writes no integers of thousands of digits
+        return "a number of thousands of digits"
