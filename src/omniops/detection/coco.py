@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -54,7 +55,9 @@ def to_results(
         )
     ]
     if "masks" in detections:
-        for result, segmentation in zip(results, _encode_masks(detections["masks"][:, 0] >= 0.5), strict=True):
+        masks = detections["masks"][:, 0]
+        is_inside = masks if masks.dtype == torch.bool else masks >= 0.5
+        for result, segmentation in zip(results, _encode_masks(is_inside), strict=True):
             result["segmentation"] = segmentation
     return results
 
