@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from omniops import weights
 from omniops.detection.carafe_rcnn import COCO_CATEGORIES, COCO_CATEGORY_IDS
+from omniops.weights import fetch
 
 ARCHITECTURES = ("faster_rcnn_resnet50_fpn_carafe", "mask_rcnn_resnet50_fpn_carafe")
 """The functions of ``omniops.detection`` that build a detector."""
@@ -105,15 +105,20 @@ def read_description(source: str | PathLike[str], progress: bool = True) -> Desc
         ConnectionError: where it cannot be fetched.
     """
     location = fspath(source)
-    path = fspath(weights.fetch(location, progress)) if re.match(r"\w+://", location) else location
+    path = fspath(fetch(location, progress)) if re.match(r"\w+://", location) else location
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load(path, mmap=True)
     except Exception:  # of many types; what reads the tensors says what is wrong with it
         return None
     found = content.get(KEY) if isinstance(content, Mapping) else None
     return None if found is None else parse_description(found, path)
+
+
+def load(path: str | PathLike[str], mmap: bool = False) -> Any:
+    """What ``torch.save`` wrote, on the CPU, where it is of tensors, numbers and texts; errors are of many types."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def read_categories(source: str | PathLike[str], progress: bool = True) -> Categories:

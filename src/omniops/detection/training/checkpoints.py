@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from omniops.detection.trained import KEY
+from omniops.detection.trained import KEY, load
 
 _OF_STATE = {KEY, "state_dict", "settings", "dataset", "optimizer", "scaler", "rng"}
 _OF_STATE |= {"epoch", "step", "totals", "history"}
@@ -48,7 +48,7 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load(path)
     except Exception as error:  # of many types, whatever the bytes of a file that is none happen to mean
         raise ValueError(f"{path} is no checkpoint, a damaged one, or one that only running code restores") from error
     missing = sorted(_OF_STATE - set(content)) if isinstance(content, dict) else sorted(_OF_STATE)
