@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
+from unicodedata import normalize
 
 import typer
 
@@ -121,18 +122,29 @@ class Records:
                 raise
             self._size += len(text)
 
-    def finish(self, records: Sequence[dict[str, Any]]) -> None:
-        """Write all of them as one JSON file, in the order given, in place of the lines."""
-        if self._file is not None:
-            self._file.close()
+    def finish(self, records: Sequence[dict[str, Any]] | None, lines: Sequence[dict[str, Any]] | None = None) -> None:
+        """Write all of them as one JSON file, in the order given, in place of the lines.
+
+        None for no such file. Where ``lines`` are given, they stay, in the order given.
+        """
+        self.keep_lines()
         try:
-            write_json(self.path, records, self._overwrite)
+            if lines is not None:
+                with writing(self.lines, overwrite=True) as temporary:
+                    temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            if records is not None:
+                write_json(self.path, records, self._overwrite)
         except CommandError as error:
             kept = f"; {self.lines} has what was found, a line of JSON each" if self._file is not None else ""
             raise CommandError(f"{error}{kept}", status=1) from None
-        if self._file is not None or self._overwrite:  # or of a run before
+        if lines is None and (self._file is not None or self._overwrite):  # or of a run before
             with suppress(OSError):
                 self.lines.unlink(missing_ok=True)
+
+    def keep_lines(self) -> None:
+        """Write no more lines, and leave them as they are."""
+        if self._file is not None:
+            self._file.close()
 
 
 def lines_of(path: Path) -> Path:
@@ -181,3 +193,19 @@ def _is_same(path: Path, source: Path) -> bool:
         return path.samefile(source)
     except OSError:
         return False
+
+
+def unique_stems(names: Iterable[str]) -> list[str]:
+    """What files of those names are called, numbered where several are called the same, without their endings.
+
+    Some file systems tell neither A from a nor é from e with an accent.
+    """
+    stems: dict[str, str] = {}
+    for name in names:
+        stem = unique = Path(name).stem or "picture"
+        number = 1
+        while (key := normalize("NFC", unique).casefold()) in stems:
+            number += 1
+            unique = f"{stem}-{number}"
+        stems[key] = unique
+    return list(stems.values())

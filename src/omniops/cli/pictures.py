@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,18 +71,20 @@ def is_picture(path: Path) -> bool:
         return True
 
 
-def read_picture(path: Path, size: tuple[int, int] | None = None) -> Image:
+def read_picture(path: Path, size: tuple[int, int] | None = None, data: bytes | None = None) -> Image:
     """The picture in RGB as its EXIF data turns it, without transparency.
 
-    With a size, (width, height), it is turned or left as it is stored, whichever has that size.
+    With a size, (width, height), it is turned or left as it is stored, whichever has that size. With ``data`` these are
+    read in place of the file, whose name is in errors alone.
     """
     from PIL import ImageOps
 
     try:
         try:
-            picture = open_picture(path)
+            picture = open_picture(path) if data is None else _open_bytes(data)
         except ValueError:
-            raise CommandError(f"not a picture that Pillow can read: {path}{missing_decoder(path)}") from None
+            missing = missing_decoder(path) if data is None else ""
+            raise CommandError(f"not a picture that Pillow can read: {path}{missing}") from None
         with picture as stored:
             if is_animated(stored):
                 raise CommandError(f"{path} is an animation or has several pages, not one picture")
@@ -99,6 +102,16 @@ def read_picture(path: Path, size: tuple[int, int] | None = None) -> Image:
         raise
     except Exception as error:  # Pillow's decoders raise what they like on damaged files
         raise CommandError(f"cannot read {path}: {reason(error)}") from None
+
+
+def _open_bytes(data: bytes) -> Image:
+    from PIL import Image
+
+    register_heif()
+    try:
+        return Image.open(BytesIO(data))
+    except OSError as error:  # of which UnidentifiedImageError is one
+        raise ValueError(str(error)) from None
 
 
 def _to_rgb(picture: Image) -> Image:

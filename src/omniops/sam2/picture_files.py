@@ -46,6 +46,8 @@ _TRANSPOSES = {
 """Pillow's transposition that makes a picture upright, by its EXIF orientation."""
 _WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112
 """Tags of EXIF and TIFF."""
+_JPEG = b"\xff\xd8\xff"
+"""How a JPEG begins."""
 
 
 class SizeError(ValueError):
@@ -64,11 +66,15 @@ def has_picture_signature(path: Path) -> bool:
     """
     with path.open("rb") as file:
         start = file.read(12)
+    return begins_like_picture(start) and (not start.startswith(_JPEG) or KINDS.get(path.suffix.lower()) == "JPEG")
+
+
+def begins_like_picture(start: bytes) -> bool:
+    """Whether these are the first bytes, 12 or more, of a picture or an animation of a kind that Pillow reads."""
     return (
-        start.startswith((b"GIF8", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"))
-        or (start.startswith(b"RIFF") and start.endswith(b"WEBP"))
-        or _isobmff_kind(start) in ("AVIF", "HEIF")
-        or (start.startswith(b"\xff\xd8\xff") and KINDS.get(path.suffix.lower()) == "JPEG")
+        start.startswith((b"GIF8", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", _JPEG))
+        or (start.startswith(b"RIFF") and start[8:12] == b"WEBP")
+        or _isobmff_kind(start[:12]) in ("AVIF", "HEIF")
     )
 
 

@@ -12,8 +12,8 @@ from segment_files import half
 from omniops import sam2
 from omniops.cli.segment import model as segment_model
 from omniops.cli.segment import video as segment_video
-from omniops.sam2 import video_predictor
 from omniops.sam2.architectures import new
+from omniops.sam2.frames import Frames
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def scripted(monkeypatch, loaded):
     class Scripted:
         device = torch.device("cpu")
 
-        def __init__(self, model):
+        def __init__(self, model, upsampling):
             pass
 
         def set_image(self, pixels):
@@ -72,12 +72,19 @@ def tracker(monkeypatch, loaded):
     What ``happenings`` has for a frame happens before it.
     """
 
+    class State:
+        def __init__(self, frames):
+            self.frames = frames
+
+        def predicted_ious(self, frame):
+            return {1: 0.5, 2: 0.25}
+
     class Tracker:
-        def __init__(self, model):
+        def __init__(self, model, upsampling):
             self.model = model
 
         def init_state(self, path):
-            self.state = type("State", (), {"frames": video_predictor.Frames(path)})()
+            self.state = State(Frames(path))
             self.numbers = []
             return self.state
 

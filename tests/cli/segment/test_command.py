@@ -218,5 +218,5 @@ def test_the_names_of_results_without_out(omniops, scripted, tracker, tmp_path, 
 def test_its_help_has_examples(omniops):
     result = omniops("segment", "--help")
     assert result.status == 0
-    assert result.out.count("Example: omniops segment") == 3
+    assert result.out.count("Example: omniops segment") == 5
     assert "[@FRAME][#OBJECT]" in result.out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from omniops.cli.common import CommandError, load_sam2
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from omniops.sam2.modeling.sam2 import SAM2Base
 
 
-@dataclass(frozen=True)
+@dataclass
 class ModelChoice:
     """The model that the options name."""
 
@@ -25,9 +25,15 @@ class ModelChoice:
     device: torch.device
     precision: Precision
     image_size: int | None
+    _loaded: SAM2Base | None = field(default=None, init=False, repr=False)
 
     def load(self) -> SAM2Base:
-        """The model on the device; what takes a while is said on stderr."""
+        """The model on the device, which is loaded once; what takes a while is said on stderr."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def _load(self) -> SAM2Base:
         means_nothing = ", with random weights: its masks mean nothing" if self.random_weights else ""
         say(f"loading SAM 2, {self.name}{means_nothing}")
         load_sam2()

@@ -26,6 +26,37 @@ class Precision(str, Enum):
     FLOAT16 = "float16"
 
 
+class Save(str, Enum):
+    """What is written; from ``coco`` on by ``omniops.annotations``."""
+
+    MASK = "mask"
+    OVERLAY = "overlay"
+    JSON = "json"
+    JSONL = "jsonl"
+    COCO = "coco"
+    COCO_POLYGONS = "coco-polygons"
+    YOLO = "yolo"
+    MASKS = "masks"
+    LABELS = "labels"
+    CUTOUTS = "cutouts"
+    LABELME = "labelme"
+
+
+class Upsampling(str, Enum):
+    """How masks come to the size of the picture, as the predictors take it."""
+
+    BILINEAR = "bilinear"
+    GUIDED = "guided"
+
+
+class WhenFull(str, Enum):
+    """What becomes of frames that come faster than they are tracked, as ``LiveFrames`` takes it."""
+
+    WAIT = "wait"
+    DROP_OLDEST = "drop_oldest"
+    DROP_NEWEST = "drop_newest"
+
+
 PrecisionOption = Annotated[
     Precision, typer.Option("--dtype", help="What is computed in; auto: the one that suits the device.")
 ]
@@ -49,8 +80,23 @@ ModelOption = Annotated[
         help=MODELS,
     ),
 ]
-SourceArgument = Annotated[
-    Path, typer.Argument(metavar="IMAGE|VIDEO", help="A picture, a video, or a folder of a video's frames.")
+SourcesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SOURCE]...",
+        help="Pictures, videos, folders, patterns as 'photos/*.jpg', or the URL of one live video, or - for stdin.",
+        show_default=False,
+    ),
+]
+PicturesOption = Annotated[
+    bool,
+    typer.Option("--pictures", help="The files of a folder are pictures by themselves, and not the frames of a video."),
+]
+CameraOption = Annotated[
+    int | None,
+    typer.Option(
+        "--camera", metavar="N", min=0, help="A camera by its number, from 0 on, as live video.", show_default=False
+    ),
 ]
 PointsOption = Annotated[
     list[str] | None,
@@ -83,14 +129,90 @@ GridOption = Annotated[
         show_default=f"{GRID}; with random weights {GRID_OF_RANDOM_WEIGHTS}",
     ),
 ]
+PredIouThreshOption = Annotated[
+    float | None,
+    typer.Option(
+        "--pred-iou-thresh",
+        metavar="X",
+        min=0,
+        max=1,
+        help="With --everything: masks of which the model expects a lower IoU are left out.",
+        show_default="0.8; with random weights 0",
+    ),
+]
+StabilityScoreThreshOption = Annotated[
+    float | None,
+    typer.Option(
+        "--stability-score-thresh",
+        metavar="X",
+        min=0,
+        max=1,
+        help="With --everything: masks that change more with the threshold of their logits are left out.",
+        show_default="0.95; with random weights 0",
+    ),
+]
+CropsOption = Annotated[
+    int,
+    typer.Option(
+        "--crops",
+        metavar="N",
+        min=0,
+        max=4,
+        help="With --everything: look again at 4 crops of the picture, with 2 at 16 smaller ones too, and so on.",
+    ),
+]
+MinAreaOption = Annotated[
+    int,
+    typer.Option(
+        "--min-area",
+        metavar="PIXELS",
+        min=0,
+        help="With --everything: fill holes and remove parts of masks that are smaller.",
+    ),
+]
+UpsamplingOption = Annotated[
+    Upsampling,
+    typer.Option("--upsampling", help="guided: the edges of masks follow those of the picture."),
+]
+SaveOption = Annotated[
+    list[Save] | None,
+    typer.Option(
+        "--save",
+        help="Write this and what else is so named alone. Of a video: overlay, json, jsonl, labels; of a live one "
+        "overlay and jsonl.",
+        show_default="mask, overlay and json; of a live video overlay and jsonl",
+    ),
+]
+LabelsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label",
+        metavar="NAME[#OBJECT]",
+        help="The class of an object, or of all, in the formats that have classes. May be repeated.",
+        show_default="object",
+    ),
+]
 OutOption = Annotated[
     Path | None,
     typer.Option(
         "--out",
-        metavar="FILE",
-        help="What to write: a .png of a picture, a .mp4 of a video.",
-        show_default="omniops-mask.png, omniops-video.mp4",
+        metavar="FILE|DIR",
+        help="What to write: a .png of a picture, a .mp4 of a video, a folder of several.",
+        show_default="omniops-mask.png, omniops-video.mp4, omniops-masks",
     ),
+]
+ShowOption = Annotated[bool, typer.Option("--show", help="Show a live video in a window; so it is without --out.")]
+WhenFullOption = Annotated[
+    WhenFull | None,
+    typer.Option(
+        "--when-full",
+        help="What becomes of the frames of a live video that come too fast: wait has the source wait.",
+        show_default="drop_oldest; wait for a pipe",
+    ),
+]
+FramesOption = Annotated[
+    int | None,
+    typer.Option("--frames", metavar="N", min=1, help="End a live video after so many frames.", show_default=False),
 ]
 
 

@@ -1,136 +1,279 @@
-"""``omniops segment`` of a picture."""
+"""``omniops segment`` of pictures: they are read and written in threads beside the model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from rich.markup import escape
 from rich.progress import TimeRemainingColumn
 
 from omniops import device as devices
 from omniops.cli.common import CommandError, Heartbeat, print_lines, progress
 from omniops.cli.errors import reason, say
-from omniops.cli.outputs import write_json, writing
 from omniops.cli.pictures import read_picture
+from omniops.cli.pipeline import OrderedOutput, map_ahead
+from omniops.cli.segment.files import files_of_picture, in_words
 from omniops.cli.segment.model import device_and_dtype
 from omniops.cli.segment.prompts import Prompts, check_prompts, group_prompts
-from omniops.cli.segment.records import NOT_FINITE, Record, mask_record, numbered_masks, sort_by_area
-from omniops.cli.segment.request import Request, overlay_of
-from omniops.drawing import draw_prompts, mask_image, paint
+from omniops.cli.segment.records import NOT_FINITE, Record, mask_record
+from omniops.cli.segment.request import Request
+from omniops.cli.segment.results import write_picture, write_sets
 from omniops.formatting import digits
 
 if TYPE_CHECKING:
+    from omniops.annotations import Annotations
     from omniops.sam2.modeling.sam2 import SAM2Base
 
 _POINTS_PER_BATCH, _POINTS_PER_BATCH_ON_CPU = 64, 8
 _MANY_POINTS_ON_CPU = 256
+_NUM_THREADS = 4
+"""That read, and as many that write."""
+_NUM_WAITING = 8
+"""Pictures that are to be written."""
 
 
-def segment_picture(request: Request, grid: int | None) -> None:
-    """Segment a picture by prompts, or with a grid of points everything on it."""
-    out, overlay, results = request.out, overlay_of(request.out), request.out.with_suffix(".json")
-    picture = read_picture(request.source)
-    check_prompts(request.prompts, request.source, picture.width, picture.height, None)
-    prompts = {number: object_prompts for (_, number), object_prompts in group_prompts(request.prompts).items()}
-    pixels = np.array(picture)
-    model = request.model.load()
-    try:
-        if grid is None:
-            records, lines = _segment_prompts(model, pixels, prompts)
-        else:
-            records, lines = _segment_everything(model, pixels, grid, request.model.random_weights)
-    except (RuntimeError, ValueError) as error:  # RuntimeError: no memory, on the CPU too
-        size = f"a picture of {picture.width} x {picture.height} pixels"
-        raise CommandError(f"{size}: {reason(error)}", status=1) from None
+@dataclass(frozen=True)
+class Everything:
+    """What ``SAM2AutomaticMaskGenerator`` is asked for with ``--everything``."""
 
-    shown = sort_by_area(records)
-    write_json(results, records, request.overwrite)
-    with writing(out, request.overwrite) as temporary:
-        mask_image(numbered_masks(shown), picture.height, picture.width).save(temporary, format="PNG")
-    paint(pixels, numbered_masks(shown))
-    with writing(overlay, request.overwrite) as temporary:
-        drawn = Image.fromarray(pixels)
-        for number, object_prompts in prompts.items():
-            draw_prompts(drawn, number, object_prompts.points, object_prompts.labels, object_prompts.box)
-        drawn.save(temporary, format="JPEG", quality=90)
-    print_lines(*lines, f"Wrote {out}, {overlay} and {results}")
+    points_per_side: int
+    pred_iou_thresh: float | None
+    stability_score_thresh: float | None
+    crop_n_layers: int
+    min_mask_region_area: int
+
+    def arguments(self, random_weights: bool) -> dict[str, Any]:
+        """As the generator takes them."""
+        # Those of random weights are never sure and hardly stable: all of them are shown that are not found twice.
+        thresholds = {
+            "pred_iou_thresh": 0 if self.pred_iou_thresh is None and random_weights else self.pred_iou_thresh,
+            "stability_score_thresh": (
+                0 if self.stability_score_thresh is None and random_weights else self.stability_score_thresh
+            ),
+        }
+        return {
+            "points_per_side": self.points_per_side,
+            "crop_n_layers": self.crop_n_layers,
+            "min_mask_region_area": self.min_mask_region_area,
+            **{name: value for name, value in thresholds.items() if value is not None},
+        }
 
 
-def _segment_prompts(
-    model: SAM2Base, pixels: NDArray[np.uint8], prompts: Mapping[int, Prompts]
-) -> tuple[list[Record], list[str]]:
-    """A record of each object, and the lines to print."""
-    from omniops.sam2 import SAM2ImagePredictor
+@dataclass
+class Outcomes:
+    """How many of many sources are done, and which failed, each by its name with the reason."""
 
-    predictor = SAM2ImagePredictor(model)
-    started = perf_counter()
-    predictor.set_image(pixels)
-    devices.synchronize(predictor.device)
-    encoded = perf_counter()
-    records, lines = [], []
-    for number, object_prompts in prompts.items():
-        masks, scores, _ = predictor.predict(
-            object_prompts.points or None,
-            object_prompts.labels or None,
-            object_prompts.box,
-            multimask_output=object_prompts.is_one_click,
-        )
-        if not np.isfinite(scores).all():
-            raise ValueError(NOT_FINITE)
-        best = int(scores.argmax())
-        mask = np.asarray(masks[best]) > 0
-        record = mask_record(number, mask)
-        record["predicted_iou"] = float(scores[best])
-        if object_prompts.points:
-            record |= {"point_coords": object_prompts.points, "point_labels": object_prompts.labels}
-        if object_prompts.box:
-            record["box"] = object_prompts.box
-        records.append(record)
-        lines.append(f"object {number}: score {scores[best]:.3f}, {record['area']} pixels ({mask.mean():.1%})")
-    predicted = perf_counter()
-    lines.append(
-        f"set_image {digits(encoded - started)} s, predict {digits(predicted - encoded)} s on {device_and_dtype(model)}"
-    )
-    return records, lines
+    num_done: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
 
 
-def _segment_everything(
-    model: SAM2Base, pixels: NDArray[np.uint8], grid: int, random_weights: bool
-) -> tuple[list[Record], list[str]]:
-    """A record of each mask, and the lines to print."""
-    from omniops.sam2.mask_generator import SAM2AutomaticMaskGenerator
+@dataclass
+class _Picture:
+    request: Request
+    pixels: NDArray[np.uint8]
+    """(H, W, 3)."""
+    prompts: dict[int, Prompts]
 
-    on_cpu = model.device.type == "cpu"
-    # Those of random weights are never sure and hardly stable: all of them are shown that are not found twice.
-    thresholds: dict[str, Any] = {"pred_iou_thresh": 0, "stability_score_thresh": 0} if random_weights else {}
-    generator = SAM2AutomaticMaskGenerator(
-        model,
-        points_per_side=grid,
-        points_per_batch=_POINTS_PER_BATCH_ON_CPU if on_cpu else _POINTS_PER_BATCH,
-        output_mode="coco_rle",
-        **thresholds,
-    )
-    advice = ""
-    if on_cpu and grid**2 > _MANY_POINTS_ON_CPU:
-        advice = f": on a CPU that takes minutes, --grid {grid // 2} a quarter of them, --image-size 512 less too"
-    say(f"looking at {grid**2} points{advice}")
-    started = perf_counter()
+
+@dataclass
+class _Segmented:
+    picture: _Picture
+    records: list[Record]
+    lines: list[str]
+
+
+def segment_picture(request: Request, everything: Everything | None) -> None:
+    """Segment one picture."""
+    picture = _read(request)
+    segmenter = _Segmenter(request, everything)
     with progress(TimeRemainingColumn()) as bar:
-        task = bar.add_task("points", total=grid**2)
-        heartbeat = Heartbeat(bar)
+        segmented = segmenter.segment(picture, _points_counter(bar) if everything else None)
+    write_picture(request, picture.pixels, picture.prompts, segmented.records, is_one=True)
+    written = in_words(path for save in request.save for path in files_of_picture(request.out, save))
+    print_lines(*segmented.lines, f"Wrote {written}")
 
-        def show_progress(points: int, total: int) -> None:
-            bar.update(task, completed=points, total=total)
-            heartbeat.beat(f"{points} of {total} points")
 
-        found = generator.generate(pixels, progress=show_progress)
+def segment_pictures(
+    requests: Sequence[Request], everything: Everything | None, folder: Path, outcomes: Outcomes
+) -> None:
+    """Segment pictures; ``outcomes`` tells which failed, and the others are segmented all the same."""
+    segmenter = _Segmenter(requests[0], everything)
+    say(f"segmenting {len(requests)} pictures")
+    of_sets: list[Annotations] = []
+    started = perf_counter()
+    try:
+        with progress(TimeRemainingColumn()) as bar:
+            task = bar.add_task("", total=len(requests))
+            heartbeat = Heartbeat(bar)
+
+            def finish(result: tuple[Request, _Segmented | CommandError, Annotations | None]) -> None:
+                request, outcome, annotations = result
+                if isinstance(outcome, CommandError):
+                    outcomes.failed[request.source.name] = str(outcome)
+                else:
+                    outcomes.num_done += 1
+                    of_sets.extend([annotations] if annotations is not None else [])
+                    count = len(outcome.records)
+                    objects = "1 object" if count == 1 else f"{count} objects"
+                    print_lines(f"{request.source.name} -> {_shown(request)}: {objects}", above=bar)
+                bar.advance(task)
+
+            with OrderedOutput(_write, finish, _NUM_THREADS, _NUM_WAITING) as output:
+                for number, (request, picture) in enumerate(map_ahead(_try_to_read, requests, _NUM_THREADS)):
+                    bar.update(task, description=escape(request.source.name))
+                    heartbeat.beat(f"{number} of {len(requests)} pictures")
+                    output.add((request, segmenter.try_to_segment(picture)))
+    finally:
+        written = write_sets(requests[0], folder, of_sets) if outcomes.num_done else []
     seconds = perf_counter() - started
-    records = [{"id": i, **mask} for i, mask in enumerate(found, start=1)]
-    lines = [f"{len(found)} masks of {grid**2} points in {digits(seconds)} s on {device_and_dtype(model)}"]
-    if random_weights:
-        lines.append("The weights are random: these masks mean nothing.")
-    return records, lines
+    speed = f"{outcomes.num_done} pictures in {digits(seconds)} s, {outcomes.num_done / seconds:.2f} pictures/s"
+    random = ["The weights are random: these masks mean nothing."] if segmenter.random_weights else []
+    also = f", and {', '.join(map(str, written))}" if written else ""
+    print_lines(f"{speed}, on {device_and_dtype(segmenter.model)}", *random, f"Wrote what was found to {folder}{also}")
+
+
+def _shown(request: Request) -> Path:
+    """The file that a line names of those that are written of a picture."""
+    return files_of_picture(request.out, request.save[0])[0]
+
+
+def _read(request: Request) -> _Picture:
+    source = request.source
+    data = source.place if isinstance(source.place, bytes) else None
+    path = source.path or Path(source.name)
+    picture = read_picture(path, data=data)
+    check_prompts(request.prompts, path, picture.width, picture.height, None)
+    prompts = {number: object_prompts for (_, number), object_prompts in group_prompts(request.prompts).items()}
+    return _Picture(request, np.array(picture), prompts)
+
+
+def _try_to_read(request: Request) -> tuple[Request, _Picture | CommandError]:
+    try:
+        return request, _read(request)
+    except CommandError as error:
+        return request, error
+
+
+def _write(
+    work: tuple[Request, _Segmented | CommandError],
+) -> tuple[Request, _Segmented | CommandError, Annotations | None]:
+    request, outcome = work
+    if isinstance(outcome, CommandError):
+        return request, outcome, None
+    picture = outcome.picture
+    try:
+        annotations = write_picture(request, picture.pixels, picture.prompts, outcome.records, is_one=False)
+    except CommandError as error:
+        return request, error, None
+    return request, outcome, annotations
+
+
+class _Segmenter:
+    """The model, which is loaded once, and what finds the masks of a picture."""
+
+    def __init__(self, request: Request, everything: Everything | None) -> None:
+        self.model: SAM2Base = request.model.load()
+        self.random_weights = request.model.random_weights
+        self._everything = everything
+        self._upsampling = request.upsampling.value
+        self._predictor: Any = None
+
+    def segment(self, picture: _Picture, count_points: Callable[[int, int], None] | None = None) -> _Segmented:
+        """The masks of a picture."""
+        try:
+            if self._everything is None:
+                records, lines = self._segment_prompts(picture.pixels, picture.prompts)
+            else:
+                records, lines = self._segment_everything(picture.pixels, self._everything, count_points)
+        except (RuntimeError, ValueError) as error:  # RuntimeError: no memory, on the CPU too
+            height, width = picture.pixels.shape[:2]
+            raise CommandError(f"a picture of {width} x {height} pixels: {reason(error)}", status=1) from None
+        return _Segmented(picture, records, lines)
+
+    def try_to_segment(self, picture: _Picture | CommandError) -> _Segmented | CommandError:
+        """The same, or what went wrong, then or before."""
+        if isinstance(picture, CommandError):
+            return picture
+        try:
+            return self.segment(picture)
+        except CommandError as error:
+            return CommandError(f"{picture.request.source.name}: {error}", error.status)
+
+    def _segment_prompts(
+        self, pixels: NDArray[np.uint8], prompts: Mapping[int, Prompts]
+    ) -> tuple[list[Record], list[str]]:
+        """A record of each object, and the lines to print."""
+        from omniops.sam2 import SAM2ImagePredictor
+
+        predictor = self._predictor = self._predictor or SAM2ImagePredictor(self.model, upsampling=self._upsampling)
+        started = perf_counter()
+        predictor.set_image(pixels)
+        devices.synchronize(predictor.device)
+        encoded = perf_counter()
+        records, lines = [], []
+        for number, object_prompts in prompts.items():
+            masks, scores, _ = predictor.predict(
+                object_prompts.points or None,
+                object_prompts.labels or None,
+                object_prompts.box,
+                multimask_output=object_prompts.is_one_click,
+            )
+            if not np.isfinite(scores).all():
+                raise ValueError(NOT_FINITE)
+            best = int(scores.argmax())
+            mask = np.asarray(masks[best]) > 0
+            record = mask_record(number, mask)
+            record["predicted_iou"] = float(scores[best])
+            if object_prompts.points:
+                record |= {"point_coords": object_prompts.points, "point_labels": object_prompts.labels}
+            if object_prompts.box:
+                record["box"] = object_prompts.box
+            records.append(record)
+            lines.append(f"object {number}: score {scores[best]:.3f}, {record['area']} pixels ({mask.mean():.1%})")
+        times = f"set_image {digits(encoded - started)} s, predict {digits(perf_counter() - encoded)} s"
+        return records, [*lines, f"{times} on {device_and_dtype(self.model)}"]
+
+    def _segment_everything(
+        self, pixels: NDArray[np.uint8], everything: Everything, count_points: Callable[[int, int], None] | None
+    ) -> tuple[list[Record], list[str]]:
+        """A record of each mask, and the lines to print."""
+        from omniops.sam2.mask_generator import SAM2AutomaticMaskGenerator
+
+        on_cpu = self.model.device.type == "cpu"
+        generator = self._predictor = self._predictor or SAM2AutomaticMaskGenerator(
+            self.model,
+            points_per_batch=_POINTS_PER_BATCH_ON_CPU if on_cpu else _POINTS_PER_BATCH,
+            output_mode="coco_rle",
+            **everything.arguments(self.random_weights),
+        )
+        points = everything.points_per_side**2
+        if count_points is not None:
+            half = everything.points_per_side // 2
+            advice = f": on a CPU that takes minutes, --grid {half} a quarter of them, --image-size 512 less too"
+            say(f"looking at {points} points{advice if on_cpu and points > _MANY_POINTS_ON_CPU else ''}")
+        started = perf_counter()
+        found = generator.generate(pixels, progress=count_points)
+        seconds = perf_counter() - started
+        records = [{"id": i, **mask} for i, mask in enumerate(found, start=1)]
+        lines = [f"{len(found)} masks of {points} points in {digits(seconds)} s on {device_and_dtype(self.model)}"]
+        if self.random_weights:
+            lines.append("The weights are random: these masks mean nothing.")
+        return records, lines
+
+
+def _points_counter(bar: Any) -> Callable[[int, int], None]:
+    """To be called with how many points of a picture were looked at."""
+    task = bar.add_task("points", total=None)
+    heartbeat = Heartbeat(bar)
+
+    def show_progress(points: int, total: int) -> None:
+        bar.update(task, completed=points, total=total)
+        heartbeat.beat(f"{points} of {total} points")
+
+    return show_progress

@@ -72,7 +72,9 @@ def parse_prompts(points: Iterable[str], boxes: Iterable[str]) -> list[WrittenPr
     return written
 
 
-def check_prompts(written: Iterable[WrittenPrompt], path: Path, width: int, height: int, frames: int | None) -> None:
+def check_prompts(
+    written: Iterable[WrittenPrompt], path: Path | str, width: int, height: int, frames: int | None
+) -> None:
     """Raise where a prompt lies outside of what it is for; a picture has no frames."""
     size = f"{path} has {width} x {height} pixels"
     for prompt in written:
