@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from omniops.drawing.sound import add_sound
 
 if TYPE_CHECKING:
     from omniops.sam2.frames import Frames
@@ -57,20 +60,47 @@ class VideoWriter:
     The file is there once the first frame has come, and whatever ends the process, the frames written until then can be
     read from it, but for the last. Sides become even, as these codecs want them: the last row or column is repeated.
 
+    Sound is put in when the video is closed; until then, and where it fails, the file is there without it.
+
     Args:
         path: the file to write, replaced where it is there. To a pipe goes what can be written without going back.
         like: the video that the frames come from, whose rate, clock, shape of pixels and colours it gets. Pictures are
             taken for sRGB.
         fps: frames a second, instead of those of ``like``; 24 where neither says.
+        audio: the file whose sound the video gets, which may be that of ``like``, or one without sound. What is heard
+            with the first frame in that file is heard with it here; times of ``write`` are those of ``like.times``.
+            Tracks are copied where the new file can have their codec, else they become AAC, or Opus in WebM.
 
     Raises:
+        FileNotFoundError: where there is no file ``audio``.
         OSError: by any method, with the path in its text, where the file cannot be written.
         ImportError: by ``write``, without PyAV.
         ValueError: by ``write``, for a frame of another size than the first, and for a transparent one in MP4.
+
+    Warns:
+        UserWarning: by ``close``, where the sound, or a track of it, had to be left out.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with VideoWriter(f"{folder}/a.mp4", fps=25) as writer:
+        ...         for value in (0, 100, 200):
+        ...             writer.write(np.full((48, 64, 3), value, np.uint8))
+        ...     len(omniops.sam2.frames.Frames(f"{folder}/a.mp4"))
+        3
     """
 
-    def __init__(self, path: str | os.PathLike[str], like: Frames | None = None, fps: float | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        like: Frames | None = None,
+        fps: float | None = None,
+        *,
+        audio: str | os.PathLike[str] | None = None,
+    ) -> None:
         self._path = Path(os.fsdecode(path))
+        self._audio = None if audio is None else Path(os.fsdecode(audio))
+        if self._audio is not None and not self._audio.exists():
+            raise FileNotFoundError(f"there is no file {self._audio} to take sound from")
         self._is_webm = self._path.suffix.lower() == ".webm"
         fps = fps or (like.fps if like is not None else None)
         self._rate = max(_SLOWEST, Fraction(fps or _FOLDERS_RATE).limit_denominator(1001))
@@ -116,13 +146,14 @@ class VideoWriter:
             raise self._failed(error) from None
 
     def close(self) -> None:
-        """Write what the encoder still holds, and the end; after an error, only let go of the file."""
+        """Write what the encoder still holds, the end, and the sound; after an error, only let go of the file."""
         import av
 
         if self._file is None or self._file.closed:
             return
+        is_whole, is_file = not self._file.failed, self._file.seekable()
         try:
-            if not self._file.failed:
+            if is_whole:
                 with _signals_afterwards():
                     self._encode(None)
                     self._container.close()
@@ -131,6 +162,8 @@ class VideoWriter:
             raise self._failed(error) from None
         finally:
             self.abort()
+        if is_whole and self._audio is not None and not self._audio.is_dir():
+            self._add_sound(self._audio, is_file)
 
     def abort(self) -> None:
         """Let go of the file as it is, without the end: what was written can be read."""
@@ -148,6 +181,15 @@ class VideoWriter:
     @property
     def _layout(self) -> str:
         return "yuva420p" if self._is_transparent else "yuv420p"
+
+    def _add_sound(self, audio: Path, is_file: bool) -> None:
+        if not is_file:
+            warnings.warn(f"{self._path} is without sound: it is a pipe", stacklevel=3)
+            return
+        start_time = None
+        if self._like is not None and self._like.path.exists() and audio.samefile(self._like.path):
+            start_time = self._like.start_time
+        add_sound(self._path, audio, start_time, self._first or 0.0)
 
     def _failed(self, error: OSError) -> OSError:
         self.abort()

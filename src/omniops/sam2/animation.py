@@ -34,6 +34,7 @@ class Animation:
     """
 
     colour = None
+    start_time = None
     sample_aspect_ratio = Fraction(1)
 
     def __init__(self, path: Path) -> None:

@@ -49,6 +49,10 @@ class FrameReader(Protocol):
         """Seconds of which the times are multiples."""
 
     @property
+    def start_time(self) -> float | None:
+        """When the first frame is shown, in seconds of the file's own clock."""
+
+    @property
     def sample_aspect_ratio(self) -> Fraction:
         """Width of a pixel divided by its height."""
 

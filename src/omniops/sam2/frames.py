@@ -58,6 +58,9 @@ class Frames:
     """When each frame is shown, in seconds after the first; None of a folder, of pages and of one picture."""
     time_base: Fraction | None
     """Seconds of which the file's own times are multiples; None as ``times``."""
+    start_time: float | None
+    """When the first frame is shown, in seconds of the file's own clock, that of its sound; None as ``times``, and
+    where the file does not say."""
     sample_aspect_ratio: Fraction
     """Width of a pixel as it is shown, divided by its height."""
     colour: Colour | None
@@ -73,6 +76,7 @@ class Frames:
         self._reader = _open_reader(self.path)
         self.height, self.width = self._reader.height, self._reader.width
         self.fps, self.times, self.time_base = self._reader.fps, self._reader.times, self._reader.time_base
+        self.start_time = self._reader.start_time
         self.sample_aspect_ratio, self.colour = self._reader.sample_aspect_ratio, self._reader.colour
 
     def __len__(self) -> int:

@@ -29,6 +29,7 @@ class PictureFolder:
     fps = None
     times = None
     time_base = None
+    start_time = None
     colour = None
     sample_aspect_ratio = Fraction(1)
 

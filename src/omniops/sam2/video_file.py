@@ -85,8 +85,10 @@ class VideoFile:
         if not self._count:
             raise ValueError(f"{path} has no frames")
         self.times: list[float] | None = self._in_seconds(ticks, time_base)
+        start = next((time for time in ticks if time is not None), None)
+        self.start_time = None if start is None else float(start * time_base)
         if self._count == 1 and self._is_of_pictures:  # FFmpeg makes up a rate for one picture
-            self.fps = self.times = self.time_base = None
+            self.fps = self.times = self.time_base = self.start_time = None
         self._open()
         try:
             first = self._get(0)
