@@ -1,25 +1,13 @@
-"""MMDetection from PyPI on omniops, in an environment of their own: the example, and what else needs them.
-
-PyTorch, torchvision and what they need are not downloaded again: the environment links to those that run the tests.
-"""
-
-import re
-import shutil
-import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
+"""MMDetection from PyPI on omniops, in an environment of their own: the example, and what else needs them."""
 
 import pytest
 from matplotlib import cbook
+from mmdetection_environment import ROOT, run
+from mmdetection_environment import python as python
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/mmdetection.py"
-ENVIRONMENT = ROOT / "build/environments/mmdetection"
-SHARED = ("omniops", "torch", "torchvision", "pytest", "hypothesis", "matplotlib", "setuptools")
-INSTALLED = ("mmdet==3.3.0", "mmcv-lite==2.1.0")
 # The tests that skip where mmdet and mmcv are not installed.
 NEED_THEM = (
     "tests/detection/test_checkpoints.py::test_what_a_training_writes_beside_the_weights",
@@ -46,58 +34,6 @@ NEED_THEM = (
 
 
 @pytest.fixture(scope="module")
-def python():
-    pytest.importorskip("torchvision", reason="MMDetection needs torchvision, which the environment would share")
-    links = _links(_needed(SHARED))
-    python = ENVIRONMENT / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    made = ENVIRONMENT / "made"
-    wanted = "\n".join([sys.version, *INSTALLED, *sorted(map(str, links.values()))])
-    if not made.exists() or made.read_text(encoding="utf-8") != wanted:
-        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-        _run(sys.executable, "-m", "venv", ENVIRONMENT)
-        shared = ENVIRONMENT / "shared"
-        for name, target in links.items():
-            (shared / name).parent.mkdir(parents=True, exist_ok=True)
-            (shared / name).symlink_to(target)
-        (packages,) = ENVIRONMENT.glob("**/site-packages")
-        line = f"import site; site.addsitedir({str(shared)!r})\n"
-        (packages / "shared.pth").write_text(line, encoding="utf-8")
-        _run(python, "-m", "pip", "install", "--quiet", *INSTALLED)
-        made.write_text(wanted, encoding="utf-8")
-    return python
-
-
-def _needed(names):
-    """The distributions of those names, and all that they need here."""
-    found = {}
-    names = list(names)
-    while names:
-        name = names.pop()
-        try:
-            found[name] = distribution(name)
-        except PackageNotFoundError:  # for another system
-            continue
-        needed = (requirement for requirement in found[name].requires or () if "extra ==" not in requirement)
-        names += [name for requirement in needed if (name := _name(re.match(r"[\w.-]+", requirement)[0])) not in found]
-    return found.values()
-
-
-def _name(written):
-    return re.sub(r"[-_.]+", "-", written).lower()
-
-
-def _links(distributions):
-    """What of site-packages holds the distributions: name in there, and path."""
-    links = {}
-    for package in distributions:
-        for file in package.files or ():
-            name = file.parts[0]
-            if name not in ("..", "__pycache__"):
-                links[name] = Path(package.locate_file(name)).resolve()
-    return links
-
-
-@pytest.fixture(scope="module")
 def photograph():
     """The one that ships inside matplotlib."""
     return cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
@@ -115,7 +51,7 @@ def test_the_example_finds_and_learns(python, photograph, tmp_path, model, losse
 
 def test_it_starts_from_a_checkpoint_that_mmengine_saved(python, photograph, tmp_path):
     saved = tmp_path / "saved.pth"
-    _run(python, "-c", SAVE, saved)
+    run(python, "-c", SAVE, saved)
     said = _example(python, photograph, tmp_path, "--model", "carafe-faster", "--weights", saved)
     assert str(saved) in said[0]
     losses = _losses(said)
@@ -124,7 +60,7 @@ def test_it_starts_from_a_checkpoint_that_mmengine_saved(python, photograph, tmp
 
 
 def test_what_needs_the_packages(python):
-    said = _run(python, "-m", "pytest", "-p", "no:cacheprovider", *NEED_THEM)
+    said = run(python, "-m", "pytest", "-p", "no:cacheprovider", *NEED_THEM)
     assert " passed" in said
     assert "skipped" not in said, said
 
@@ -132,7 +68,7 @@ def test_what_needs_the_packages(python):
 def _example(python, photograph, tmp_path, *options):
     picture = tmp_path / "found.png"
     options += ("--device", "cpu", "--score", "0", "--scale", "256", "192", "--out", picture, "--train-step")
-    said = _run(python, EXAMPLE, photograph, *options).splitlines()
+    said = run(python, EXAMPLE, photograph, *options).splitlines()
     assert "100 objects found on cpu" in said
     assert f"drawn in {picture}" in said
     assert picture.stat().st_size > 10_000
@@ -159,10 +95,3 @@ classify.bias.data.zero_()[-1] = 9
 meta = {"dataset_meta": model.dataset_meta, "epoch": 1}
 save_checkpoint({"meta": meta, "state_dict": model.state_dict()}, sys.argv[1])
 """
-
-
-def _run(*command):
-    command = list(map(str, command))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
