@@ -32,7 +32,7 @@ from omniops.sam2.live_frames import NUM_KEPT_FRAMES, LiveFrames
 from omniops.sam2.modeling.sam2 import SAM2Base
 from omniops.sam2.saved_objects import ObjectReader, decode_id, describe_object, encode_id
 from omniops.sam2.tensor_file import Parts, TensorFile
-from omniops.sam2.untrusted_json import Fields, check_frames, parse
+from omniops.sam2.untrusted_json import Fields, parse
 
 if TYPE_CHECKING:
     from omniops.sam2.inference_state import InferenceState
@@ -56,7 +56,7 @@ def save(state: InferenceState, path: str | PathLike[str]) -> None:
         "num_frames": state.num_frames,
         "height": state.video_height,
         "width": state.video_width,
-        "batches": list(state.cached_batches.items()),
+        "batches": [{"frame": t, "batch": batch} for t, batch in state.cached_batches.items()],
     }
     if isinstance(state.frames, LiveFrames):
         content["live"] = {"num_tracked": state.num_tracked_live}
@@ -206,11 +206,11 @@ class SavedState:
         return [frame[0].numpy() for frame in frames]
 
     def _restore_batches(self, state: InferenceState, frames: range, frames_at_once: int) -> None:
-        for frame_idx, batch in self._content.pairs("batches"):
-            of_batch = check_frames("batches", batch, frames)
-            check_frames("batches", frame_idx, of_batch)
-            if len(of_batch) <= frames_at_once:  # another device may take less than the one before
-                state.cache_features(frame_idx, tuple(of_batch), None)
+        for described in self._content.list_of_fields("batches"):
+            batch = described.frames("batch", frames)
+            frame_idx = described.frame("frame", batch)
+            if len(batch) <= frames_at_once:  # another device may take less than the one before
+                state.cache_features(frame_idx, tuple(batch), None)
 
     @contextmanager
     def _damage_named(self) -> Iterator[None]:

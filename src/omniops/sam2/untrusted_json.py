@@ -64,22 +64,22 @@ class Fields:
 
     def integer(self, name: str, low: int, high: int) -> int:
         """An integer from low to high."""
-        return check_integer(name, self[name], low, high)
+        return _check_integer(name, self[name], low, high)
 
     def integers(self, name: str, low: int, high: int) -> list[int]:
         """A list of integers from low to high."""
-        return [check_integer(name, value, low, high) for value in self._list(name)]
+        return [_check_integer(name, value, low, high) for value in self._list(name)]
+
+    def frame(self, name: str, allowed: Container[int]) -> int:
+        """A frame."""
+        return _check_frame(name, self[name], allowed)
 
     def frames(self, name: str, allowed: Container[int]) -> list[int]:
         """A list of frames, each once."""
-        return check_frames(name, self._list(name), allowed)
-
-    def pairs(self, name: str) -> list[tuple[Any, Any]]:
-        """A list of pairs, whatever they are."""
-        pairs = self._list(name)
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-            raise ValueError(f"{name} must be a list of pairs, got {_shown(pairs)}")
-        return [(first, second) for first, second in pairs]
+        frames = [_check_frame(name, value, allowed) for value in self._list(name)]
+        if len(set(frames)) < len(frames):
+            raise ValueError(f"{name} has a frame more than once")
+        return frames
 
     def _list(self, name: str) -> list[Any]:
         value = self[name]
@@ -88,22 +88,16 @@ class Fields:
         return value
 
 
-def check_integer(name: str, value: object, low: int, high: int) -> int:
-    """An integer from low to high; ValueError for anything else."""
+def _check_integer(name: str, value: object, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{name} must be from {low} to {high}, got {_shown(value)}")
     return value
 
 
-def check_frames(name: str, value: Any, allowed: Container[int]) -> list[int]:
-    """A list of frames, each once, or one; ValueError for anything else."""
-    frames: list[Any] = value if isinstance(value, list) else [value]
-    wrong = [t for t in frames if not isinstance(t, int) or isinstance(t, bool) or t not in allowed]
-    if wrong:
-        raise ValueError(f"{name} has {_shown(wrong[0])}, which is no frame that it can have")
-    if len(set(frames)) < len(frames):
-        raise ValueError(f"{name} has a frame more than once")
-    return frames
+def _check_frame(name: str, value: object, allowed: Container[int]) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value not in allowed:
+        raise ValueError(f"{name} has {_shown(value)}, which is no frame that it can have")
+    return value
 
 
 def _shown(value: object) -> str:
