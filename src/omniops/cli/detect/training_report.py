@@ -35,7 +35,7 @@ class Reporter(Observer):
 
     def on_validation(self, done: int, total: int) -> None:
         """Show how far the judging is."""
-        self._show(done, total, "average precision", f"judging by {done} of {total} pictures")
+        self._show(done, total, "average precision", f"average precision: {done} of {total} pictures")
 
     def on_epoch(self, record: Mapping[str, Any], is_best: bool) -> None:
         """Print the epoch's figures."""
