@@ -89,3 +89,12 @@ def test_the_examples_print_what_they_say(module):
     tested = doctest.testmod(module)
     assert tested.attempted
     assert not tested.failed
+
+
+def test_pixels_that_do_not_follow_each_other_are_painted_too():
+    pixels, mask = np.full((4, 6, 3), 100, np.uint8), np.eye(4, 3, dtype=bool)
+    expected = pixels[:, ::2].copy()
+    paint(expected, [(1, mask)])
+    paint(pixels[:, ::2], [(1, mask)])
+    assert np.array_equal(pixels[:, ::2], expected)
+    assert (pixels[:, 1::2] == 100).all()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from omniops.annotations.objects import Annotation, Annotations
 from omniops.annotations.polygons import mask_to_polygons
 from omniops.sam2 import rle
@@ -84,4 +86,4 @@ def compressed(annotation: Annotation) -> dict[str, Any]:
         return annotation.segmentation
     if isinstance(counts, bytes):
         return {**annotation.segmentation, "counts": counts.decode("ascii")}
-    return rle.encode(annotation.mask)
+    return {**annotation.segmentation, "counts": rle.compress_counts(np.asarray(counts, np.int64))}

@@ -39,9 +39,14 @@ def paint(pixels: NDArray[np.uint8], masks: Iterable[tuple[int, NDArray[np.bool_
         >>> pixels[0, 0].tolist(), pixels[0, 1].tolist()
         ([88, 114, 177], [100, 100, 100])
     """
-    tinted = pixels // 2
+    painted = np.ascontiguousarray(pixels).reshape(-1)
+    tinted = painted // 2
     for number, mask in masks:
-        pixels[mask] = tinted[mask] + np.array(colour_of(number), np.uint8) // 2
+        first = 3 * np.flatnonzero(mask)  # several times as fast as indexing with the mask
+        for channel, value in enumerate(colour_of(number)):
+            painted[first + channel] = tinted[first + channel] + np.uint8(value // 2)
+    if not np.may_share_memory(painted, pixels):
+        pixels[...] = painted.reshape(pixels.shape)
 
 
 def mask_image(masks: Iterable[tuple[int, NDArray[np.bool_]]], height: int, width: int) -> Image:

@@ -21,6 +21,14 @@ def mask_record(number: int, mask: NDArray[np.bool_]) -> Record:
     return {"id": number, "segmentation": rle.encode(mask), "area": int(mask.sum())}
 
 
+def record_of_runs(number: int, counts: NDArray[np.int64], height: int, width: int) -> Record:
+    """The same of the lengths of the mask's runs."""
+    from omniops.sam2 import rle
+
+    segmentation = {"size": [height, width], "counts": rle.compress_counts(counts)}
+    return {"id": number, "segmentation": segmentation, "area": rle.area(counts)}
+
+
 def sort_by_area(records: Iterable[Record]) -> list[Record]:
     """The largest first, so that none is hidden by what it lies in when they are drawn."""
     return sorted(records, key=lambda record: -int(record["area"]))

@@ -19,6 +19,7 @@ from omniops.cli.segment.records import NOT_FINITE
 from omniops.cli.segment.request import Request
 from omniops.cli.segment.video_results import TrackedFrame, VideoResults
 from omniops.formatting import digits
+from omniops.sam2 import rle
 from omniops.sam2.frames import Frames, IncompleteVideoWarning
 from omniops.sam2.video_predictor import SAM2VideoPredictor
 
@@ -112,8 +113,9 @@ def tracked_frame(state: InferenceState, frame: int, numbers: Sequence[int], log
     """What the predictor found on a frame, on the CPU."""
     if not logits.isfinite().all():
         raise CommandError(NOT_FINITE, status=1)
-    masks = (logits[:, 0] > 0).cpu().numpy()
-    return TrackedFrame(frame, list(numbers), masks, state.predicted_ious(frame))
+    masks = logits[:, 0] > 0
+    counts = rle.count_runs(masks)  # on the GPU: the CPU's threads decode, paint and encode meanwhile
+    return TrackedFrame(frame, list(numbers), masks.cpu().numpy(), counts, state.predicted_ious(frame))
 
 
 def _track(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from omniops.cli.pipeline import OrderedOutput
 from omniops.cli.segment.files import files_of_video, in_words, labels_of
 from omniops.cli.segment.options import Save
 from omniops.cli.segment.prompts import Prompts
-from omniops.cli.segment.records import Record, mask_record, numbered_masks, sort_by_area
+from omniops.cli.segment.records import Record, numbered_masks, record_of_runs, sort_by_area
 from omniops.cli.segment.request import Request
 from omniops.drawing import VideoWriter, draw_prompts, paint
 from omniops.sam2.frames import Frames
@@ -37,6 +37,8 @@ class TrackedFrame:
     """Of the objects."""
     masks: NDArray[np.bool_]
     """(N, H, W)."""
+    counts: Sequence[NDArray[np.int64]]
+    """The lengths of each mask's runs."""
     predicted_ious: Mapping[int, float]
     time: float | None = None
     """In seconds."""
@@ -102,8 +104,8 @@ class VideoResults:
 
         def prepare(found: TrackedFrame | int) -> FrameFiles:
             if isinstance(found, int):
-                records = self._by_frame[found]
-                return FrameFiles(found, self._time(found), None, None, self._painted(found, frames[found], records))
+                masks = numbered_masks(sort_by_area(self._by_frame[found]))
+                return FrameFiles(found, self._time(found), None, None, self._painted(found, frames[found], masks))
             return self.files_of(found, frames[found.frame])
 
         return OrderedOutput(prepare, self.write, _NUM_THREADS, _NUM_WAITING)
@@ -112,17 +114,21 @@ class VideoResults:
         """What is written of a frame, painted where its pixels, (H, W, 3), are given, which are changed."""
         time = self._time(found.frame) if found.time is None else found.time
         position = {"frame": found.frame} if time is None else {"frame": found.frame, "time": time}
-        records = [{**position, **mask_record(n, mask)} for n, mask in zip(found.numbers, found.masks, strict=True)]
-        for record in records:
-            if record["id"] in found.predicted_ious:
-                record["predicted_iou"] = found.predicted_ious[record["id"]]
         height, width = found.masks.shape[1:]
-        objects = [Annotation(r["id"], r["segmentation"], score=r.get("predicted_iou")) for r in records]
+        records, objects = [], []
+        for number, counts in zip(found.numbers, found.counts, strict=True):
+            score = found.predicted_ious.get(number)
+            score_of_record = {} if score is None else {"predicted_iou": score}
+            records.append({**position, **record_of_runs(number, counts, height, width), **score_of_record})
+            objects.append(Annotation(number, {"size": [height, width], "counts": counts}, score=score))
         annotations = Annotations(height, width, objects)
         if Save.LABELS in self._request.save:
             self._write_labels(found.frame, annotations)
         line = {**to_frame(annotations, found.frame, time), **(found.more or {})}
-        picture = None if pixels is None else self._painted(found.frame, pixels, records)
+        picture = None
+        if pixels is not None:
+            largest_first = sorted(range(len(records)), key=lambda i: -int(records[i]["area"]))
+            picture = self._painted(found.frame, pixels, [(found.numbers[i], found.masks[i]) for i in largest_first])
         return FrameFiles(found.frame, time, records, line, picture)
 
     def write(self, files: FrameFiles) -> None:
@@ -157,10 +163,12 @@ class VideoResults:
     def _time(self, frame: int) -> float | None:
         return None if self._times is None else float(self._times[frame])
 
-    def _painted(self, frame: int, pixels: NDArray[np.uint8], records: list[Record]) -> NDArray[np.uint8] | None:
+    def _painted(
+        self, frame: int, pixels: NDArray[np.uint8], masks: Iterable[tuple[int, NDArray[np.bool_]]]
+    ) -> NDArray[np.uint8] | None:
         if self._writer is None and self._keeps_records:
             return None
-        paint(pixels, numbered_masks(sort_by_area(records)))
+        paint(pixels, masks)
         prompts = {number: shown for (prompted, number), shown in self._prompts.items() if prompted == frame}
         if not prompts:
             return pixels
