@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import pathlib
 import threading
 from time import monotonic, sleep
 
@@ -134,6 +135,25 @@ def test_pictures_are_named_by_patterns_folders_and_lists(omniops, scripted, pic
     assert scripted.batches == [[10], [12], [13], [11]]
 
 
+def test_a_picture_from_a_pipe(omniops, fails, scripted, pictures, monkeypatch):
+    (path,) = pictures([(20, 10)])
+    data = pathlib.Path(path).read_bytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    run, results = _run(omniops, "-")
+    assert (run.status, run.err) == (0, "")
+    assert run.out.startswith("stdin -> out/stdin.jpg: 1 person\n")
+    assert [result["file_name"] for result in results] == ["stdin"]
+    assert Image.open("out/stdin.jpg").size == (20, 10)
+    assert fails("detect", "-", path, "--random-weights", status=2).endswith(
+        "- is a picture from stdin, and is read alone"
+    )
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data[:20])))
+    run, results = _run(omniops, "-", "--overwrite")
+    assert run.status == 1
+    assert "stdin" in run.err.splitlines()[0]
+    assert results == []
+
+
 def test_without_a_picture_it_says_how_to_name_one(fails):
     assert "--files-from" in fails("detect", "--random-weights", status=2)
     assert "nothing there is called no*.png" in fails("detect", "no*.png", "--random-weights", status=2)
@@ -186,7 +206,7 @@ def test_reading_ahead_is_bounded(omniops, scripted, pictures, monkeypatch):
     paths = pictures([(20, 10)] * 40)
     read, names, lock = detect.read_picture, [], threading.Lock()
 
-    def count(path):
+    def count(path, data=None):
         with lock:
             names.append(path.name)
         return read(path)

@@ -213,7 +213,7 @@ def test_an_interrupt_keeps_what_was_found(omniops, scripted, tmp_path, monkeypa
     paths[1].write_text("hello")
     read = detect.read_picture
 
-    def interrupted(path):
+    def interrupted(path, data=None):
         if path == paths[3]:
             raise KeyboardInterrupt
         return read(path)
@@ -232,7 +232,7 @@ def test_a_picture_that_cannot_be_written_is_named(omniops, scripted, tmp_path, 
     paths = [_picture(tmp_path / name) for name in ("a.png", "b.png")]
     read, out = detect.read_picture, tmp_path / "out"
 
-    def read_while_another_writes(path):
+    def read_while_another_writes(path, data=None):
         if path == paths[0]:
             (out / "a.jpg").write_text("another's")
         return read(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 RESULTS = "detections.json"
 LOWEST_SCORE = 0.05
 """Of a detection in the results: MMDetection's."""
+_STDIN = Path("stdin")
+"""What a picture from a pipe is called."""
 _MAX_THREADS = 4
 """That read pictures ahead of the model, and as many that draw them after it."""
 
@@ -72,14 +75,13 @@ def detect(
 
     Example: omniops detect street.jpg photos/ --weights coco --out found
 
+    Example: curl -s https://example.org/street.jpg | omniops detect - --weights coco
+
     Example: find . -name '*.jpg' | omniops detect --files-from - --weights coco --batch 8
     """
     require_weights(weights, random_weights)
-    paths = find_pictures([Path(source) for source in expand_sources(images or (), files_from)])
-    pictures = [
-        _Picture(path, image_id, out / name)
-        for path, image_id, name in zip(paths, _image_ids(paths), _output_names(paths), strict=True)
-    ]
+    pictures = _find_pictures(images or (), files_from, out)
+    paths = [picture.path for picture in pictures]
     results = out / RESULTS
     require_new([*(picture.target for picture in pictures), results, lines_of(results)], overwrite, paths)
     say("loading PyTorch and torchvision")
@@ -104,11 +106,25 @@ def detect(
 
 
 class _Picture(NamedTuple):
-    """A picture, its id, and the file that it is drawn into."""
+    """A picture, its id, the file that it is drawn into, and what is in it where it is no file."""
 
     path: Path
     image_id: int
     target: Path
+    data: bytes | None = None
+
+
+def _find_pictures(arguments: Sequence[str], files_from: str | None, out: Path) -> list[_Picture]:
+    if list(arguments) == ["-"] and files_from is None:
+        return [_Picture(_STDIN, 1, out / f"{_STDIN}.jpg", sys.stdin.buffer.read())]
+    sources = expand_sources(arguments, files_from)
+    if "-" in arguments:
+        raise CommandError("- is a picture from stdin, and is read alone")
+    paths = find_pictures([Path(source) for source in sources])
+    return [
+        _Picture(path, image_id, out / name)
+        for path, image_id, name in zip(paths, _image_ids(paths), _output_names(paths), strict=True)
+    ]
 
 
 class _Drawn(NamedTuple):
@@ -153,7 +169,7 @@ def _detect_until_stopped(
 
 def _read(picture: _Picture) -> tuple[_Picture, Pixels | CommandError]:
     try:
-        return picture, np.array(read_picture(picture.path))
+        return picture, np.array(read_picture(picture.path, data=picture.data))
     except CommandError as error:
         return picture, error
 

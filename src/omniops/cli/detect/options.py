@@ -52,7 +52,7 @@ PicturesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="IMAGE",
-        help="Pictures, folders of them, or patterns in quotes, as 'photos/**/*.jpg'.",
+        help="Pictures, folders of them, or patterns in quotes, as 'photos/**/*.jpg'; - is a picture from stdin.",
         show_default=False,
     ),
 ]
