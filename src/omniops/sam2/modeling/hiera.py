@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omniops.sam2.modeling.attention import scaled_dot_product_attention
-from omniops.sam2.modeling.layers import MLP
+from omniops.sam2.modeling.layers import MLP, Linear
 
 
 class HieraSize(NamedTuple):
@@ -66,8 +66,8 @@ class MultiScaleAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.q_stride = q_stride
-        self.qkv = nn.Linear(dim, dim_out * 3)
-        self.proj = nn.Linear(dim_out, dim_out)
+        self.qkv = Linear(dim, dim_out * 3)
+        self.proj = Linear(dim_out, dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, dim) -> (N, H / q_stride, W / q_stride, dim_out)."""
@@ -102,7 +102,7 @@ class MultiScaleBlock(nn.Module):
         self.attn = MultiScaleAttention(dim, dim_out, num_heads, q_stride)
         self.norm2 = nn.LayerNorm(dim_out, eps=1e-6)
         self.mlp = MLP(dim_out, 4 * dim_out, dim_out, num_layers=2, activation=F.gelu)
-        self.proj = nn.Linear(dim, dim_out) if dim != dim_out else None
+        self.proj = Linear(dim, dim_out) if dim != dim_out else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, dim) -> (N, H / q_stride, W / q_stride, dim_out)."""

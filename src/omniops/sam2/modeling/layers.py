@@ -11,6 +11,24 @@ from torch import Tensor, nn
 
 from omniops import device as devices
 
+LONGEST_SUM = 2**14
+"""Terms of a sum within the gradient of a matrix product on MPS. From 32767 on, products of PyTorch read past their
+operands on M1 and M2, before macOS 27 (pytorch issue 195163)."""
+
+
+class Linear(nn.Linear):
+    """A linear layer that can be trained on MPS: the gradient of its weight is a product with a sum over all rows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if torch.is_grad_enabled() and input.device.type == "mps":
+            rows = input.shape[:-1].numel()
+            parts = input.flatten(0, -2).chunk(max(1, -(-rows // LONGEST_SUM)))  # none of them a single row
+            if len(parts) > 1:
+                results = torch.cat([F.linear(part, self.weight, self.bias) for part in parts])
+                return results.reshape(*input.shape[:-1], self.out_features)
+        return F.linear(input, self.weight, self.bias)
+
 
 class MLP(nn.Module):
     """Linear layers with an activation between them: (..., input_dim) -> (..., output_dim)."""
@@ -26,7 +44,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(itertools.starmap(nn.Linear, itertools.pairwise(widths)))
+        self.layers = nn.ModuleList(itertools.starmap(Linear, itertools.pairwise(widths)))
         self.activation = activation
         self.sigmoid_output = sigmoid_output
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from omniops.sam2.modeling.layers import MLP, LayerNorm2d, project_rows
+from omniops.sam2.modeling.layers import LONGEST_SUM, MLP, LayerNorm2d, project_rows
 from omniops.sam2.modeling.transformer import TwoWayTransformer
 
 _OBJ_SCORE, _IOU, _FIRST_MASK = 0, 1, 2  # the order of the decoder's own tokens, which come before those of the prompt
@@ -122,10 +122,15 @@ class MaskDecoder(nn.Module):
 
 
 def _product(weights: Tensor, upscaled: Tensor) -> Tensor:
-    """(B, M, C) and (B, C, P) -> (B, M, P), on MPS 2**15 columns at a time.
+    """(B, M, C) and (B, C, P) -> (B, M, P), on MPS 2**15 columns at a time, or fewer where gradients sum over them.
 
     Before macOS 14.4 a matrix product of larger sides or strides is wrong there (pytorch issue 116769).
     """
-    if upscaled.device.type == "mps":
-        return torch.cat([weights @ columns.contiguous() for columns in upscaled.split(2**15, dim=2)], dim=2)
-    return weights @ upscaled
+    if upscaled.device.type != "mps":
+        return weights @ upscaled
+    columns_at_once = LONGEST_SUM if torch.is_grad_enabled() else 2**15
+    products = [weights @ columns.contiguous() for columns in upscaled.split(columns_at_once, dim=2)]
+    for product in products:
+        if product.requires_grad:  # whose gradients are views of one for all columns, with its strides
+            product.register_hook(Tensor.contiguous)
+    return torch.cat(products, dim=2)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omniops.sam2.modeling.attention import scaled_dot_product_attention
+from omniops.sam2.modeling.layers import Linear
 from omniops.sam2.modeling.position_encoding import AxialRotation, compute_axial_rotation
 
 # Where the values of memories are projected after the attention: weights that add up to 1 leave it the same, and the
@@ -32,10 +33,10 @@ class RoPEAttention(nn.Module):
     def __init__(self, embedding_dim: int, kv_in_dim: int | None = None) -> None:
         super().__init__()
         kv_in_dim = embedding_dim if kv_in_dim is None else kv_in_dim
-        self.q_proj = nn.Linear(embedding_dim, embedding_dim)
-        self.k_proj = nn.Linear(kv_in_dim, embedding_dim)
-        self.v_proj = nn.Linear(kv_in_dim, embedding_dim)
-        self.out_proj = nn.Linear(embedding_dim, embedding_dim)
+        self.q_proj = Linear(embedding_dim, embedding_dim)
+        self.k_proj = Linear(kv_in_dim, embedding_dim)
+        self.v_proj = Linear(kv_in_dim, embedding_dim)
+        self.out_proj = Linear(embedding_dim, embedding_dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rotation: AxialRotation, num_k_exclude_rope: int = 0) -> Tensor:
         """(1 or B, N, C), (B, K, M) and (B, K, M) -> (B, N, C).
@@ -63,8 +64,8 @@ class MemoryAttentionLayer(nn.Module):
         super().__init__()
         self.self_attn = RoPEAttention(d_model)
         self.cross_attn_image = RoPEAttention(d_model, memory_dim)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.linear1 = Linear(d_model, dim_feedforward)
+        self.linear2 = Linear(dim_feedforward, d_model)
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.norm3 = nn.LayerNorm(d_model)

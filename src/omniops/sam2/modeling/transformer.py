@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from omniops.sam2.modeling.attention import scaled_dot_product_attention
-from omniops.sam2.modeling.layers import MLP
+from omniops.sam2.modeling.layers import MLP, Linear
 
 
 class Attention(nn.Module):
@@ -21,10 +21,10 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         internal_dim = embedding_dim // downsample_rate
-        self.q_proj = nn.Linear(embedding_dim, internal_dim)
-        self.k_proj = nn.Linear(embedding_dim, internal_dim)
-        self.v_proj = nn.Linear(embedding_dim, internal_dim)
-        self.out_proj = nn.Linear(internal_dim, embedding_dim)
+        self.q_proj = Linear(embedding_dim, internal_dim)
+        self.k_proj = Linear(embedding_dim, internal_dim)
+        self.v_proj = Linear(embedding_dim, internal_dim)
+        self.out_proj = Linear(internal_dim, embedding_dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, Q, C), (B, K, C) and (B, K, C) -> (B, Q, C)."""
