@@ -71,6 +71,17 @@ def test_another_model_is_refused(model, predictor, clip, saved):
     assert SAM2VideoPredictor(half).load_state(saved, clip).obj_ids == [1, SECOND]
 
 
+def test_a_live_video_is_not_begun_where_the_file_is_refused(predictor, tmp_path):
+    def frames():
+        raise AssertionError
+        yield
+
+    path = tmp_path / "state"
+    path.write_bytes(b"{}")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        predictor.load_state(path, frames())
+
+
 def test_another_size_is_named(saved, clip, uninitialised):
     with uninitialised:
         other = load("small", "cpu", "float32", image_size=64, random_weights=True)
@@ -125,6 +136,8 @@ def test_truncated_files_are_refused(predictor, clip, saved, tmp_path):
 DAMAGE = {
     "a description that is no JSON": (lambda m, c, t: m.update(state="{"), "no JSON"),
     "deep nesting": (lambda m, c, t: m.update(state="[" * 100000), "nested too deeply"),
+    "a deep id": (lambda m, c, t: m.update(state='{"a": ' + "[" * 900 + "]" * 900 + "}"), "nested too deeply"),
+    "digits": (lambda m, c, t: m.update(state='{"a": ' + "9" * 5000 + "}"), "4300"),
     "not a number": (lambda m, c, t: c["objects"][0].update(id=float("nan")), "the number NaN"),
     "objects": (lambda m, c, t: c.update(objects={}), "objects must be a list"),
     "two of one id": (lambda m, c, t: c["objects"][1].update(id=1.0), "two objects have the id 1.0"),

@@ -139,7 +139,8 @@ class SavedState:
         with self._damage_named():
             content = parse(metadata.get("state", ""))
             model = content.fields("model")
-        own = _describe(self._model)
+        with devices.exclusive(self._model.device):
+            own = _describe(self._model)
         different = [
             f"{name} {model.get(name)!r:.40} and not {value!r}"
             for name, value in own.items()

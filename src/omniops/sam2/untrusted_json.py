@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import Any
+
+_MAX_DEPTH = 100
 
 
 def parse(text: str) -> Fields:
@@ -14,11 +16,23 @@ def parse(text: str) -> Fields:
         ValueError: for anything else.
     """
     try:
-        return Fields("its description", json.loads(text, parse_constant=_refuse))
+        value = json.loads(text, parse_constant=_refuse)
     except RecursionError:
         raise ValueError("its description is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"its description is no JSON ({error})") from None
+    level = [value]
+    for _ in range(_MAX_DEPTH):  # what comes after it may recurse
+        level = [inner for outer in level for inner in _inner_values(outer)]
+    if level:
+        raise ValueError("its description is nested too deeply")
+    return Fields("its description", value)
+
+
+def _inner_values(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _refuse(constant: str) -> None:
@@ -101,7 +115,4 @@ def _check_frame(name: str, value: object, allowed: Container[int]) -> int:
 
 
 def _shown(value: object) -> str:
-    try:
-        return f"{value!r:.60}"
-    except ValueError:  # Python writes no integers of thousands of digits
-        return "a number of thousands of digits"
+    return f"{value!r:.60}"
