@@ -365,7 +365,7 @@ def test_several_processes_need_cpus_or_nvidia_s_gpus(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed")
-def test_under_torchrun(omniops, tmp_path):
+def test_under_torchrun(omniops, tmp_path, monkeypatch):
     """Two processes print once, have the losses of one, and go on from one's state."""
     shapes = tmp_path / "shapes"
     shapes.mkdir()
@@ -378,7 +378,8 @@ def test_under_torchrun(omniops, tmp_path):
         "tiny_detectors.replace()\n"
         "main(sys.argv[1:])\n"
     )
-    one, two, more = tmp_path / "one", tmp_path / "two", ("--batch-size", "2", "--workers", "1")
+    one, two, half = (tmp_path / name for name in ("one", "two", "half"))
+    more = ("--batch-size", "2", "--workers", "1")
     assert omniops(*_arguments(shapes, one, *more)).status == 0
 
     def run(*arguments):
@@ -395,11 +396,20 @@ def test_under_torchrun(omniops, tmp_path):
     for own, other in zip(_history(two), _history(one), strict=True):
         assert own["losses"] == pytest.approx(other["losses"], rel=1e-3)
 
-    state = _state(two / "last.pth")
-    assert (state["epoch"], state["step"]) == (2, 0)
-    ran = run(*_arguments(shapes, two, *more, "--resume"))
+    with monkeypatch.context() as patch:
+        _interrupt_at(patch, 2, 1)
+        assert omniops(*_arguments(shapes, half, *more)).status == 130
+    ran = run(*_arguments(shapes, half, *more, "--resume"))
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith("Wrote")
+    assert ran.stdout.startswith("epoch 2/2")
+    for own, other in zip(_history(half), _history(one), strict=True):
+        assert own["losses"] == pytest.approx(other["losses"], rel=1e-3)
+
+    # What is wrong is said once by each, and all end.
+    (shapes / "images" / "0.png").write_bytes(b"no picture")
+    ran = run(*_arguments(shapes, two, *more, "--overwrite"))
+    assert ran.returncode == 1
+    assert ran.stderr.count("not a picture that Pillow can read") == 1
 
 
 def test_a_picture_that_goes_missing_meanwhile(omniops, shapes, content, tmp_path, monkeypatch):

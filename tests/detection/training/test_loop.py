@@ -155,6 +155,13 @@ def test_pictures_without_objects_are_trained_on(begin, shapes, annotations):
     assert sorted(entry[3]["loss_mask"] == 0 for entry in losses) == [False, True]
 
 
+def test_pictures_without_objects_are_left_out_on_apple_gpus(begin, shapes, annotations):
+    dataset = CocoDataset(shapes / "images", annotations, masks=False)
+    training = Training(begin().model, dataset, Settings(batch=1), torch.device("mps"), NAMES[0])
+    assert training.steps == 5
+    assert sorted(number for batch in training._batches() for number in batch) == [0, 1, 2, 3, 4]
+
+
 def test_losses_that_are_no_numbers_end_it(begin):
     training = begin(max_norm=0, lr=1e9, warmup=0)
     with pytest.raises(FloatingPointError, match=r"the loss is no finite number .* a lower rate"):

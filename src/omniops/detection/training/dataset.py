@@ -120,6 +120,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         """How many objects are trained on."""
         return sum(map(len, self._objects))
 
+    def count_objects(self, index: int) -> int:
+        """How many objects of one picture are trained on."""
+        return len(self._objects[index])
+
     def digest(self) -> str:
         """Of what is trained on, but for the pixels: another data set has another."""
         content = hashlib.sha256(repr((self.categories, self.masks)).encode())

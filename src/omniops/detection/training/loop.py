@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Training:
 
     Args:
         model: built with as many classes as the data set's categories and the background.
-        dataset: with masks where the model has them.
+        dataset: with masks where the model has them. On Apple GPUs its pictures without objects are left out.
         settings: how it is trained.
         device: where the model is.
         architecture: the name of the function that builds the model, for who reads the checkpoints: one of
@@ -115,7 +116,13 @@ class Training:
         self._totals: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
         """Of each epoch that is done, its losses and figures."""
-        self.steps = math.ceil(len(dataset) / settings.batch)
+        self._pictures = [
+            # Without a single object torchvision calls operators with empty tensors, which MPS gets wrong.
+            number
+            for number in range(len(dataset))
+            if device.type != "mps" or dataset.count_objects(number)
+        ]
+        self.steps = math.ceil(len(self._pictures) / settings.batch)
         """Of an epoch; the last is filled up with pictures of the first."""
         self._all_steps = settings.epochs * self.steps
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -123,6 +130,7 @@ class Training:
             parameters, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "float16")
+        self._is_pinned = device.type == "cuda"  # elsewhere copies have to be waited for
         self._joint = JointLosses(model, self.processes)
         self._network: nn.Module = model
         if self.processes.are_several:
@@ -227,24 +235,22 @@ class Training:
             batch_sampler=own,
             num_workers=self.workers,
             collate_fn=list,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self._is_pinned,
             generator=torch.Generator().manual_seed(self.settings.seed),
         )
 
     def _batches(self) -> list[list[int]]:
         """The pictures of each step of the epoch, of all processes."""
-        count, batch = len(self.dataset), self.settings.batch
+        count, batch = len(self._pictures), self.settings.batch
         generator = torch.Generator().manual_seed(seed_of(self.settings.seed, self.epoch))
         order = torch.randperm(count, generator=generator).tolist()
-        filled = [order[position % count] for position in range(self.steps * batch)]
+        filled = [self._pictures[order[position % count]] for position in range(self.steps * batch)]
         return [filled[start : start + batch] for start in range(0, len(filled), batch)]
 
     def _step(self, samples: Sequence[_Sample], lr: float) -> dict[str, float]:
-        images = [image.to(self.device, non_blocking=True).float() / 255 for image, _, _ in samples]
-        targets = [
-            {name: value.to(self.device, non_blocking=True) for name, value in target.items()}
-            for _, target, _ in samples
-        ]
+        move = partial(Tensor.to, device=self.device, non_blocking=self._is_pinned)
+        images = [move(image).float() / 255 for image, _, _ in samples]
+        targets = [{name: move(value) for name, value in target.items()} for _, target, _ in samples]
         self._joint.seed([seed for _, _, seed in samples])
         with devices.autocast(self.device, DTYPES[self.settings.dtype]):
             losses = self._joint.weigh(self._network(images, targets))
