@@ -81,10 +81,12 @@ def test_guided_upsampling(rules, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("upsampling", ["bilinear", "guided"])
 @dtypes
-def test_masks_of_everything(rules, dtype):
+def test_masks_of_everything(rules, dtype, upsampling):
     generator = SAM2AutomaticMaskGenerator(
         model(rules, dtype=dtype),
+        upsampling=upsampling,
         points_per_side=8,
         pred_iou_thresh=0.1,  # of masks without contents two pass a threshold
         stability_score_thresh=0.1,
@@ -102,7 +104,10 @@ def eight_objects(predictor: SAM2VideoPredictor, clip: Path) -> None:
         predictor.add_new_points_or_box(state, 0, obj_id, points=[[10 + obj_id, 10]], labels=[1])
         predictor.add_new_points_or_box(state, 1, obj_id, box=[10, 10, 30, 30])
     predictor.add_new_mask(state, 1, 0, np.ones((90, 140)))
-    frames = [frame for frame, *_ in predictor.propagate_in_video(state)]
+    frames = []
+    for frame, *_ in predictor.propagate_in_video(state):
+        assert list(state.predicted_ious(frame)) == list(range(8))
+        frames.append(frame)
     assert frames == list(range(state.num_frames))
     predictor.add_new_points_or_box(state, frames[-1], 2, points=[[10, 10]], labels=[0])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import sys
@@ -10,6 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from lively_model import HEIGHT, SIDE, WIDTH
+from lively_model import lively as lively
+from lively_model import photograph as photograph
 from one_thread import one_thread as one_thread
 from PIL import Image
 
@@ -18,34 +20,6 @@ from omniops.sam2 import checkpoints, mask_generator, rle
 from omniops.sam2.mask_generator import SAM2AutomaticMaskGenerator, nms
 from omniops.sam2.modeling.mask_decoder import Masks
 from omniops.sam2.modeling.sam2 import ImageFeatures
-
-SIDE = 64
-HEIGHT, WIDTH = 100, 142
-
-
-@pytest.fixture(scope="module")
-def photograph() -> np.ndarray:
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    disc = ((x - 40) ** 2 + (y - 54) ** 2 < 680)[..., None] * np.array([200, 40, 90])
-    stripes = ((x // 6 % 2) * 60)[..., None] + np.array([10, 30, 50])
-    noise = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH, 3))
-    return (disc + stripes + noise).clip(0, 255).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
-def lively(twins):
-    """The official model and ours, whose masks and scores differ from point to point more than those of new weights."""
-    official, ours = copy.deepcopy(twins(image_size=SIDE))
-    decoder = official.sam_mask_decoder
-    with torch.no_grad():
-        for perceptron in decoder.output_hypernetworks_mlps:
-            perceptron.layers[-1].weight *= 40
-        decoder.iou_prediction_head.layers[-1].weight *= 20
-        for parameter in decoder.transformer.parameters():
-            if parameter.dim() == 2:
-                parameter *= 2
-    ours.load_state_dict(official.state_dict())
-    return official, ours
 
 
 def generators(models, **options):

@@ -73,6 +73,9 @@ class SAM2AutomaticMaskGenerator(Pretrained):
         output_mode: what ``segmentation`` is: ``binary_mask``, ``uncompressed_rle`` or ``coco_rle``.
         use_m2m: every mask is refined by the model, as a prompt, before any is left out.
         multimask_output: three masks of each point, else one.
+        upsampling: how masks come to the size of the picture, as of ``SAM2ImagePredictor``: ``bilinear`` as in the
+            official generator, or ``guided`` by the picture's colours, those of the crop where it is one. What counts
+            of a mask after that, as its stability, is of the upsampled one.
 
     Raises:
         TypeError: for a wrong type.
@@ -107,6 +110,8 @@ class SAM2AutomaticMaskGenerator(Pretrained):
         output_mode: str = "binary_mask",
         use_m2m: bool = False,
         multimask_output: bool = True,
+        *,
+        upsampling: str = "bilinear",
     ) -> None:
         if (points_per_side is None) == (point_grids is None):
             given_arguments = "both" if point_grids is not None else "neither"
@@ -129,7 +134,7 @@ class SAM2AutomaticMaskGenerator(Pretrained):
             per_side = _check_at_least_1("points_per_side", points_per_side)
             self.point_grids = _build_point_grids(per_side, crop_n_layers, crop_n_points_downscale_factor)
         self.predictor = SAM2ImagePredictor(
-            model, max_hole_area=min_mask_region_area, max_sprinkle_area=min_mask_region_area
+            model, max_hole_area=min_mask_region_area, max_sprinkle_area=min_mask_region_area, upsampling=upsampling
         )
         self.points_per_batch = points_per_batch
         self.pred_iou_thresh = pred_iou_thresh
@@ -150,6 +155,11 @@ class SAM2AutomaticMaskGenerator(Pretrained):
     def device(self) -> torch.device:
         """Where the model is."""
         return self.predictor.device
+
+    @property
+    def upsampling(self) -> str:
+        """How masks come to the size of the picture."""
+        return self.predictor.upsampling
 
     def generate(
         self, image: NDArray[Any] | Image, *, progress: Callable[[int, int], object] | None = None
