@@ -18,7 +18,15 @@ from PIL import Image
 import omniops
 
 API = Path(__file__).parents[1] / "docs" / "api"
-MODULES = ("omniops", "omniops.nn", "omniops.detection", "omniops.sam2", "omniops.sam2.training", "omniops.device")
+MODULES = (
+    "omniops",
+    "omniops.nn",
+    "omniops.detection",
+    "omniops.detection.training",
+    "omniops.sam2",
+    "omniops.sam2.training",
+    "omniops.device",
+)
 # What device.py has for the other modules.
 INTERNAL = {"exclusively", "without_single_row"}
 

@@ -44,6 +44,11 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError: where there is no file.
         ValueError: for a file that is none, or holds more than tensors, numbers and texts.
+
+    Example:
+        >>> read_checkpoint("boats/last.pth")
+        Traceback (most recent call last):
+        FileNotFoundError: there is no checkpoint at boats/last.pth
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")

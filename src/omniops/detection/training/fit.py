@@ -24,7 +24,15 @@ Figures = dict[str, dict[str, float | None]]
 
 
 class Observer:
-    """What is told of a training while it runs; to be derived from."""
+    """What is told of a training while it runs; to be derived from.
+
+    Example:
+        >>> class Printer(Observer):
+        ...     def on_epoch(self, record, is_best):
+        ...         print(record["epoch"], round(record["loss"], 2), "best" if is_best else "")
+        >>> Printer().on_epoch({"epoch": 3, "loss": 0.512}, is_best=True)
+        3 0.51 best
+    """
 
     def on_step(self, step: Step) -> None:
         """A step was done."""
@@ -63,6 +71,27 @@ def fit(
     Raises:
         ValueError, FloatingPointError: as ``Training.run_epoch``.
         OSError: where a checkpoint cannot be written.
+
+    Example:
+        >>> from omniops.detection import faster_rcnn_resnet50_fpn_carafe
+        >>> from omniops.detection.training import Settings
+        >>> annotations = {
+        ...     "images": [{"id": 7, "file_name": "street.png", "width": 64, "height": 48}],
+        ...     "categories": [{"id": 8, "name": "truck"}],
+        ...     "annotations": [{"image_id": 7, "category_id": 8, "bbox": [10, 10, 40, 30]}],
+        ... }
+        >>> model = faster_rcnn_resnet50_fpn_carafe(num_classes=2, min_size=64, box_batch_size_per_image=16)
+        >>> device = torch.device("cpu")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (64, 48)).save(f"{folder}/street.png")
+        ...     dataset = CocoDataset(folder, annotations, masks=False)
+        ...     settings = Settings(epochs=1, batch=1, lr=0.001)
+        ...     training = Training(model, dataset, settings, device, "faster_rcnn_resnet50_fpn_carafe")
+        ...     history = fit(training, folder)
+        ...     print(sorted(path.name for path in Path(folder).iterdir()))
+        ['history.json', 'last.pth', 'street.png']
+        >>> history[0]["epoch"]
+        1
     """
     observer = Observer() if observer is None else observer
     path = Path(folder)
@@ -117,6 +146,21 @@ def evaluate(
     Raises:
         ValueError: for a picture that cannot be read.
         FloatingPointError: where detections are no finite numbers.
+
+    Example:
+        >>> from omniops.detection import faster_rcnn_resnet50_fpn_carafe
+        >>> truck = {"image_id": 7, "category_id": 8, "bbox": [10, 10, 40, 30]}
+        >>> annotations = {
+        ...     "images": [{"id": 7, "file_name": "street.png", "width": 64, "height": 48}],
+        ...     "categories": [{"id": 8, "name": "truck"}],
+        ...     "annotations": [truck],
+        ... }
+        >>> model = faster_rcnn_resnet50_fpn_carafe(num_classes=2, min_size=64, max_size=64)  # random weights
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (64, 48)).save(f"{folder}/street.png")
+        ...     figures = evaluate(model, CocoDataset(folder, annotations, masks=False), torch.device("cpu"))
+        >>> sorted(figures["bbox"])[:3]
+        ['AP', 'AP50', 'AP75']
     """
     processes = Processes() if processes is None else processes
     evaluator = CocoEvaluator(dataset.annotations, dataset.categories.ids)

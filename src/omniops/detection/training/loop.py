@@ -31,7 +31,13 @@ _Sample = tuple[Tensor, Target, int]
 
 
 class Step(NamedTuple):
-    """What a step of the training was."""
+    """What a step of the training was.
+
+    Example:
+        >>> step = Step(1, 20, 500, loss=0.9, losses={"loss_classifier": 0.9}, lr=0.0025, images_per_second=12.0)
+        >>> f"{step.number} of {step.steps}: {step.loss}"
+        '20 of 500: 0.9'
+    """
 
     epoch: int
     """From 1."""
@@ -76,7 +82,7 @@ class Training:
         ...     "categories": [{"id": 8, "name": "truck"}],
         ...     "annotations": [{"image_id": 7, "category_id": 8, "bbox": [10, 10, 40, 30]}],
         ... }
-        >>> model = faster_rcnn_resnet50_fpn_carafe(num_classes=2, min_size=64, max_size=64)
+        >>> model = faster_rcnn_resnet50_fpn_carafe(num_classes=2, min_size=64, box_batch_size_per_image=16)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     Image.new("RGB", (64, 48)).save(f"{folder}/street.png")
         ...     dataset = CocoDataset(folder, annotations, masks=False)
