@@ -76,7 +76,25 @@ def state(tracked):
 def reloaded(predictor, state, path, video=None, **options):
     """The state after it was saved and loaded."""
     state.save(path)
-    return predictor.load_state(path, state.frames if video is None else video, **options)
+    loaded = predictor.load_state(path, state.frames if video is None else video, **options)
+    assert [kept(obj) for obj in loaded.objects.values()] == [kept(obj) for obj in state.objects.values()]
+    return loaded
+
+
+def kept(obj):
+    """What is kept of an object, but for the tensors."""
+    return (
+        list(obj.point_inputs),
+        obj.prompt_frames,
+        obj.frames_tracked,
+        list(obj.recent_frames),
+        [
+            (t, output.has_prompt, type(output.pred_masks), output.maskmem_features is None)
+            for output_dict in (obj.output_dict, obj.temp_output_dict)
+            for outputs in (output_dict.cond_frame_outputs, output_dict.non_cond_frame_outputs)
+            for t, output in outputs.items()
+        ],
+    )
 
 
 def assert_same(found, expected):
