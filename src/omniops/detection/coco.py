@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from omniops.detection.carafe_rcnn import COCO_CATEGORIES, COCO_CATEGORY_IDS
-from omniops.sam2.rle import Counts, count_runs
 
 try:
     from faster_coco_eval import COCO, COCOeval_faster
@@ -63,25 +63,29 @@ def to_results(
 
 
 def _encode_masks(masks: Tensor) -> Iterator[dict[str, Any]]:
-    """Boolean masks (N, H, W) -> compressed run lengths, which a CUDA GPU counts of many at once."""
-    size = list(masks.shape[1:])
-    for some in masks.split(_MASKS_AT_ONCE):
-        for counts in count_runs(some) if some.is_cuda else map(_count_runs_of_one, some.cpu()):
-            compressed = rle.frPyObjects({"size": size, "counts": counts.tolist()}, *size)["counts"]
-            yield {"size": list(size), "counts": compressed.decode()}
+    """Boolean masks (N, H, W) -> compressed run lengths, whose ends a CUDA GPU finds itself, in many masks at once."""
+    width = masks.shape[2]
+    if masks.is_cuda:
+        for some in masks.split(_MASKS_AT_ONCE):
+            yield from _encode_columns(some, 0, width)
+        return
+    for mask in masks.cpu():
+        filled = np.flatnonzero(mask.numpy().any(axis=0))
+        left, right = (int(filled[0]), int(filled[-1]) + 2) if len(filled) else (0, 0)
+        yield from _encode_columns(mask[None, :, left:right], left, width)
 
 
-def _count_runs_of_one(mask: Tensor) -> Counts:
-    """The run lengths of a mask (H, W), most of which is background: counted of the part with all of it."""
-    height, width = mask.shape
-    values = mask.numpy()
-    rows = np.flatnonzero(values.any(axis=1))
-    if len(rows) == 0:
-        return np.array([height * width])
-    top, bottom = int(rows[0]), int(rows[-1]) + 1
-    columns = np.flatnonzero(values[top:bottom].any(axis=0))
-    left, right = int(columns[0]), int(columns[-1]) + 1
-    return count_runs(mask[None, top:bottom, left:right], (left, top), (height, width))[0]
+def _encode_columns(masks: Tensor, left: int, width: int) -> Iterator[dict[str, Any]]:
+    """The columns of masks from ``left`` on, (N, H, w), up to an empty one or the last; those before it are empty."""
+    count, height, _ = masks.shape
+    columns = masks.transpose(1, 2).flatten(1)
+    is_end = columns.clone()
+    is_end[:, 1:] ^= columns[:, :-1]
+    mask, position = is_end.nonzero().cpu().numpy().T
+    for first, last in pairwise(np.searchsorted(mask, np.arange(count + 1))):
+        counts = np.diff(left * height + position[first:last], prepend=0, append=height * width)
+        encoded = rle.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+        yield {"size": [height, width], "counts": encoded["counts"].decode()}
 
 
 def read_annotations(path: str | PathLike[str]) -> dict[str, Any]:
