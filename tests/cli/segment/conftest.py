@@ -79,6 +79,11 @@ def tracker(monkeypatch, loaded):
         def predicted_ious(self, frame):
             return {1: 0.5, 2: 0.25}
 
+        def save(self, path):
+            path.touch()
+
+        tracked_frames = {1: {}}  # noqa: RUF012
+
     class Tracker:
         def __init__(self, model, upsampling):
             self.model = model

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from omniops.cli.common import CommandError, DeviceOption, choose_device
 from omniops.cli.errors import say
 from omniops.cli.outputs import OverwriteOption
-from omniops.cli.segment.files import DEFAULT_FOLDER, choose_targets, chosen_save, require_outputs
+from omniops.cli.segment.files import DEFAULT_FOLDER, Job, choose_targets, chosen_save, require_outputs, without_done
 from omniops.cli.segment.model import ModelChoice
 from omniops.cli.segment.options import (
     GRID,
@@ -30,6 +30,7 @@ from omniops.cli.segment.options import (
     PrecisionOption,
     PredIouThreshOption,
     RandomWeightsOption,
+    ResumeOption,
     SaveOption,
     ShowOption,
     SourcesArgument,
@@ -70,6 +71,7 @@ def segment(
     save: SaveOption = None,
     labels: LabelsOption = None,
     out: OutOption = None,
+    resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Cut objects out of pictures, or follow them through videos and live video, with SAM 2.
@@ -78,11 +80,11 @@ def segment(
     Beside it FILE-overlay.jpg shows it on the picture, and FILE.json has each object's mask as COCO's run lengths, with
     its area and score. Of the three masks that one click may mean the one with the best score is taken.
 
-    Of a video, FILE.mp4 shows the masks on it, and FILE.json has them by frame and object, with the frame's time in
-    seconds. Prompts are of the frame after the @; without one of frame 0, the first. Objects are followed from the
-    earliest of these frames back to the beginning, then on to the end. A video that breaks off, Ctrl-C or SIGTERM keeps
-    the masks until there. Until the end they are in FILE.jsonl, a line of JSON for each frame, which stays there where
-    the process is killed.
+    Of a video, FILE.mp4 shows the masks on it, with its sound, and FILE.json has them by frame and object, with the
+    frame's time in seconds. Prompts are of the frame after the @; without one of frame 0, the first. Objects are
+    followed from the earliest of these frames back to the beginning, then on to the end. A video that breaks off,
+    Ctrl-C or SIGTERM keeps the masks until there. Until the end they are in FILE.jsonl, a line of JSON for each frame,
+    which stays there where the process is killed.
 
     Several pictures and videos, or a pattern or a list, go to a folder, each under its own name; the prompts are those
     of each. One that fails does not keep the others from being done: it is named at the end, with status 1. The files
@@ -91,7 +93,8 @@ def segment(
     A live video is shown in a window, where clicks show objects and correct their masks; with --out it is written,
     and FILE.jsonl has the masks of each frame, until it ends or Ctrl-C. Frames that come too fast are dropped.
 
-    What is there already is not replaced without --overwrite, and what is read never is.
+    What is there already is not replaced without --overwrite, and what is read never is. While a video is followed,
+    FILE.state.safetensors has what is needed to go on: an interrupted command does so with --resume.
 
     What follows a # tells objects apart, from 1 on. Places are those of a picture as it is shown: turned as its camera
     was.
@@ -116,17 +119,28 @@ def segment(
         raise CommandError("nothing to look for: give --point X,Y or --box X0,Y0,X1,Y1, or --everything")
     require_image_size(image_size)
     _require_live(is_live, {"--show": show, "--when-full": when_full, "--frames": frames})
-    targets, saved = choose_targets(found, out), [chosen_save(source, save, out) for source in found.all]
     classes = parse_labels(labels or [])
-    require_outputs(found, targets, saved, out, overwrite)
+    folder = (out or DEFAULT_FOLDER) if found.are_many else None
+    targets = choose_targets(found, out)
+    jobs = [
+        Job(source, target, chosen_save(source, save, out)) for source, target in zip(found.all, targets, strict=True)
+    ]
+    if resume and not is_live:
+        jobs = without_done(jobs, are_many=found.are_many)
+        if len(jobs) < len(targets):
+            say(f"{len(targets) - len(jobs)} of {len(targets)} are done already")
+        if not jobs:
+            return
+    overwrite = overwrite or (resume and not is_live)
+    require_outputs(jobs, folder, overwrite)
     if random_weights and everything:
         grid = grid or GRID_OF_RANDOM_WEIGHTS
         image_size = image_size or IMAGE_SIZE_OF_RANDOM_WEIGHTS
     say("loading PyTorch")
     choice = ModelChoice(model, random_weights, choose_device(device), precision, image_size)
     requests = [
-        Request(source, prompts, choice, target, overwrite, what, classes, upsampling)
-        for source, target, what in zip(found.all, targets, saved, strict=True)
+        Request(source, prompts, choice, target, overwrite, what, classes, upsampling, resume)
+        for source, target, what in jobs
     ]
     if is_live:
         from omniops.cli.segment.live import segment_live
@@ -138,11 +152,11 @@ def segment(
     every_mask = None
     if everything:
         every_mask = Everything(grid or GRID, pred_iou_thresh, stability_score_thresh, crops, min_area)
-    if found.are_many:
+    if folder is not None:
         from omniops.cli.segment.many import segment_many
 
-        segment_many(requests, every_mask, out or DEFAULT_FOLDER)
-    elif found.all[0].kind is Kind.VIDEO:
+        segment_many(requests, every_mask, folder)
+    elif requests[0].source.kind is Kind.VIDEO:
         from omniops.cli.segment.video import segment_video
 
         segment_video(requests[0])

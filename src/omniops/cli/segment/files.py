@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from omniops.annotations.formats import Format
 from omniops.cli.common import CommandError
@@ -64,26 +65,50 @@ def choose_targets(sources: Sources, out: Path | None) -> list[Path]:
     return [folder / f"{stem}{_ending(source)}" for stem, source in zip(stems, sources.all, strict=True)]
 
 
-def require_outputs(
-    sources: Sources,
-    targets: Sequence[Path],
-    saved: Sequence[tuple[Save, ...]],
-    folder: Path | None,
-    overwrite: bool,
-) -> None:
-    """Raise where what is to be written is there, could not be written, or is what is read; make the folders."""
+class Job(NamedTuple):
+    """A source, and what is written of it."""
+
+    source: Source
+    target: Path
+    """The .png or .mp4 of which its files have their names."""
+    save: tuple[Save, ...]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files, or folders of them, that are written of it by itself."""
+        of_one = files_of_picture if self.source.kind is Kind.PICTURE else files_of_video
+        return [path for save in self.save for path in of_one(self.target, save)]
+
+
+def without_done(jobs: Sequence[Job], *, are_many: bool) -> list[Job]:
+    """The jobs that an earlier run of the same command has not finished."""
+    sets = [save.value for job in jobs for save in job.save if save in SETS]
+    if sets and are_many:
+        raise CommandError(f"--resume cannot add to a file of all pictures: leave out it or --save {sets[0]}")
+    return [job for job in jobs if state_of(job.target).exists() or not all(path.exists() for path in job.files)]
+
+
+def require_outputs(jobs: Sequence[Job], folder: Path | None, overwrite: bool) -> None:
+    """Raise where what is to be written is there, could not be written, or is what is read; make the folders.
+
+    Args:
+        jobs: what is to be done.
+        folder: of the results of many sources; None of one.
+        overwrite: whether what is there is replaced.
+    """
     files: list[Path] = []
     folders: list[Path] = []
-    for source, target, what in zip(sources.all, targets, saved, strict=True):
+    for source, target, what in jobs:
+        is_picture = source.kind is Kind.PICTURE
         for save in what:
-            paths = files_of_video(target, save) if source.kind is not Kind.PICTURE else files_of_picture(target, save)
-            if sources.are_many and source.kind is Kind.PICTURE:
-                paths = _files_of_one_of_many(folder or DEFAULT_FOLDER, paths, save)
-            is_folder = source.kind is not Kind.PICTURE and save is Save.LABELS
-            (folders if is_folder or save in (Save.MASKS, Save.CUTOUTS) else files).extend(paths)
-        if what and source.kind is not Kind.PICTURE:
-            files.append(lines_of(target))
-    read = [source.path for source in sources.all if source.path is not None]
+            paths = files_of_picture(target, save) if is_picture else files_of_video(target, save)
+            if folder is not None and is_picture:
+                paths = _files_of_one_of_many(folder, paths, save)
+            is_folder = save in (Save.MASKS, Save.CUTOUTS) or (save is Save.LABELS and not is_picture)
+            (folders if is_folder else files).extend(paths)
+        if what and not is_picture:
+            files += [lines_of(target), *([state_of(target)] if source.kind is Kind.VIDEO else [])]
+    read = [source.path for source, _, _ in jobs if source.path is not None]
     require_new(dict.fromkeys(files), overwrite, read)
     _require_new_folders(folders, overwrite)
 
@@ -119,6 +144,11 @@ def file_of_set(folder: Path, save: Save) -> Path:
 def overlay_of(out: Path) -> Path:
     """Where the masks are shown on a picture, beside what they are written to."""
     return out.with_name(f"{out.stem}-overlay.jpg")
+
+
+def state_of(out: Path) -> Path:
+    """Where the state of a video is until the end."""
+    return out.with_name(f"{out.stem}.state.safetensors")
 
 
 def labels_of(out: Path) -> Path:

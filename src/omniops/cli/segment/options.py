@@ -192,6 +192,14 @@ LabelsOption = Annotated[
         show_default="object",
     ),
 ]
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on where an earlier run of the same command was interrupted: what it finished stays as it is, and "
+        "what it did not is replaced.",
+    ),
+]
 OutOption = Annotated[
     Path | None,
     typer.Option(

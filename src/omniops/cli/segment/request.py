@@ -43,6 +43,7 @@ class Request:
     save: tuple[Save, ...]
     labels: Labels = field(default_factory=Labels)
     upsampling: Upsampling = Upsampling.BILINEAR
+    resume: bool = False
 
 
 def parse_labels(texts: list[str]) -> Labels:

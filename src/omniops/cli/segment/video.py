@@ -13,10 +13,12 @@ from rich.progress import Progress, TimeRemainingColumn
 
 from omniops.cli.common import CommandError, Heartbeat, print_lines, progress
 from omniops.cli.errors import cause, exit_status, say
+from omniops.cli.segment.files import state_of
 from omniops.cli.segment.model import device_and_dtype
 from omniops.cli.segment.prompts import Prompts, check_prompts, group_prompts
 from omniops.cli.segment.records import NOT_FINITE
 from omniops.cli.segment.request import Request
+from omniops.cli.segment.resume import KeptState, load_state, tracked_frames
 from omniops.cli.segment.video_results import TrackedFrame, VideoResults
 from omniops.formatting import digits
 from omniops.sam2 import rle
@@ -43,17 +45,28 @@ def segment_video(request: Request) -> None:
     predictor = SAM2VideoPredictor(request.model.load(), upsampling=request.upsampling.value)
     count = len({number for _, number in prompts})
     say(f"following {count} {'object' if count == 1 else 'objects'} through {len(video)} frames")
+    state = load_state(predictor, request, prompts) if request.resume else None
     results = VideoResults(request, video, prompts)
+    kept_state = KeptState(state_of(request.out))
     stopped: BaseException | None = None
     started = perf_counter()
     with collect_warnings() as tracking_warnings:
         try:
+            if state is None:
+                state = _new_state(predictor, source, prompts)
             with progress(TimeRemainingColumn()) as bar:
-                _track(predictor, source, prompts, results, _frame_counter(bar, len(video)))
+                _track(
+                    predictor,
+                    state,
+                    min(frame for frame, _ in prompts),
+                    results,
+                    kept_state,
+                    _frame_counter(bar, len(video)),
+                )
         except STOPPING as error:
             stopped = error
-    seconds = perf_counter() - started
-    unwritten = list(results.close())
+        seconds = perf_counter() - started
+        unwritten = list(results.close())
     frames = results.num_frames
     if frames and not unwritten:
         speed = f"{frames} of {len(video)} frames in {digits(seconds)} s, {frames / seconds:.2f} frames/s"
@@ -61,6 +74,8 @@ def segment_video(request: Request) -> None:
         print_lines(f"{speed}, on {device_and_dtype(predictor.model)}", *random, f"Wrote {results.names}")
     for message in dict.fromkeys(map(str, opening_warnings + tracking_warnings)):
         say(message, "warning")
+    if stopped is None and not unwritten:
+        kept_state.delete()
     kept = f"the masks of {frames} of {len(video)} frames were kept"
     if stopped is not None or unwritten:
         why = dict.fromkeys(cause(error) for error in (stopped, *unwritten) if error is not None)
@@ -118,36 +133,60 @@ def tracked_frame(state: InferenceState, frame: int, numbers: Sequence[int], log
     return TrackedFrame(frame, list(numbers), masks.cpu().numpy(), counts, state.predicted_ious(frame))
 
 
+def _new_state(
+    predictor: SAM2VideoPredictor, source: Path, prompts: Mapping[tuple[int, int], Prompts]
+) -> InferenceState:
+    state = predictor.init_state(source)
+    for (frame, number), given in prompts.items():
+        predictor.add_new_points_or_box(state, frame, number, given.points or None, given.labels or None, box=given.box)
+    return state
+
+
 def _track(
     predictor: SAM2VideoPredictor,
-    source: Path,
-    prompts: Mapping[tuple[int, int], Prompts],
+    state: InferenceState,
+    first: int,
     results: VideoResults,
+    kept_state: KeptState,
     count_frame: Callable[[], None],
 ) -> None:
-    """Follow the objects back from the first frame with a prompt, then on to the end."""
-    state = predictor.init_state(source)
-    for (frame, number), object_prompts in prompts.items():
-        predictor.add_new_points_or_box(
-            state, frame, number, object_prompts.points or None, object_prompts.labels or None, box=object_prompts.box
-        )
-    first = min(frame for frame, _ in prompts)
+    """Follow the objects from the first frame with a prompt back, then on to the end, from where the state is."""
+    done = tracked_frames(state)
+    back, on = first, first
+    while back in done:
+        back -= 1
+    while on in done:
+        on += 1
     stopped: BaseException | None = None
     try:
         with results.recorded_in_threads() as output:
-            for frame, numbers, logits in predictor.propagate_in_video(state, first, reverse=True):
-                output.add(tracked_frame(state, frame, numbers, logits))
+            for frame in sorted(done):
+                output.add(tracked_frame(state, *predictor.masks_on_frame(state, frame)))
                 count_frame()
+            if back >= 0 and first > 0:
+                # From frame 0 nothing is followed back, as in the official predictor.
+                for found in predictor.propagate_in_video(state, max(back, 1), reverse=True):
+                    if found[0] not in done:
+                        output.add(tracked_frame(state, *found))
+                        count_frame()
+                        kept_state.save_now_and_then(state)
     except STOPPING as error:
         stopped = error
-    before = results.recorded_frames
+    before = dict.fromkeys(results.recorded_frames)
     assert isinstance(state.frames, Frames)
     with results.painted_in_threads(state.frames) as output:
-        for frame in before:
-            output.add(frame)
-        if stopped is not None:
-            raise stopped
-        for frame, numbers, logits in predictor.propagate_in_video(state, first):
-            if frame not in before:
-                output.add(tracked_frame(state, frame, numbers, logits))
-                count_frame()
+        try:
+            for frame in before:
+                output.add(frame)
+            if stopped is not None:
+                raise stopped
+            if on < len(state.frames):
+                for found in predictor.propagate_in_video(state, on):
+                    if found[0] not in before:
+                        output.add(tracked_frame(state, *found))
+                        count_frame()
+                        kept_state.save_now_and_then(state)
+        except STOPPING:
+            if results.num_frames:
+                kept_state.save(state)
+            raise

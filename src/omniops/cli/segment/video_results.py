@@ -78,7 +78,10 @@ class VideoResults:
         self._request = request
         self._prompts = prompts
         self._times = None if video is None else video.times
-        self._writer = VideoWriter(request.out, like=video) if Save.OVERLAY in request.save else None
+        path = request.source.path
+        sound = path if path is not None and path.is_file() else None
+        has_overlay = Save.OVERLAY in request.save
+        self._writer = VideoWriter(request.out, like=video, audio=sound) if has_overlay else None
         self._records = Records(request.out.with_suffix(".json"), request.overwrite)
         self._by_frame: dict[int, list[Record]] = {}
         self._keeps_records = keeps_records
