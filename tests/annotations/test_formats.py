@@ -42,6 +42,8 @@ def _read_yolo(path, shape):
         assert len(numbers) >= 6  # with fewer ultralytics takes it for a box
         points = np.array(numbers, np.float32).reshape(-1, 2)
         assert ((points >= 0) & (points <= 1)).all()
+        pixels = points * np.array(shape[::-1], np.float32)
+        assert np.array_equal(np.trunc(pixels), np.round(pixels))  # as other readers do
         read.append((int(label), _fill(points * np.array(shape[::-1], np.float32), shape)))
     return read
 

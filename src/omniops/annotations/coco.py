@@ -24,8 +24,9 @@ def to_coco(
     Args:
         images: of each picture its objects.
         polygons: ``segmentation`` as a list of polygons, one for each part of the object, along the edges of pixels,
-            x0, y0, x1, y1, ...; holes are cut out by seams (``omniops.annotations.polygons``). pycocotools makes the
-            same mask of them. Else COCO's compressed run lengths, with ``counts`` as str.
+            x0, y0, x1, y1, ...; holes are cut out by seams (``omniops.annotations.polygons``). pycocotools and FiftyOne
+            make the same mask of them; supervision colours the outline too, which adds a column and a row of pixels.
+            Else COCO's compressed run lengths, with ``counts`` as str, which all of them read exactly.
         categories: the names of the classes, in the order of their ids; by default the labels of the pictures.
 
     Raises:

@@ -1,8 +1,9 @@
 """Annotations as YOLO's text files of segmentation, which ultralytics and supervision read.
 
 A picture has a file of its own, with a line for each object: the class's number from 0 on, then x and y of the
-polygon's points as fractions of the width and the height. The points are the centres of the outermost pixels, whose
-fractions readers cut off when they fill polygons at the size of the picture.
+polygon's points as fractions of the width and the height. The points are within the outermost pixels, a quarter of a
+pixel from their top left corners: at the size of the picture ultralytics cuts fractions of pixels off, and supervision
+rounds them to the nearest, and so both come to these pixels.
 
 The format has one polygon for an object. Holes are cut out by seams (``omniops.annotations.polygons``), which fills by
 the even-odd rule take as they are meant. Parts are joined by short lines, there and back, as ultralytics' own converter
@@ -17,6 +18,9 @@ from collections.abc import Sequence
 from omniops.annotations.coco import class_names
 from omniops.annotations.objects import Annotations
 from omniops.annotations.polygons import join_polygons, mask_to_polygons
+
+_FROM_CENTRE = -0.25
+"""Where the points are from the centres of pixels, in x and in y."""
 
 
 def to_yolo(annotations: Annotations, *, categories: Sequence[str] | None = None) -> str:
@@ -34,14 +38,15 @@ def to_yolo(annotations: Annotations, *, categories: Sequence[str] | None = None
         >>> mask = np.zeros((4, 5), bool)
         >>> mask[1:3, 1:4] = True
         >>> to_yolo(from_masks([mask], labels=["dog"]), categories=["cat", "dog"])
-        '1 0.3 0.375 0.7 0.375 0.7 0.625 0.3 0.625\\n'
+        '1 0.25 0.3125 0.65 0.3125 0.65 0.5625 0.25 0.5625\\n'
     """
     names = class_names([annotations], categories)
     lines = []
     for annotation in annotations.found:
-        outline = join_polygons(mask_to_polygons(annotation.mask, "centres")) / (annotations.width, annotations.height)
+        outline = join_polygons(mask_to_polygons(annotation.mask, "centres")) + _FROM_CENTRE
+        fractions = outline / (annotations.width, annotations.height)
         # Nine digits tell thousandths of a pixel apart in the largest pictures.
-        numbers = " ".join(f"{number:.9g}" for number in outline.reshape(-1).tolist())
+        numbers = " ".join(f"{number:.9g}" for number in fractions.reshape(-1).tolist())
         lines.append(f"{names.index(annotation.label)} {numbers}\n")
     return "".join(lines)
 
