@@ -137,7 +137,8 @@ class VideoResults:
     def write(self, files: FrameFiles) -> None:
         """Write what belongs to a frame; with pictures frames come in order."""
         if files.records is not None and files.line is not None:
-            self._records.add([files.line])
+            if self._request.save:  # what is only shown leaves nothing
+                self._records.add([files.line])
             self.num_frames += 1
             if self._keeps_records:
                 self._by_frame[files.frame] = files.records
