@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -169,6 +170,9 @@ def test_ctrl_c_before_anything_is_kept(omniops, shapes, tmp_path, monkeypatch):
     _interrupt_at(monkeypatch, 1, 1)
     result = omniops(*_arguments(shapes, tmp_path / "out"))
     assert result.status == 130
+    assert result.err == "omniops: error: interrupted in epoch 1: nothing is kept\n"
+    (tmp_path / "out" / "last.pth").write_text("of another training")
+    result = omniops(*_arguments(shapes, tmp_path / "out", "--overwrite"))
     assert result.err == "omniops: error: interrupted in epoch 1: nothing is kept\n"
 
 
@@ -339,6 +343,27 @@ def test_a_loss_that_is_no_number(omniops, shapes, tmp_path):
     result = omniops(*_arguments(shapes, tmp_path / "out", "--lr", "1e12", "--warmup", "0", "--epochs", "8"))
     assert result.status == 1
     assert re.search(r"error: the loss is no finite number .* a lower rate", result.err.splitlines()[-1])
+
+
+@pytest.mark.parametrize("is_signalled", [False, True])
+def test_another_process_that_ended(omniops, shapes, tmp_path, monkeypatch, is_signalled):
+    """After Ctrl-C under torchrun the first to end closes its connections, and a signal may be lost meanwhile."""
+
+    def closed(training, *arguments):
+        training.processes.are_several = True
+        if is_signalled:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:37058")
+
+    monkeypatch.setattr("omniops.detection.training.fit", closed)
+    result = omniops(*_arguments(shapes, tmp_path / "out"))
+    expected = (
+        (130, "interrupted in epoch 1: nothing is kept")
+        if is_signalled
+        else (1, "another process of the training ended")
+    )
+    assert (result.status, result.err) == (expected[0], f"omniops: error: {expected[1]}\n")
 
 
 def test_a_reader_that_was_killed(omniops, shapes, tmp_path, monkeypatch):

@@ -266,26 +266,39 @@ def _fit(training: Training, validation: CocoDataset | None, out: Path, checkpoi
     is_first = training.processes.rank == 0
     if is_first:
         _describe(training, validation)
+    before = None if training.epoch or training.step else _written_at(out / LAST)
     try:
-        with progress() as bar:
+        with progress() as bar, _failures(training):
             fit(training, out, validation, Reporter(training, bar, out), checkpoint_steps)
     except KeyboardInterrupt as stopped:
         if not is_first:
             raise SystemExit(exit_status(stopped)) from None
-        kept = out / LAST
-        advice = (
-            f"{kept} has what came before, and --resume goes on from there" if kept.is_file() else "nothing is kept"
-        )
+        is_kept = _written_at(out / LAST) != before
+        advice = f"{out / LAST} has what came before, and --resume goes on from there" if is_kept else "nothing is kept"
         raise CommandError(f"{cause(stopped)} in epoch {training.epoch + 1}: {advice}", exit_status(stopped)) from None
-    except (ValueError, FloatingPointError) as error:
-        raise CommandError(str(error), status=1) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise CommandError(f"a process that reads pictures ended ({reason(error)}): try --workers 0", 1) from None
     if is_first:
         names = (LAST, BEST, HISTORY) if (out / BEST).is_file() else (LAST, HISTORY)
         print_lines("Wrote " + ", ".join(str(out / name) for name in names))
+
+
+def _written_at(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+@contextmanager
+def _failures(training: Training) -> Iterator[None]:
+    """What ends a training, as errors of the command."""
+    try:
+        yield
+    except (ValueError, FloatingPointError) as error:
+        raise CommandError(str(error), status=1) from None
+    except RuntimeError as error:
+        raise_received()  # a signal ended another process first, or was lost within compiled code
+        if "DataLoader worker" in str(error):
+            raise CommandError(f"a process that reads pictures ended ({reason(error)}): try --workers 0", 1) from None
+        if training.processes.are_several and "closed by peer" in str(error):
+            raise CommandError("another process of the training ended", status=1) from None
+        raise
 
 
 def _describe(training: Training, validation: CocoDataset | None) -> None:
