@@ -285,6 +285,14 @@ class SAM2Base(nn.Module):
         Returns:
             bfloat16, to which the official predictor rounds them too.
         """
+        return self.encode_unrounded_memory(
+            image_embed, low_res_masks, object_score_logits, is_mask_from_pts=is_mask_from_pts
+        ).to(torch.bfloat16)
+
+    def encode_unrounded_memory(
+        self, image_embed: Tensor, low_res_masks: Tensor, object_score_logits: Tensor, *, is_mask_from_pts: bool
+    ) -> Tensor:
+        """As ``encode_new_memory``, in the dtype that it is computed in, which the official training keeps."""
         high_res = F.interpolate(low_res_masks, scale_factor=4.0, mode="bilinear", align_corners=False)
         mask_for_mem = (high_res > 0).float() if is_mask_from_pts else high_res.sigmoid()
         scaled = mask_for_mem * self.sigmoid_scale_for_mem_enc + self.sigmoid_bias_for_mem_enc
@@ -292,7 +300,7 @@ class SAM2Base(nn.Module):
         if self.no_obj_embed_spatial is not None:
             is_hidden = (object_score_logits <= 0)[..., None, None]
             maskmem_features = maskmem_features + is_hidden * self.no_obj_embed_spatial[..., None, None]
-        return maskmem_features.to(torch.bfloat16)
+        return maskmem_features
 
     def prepare_memory_conditioned_features(
         self,

@@ -37,7 +37,7 @@ class ClipMemory:
 
     def add(self, t: int, image_embed: Tensor, output: SAMOutput, *, is_cond: bool) -> None:
         """Remember what was found on frame t, of whose (1, 256, S/16, S/16) features it is."""
-        maskmem_features = self.model.encode_new_memory(
+        maskmem_features = self.model.encode_unrounded_memory(
             image_embed, output.low_res_masks, output.object_score_logits, is_mask_from_pts=False
         )
         frames = self.cond_frames if is_cond else self.non_cond_frames

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from omniops.sam2.modeling.sam2 import SAM2Base
 
@@ -15,11 +18,12 @@ def fully_shard_step(step: nn.Module) -> None:
     gathered one at a time, when they run. The rest is gathered once a step, because clips call it as often as their
     prompts have it. Optimizers are made afterwards.
 
-    In one step all processes must train the same weights: the same prompt, clips or pictures in all of them.
+    In one step all processes must train the same weights: the same prompt, clips or pictures in all of them. Gradients
+    are the means over processes, also with gloo in torch 2.7, which adds them up.
 
     Args:
-        step: a module whose forward returns the loss, as of ``image_step`` or ``clip_step``, and which holds the
-            network. Seen on the CPU with gloo and on CUDA with nccl.
+        step: a module that holds the network, and whose forward returns the loss, a tensor or a tuple of tensors as of
+            ``image_step`` and ``clip_step``.
 
     Raises:
         RuntimeError: without a process group.
@@ -62,3 +66,19 @@ def fully_shard_step(step: nn.Module) -> None:
     for block in model.image_encoder.trunk.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(step, mesh=mesh)
+    if _sums_gradients(model.device):
+        step.register_forward_hook(_divide_gradients)
+
+
+def _sums_gradients(device: torch.device) -> bool:
+    """Whether the group adds up where FSDP2 has it average, as gloo did (pytorch issue 162338)."""
+    share = torch.empty(1, device=device)
+    dist.reduce_scatter_tensor(share, torch.ones(dist.get_world_size(), device=device), op=dist.ReduceOp.AVG)
+    return share.item() != 1
+
+
+def _divide_gradients(step: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+    """Have the losses' gradients divided by the number of processes, and so all others."""
+    for loss in (output,) if isinstance(output, Tensor) else output:
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient / dist.get_world_size())
