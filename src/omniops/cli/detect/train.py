@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from omniops.detection.training import CocoDataset, Settings, Training
 
 DEFAULT_OUT = Path("omniops-training")
+_MOMENT = 0.2
+"""Seconds within which a signal comes to all processes."""
 
 
 def detect_train(
@@ -271,6 +274,7 @@ def _fit(training: Training, validation: CocoDataset | None, out: Path, checkpoi
         with progress() as bar, _failures(training):
             fit(training, out, validation, Reporter(training, bar, out), checkpoint_steps)
     except KeyboardInterrupt as stopped:
+        _end_readers(stopped)
         if not is_first:
             raise SystemExit(exit_status(stopped)) from None
         is_kept = _written_at(out / LAST) != before
@@ -279,6 +283,13 @@ def _fit(training: Training, validation: CocoDataset | None, out: Path, checkpoi
     if is_first:
         names = (LAST, BEST, HISTORY) if (out / BEST).is_file() else (LAST, HISTORY)
         print_lines("Wrote " + ", ".join(str(out / name) for name in names))
+
+
+def _end_readers(stopped: KeyboardInterrupt) -> None:
+    """End the processes that read pictures, which a signal to all may have ended: when Python ends they complain."""
+    with suppress(RuntimeError):  # of PyTorch, once, for all that the signal ended
+        sleep(_MOMENT)
+    stopped.__traceback__ = stopped.__context__ = None  # which hold them
 
 
 def _written_at(path: Path) -> int | None:
@@ -293,7 +304,8 @@ def _failures(training: Training) -> Iterator[None]:
     except (ValueError, FloatingPointError) as error:
         raise CommandError(str(error), status=1) from None
     except RuntimeError as error:
-        raise_received()  # a signal ended another process first, or was lost within compiled code
+        sleep(_MOMENT)  # a signal to all may have ended another process first, or was lost within compiled code
+        raise_received()
         if "DataLoader worker" in str(error):
             raise CommandError(f"a process that reads pictures ended ({reason(error)}): try --workers 0", 1) from None
         if training.processes.are_several and "closed by peer" in str(error):
