@@ -62,7 +62,9 @@ COMMANDS = {
         "Fine-tune a detector on pictures with COCO annotations, of any categories.",
     ),
     "segment": Command(
-        "segment.command", "segment", "Cut objects out of a picture, or follow them through a video, with SAM 2."
+        "segment.command",
+        "segment",
+        "Cut objects out of pictures, or follow them through videos and live video, with SAM 2.",
     ),
     "serve": Command(
         "serve.command",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -82,10 +83,36 @@ class _Picture:
 
 
 @dataclass
+class _Found:
+    """The mask of an object that was prompted."""
+
+    number: int
+    mask: NDArray[np.bool_]
+    """(H, W)."""
+    score: float
+    prompts: Prompts
+
+    def record(self) -> Record:
+        """As it is written."""
+        record = {**mask_record(self.number, self.mask), "predicted_iou": self.score}
+        if self.prompts.points:
+            record |= {"point_coords": self.prompts.points, "point_labels": self.prompts.labels}
+        if self.prompts.box:
+            record["box"] = self.prompts.box
+        return record
+
+
+@dataclass
 class _Segmented:
     picture: _Picture
-    records: list[Record]
+    found: Sequence[_Found | Record]
+    """Of prompts, whose masks are encoded where they are written, or of everything."""
     lines: list[str]
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """As they are written."""
+        return [found.record() if isinstance(found, _Found) else found for found in self.found]
 
 
 def segment_picture(request: Request, everything: Everything | None) -> None:
@@ -119,7 +146,7 @@ def segment_pictures(
                 else:
                     outcomes.num_done += 1
                     of_sets.extend([annotations] if annotations is not None else [])
-                    count = len(outcome.records)
+                    count = len(outcome.found)
                     objects = "1 object" if count == 1 else f"{count} objects"
                     print_lines(f"{request.source.name} -> {_shown(request)}: {objects}", above=bar)
                 bar.advance(task)
@@ -187,14 +214,15 @@ class _Segmenter:
     def segment(self, picture: _Picture, count_points: Callable[[int, int], None] | None = None) -> _Segmented:
         """The masks of a picture."""
         try:
+            found: Sequence[_Found | Record]
             if self._everything is None:
-                records, lines = self._segment_prompts(picture.pixels, picture.prompts)
+                found, lines = self._segment_prompts(picture.pixels, picture.prompts)
             else:
-                records, lines = self._segment_everything(picture.pixels, self._everything, count_points)
+                found, lines = self._segment_everything(picture.pixels, self._everything, count_points)
         except (RuntimeError, ValueError) as error:  # RuntimeError: no memory, on the CPU too
             height, width = picture.pixels.shape[:2]
             raise CommandError(f"a picture of {width} x {height} pixels: {reason(error)}", status=1) from None
-        return _Segmented(picture, records, lines)
+        return _Segmented(picture, found, lines)
 
     def try_to_segment(self, picture: _Picture | CommandError) -> _Segmented | CommandError:
         """The same, or what went wrong, then or before."""
@@ -207,8 +235,8 @@ class _Segmenter:
 
     def _segment_prompts(
         self, pixels: NDArray[np.uint8], prompts: Mapping[int, Prompts]
-    ) -> tuple[list[Record], list[str]]:
-        """A record of each object, and the lines to print."""
+    ) -> tuple[list[_Found], list[str]]:
+        """The mask of each object, and the lines to print."""
         from omniops.sam2 import SAM2ImagePredictor
 
         predictor = self._predictor = self._predictor or SAM2ImagePredictor(self.model, upsampling=self._upsampling)
@@ -216,7 +244,7 @@ class _Segmenter:
         predictor.set_image(pixels)
         devices.synchronize(predictor.device)
         encoded = perf_counter()
-        records, lines = [], []
+        found, lines = [], []
         for number, object_prompts in prompts.items():
             masks, scores, _ = predictor.predict(
                 object_prompts.points or None,
@@ -228,16 +256,11 @@ class _Segmenter:
                 raise ValueError(NOT_FINITE)
             best = int(scores.argmax())
             mask = np.asarray(masks[best]) > 0
-            record = mask_record(number, mask)
-            record["predicted_iou"] = float(scores[best])
-            if object_prompts.points:
-                record |= {"point_coords": object_prompts.points, "point_labels": object_prompts.labels}
-            if object_prompts.box:
-                record["box"] = object_prompts.box
-            records.append(record)
-            lines.append(f"object {number}: score {scores[best]:.3f}, {record['area']} pixels ({mask.mean():.1%})")
+            found.append(_Found(number, mask, float(scores[best]), object_prompts))
+            area = np.count_nonzero(mask)
+            lines.append(f"object {number}: score {scores[best]:.3f}, {area} pixels ({area / mask.size:.1%})")
         times = f"set_image {digits(encoded - started)} s, predict {digits(perf_counter() - encoded)} s"
-        return records, [*lines, f"{times} on {device_and_dtype(self.model)}"]
+        return found, [*lines, f"{times} on {device_and_dtype(self.model)}"]
 
     def _segment_everything(
         self, pixels: NDArray[np.uint8], everything: Everything, count_points: Callable[[int, int], None] | None
