@@ -255,6 +255,15 @@ def test_mixed_precision(omniops, shapes, tmp_path, monkeypatch, options):
     assert _state(tmp_path / "last.pth")["settings"]["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("precision", "device", "expected"),
+    [(None, "cpu", "float32"), ("auto", "mps", "bfloat16"), ("float16", "mps", "float16")],
+)
+def test_the_precision(precision, device, expected):
+    named = None if precision is None else train_command.Precision(precision)
+    assert train_command._dtype(named, False, torch.device(device)) == expected
+
+
 def test_what_is_left_out_is_said(omniops, shapes, content, write, tmp_path):
     content["annotations"][1]["iscrowd"] = 1
     content["annotations"][3]["bbox"][2] = 0

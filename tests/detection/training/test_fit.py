@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 from pathlib import Path
@@ -16,6 +17,7 @@ import tiny_detectors
 from omniops.detection.trained import parse_description, read_description
 from omniops.detection.training import BEST, HISTORY, LAST, CocoDataset, Observer, evaluate, fit, read_checkpoint
 from omniops.detection.training import fit as fit_function
+from omniops.detection.training.checkpoints import write_checkpoint
 from omniops.detection.training.fit import judged
 
 
@@ -156,20 +158,24 @@ def test_a_training_that_is_done_stays_as_it_is(begin, tmp_path):
     assert (tmp_path / LAST).read_bytes() == before
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(begin, tmp_path, monkeypatch):
-    training = begin(epochs=1)
-    fit(training, tmp_path)
+@pytest.mark.parametrize("room", [0, 1000])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(begin, tmp_path, monkeypatch, room):
+    """Of a full disk, from the beginning or within the file."""
+    fit(begin(epochs=1), tmp_path)
     before = (tmp_path / LAST).read_bytes()
 
     class Full:
         def __init__(self, file):
-            self._file = file
+            self._file, self._room = file, room
 
         def __getattr__(self, name):
             return getattr(self._file, name)
 
         def write(self, data):
-            raise OSError(28, "No space left on device", str(tmp_path / LAST))
+            self._room -= len(data)
+            if self._room < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self._file.write(data)
 
         def __enter__(self):
             return self
@@ -179,9 +185,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(begin, tmp_pa
 
     opened = Path.open
     monkeypatch.setattr(Path, "open", lambda self, *arguments: Full(opened(self, *arguments)))
-    other = begin(epochs=1)
-    with pytest.raises(OSError, match="No space left"):
-        fit(other, tmp_path)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_checkpoint(tmp_path / LAST, begin().state())
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / LAST))
     monkeypatch.undo()
     assert (tmp_path / LAST).read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([LAST, HISTORY])

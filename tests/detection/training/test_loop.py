@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -92,6 +93,17 @@ def test_sizes_drawn_at_random_are_drawn_on(begin):
     second = begin(arguments=arguments)
     second.load_state(state)
     assert _losses(second) == whole[2:]
+
+
+def test_workers_that_are_spawned_get_all(begin):
+    """As on macOS and Windows: through pickle."""
+    loader = begin()._loader()
+    again = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+    image, target, seed = again[0][1]
+    expected = loader.dataset[1]
+    assert torch.equal(image, expected[0])
+    assert torch.equal(target["boxes"], expected[1]["boxes"])
+    assert (seed, again[1]([1, 2])) == (expected[2], [1, 2])
 
 
 def test_workers_change_nothing(begin):

@@ -173,6 +173,8 @@ def _dtype(precision: Precision | None, amp: bool, device: torch.device) -> str:
     if amp and precision not in (None, Precision.AUTO):
         raise CommandError("--amp is --precision auto: give one of the two")
     if amp or precision is Precision.AUTO:
+        if device.type == "mps":
+            return "bfloat16"  # float16 needs scaled losses, whose operators older PyTorch lacks there
         return str(devices.autocast_dtype(device)).removeprefix("torch.")
     return str((precision or Precision.FLOAT32).value)
 
