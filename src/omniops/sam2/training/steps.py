@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omniops.sam2.modeling.sam2 import SAM2Base
+from omniops.sam2.modeling.sam2 import ImageFeatures, SAM2Base
 from omniops.sam2.training.clip_memory import ClipMemory
 from omniops.sam2.training.interaction import Clicks, Prompt, first_prompt, interact
 from omniops.sam2.training.losses import Losses, sam2_losses
@@ -143,7 +143,7 @@ def clip_step(
     memory = ClipMemory(model, len(frames))
     losses: list[Losses] = []
     for t in (*prompted, *(t for t in range(len(frames)) if t not in prompted)):
-        frame, expected, is_prompted = features.of(t), targets[t], t in prompted
+        frame, expected, is_prompted = _frame(features, t), targets[t], t in prompted
         if is_prompted and prompt == "mask":
             output = model.use_mask_as_output(frame, expected[:, None])
         else:
@@ -158,6 +158,15 @@ def clip_step(
         is_cond = is_prompted or (add_all_frames_to_correct_as_cond and t in corrected)
         memory.add(t, frame.image_embed, output, is_cond=is_cond)
     return _mean(losses)
+
+
+def _frame(features: ImageFeatures, t: int) -> ImageFeatures:
+    """Those of one frame, copied where they are a view of channels_last memory.
+
+    Before torch 2.13 convolutions on MPS take such a view for packed memory (pytorch issue 180984).
+    """
+    frame = features.of(t)
+    return frame._replace(image_embed=frame.image_embed.contiguous())
 
 
 def _check_clicks(number: int, prob_to_sample_from_gt: float, generator: torch.Generator | None) -> Clicks:
