@@ -10,6 +10,8 @@ pytest.importorskip("PIL", reason="pictures need Pillow")
 from PIL import Image
 
 from omniops.annotations import (
+    Annotation,
+    Annotations,
     Format,
     cut_out,
     davis_palette,
@@ -243,6 +245,8 @@ def test_a_frame_has_its_objects_with_what_is_known_of_them(annotations, masks):
         assert np.array_equal(rle.decode(found["segmentation"]), mask)
         assert (found["area"], found["predicted_iou"]) == (int(mask.sum()), score)
     assert [found["bbox"] for found in line["objects"]] == [[3, 2, 27, 18], [5, 8, 9, 21], [0, 0, 0, 0]]
+    numbers = Annotations(30, 41, [Annotation(1, rle.encode(masks[0]), score=np.float32(0.5))])
+    assert json.loads(json.dumps(to_frame(numbers, 0, np.float32(0.5))))["objects"][0]["predicted_iou"] == 0.5
     unknown = to_frame(from_masks(masks), 0)
     assert set(unknown) == {"frame", "objects"}
     assert set(unknown["objects"][0]) == {"id", "bbox", "area", "segmentation"}

@@ -60,6 +60,7 @@ def test_objects_without_a_pixel_are_not_found_and_the_largest_come_first(annota
         ({"ids": [1, 2]}, "ids must be of 3 objects, as there are masks, got 2"),
         ({"labels": ["a"]}, "labels must be of 3 objects"),
         ({"scores": [0.5]}, "scores must be of 3 objects"),
+        ({"scores": [0.5, np.nan, 0.5]}, r"scores must be finite, as JSON has no other numbers, got \[0.5, nan, 0.5\]"),
         ({"boxes": [[1, 2, 3, 4]]}, "boxes must be of 3 objects"),
         ({"boxes": [[1, 2, 3]] * 3}, r"boxes must be \(N, 4\), got \(3, 3\)"),
         ({"masks": np.zeros((2, 3))}, r"masks must be \(N, H, W\) with one or more, got \[\(3,\), \(3,\)\]"),

@@ -136,8 +136,21 @@ def test_joined_parts_keep_all_pixels_and_fill_no_hole(mask):
     assert not (filled & ~mask & ~on_lines).any()
 
 
+def test_thousands_of_parts_are_joined_to_those_near_them():
+    y, x = np.mgrid[:300, :400]
+    mask = (x % 8 < 3) & (y % 8 < 3)
+    polygons = mask_to_polygons(mask, "centres")
+    assert len(polygons) == 38 * 50
+    joined = join_polygons(polygons)
+    assert np.hypot(*(joined - np.roll(joined, -1, 0)).T).max() <= 6  # from a part to the next
+    filled = fill_as_opencv([joined], mask.shape)
+    assert filled[mask].all()
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"mask must be \(H, W\), got \(1, 2, 3\)"):
         mask_to_polygons(np.zeros((1, 2, 3)))
     with pytest.raises(ValueError, match="kind must be edges or centres, got 'corners'"):
         mask_to_polygons(np.zeros((2, 3)), "corners")
+    with pytest.raises(ValueError, match="polygons must be one or more, got an empty list"):
+        join_polygons([])

@@ -76,7 +76,7 @@ def _shape_of(annotation: Annotation, polygons: bool) -> dict[str, Any]:
     segmentation: Any = compressed(annotation)
     if polygons:
         segmentation = [outline.astype(int).reshape(-1).tolist() for outline in mask_to_polygons(annotation.mask)]
-    score = {} if annotation.score is None else {"score": annotation.score}
+    score = {} if annotation.score is None else {"score": float(annotation.score)}
     return {"segmentation": segmentation, "area": annotation.area, "bbox": annotation.bbox, "iscrowd": 0, **score}
 
 

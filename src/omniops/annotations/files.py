@@ -131,7 +131,7 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, default=_to_number) + "\n").encode()
+    return (json.dumps(value, default=_to_number, allow_nan=False) + "\n").encode()
 
 
 def _to_number(value: Any) -> Any:

@@ -34,12 +34,12 @@ def to_frame(annotations: Annotations, frame: int, time: float | None = None) ->
             "id": annotation.id,
             "bbox": annotation.bbox,
             "area": annotation.area,
-            **({} if annotation.score is None else {"predicted_iou": annotation.score}),
+            **({} if annotation.score is None else {"predicted_iou": float(annotation.score)}),
             "segmentation": compressed(annotation),
         }
         for annotation in annotations.objects
     ]
-    return {"frame": frame, **({} if time is None else {"time": time}), "objects": objects}
+    return {"frame": frame, **({} if time is None else {"time": float(time)}), "objects": objects}
 
 
 def group_by_frame(records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -141,7 +141,7 @@ def from_masks(
         masks: (N, H, W), or N of (H, W), one or more; foreground where they are not zero.
         ids: N numbers, from 1 on, that differ; by default 1, 2, ...
         labels: N classes; by default all are ``object``.
-        scores: (N).
+        scores: (N), finite.
         boxes: (N, 4), x0, y0, x1, y1 in pixels; by default those of the masks.
         file_name: of the picture.
 
@@ -169,6 +169,8 @@ def from_masks(
             raise ValueError(f"{name} must be of {count} objects, as there are masks, got {len(values)}")
     if boxes is not None and any(len(box) != 4 for box in given["boxes"]):
         raise ValueError(f"boxes must be (N, 4), got {_to_array(boxes).shape}")
+    if scores is not None and not np.isfinite(_to_array(scores)).all():
+        raise ValueError(f"scores must be finite, as JSON has no other numbers, got {given['scores']}")
     height, width = arrays[0].shape
     objects = [
         Annotation(number, rle.encode(array), label, score, box)

@@ -28,6 +28,8 @@ _Points = NDArray[np.int64]
 _KINDS = ("edges", "centres")
 _ENDS_OF_A_LINK = 32
 """How many points of a part a line to another part may start from."""
+_COMPARED_POINTS = 2048
+"""How many points of all parts are compared to find which are near each other, or one of each part."""
 
 
 class _Lines(NamedTuple):
@@ -104,10 +106,15 @@ def join_polygons(polygons: list[Polygon]) -> Polygon:
     Returns:
         (P, 2).
 
+    Raises:
+        ValueError: for no polygon.
+
     Example:
         >>> join_polygons([np.array([[0.5, 0.5]] * 3), np.array([[4.5, 0.5]] * 3)]).tolist()
         [[0.5, 0.5], [4.5, 0.5], [4.5, 0.5], [4.5, 0.5], [4.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
     """
+    if not polygons:
+        raise ValueError("polygons must be one or more, got an empty list: an empty mask has none")
     detours: dict[int, list[_Insert]] = defaultdict(list)
     for order, (part, start, other, end) in reversed(list(enumerate(_links(polygons)))):
         around = _splice(polygons[part], detours[part], start)
@@ -119,30 +126,44 @@ def join_polygons(polygons: list[Polygon]) -> Polygon:
 def _links(polygons: list[Polygon]) -> list[tuple[int, int, int, int]]:
     """A line to each part but the first from the nearest before it: part, index of its point, other part, index.
 
-    By Prim's algorithm, so that every part is linked to one that is linked earlier.
+    By Prim's algorithm, so that every part is linked to one that is linked earlier. It compares all points that stand
+    for parts, of many parts a few of each.
     """
     if len(polygons) == 1:
         return []
-    indices = [np.unique(np.linspace(0, len(p) - 1, min(len(p), _ENDS_OF_A_LINK)).astype(int)) for p in polygons]
-    points = np.concatenate([p[i] for p, i in zip(polygons, indices, strict=True)])
+    indices = [_spread(polygon, _COMPARED_POINTS // len(polygons)) for polygon in polygons]
+    points = np.concatenate([polygon[i] for polygon, i in zip(polygons, indices, strict=True)])
     parts = np.repeat(np.arange(len(polygons)), [len(i) for i in indices])
-    index_of = np.concatenate(indices)
     distances = np.full(len(points), np.inf)
-    nearest = np.zeros(len(points), np.int64)
+    nearest_part = np.zeros(len(points), np.int64)
     links = []
     part = 0
     for _ in range(len(polygons) - 1):
-        own = np.flatnonzero(parts == part)
+        own = parts == part
         distances[own] = np.nan  # linked
-        to_own = ((points[:, None] - points[own]) ** 2).sum(-1)
-        is_nearer = to_own.min(1) < distances
-        nearest[is_nearer] = own[to_own.argmin(1)][is_nearer]
-        distances[is_nearer] = to_own.min(1)[is_nearer]
+        to_own = ((points[:, None] - points[own]) ** 2).sum(-1).min(1)
+        is_nearer = to_own < distances
+        distances[is_nearer] = to_own[is_nearer]
+        nearest_part[is_nearer] = part
         best = int(np.nanargmin(distances))
-        part = int(parts[best])
-        other = int(nearest[best])
-        links.append((part, int(index_of[best]), int(parts[other]), int(index_of[other])))
+        part, other = int(parts[best]), int(nearest_part[best])
+        links.append((part, *_nearest_points(polygons[part], polygons[other], other)))
     return links
+
+
+def _nearest_points(polygon: Polygon, other: Polygon, number: int) -> tuple[int, int, int]:
+    """The index of a point of a polygon, the number of the other, and the index of its point that is nearest to it."""
+    own, others = _spread(polygon, _ENDS_OF_A_LINK), _spread(other, _ENDS_OF_A_LINK)
+    distances = ((polygon[own][:, None] - other[others]) ** 2).sum(-1)
+    start, end = np.unravel_index(int(distances.argmin()), distances.shape)
+    return int(own[start]), number, int(others[end])
+
+
+def _spread(polygon: Polygon, count: int) -> NDArray[np.int64]:
+    """The indices of at most so many of its points, one or more, at even distances."""
+    count = min(len(polygon), max(1, min(count, _ENDS_OF_A_LINK)))
+    indices: NDArray[np.int64] = np.arange(count) * len(polygon) // count
+    return indices
 
 
 def _rings(mask: NDArray[np.bool_], *, is_centres: bool) -> list[_Points]:
