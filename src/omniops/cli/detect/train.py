@@ -15,15 +15,7 @@ from numpy.typing import NDArray
 from omniops import device as devices
 from omniops.cli.common import CommandError, DeviceOption, print_lines, progress
 from omniops.cli.detect.detector import choose_own_device, errors_of_weights, read_coco, require_detection
-from omniops.cli.detect.options import (
-    AnnotationsOption,
-    FolderOption,
-    Model,
-    ModelOption,
-    RandomWeightsOption,
-    WeightsOption,
-    require_weights,
-)
+from omniops.cli.detect.options import AnnotationsOption, FolderOption, Model, require_weights
 from omniops.cli.detect.training_options import (
     AmpOption,
     BatchSizeOption,
@@ -36,10 +28,13 @@ from omniops.cli.detect.training_options import (
     MinSizeOption,
     Precision,
     PrecisionOption,
+    RandomStartOption,
     ResumeOption,
     Schedule,
     ScheduleOption,
     SeedOption,
+    StartOption,
+    TrainedModelOption,
     TrainingOutOption,
     ValAnnotationsOption,
     ValImagesOption,
@@ -62,9 +57,9 @@ _MOMENT = 0.2
 def detect_train(
     images: FolderOption,
     annotations: AnnotationsOption,
-    weights: WeightsOption = None,
-    model: ModelOption = Model.MASK,
-    random_weights: RandomWeightsOption = False,
+    weights: StartOption = None,
+    model: TrainedModelOption = Model.MASK,
+    random_weights: RandomStartOption = False,
     val_images: ValImagesOption = None,
     val_annotations: ValAnnotationsOption = None,
     hold_out: HoldOutOption = 0.1,

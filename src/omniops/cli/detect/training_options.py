@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from omniops.cli.detect.options import Model
+
 
 class Schedule(str, Enum):
     """How the learning rate falls."""
@@ -25,6 +27,21 @@ class Precision(str, Enum):
     FLOAT16 = "float16"
 
 
+TrainedModelOption = Annotated[
+    Model, typer.Option("--model", help="Mask R-CNN gives masks as well, and needs one of every object.")
+]
+StartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE|URL|coco",
+        help="What it starts from: coco, which OpenMMLab published, 200 MB, fetched once; a file of omniops "
+        "detect-train; OpenMMLab's checkpoint or a state dict.",
+    ),
+]
+RandomStartOption = Annotated[
+    bool, typer.Option("--random-weights", help="Instead of --weights: train the whole network from the beginning.")
+]
 TrainingOutOption = Annotated[
     Path, typer.Option("--out", metavar="DIR", help="The folder that last.pth, best.pth and history.json go to.")
 ]
