@@ -57,8 +57,8 @@ def detect_eval(
 ) -> None:
     """Compute COCO's average precision and recall of boxes, and of masks where model and annotations have them.
 
-    Of other categories than COCO's the detector's labels are taken for them by the order of their ids; a file of omniops
-    detect-train has its own. A picture that cannot be read is left out and named at the end, with status 1.
+    Of other categories than COCO's the detector's labels are taken for them by the order of their ids; a file of
+    omniops detect-train has its own. A picture that cannot be read is left out and named at the end, with status 1.
 
     Under torchrun the pictures are shared among the processes, each with a GPU of its own, and the figures are the
     same: torchrun --nproc-per-node 2 --no-python omniops detect-eval ...
