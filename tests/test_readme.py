@@ -28,7 +28,7 @@ def test_every_page_with_code_has_examples_that_run():
         "docs/enable.md": 4,
         "docs/networks.md": 4,
         "docs/detection.md": 2,
-        "docs/sam2.md": 7,
+        "docs/sam2.md": 8,
         "docs/operators/carafe.md": 2,
         "docs/operators/connected_components.md": 2,
         "docs/operators/deform_conv2d.md": 1,
