@@ -100,6 +100,12 @@ def test_two_processes_give_the_weights_of_one(kind, tmp_path):
 def test_sharding_says_what_it_needs():
     with pytest.raises(RuntimeError, match=r"torch\.distributed\.init_process_group"):
         fully_shard_step(nn.Identity())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="holds one SAM2Base .* got Identity with 0 of them"):
+            fully_shard_step(nn.Identity())
+    finally:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
