@@ -273,6 +273,7 @@ class _Segmenter:
             self.model,
             points_per_batch=_POINTS_PER_BATCH_ON_CPU if on_cpu else _POINTS_PER_BATCH,
             output_mode="coco_rle",
+            upsampling=self._upsampling,
             **everything.arguments(self.random_weights),
         )
         points = everything.points_per_side**2
