@@ -102,7 +102,7 @@ def test_sharding_says_what_it_needs():
         fully_shard_step(nn.Identity())
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(ValueError, match="holds one SAM2Base .* got Identity with 0 of them"):
+        with pytest.raises(ValueError, match=r"holds one SAM2Base .* got Identity with 0 of them"):
             fully_shard_step(nn.Identity())
     finally:
         dist.destroy_process_group()
