@@ -106,10 +106,10 @@ def _write_both(path: Path, sounds: InputContainer, start_time: float | None, fi
         start = Fraction(sounds.start_time or 0, 10**6) if start_time is None else Fraction(start_time)
         length = Fraction(pictures.duration or 0, 10**6)
         with av.open(str(partial), "w", format=format_name) as output:
-            # A decoder's name says no encoder.
             copied = output.add_stream_from_template(video, opaque=True)
             copied.time_base = video.time_base
-            copied.metadata.update(video.metadata)
+            if video.metadata.get("alpha_mode") == "1":  # which the decoder that FFmpeg prefers does not read
+                copied.codec_context.pix_fmt = "yuva420p"
             tracks = _tracks(output, format_name, sounds, start + Fraction(first), length)
             of_sound = _sound_packets(sounds, tracks)
             following = next(of_sound, None)
@@ -176,6 +176,10 @@ def _sound_packets(sounds: InputContainer, tracks: dict[int, _Track]) -> Iterato
         yield from track.rest()
 
 
+def _description(source: AudioStream) -> dict[str, str]:
+    return {key: value for key, value in source.metadata.items() if key in ("language", "title")}
+
+
 class _Clock:
     """Gives the packets of a track times that go on, where they have none or theirs start again, as in joined files."""
 
@@ -207,7 +211,7 @@ class _CopiedTrack:
     ) -> None:
         self.is_done = False
         self._stream = output.add_stream_from_template(source, opaque=True)
-        self._stream.metadata.update(source.metadata)
+        self._stream.metadata.update(_description(source))
         time_base: Fraction = source.time_base
         self._begin, self._end = round(begin / time_base), round((begin + length) / time_base)
         self._keeps_preroll = keeps_preroll
@@ -250,7 +254,7 @@ class _EncodedTrack:
         stream: Any = output.add_stream(encoder, rate=rate, layout=layout)
         stream.bit_rate = _BITS_PER_CHANNEL * stream.codec_context.channels
         self._stream = stream
-        self._stream.metadata.update(source.metadata)
+        self._stream.metadata.update(_description(source))
         self._graph: Any = None
 
     def packets(self, packet: Packet) -> Iterator[Packet]:
