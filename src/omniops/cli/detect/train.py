@@ -237,7 +237,8 @@ def _prepare(
     from omniops.detection.trained import Description
     from omniops.detection.training import Training, build
 
-    say(f"loading {model.value}" + (" with random weights" if start is None else f" from {start}"))
+    if processes.rank == 0:
+        say(f"loading {model.value}" + (" with random weights" if start is None else f" from {start}"))
     torch.manual_seed(settings.seed)
     description = Description(model.architecture, dataset.categories, *sizes)
     with processes.local_rank_zero_first(), errors_of_weights(f"--model is {model.value}"):
