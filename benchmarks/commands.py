@@ -2,8 +2,8 @@
 
 The weights are random, and the pictures parts of a photo and of a clip that are made here, or --photo and --video: what
 is found means nothing, but it costs at least what real masks cost. Of a video two lengths are timed, the clip and four
-times the clip: what is between them is without the first calls, which compile and capture. Of pictures that is the time
-between the lines of the second quarter and the last. Loading PyTorch and the model is in neither.
+times the clip, after a first run that compiles: what is between them, "steady", is without the first calls. Of pictures
+that is the time from the second quarter on. Loading PyTorch and the model is in neither.
 
 python benchmarks/commands.py --video clip.mp4 --photo photo.jpg --json commands.json
 """
@@ -33,6 +33,7 @@ from rich.table import Table
 from omniops import device as devices
 from omniops.cli import errors
 from omniops.cli.common import DeviceOption, choose_device, output
+from omniops.cli.detect.options import Model
 from omniops.cli.errors import CommandError, say
 from omniops.cli.outputs import OverwriteOption, require_new, write_json
 from omniops.drawing import VideoWriter
@@ -96,9 +97,9 @@ def measure(
         point = f"{WIDTH // 3},{HEIGHT // 3}"
         arguments = ["segment", pictures, "--pictures", "--point", point, *save, *sam2]
         yield time_pictures(f"segment, pictures: {what}", arguments, folder)
-    for kind, batch in ((kind, batch) for kind in ("mask", "faster") for batch in BATCHES if detects):
-        arguments = ["detect", pictures, "--random-weights", "--model", kind, "--batch", str(batch), *options]
-        yield time_pictures(f"detect, {kind}, --batch {batch}", arguments, folder)
+    for kind, batch in ((kind, batch) for kind in Model for batch in BATCHES if detects):
+        arguments = ["detect", pictures, "--random-weights", "--model", kind.value, "--batch", str(batch), *options]
+        yield time_pictures(f"detect, {kind.value}, --batch {batch}", arguments, folder)
 
 
 def write_clips(folder: Path, source: Path | None, count: int) -> list[Path]:
@@ -137,7 +138,7 @@ def time_video(name: str, clips: Sequence[Path], objects: int, options: Sequence
     prompts = [f"{WIDTH * (i + 1) // 4},{HEIGHT // 2}#{i + 1}" for i in range(objects)]
     points = [part for prompt in prompts for part in ("--point", prompt)]
     counts, seconds = [], []
-    for clip in clips:
+    for clip in (clips[0], *clips):  # a first run compiles what the others find in its caches
         lines = run(["segment", str(clip), *points, *options, "--out", str(folder / "out.mp4")])
         told = next(found for _, line in lines if (found := re.match(r"(\d+) of \d+ frames in ([\d.]+) s", line)))
         counts.append(int(told[1]))

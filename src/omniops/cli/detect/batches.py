@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Pixels = NDArray[np.uint8]
 
 CUDA_BATCH = 4
-"""How many pictures are detected at once on an NVIDIA GPU: more is hardly faster, and takes more memory."""
+"""How many pictures are detected at once on an NVIDIA GPU; docs/benchmarks.md has what that was seen to gain."""
 
 
 class Detected(NamedTuple):
