@@ -24,6 +24,7 @@ import tiny_detectors
 from omniops.cli.detect import train as train_command
 from omniops.cli.detect.training_report import Reporter
 from omniops.detection import coco
+from omniops.detection.trained import COCO, KEY, Description
 
 TESTS = Path(__file__).parents[2]
 SMALL = ("--min-size", "64", "--max-size", "96", "--lr", "0.02", "--workers", "0", "--device", "cpu")
@@ -132,6 +133,15 @@ def test_other_categories_than_those_it_was_trained_on(omniops, fails, shapes, c
     assert "changed.json: the category 'ball' of id 20 is 'disc' of the detector's" in line
 
 
+def test_a_training_of_coco_s_categories_is_judged_by_them_alone(omniops, fails, shapes, tmp_path):
+    description = Description("faster_rcnn_resnet50_fpn_carafe", COCO, 64, 96)
+    state = tiny_detectors.faster_rcnn().state_dict()
+    torch.save({KEY: description.as_plain(), "state_dict": state}, tmp_path / "coco.pth")
+    inputs = ("--images", shapes / "images", "--annotations", shapes / "annotations.json", "--device", "cpu")
+    line = fails("detect-eval", *map(str, inputs), "--weights", str(tmp_path / "coco.pth"), status=2)
+    assert "annotations.json: the category 'disc' of id 20 is 'sheep' of the detector's" in line
+
+
 def _interrupt_at(monkeypatch, epoch, number):
     before = Reporter.on_step
 
@@ -182,7 +192,7 @@ def test_resuming_takes_its_weights_from_the_state(omniops, fails, shapes, tmp_p
     assert omniops(*_arguments(shapes, out)).status == 0
     result = omniops(*_arguments(shapes, out, "--resume", start=()))
     assert (result.status, result.err) == (0, "")
-    assert result.out.startswith("Wrote ")
+    assert result.out.startswith(f"Nothing was left to do: {out / 'last.pth'}, ")
     line = fails(*_arguments(shapes, out, "--resume", "--epochs", "5", start=()), status=2)
     assert line.endswith(
         f"{out / 'last.pth'}: the state is of a training with other settings: epochs is 5 here and 2 there"
@@ -199,6 +209,16 @@ def test_resume_begins_where_there_is_nothing(omniops, shapes, tmp_path):
     result = omniops(*_arguments(shapes, tmp_path / "out", "--epochs", "1", "--resume"))
     assert result.status == 0
     assert f"omniops: there is no {tmp_path / 'out' / 'last.pth'}: beginning anew\n" in result.notes
+
+
+def test_resuming_without_a_state_keeps_what_is_there(omniops, fails, shapes, tmp_path):
+    """As where last.pth was removed, because it is large, and best.pth was kept."""
+    (tmp_path / "best.pth").write_text("the best")
+    line = fails(*_arguments(shapes, tmp_path, "--resume"), status=2)
+    assert line.endswith(f"{tmp_path / 'best.pth'} is there already: --overwrite replaces what is there")
+    assert (tmp_path / "best.pth").read_text() == "the best"
+    assert omniops(*_arguments(shapes, tmp_path, "--resume", "--overwrite", "--epochs", "1")).status == 0
+    assert (tmp_path / "best.pth").stat().st_size > 1000
 
 
 def test_nothing_is_overwritten_unasked(omniops, fails, shapes, tmp_path):
@@ -246,6 +266,15 @@ def test_without_validation(omniops, shapes, tmp_path):
     assert result.status == 0
     assert "AP" not in result.out
     assert result.out.endswith(f"Wrote {tmp_path / 'last.pth'}, {tmp_path / 'history.json'}\n")
+
+
+def test_validation_without_objects(omniops, shapes, content, write, tmp_path):
+    content["annotations"] = []
+    result = omniops(*_arguments(shapes, tmp_path / "out", "--epochs", "1", "--val-annotations", write(content)))
+    assert result.status == 0
+    assert "no average precision and no best.pth" in "".join(result.notes)
+    assert "box AP -, AP50 - -> " in result.out
+    assert not (tmp_path / "out" / "best.pth").exists()
 
 
 @pytest.mark.parametrize("options", [("--amp",), ("--precision", "auto"), ("--precision", "bfloat16")])
@@ -299,7 +328,7 @@ def _with(content, key, number, **fields):
             lambda content: _with(content, "images", 1, file_name="../a.png"),
             "the picture ../a.png is not in the folder",
         ),
-        (lambda content: {**content, "annotations": []}, "dataset must have objects to train on"),
+        (lambda content: {**content, "annotations": []}, "there are no objects to train on in 6 pictures"),
         (lambda content: _without(content, "bbox"), "must have [x, y, width, height] as 'bbox'"),
     ],
 )
@@ -345,7 +374,7 @@ def test_paths_that_are_missing(fails, shapes, content, write, tmp_path):
     )
     content["images"], content["annotations"] = content["images"][:1], content["annotations"][:1]
     line = fails(*_arguments(shapes, tmp_path / "out", annotations=write(content)), status=2)
-    assert "nothing can be held out of a single picture" in line
+    assert "nothing can be held out of a single picture: --hold-out 0" in line
 
 
 def test_a_loss_that_is_no_number(omniops, shapes, tmp_path):
@@ -395,6 +424,15 @@ def test_several_processes_need_cpus_or_nvidia_s_gpus(monkeypatch):
         train_command.CommandError, match="several processes train on CPUs or on NVIDIA GPUs, not on mps"
     ):
         train_command._choose_device(None, Two())
+
+
+def test_a_batch_that_processes_cannot_share():
+    class Two:
+        count = 2
+
+    train_command._require_shares(4, Two())
+    with pytest.raises(train_command.CommandError, match=r"--batch-size 3 .*: 2 of them need a multiple of that"):
+        train_command._require_shares(3, Two())
 
 
 @pytest.mark.slow

@@ -113,6 +113,13 @@ def test_what_is_judged(record, expected):
     assert judged(record) == expected
 
 
+def test_without_an_object_to_find_there_is_no_best(begin, shapes, annotations, tmp_path):
+    empty = CocoDataset(shapes / "images", annotations, masks=False, image_ids=[35])
+    (record,) = fit(begin(epochs=1), tmp_path, empty)
+    assert record["bbox"]["AP"] is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([LAST, HISTORY])
+
+
 def test_without_a_validation_set_there_is_no_best(begin, tmp_path):
     (tmp_path / BEST).write_text("of another training")
     history = fit(begin(epochs=1), tmp_path)

@@ -180,6 +180,18 @@ def test_losses_that_are_no_numbers_end_it(begin):
         training.run_epoch()
 
 
+def test_gradients_that_are_no_numbers_end_it(begin):
+    """Before they are in the weights."""
+    training = begin()
+    before = copy.deepcopy(training.model.state_dict())
+    weight = training.model.roi_heads.box_predictor.cls_score.weight
+    weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FloatingPointError, match=r"the gradient is no finite number \(loss_\w+ .* a lower rate"):
+        training.run_epoch()
+    for name, value in training.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_what_cannot_be_read_ends_it(begin, shapes, annotations, tmp_path):
     for entry in annotations["images"]:
         target = tmp_path / entry["file_name"]
@@ -238,6 +250,13 @@ def test_states_of_other_settings(begin, change, words):
     state = begin().state()
     with pytest.raises(ValueError, match=words):
         begin(**change).load_state(state)
+
+
+def test_a_setting_that_an_older_state_lacks(begin):
+    state = begin().state()
+    del state["settings"]["warmup"]  # None here
+    with pytest.raises(ValueError, match="other settings: warmup is None here and None there"):
+        begin().load_state(state)
 
 
 def test_states_of_other_data(begin, shapes, annotations):

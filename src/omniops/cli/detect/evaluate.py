@@ -77,7 +77,7 @@ def detect_eval(
     is_first = processes.rank == 0
     with processes.local_rank_zero_first():
         model, categories, known = identify(model, weights, progress=is_first)
-    evaluator = _evaluator(annotations, categories)
+    evaluator = _evaluator(annotations, categories if known else None)
     paths = _paths(evaluator, images, annotations)
 
     count = len(evaluator.category_ids)
@@ -107,13 +107,12 @@ def detect_eval(
     fail_for(failed, len(paths))
 
 
-def _evaluator(path: Path, categories: Categories) -> CocoEvaluator:
-    """Of the annotations, whose categories must be among the detector's where those are not COCO's."""
+def _evaluator(path: Path, categories: Categories | None) -> CocoEvaluator:
+    """Of the annotations, whose categories must be among the detector's where the weights say which those are."""
     from omniops.detection.evaluation import CocoEvaluator
-    from omniops.detection.trained import COCO
 
     annotations = read_coco(path)
-    if categories == COCO:
+    if categories is None:
         return CocoEvaluator(annotations)
     try:
         categories.require(annotations)

@@ -99,9 +99,10 @@ def detect_train(
     require_detection()
     processes = Processes()
     chosen = _choose_device(device, processes)
+    _require_shares(batch_size, processes)
     state = _read_state(out, resume)
     read = [path for path in (annotations, val_annotations) if path is not None]
-    start = _require_start(state, weights, random_weights, out, read, overwrite or resume, processes)
+    start = _require_start(state, weights, random_weights, out, read, overwrite, processes)
     more = {"dtype": _dtype(precision, amp, chosen), "seed": seed, "flip": flip, "random_weights": start is None}
     settings = _settings(epochs, batch_size, lr, schedule.value, warmup, **more)
     train, validation = _datasets(model, images, annotations, val_images, val_annotations, hold_out, seed)
@@ -126,6 +127,13 @@ def _choose_device(name: str | None, processes: Processes) -> torch.device:
     if processes.are_several and chosen.type not in ("cpu", "cuda"):
         raise CommandError(f"several processes train on CPUs or on NVIDIA GPUs, not on {chosen}: --device cpu")
     return chosen
+
+
+def _require_shares(batch_size: int, processes: Processes) -> None:
+    if batch_size % processes.count:
+        raise CommandError(
+            f"--batch-size {batch_size} is of all processes together: {processes.count} of them need a multiple of that"
+        )
 
 
 def _read_state(out: Path, resume: bool) -> dict[str, Any] | None:
@@ -202,10 +210,17 @@ def _datasets(
     content, held_out = read_coco(annotations), None
     train_ids = None
     if val_annotations is None and share > 0:
-        with _errors(f"{annotations}: ", status=2):
-            train_ids, held_out = hold_out(content, share, seed)
+        if len(content["images"]) < 2:
+            raise CommandError(f"{annotations}: nothing can be held out of a single picture: --hold-out 0")
+        train_ids, held_out = hold_out(content, share, seed)
     with _errors(f"{annotations}: "):
         train = CocoDataset(images, content, masks=masks, image_ids=train_ids, read=_read)
+        if not train.object_count:
+            left_out = _count_left_out(train)
+            raise CommandError(
+                f"{annotations}: there are no objects to train on in {len(train)} pictures"
+                + (f", but for {left_out}, which are left out" if left_out else "")
+            )
         if held_out is not None:
             return train, CocoDataset(images, content, masks=False, image_ids=held_out, read=_read)
     if val_annotations is None:
@@ -267,6 +282,7 @@ def _fit(training: Training, validation: CocoDataset | None, out: Path, checkpoi
     is_first = training.processes.rank == 0
     if is_first:
         _describe(training, validation)
+    was_done = training.epoch == training.settings.epochs
     before = None if training.epoch or training.step else _written_at(out / LAST)
     try:
         with progress() as bar, _failures(training):
@@ -280,7 +296,8 @@ def _fit(training: Training, validation: CocoDataset | None, out: Path, checkpoi
         raise CommandError(f"{cause(stopped)} in epoch {training.epoch + 1}: {advice}", exit_status(stopped)) from None
     if is_first:
         names = (LAST, BEST, HISTORY) if (out / BEST).is_file() else (LAST, HISTORY)
-        print_lines("Wrote " + ", ".join(str(out / name) for name in names))
+        files = ", ".join(str(out / name) for name in names)
+        print_lines(f"Nothing was left to do: {files}" if was_done else f"Wrote {files}")
 
 
 def _end_readers(stopped: KeyboardInterrupt) -> None:
@@ -311,13 +328,18 @@ def _failures(training: Training) -> Iterator[None]:
         raise
 
 
+def _count_left_out(dataset: CocoDataset) -> str:
+    return " and ".join(f"{count} {what}" for what, count in dataset.left_out.items() if count)
+
+
 def _describe(training: Training, validation: CocoDataset | None) -> None:
     dataset, settings = training.dataset, training.settings
     objects = f"{dataset.object_count} objects of {len(dataset.categories.ids) - 1} categories"
     judged = "" if validation is None else f", and judging by {len(validation)}"
     say(f"training on {len(dataset)} pictures with {objects}{judged}, on {devices.title(training.device)}")
-    left_out = [f"{count} {what}" for what, count in dataset.left_out.items() if count]
-    if left_out:
-        say(f"left out are {' and '.join(left_out)}")
+    if left_out := _count_left_out(dataset):
+        say(f"left out are {left_out}")
+    if validation is not None and not validation.object_count:
+        say("the pictures to judge by have no objects: there will be no average precision and no best.pth", "warning")
     if training.epoch or training.step:
         say(f"going on after {training.epoch} of {settings.epochs} epochs and {training.step} steps")

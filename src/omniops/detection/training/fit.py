@@ -54,8 +54,8 @@ def fit(
     """Train until all epochs are done, and write the checkpoints after each.
 
     The folder gets ``last.pth``, all that it takes to go on; with a validation set ``best.pth``, the weights of the
-    epoch with the highest AP, of masks where they can be judged and else of boxes; and ``history.json``. Files of
-    those names are replaced. ``omniops detect --weights`` reads both.
+    epoch with the highest AP, of masks where they can be judged and else of boxes, unless there is no object to find
+    in it; and ``history.json``. Files of those names are replaced. ``omniops detect --weights`` reads both.
 
     Args:
         training: new, or with a state that was loaded.
@@ -114,7 +114,7 @@ def fit(
         training.history.append(record)
         if not is_first:
             continue
-        is_best = validation is not None and all(judged(record) > other for other in before)
+        is_best = judged(record) >= 0 and all(judged(record) > other for other in before)
         if is_best:
             write_checkpoint(path / BEST, training.weights())
         elif not before:  # of another training

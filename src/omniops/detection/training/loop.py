@@ -150,7 +150,8 @@ class Training:
 
         Raises:
             ValueError: for a picture that cannot be read.
-            FloatingPointError: where a loss is no finite number; the model is as it was before that step.
+            FloatingPointError: where a loss or its gradient is no finite number; the model is as it was before that
+                step. Gradients of scaled losses may be: their step is left out.
         """
         begun, done_before = perf_counter(), self.step
         self.model.train()
@@ -262,18 +263,16 @@ class Training:
             losses = self._joint.weigh(self._network(images, targets))
         values = self._joint.mean(losses)
         if not math.isfinite(sum(values.values())):
-            shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
-            raise FloatingPointError(
-                f"the loss is no finite number ({shown}) at a learning rate of {lr:g}: a lower rate or a longer "
-                "warm-up may do"
-            )
+            raise _divergence("loss", values, lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
         self._scaler.scale(torch.stack(list(losses.values())).sum()).backward()
         if self.settings.max_norm:
             self._scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.settings.max_norm)
+            norm = nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.settings.max_norm)
+            if not self._scaler.is_enabled() and not norm.isfinite():
+                raise _divergence("gradient", values, lr)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         return values
@@ -324,6 +323,14 @@ def seed_of(*numbers: int) -> int:
 _ALL = 2**64 - 1
 
 
+def _divergence(what: str, losses: Mapping[str, float], lr: float) -> FloatingPointError:
+    shown = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+    return FloatingPointError(
+        f"the {what} is no finite number ({shown}) at a learning rate of {lr:g}: a lower rate or a longer warm-up may "
+        "do"
+    )
+
+
 def _require_fit(model: CARAFERCNN, dataset: CocoDataset) -> None:
     classes = model.roi_heads.box_predictor.cls_score.out_features
     if classes != len(dataset.categories.ids):
@@ -347,5 +354,6 @@ def _difference(theirs: Any, own: Mapping[str, Any]) -> str:
     """The first entry that is not the same."""
     if not isinstance(theirs, Mapping):
         return f"it has {theirs!r:.60}"
-    name = next(name for name in [*own, *theirs] if own.get(name) != theirs.get(name))
+    missing = object()
+    name = next(name for name in [*own, *theirs] if own.get(name, missing) != theirs.get(name, missing))
     return f"{name} is {own.get(name)!r:.60} here and {theirs.get(name)!r:.60} there"
