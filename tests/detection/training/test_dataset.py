@@ -103,6 +103,16 @@ def test_a_picture_is_turned_where_its_annotations_are(tmp_path, size, turned):
     assert np.array_equal(found, np.rot90(pixels, -1) if turned else pixels)
 
 
+def test_grey_pictures_of_16_bits(tmp_path):
+    dataset = _made(tmp_path, [])
+    values = np.linspace(0, 65535, 48).reshape(6, 8)
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "a.png")
+    assert np.array_equal(dataset.picture(0), np.repeat((values // 256).astype(np.uint8)[..., None], 3, 2))
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "a.png", format="TIFF")
+    with pytest.raises(ValueError, match=r"cannot read .*a\.png: its pixels have neither 8 nor 16 bits"):
+        dataset.picture(0)
+
+
 def test_a_picture_of_another_size_is_refused(tmp_path):
     dataset = _made(tmp_path, [])
     Image.new("RGB", (9, 6)).save(tmp_path / "a.png")

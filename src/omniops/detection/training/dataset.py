@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from torch.utils.data import Dataset
 from omniops.detection import coco
 from omniops.detection.inputs import Target
 from omniops.detection.trained import Categories
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Reader = Callable[[Path, tuple[int, int]], Any]
 """Of a picture (H, W, 3) in RGB, uint8, from its path and its size as (width, height)."""
@@ -184,8 +187,10 @@ def hold_out(annotations: Mapping[str, Any], share: float, seed: int = 0) -> tup
 def read_rgb(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     """A picture by Pillow, turned as its EXIF data says or left as it is stored, whichever has that (width, height).
 
+    Of grey pictures of 16 bits the upper 8 are taken.
+
     Raises:
-        ValueError: for one that cannot be read or has another size.
+        ValueError: for one that cannot be read, has another size, or has neither 8 nor 16 bits.
     """
     from PIL import Image, ImageOps
 
@@ -193,13 +198,24 @@ def read_rgb(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
         with Image.open(path) as stored:
             turned = ImageOps.exif_transpose(stored)
             if turned.size == size or stored.size == size:
-                return np.array((turned if turned.size == size else stored).convert("RGB"))
+                return np.array(_eight_bits(turned if turned.size == size else stored).convert("RGB"))
     except Exception as error:  # Pillow's decoders raise what they like on damaged files
         raise ValueError(f"cannot read {path}: {error}") from None
     raise ValueError(
         f"{path} has {turned.width} x {turned.height} pixels, its annotations {size[0]} x {size[1]}: is it another "
         "picture of that name?"
     )
+
+
+def _eight_bits(picture: Image) -> Image:
+    from PIL import Image
+
+    if picture.mode[0] not in "IF":
+        return picture
+    values = np.asarray(picture)  # which Pillow would cut off at 255
+    if picture.mode == "F" or values.min() < 0 or values.max() >= 2**16:
+        raise ValueError("its pixels have neither 8 nor 16 bits")
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def _corners(box: Sequence[float], image: Mapping[str, Any]) -> list[float]:
