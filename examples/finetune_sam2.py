@@ -97,6 +97,11 @@ def start_processes(name: str) -> torch.device:
     return device
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What autocast computes in: on Apple GPUs bfloat16, as older PyTorch cannot scale the losses of float16 there."""
+    return torch.bfloat16 if device.type == "mps" else devices.autocast_dtype(device)
+
+
 def draw_batch(rng: np.random.Generator, args: argparse.Namespace, *, is_clip: bool) -> tuple[Tensor, Tensor]:
     """The frames of a clip, or pictures."""
     if is_clip:
@@ -110,7 +115,7 @@ def main() -> None:
     """Train, print, save."""
     args = parse_arguments()
     device, processes = start_processes(args.device), Processes()
-    dtype = getattr(torch, args.dtype) if args.dtype else devices.autocast_dtype(device)
+    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
     model = load(
         args.weights or "tiny", device, "float32", image_size=args.image_size, random_weights=not args.weights
     ).train()

@@ -1,17 +1,18 @@
-"""Checkpoints of every model: fetched from a URL, and read without running anything in them."""
+"""Checkpoints of every model: fetched from a URL, read without running anything in them, and written whole."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.request import Request, urlopen
 from uuid import uuid4
 
@@ -100,6 +101,29 @@ def read(path: Path, key: str = "state_dict") -> dict[str, Tensor]:
             f"of the model's parameters, alone or in a dict as {key!r}: what has them elsewhere may be saved again"
         )
     return {name.removeprefix("module."): value for name, value in content.items()}  # of DistributedDataParallel
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Have a file written whole or not at all; what was there is replaced once it is on the disk.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    temporary = path.with_name(f".omniops-{os.getpid()}-{uuid4().hex[:8]}{path.suffix}")
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # PyTorch says that it is at another position than it should be, after an error of the file system.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def complaint(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

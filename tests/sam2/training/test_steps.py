@@ -1,5 +1,6 @@
 """Losses by hand, gradients, and weights that the official package loads."""
 
+import errno
 import math
 
 import pytest
@@ -97,6 +98,24 @@ def test_saved_weights_load_in_the_official_package(model, twins, tmp_path):
     assert official.state_dict().keys() == state.keys()
     ours = load(path, "cpu", "float32", image_size=SIDE).state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in state.items())
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(model, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        save_checkpoint(model, tmp_path / "none" / "tuned.pt")
+    path = tmp_path / "tuned.pt"
+    path.write_bytes(b"before")
+
+    def fail(value, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="No space left") as caught:
+        save_checkpoint(model, path)
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_official_package_computes_the_same_masks(model, twins, tmp_path):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from omniops.detection.trained import KEY, load
+from omniops.weights import replace_file
 
 _OF_STATE = {KEY, "state_dict", "settings", "dataset", "optimizer", "scaler", "rng"}
 _OF_STATE |= {"epoch", "step", "totals", "history"}
@@ -26,7 +25,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         OSError: where they cannot be written.
     """
-    _replace(path, lambda file: torch.save(dict(content), file))
+    replace_file(path, lambda file: torch.save(dict(content), file))
 
 
 def write_history(path: Path, history: list[dict[str, Any]]) -> None:
@@ -35,7 +34,7 @@ def write_history(path: Path, history: list[dict[str, Any]]) -> None:
     Raises:
         OSError: where it cannot be written.
     """
-    _replace(path, lambda file: file.write(json.dumps(history, indent=1).encode() + b"\n"))
+    replace_file(path, lambda file: file.write(json.dumps(history, indent=1).encode() + b"\n"))
 
 
 def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
@@ -60,21 +59,3 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} is no state of a training: it lacks {', '.join(missing)}")
     return dict(content)
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    temporary = path.with_name(f".omniops-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # PyTorch says that it is at another position than it should be, after an error of the file system.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from omniops.weights import replace_file
 
 
 def save_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -17,7 +20,7 @@ def save_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
 
     Args:
         model: the network, without what is around it for training.
-        path: the file, which is replaced.
+        path: the file, which is replaced once all is on the disk.
 
     Raises:
         OSError: where the file cannot be written.
@@ -40,4 +43,4 @@ def save_checkpoint(model: nn.Module, path: str | PathLike[str]) -> None:
         if is_first:
             state[name] = whole.cpu()
     if is_first:
-        torch.save({"model": state}, path)
+        replace_file(Path(path), lambda file: torch.save({"model": state}, file))
