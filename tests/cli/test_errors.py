@@ -166,6 +166,7 @@ def _frame_count(path):
         return sum(1 for _ in container.decode(video=0))
 
 
+@pytest.mark.slow
 def test_a_video_that_is_terminated_keeps_its_masks(long_video, tmp_path):
     status, said = _ended(long_video, tmp_path / "out.mp4", signal.SIGTERM)
     assert status == 143

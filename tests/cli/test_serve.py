@@ -74,6 +74,7 @@ def test_a_sample_clip_is_served_until_sigterm(tmp_path):
         assert "[ERROR]" not in server.output()
 
 
+@pytest.mark.slow
 def test_a_folder_is_served_over_https_with_a_token_until_ctrl_c(tmp_path, certificate):
     from omniops.server.sample import write_sample
 

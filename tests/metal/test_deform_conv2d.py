@@ -284,6 +284,7 @@ def test_the_cases_above_launch_every_kernel(recorder: Recorder) -> None:
     assert all(launched == {*dir(library("deform_conv2d", dtype)), "allocate_segments"} for dtype in METAL_TYPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

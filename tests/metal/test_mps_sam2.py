@@ -112,6 +112,7 @@ def eight_objects(predictor: SAM2VideoPredictor, clip: Path) -> None:
     predictor.add_new_points_or_box(state, frames[-1], 2, points=[[10, 10]], labels=[0])
 
 
+@pytest.mark.slow
 @dtypes
 def test_videos(rules, dtype, tmp_path):
     eight_objects(SAM2VideoPredictor(model(rules, dtype=dtype)), write_clip(tmp_path / "clip", 5))

@@ -19,6 +19,7 @@ CPU = torch.device("cpu")
 MODELS = {model.name: model for model in models(64)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fpn-carafe", "mask-rcnn"])
 def test_results_are_the_cpus(name):
     model, dtype = MODELS[name], torch.float32

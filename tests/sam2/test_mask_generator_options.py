@@ -46,6 +46,7 @@ def ends_at_an_inner_edge(record, shape) -> bool:
     return any(abs(e - c) <= 20 < abs(e - o) for e, c, o in zip(ends, edges, outer, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["binary_mask", "uncompressed_rle", "coco_rle"])
 @pytest.mark.parametrize("upsampling", ["bilinear", "guided"])
 def test_masks_are_those_of_the_image_predictor(lively, photograph, upsampling, mode):

@@ -60,6 +60,7 @@ def test_they_are_those_of_the_official_decoder(models, clip):
     assert state.predicted_ious(3) == {1: pytest.approx(recorder.found[0], abs=1e-4), "two": corrected_before["two"]}
 
 
+@pytest.mark.slow
 def test_an_object_that_is_not_to_be_seen_has_0(models, clip):
     predictor = SAM2VideoPredictor(models()[1])
     state = predictor.init_state(clip)
@@ -107,6 +108,7 @@ def test_they_stay_where_memories_do_not_and_in_copies(models, long_clip, monkey
     assert state.predicted_ious(5) == {}
 
 
+@pytest.mark.slow
 def test_of_a_live_video_they_are_those_of_a_file(models, tmp_path):
     predictor = SAM2VideoPredictor(models()[1])
     states = [predictor.init_state(write_clip(tmp_path / "clip", 16))]

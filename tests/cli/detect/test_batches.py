@@ -85,6 +85,7 @@ def _run(omniops, *arguments, out="out"):
     return run, json.loads(open(results).read()) if os.path.exists(results) else None
 
 
+@pytest.mark.slow
 def test_a_batch_finds_what_single_pictures_have(omniops, small, pictures):
     paths = pictures(SIZES)
     (alone, expected), (together, results) = (

@@ -366,7 +366,9 @@ def test_options_that_do_not_go_together(fails, shapes, tmp_path, more, words):
 
 
 def test_paths_that_are_missing(fails, shapes, content, write, tmp_path):
-    assert "--weights coco" in fails(*_arguments(shapes, tmp_path / "out", start=()), status=2)
+    line = fails(*_arguments(shapes, tmp_path / "out", start=()), status=2)
+    assert "--weights coco fetches" in line
+    assert line.endswith("--random-weights trains the whole network from the beginning")
     start = ("--weights", tmp_path / "none.pth")
     assert "there is no checkpoint at" in fails(*_arguments(shapes, tmp_path / "out", start=start), status=2)
     assert "no such folder" in fails(
