@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from os import PathLike
@@ -247,7 +248,8 @@ def _complaint(content: Any) -> str:
     images, categories = ({entry["id"]: entry for entry in content[key]} for key in ("images", "categories"))
     for key, ids in (("images", images), ("categories", categories)):
         if len(ids) < len(content[key]):
-            return f"several of its {key} have the same id"
+            ((twice, _),) = Counter(entry["id"] for entry in content[key]).most_common(1)
+            return f"several of its {key} have the same id, {twice}"
     for number, entry in enumerate(content["annotations"]):
         if entry["image_id"] not in images:
             return f"annotations[{number}] is of an image that is not listed, {entry['image_id']}"

@@ -80,12 +80,12 @@ AnnotationsOption = Annotated[
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")]
 
 
-def require_weights(weights: str | None, random_weights: bool) -> None:
-    """Raise where there is not one of the two."""
+def require_weights(weights: str | None, random_weights: bool, purpose: str = "shows how it runs") -> None:
+    """Raise where there is not one of the two; ``purpose`` says what random weights do."""
     if weights is None and not random_weights:
         raise CommandError(
             "no weights: --weights coco fetches those that OpenMMLab published; a file of them or their URL will do "
-            "as well, and --random-weights shows how it runs"
+            "as well, and --random-weights " + purpose
         )
     if weights is not None and random_weights:
         raise CommandError("--weights and --random-weights exclude each other")

@@ -165,7 +165,7 @@ def _require_start(
         settings = state["settings"]
         is_random = isinstance(settings, dict) and settings.get("random_weights") is True
         return None if is_random else str(out / LAST)
-    require_weights(weights, random_weights)
+    require_weights(weights, random_weights, "trains the whole network from the beginning")
     if processes.rank == 0:  # another process may be slower than the first one is
         sources = [*read, *([] if weights is None else [Path(weights)])]
         require_new([out / name for name in (LAST, BEST, HISTORY)], overwrite, sources)
