@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -201,11 +202,15 @@ def unique_stems(names: Iterable[str]) -> list[str]:
     Some file systems tell neither A from a nor é from e with an accent.
     """
     stems: dict[str, str] = {}
+    numbers: Counter[str] = Counter()
     for name in names:
-        stem = unique = Path(name).stem or "picture"
-        number = 1
-        while (key := normalize("NFC", unique).casefold()) in stems:
-            number += 1
-            unique = f"{stem}-{number}"
-        stems[key] = unique
+        stem = unique = Path(name).stem
+        while _key(unique) in stems:
+            numbers[_key(stem)] += 1
+            unique = f"{stem}-{numbers[_key(stem)] + 1}"
+        stems[_key(unique)] = unique
     return list(stems.values())
+
+
+def _key(name: str) -> str:
+    return normalize("NFC", name).casefold()

@@ -10,7 +10,6 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from unicodedata import normalize
 
 import numpy as np
 from rich.markup import escape
@@ -30,7 +29,7 @@ from omniops.cli.detect.options import (
     require_weights,
 )
 from omniops.cli.errors import cause, exit_status, raise_received, say
-from omniops.cli.outputs import OverwriteOption, Records, lines_of, require_new, writing
+from omniops.cli.outputs import OverwriteOption, Records, lines_of, require_new, unique_stems, writing
 from omniops.cli.pictures import find_pictures, read_picture
 from omniops.cli.pipeline import OrderedOutput, map_ahead
 from omniops.cli.sources import FilesFromOption, expand_sources
@@ -122,8 +121,8 @@ def _find_pictures(arguments: Sequence[str], files_from: str | None, out: Path) 
         raise CommandError("- is a picture from stdin, and is read alone")
     paths = find_pictures([Path(source) for source in sources])
     return [
-        _Picture(path, image_id, out / name)
-        for path, image_id, name in zip(paths, _image_ids(paths), _output_names(paths), strict=True)
+        _Picture(path, image_id, out / f"{stem}.jpg")
+        for path, image_id, stem in zip(paths, _image_ids(paths), unique_stems(map(str, paths)), strict=True)
     ]
 
 
@@ -222,27 +221,6 @@ class _Detections:
             return ""
         self.pictures += 1
         return summary
-
-
-def _output_names(paths: Sequence[Path]) -> list[str]:
-    """What each picture is called in the folder that is written to.
-
-    Some file systems tell neither A from a nor é from e with an accent.
-    """
-    names: dict[str, str] = {}
-    numbers: Counter[str] = Counter()
-    for path in paths:
-        name = f"{path.stem}.jpg"
-        stem = _key(name)
-        while _key(name) in names:
-            numbers[stem] += 1
-            name = f"{path.stem}-{numbers[stem] + 1}.jpg"
-        names[_key(name)] = name
-    return list(names.values())
-
-
-def _key(name: str) -> str:
-    return normalize("NFC", name).casefold()
 
 
 def _image_ids(paths: Sequence[Path]) -> list[int]:
