@@ -271,7 +271,7 @@ class Training:
         if self.settings.max_norm:
             self._scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.settings.max_norm)
-            if not self._scaler.is_enabled() and not norm.isfinite():
+            if not self._scaler.is_enabled() and not math.isfinite(norm.item()):
                 raise _divergence("gradient", values, lr)
         self._scaler.step(self.optimizer)
         self._scaler.update()
