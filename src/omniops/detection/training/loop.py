@@ -150,8 +150,8 @@ class Training:
 
         Raises:
             ValueError: for a picture that cannot be read.
-            FloatingPointError: where a loss or its gradient is no finite number; the model is as it was before that
-                step. Gradients of scaled losses may be: their step is left out.
+            FloatingPointError: where a loss is no finite number, or the norm of the gradient, unless ``max_norm`` is 0;
+                the model is as it was before that step. A step whose scaled gradient overflows is left out instead.
         """
         begun, done_before = perf_counter(), self.step
         self.model.train()
