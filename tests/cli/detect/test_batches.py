@@ -17,6 +17,8 @@ from PIL import Image
 
 pytest.importorskip("omniops.detection.coco", exc_type=ImportError, reason="needs torchvision and faster-coco-eval")
 
+import tiny_detectors
+
 from omniops import detection
 from omniops.cli.detect import command as detect
 
@@ -57,8 +59,8 @@ def scripted(monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    build = detection.mask_rcnn_resnet50_fpn_carafe
-    monkeypatch.setattr(detection, "mask_rcnn_resnet50_fpn_carafe", functools.partial(build, **SMALL))
+    build = functools.partial(tiny_detectors.mask_rcnn, **SMALL)
+    monkeypatch.setattr(detection, "mask_rcnn_resnet50_fpn_carafe", build)
 
 
 @pytest.fixture
