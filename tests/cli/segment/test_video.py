@@ -51,7 +51,7 @@ def test_the_video_shows_the_masks_in_the_order_of_its_frames(omniops, tracker, 
         (4, 2, None, None, (1, 2, 900, 600)),
         (5, 1, [(800, 300)], [0], None),
         (3, True),
-        (3, False),
+        (4, False),
     ]
     source, drawn = read_frames(path), read_frames(out)
     with av.open(str(out)) as container:

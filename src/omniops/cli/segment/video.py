@@ -152,11 +152,9 @@ def _track(
 ) -> None:
     """Follow the objects from the first frame with a prompt back, then on to the end, from where the state is."""
     done = tracked_frames(state)
-    back, on = first, first
+    back = first
     while back in done:
         back -= 1
-    while on in done:
-        on += 1
     stopped: BaseException | None = None
     try:
         with results.recorded_in_threads() as output:
@@ -173,6 +171,10 @@ def _track(
     except STOPPING as error:
         stopped = error
     before = dict.fromkeys(results.recorded_frames)
+    # What was followed back is not tracked once more: its masks would be others than those that are written.
+    on = first
+    while on in before:
+        on += 1
     assert isinstance(state.frames, Frames)
     with results.painted_in_threads(state.frames) as output:
         try:
