@@ -1,5 +1,6 @@
 """Reading ahead of the model, and writing after it, in threads."""
 
+import signal
 import threading
 import time
 
@@ -117,3 +118,31 @@ def test_an_error_reaches_the_thread_that_adds_and_nothing_follows_it(stage):
     with pytest.raises(OSError, match="disk is full"):
         add_all()
     assert consumed == [0, 1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="of POSIX")
+def test_a_signal_at_the_end_waits_until_all_is_consumed():
+    """Whoever handles it closes the files that are written to."""
+    consumed, entered, go_on = [], threading.Event(), threading.Event()
+
+    def consume(item):
+        entered.set()
+        go_on.wait(10)
+        consumed.append(item)
+
+    def interrupt():
+        entered.wait(10)
+        time.sleep(0.1)  # until the main thread waits
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.1)
+        go_on.set()
+
+    output = OrderedOutput(lambda item: item, consume, 1, 2)
+    output.add(1)
+    output.add(2)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        output.close()
+    assert consumed == [1, 2]
+    thread.join()

@@ -64,6 +64,7 @@ class OrderedOutput(Generic[Item, Result]):
         self._futures: queue.SimpleQueue[Future[Result] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._is_closed = False
+        self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._consume_all, name="omniops consumes")
         self._thread.start()
 
@@ -75,12 +76,20 @@ class OrderedOutput(Generic[Item, Result]):
         self._futures.put(self._pool.submit(self._prepare, item))
 
     def close(self) -> BaseException | None:
-        """Wait until all is consumed; returns what went wrong."""
+        """Wait until all is consumed, and raise a signal only then; returns what went wrong."""
         if not self._is_closed:
             self._is_closed = True
             self._futures.put(None)
+        interrupted: KeyboardInterrupt | None = None
+        while not self._is_over.is_set():  # a thread's join, interrupted, takes it for ended in Python 3.12 and before
+            try:
+                self._is_over.wait()
+            except KeyboardInterrupt as error:  # noqa: PERF203  # who handles it may close what is written to
+                interrupted = error
         self._thread.join()
         self._pool.shutdown(cancel_futures=True)
+        if interrupted is not None:
+            raise interrupted
         return self._error
 
     def __enter__(self) -> OrderedOutput[Item, Result]:
@@ -98,6 +107,7 @@ class OrderedOutput(Generic[Item, Result]):
             if self._error is None:
                 self._consume_one(future)
             self._room.release()
+        self._is_over.set()
 
     def _consume_one(self, future: Future[Result]) -> None:
         try:
