@@ -256,3 +256,22 @@ def test_a_video_keeps_its_sound(omniops, tracker, folder):
         assert container.streams.audio[0].codec.canonical_name == "aac"
         assert float(container.streams.audio[0].duration * container.streams.audio[0].time_base) > 0.9
     assert len(read_frames(Path("out.mp4"))) == 25
+
+
+def test_a_picture_may_be_called_as_the_file_of_all_pictures(omniops, scripted, tmp_path):
+    for name in ("coco", "a"):
+        write_picture(tmp_path / f"{name}.png")
+    out = tmp_path / "out"
+    result = run(omniops, str(tmp_path / "*.png"), "--point", "1,2", "--save", "json", "--save", "coco", "--out", out)
+    assert result.status == 0
+    assert sorted(path.name for path in out.iterdir()) == ["a.json", "coco-2.json", "coco.json"]
+    assert len(read_json(out / "coco.json")["images"]) == 2
+
+
+def test_lines_name_files_that_are_there(omniops, scripted, tmp_path):
+    for name in "ab":
+        write_picture(tmp_path / f"{name}.png")
+    out = tmp_path / "out"
+    result = run(omniops, str(tmp_path / "*.png"), "--point", "1,2", "--save", "coco", "--out", out)
+    assert f"{tmp_path}/a.png -> {out}/coco.json: 1 object" in result.out
+    assert [path.name for path in out.iterdir()] == ["coco.json"]

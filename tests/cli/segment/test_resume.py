@@ -152,6 +152,7 @@ def test_without_resume_or_overwrite_a_state_is_not_replaced(fails, never_loaded
     (tmp_path / "out.state.safetensors").write_text("kept")
     line = fails("segment", str(path), "--point", "1,2", "--out", str(tmp_path / "out.mp4"), status=2)
     assert "out.state.safetensors is there already" in line
+    assert "--resume goes on" in line
 
 
 def test_a_state_that_cannot_be_written_is_said_and_the_masks_are_kept(omniops, loaded, tmp_path, monkeypatch):
@@ -166,3 +167,26 @@ def test_a_state_that_cannot_be_written_is_said_and_the_masks_are_kept(omniops, 
     assert any("--resume will not find the last frames" in note for note in result.notes)
     assert len(json.loads((tmp_path / "out.json").read_text())) == 6
     assert torch.is_grad_enabled()
+
+
+def test_the_rest_of_a_data_set_leaves_its_folder_as_it_is(omniops, scripted, tmp_path):
+    for name in ("a/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir()
+        write_picture(tmp_path / name)
+    command = (str(tmp_path / "?" / "?.png"), "--point", "1,2", "--save", "yolo", "--out", tmp_path / "out")
+    assert run(omniops, *command).status == 0
+    before = (tmp_path / "out" / "data.yaml").read_text()
+    (tmp_path / "out" / "2.txt").unlink()
+    assert run(omniops, *command, "--resume").status == 0
+    assert (tmp_path / "out" / "2.txt").exists()
+    assert (tmp_path / "out" / "data.yaml").read_text() == before
+
+
+def test_labels_of_frames_that_a_run_before_has_found_are_deleted(omniops, loaded, tmp_path):
+    path, labels = write_video(tmp_path / "v.mp4"), tmp_path / "out-labels"
+    labels.mkdir()
+    for name in ("00099.png", "mine.png"):
+        (labels / name).write_text("")
+    command = (path, "--point", "1,2", "--save", "labels", "--overwrite", "--out", tmp_path / "out.mp4")
+    assert run(omniops, *command).status == 0
+    assert sorted(file.name for file in labels.iterdir()) == [*(f"0000{i}.png" for i in range(6)), "mine.png"]

@@ -132,7 +132,7 @@ def segment(
         if not jobs:
             return
     overwrite = overwrite or (resume and not is_live)
-    require_outputs(jobs, folder, overwrite)
+    require_outputs(jobs, found.all, folder, overwrite)
     if random_weights and everything:
         grid = grid or GRID_OF_RANDOM_WEIGHTS
         image_size = image_size or IMAGE_SIZE_OF_RANDOM_WEIGHTS
@@ -155,7 +155,7 @@ def segment(
     if folder is not None:
         from omniops.cli.segment.many import segment_many
 
-        segment_many(requests, every_mask, folder)
+        segment_many(requests, every_mask, folder, found.all)
     elif requests[0].source.kind is Kind.VIDEO:
         from omniops.cli.segment.video import segment_video
 

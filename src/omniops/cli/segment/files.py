@@ -61,7 +61,8 @@ def choose_targets(sources: Sources, out: Path | None) -> list[Path]:
         raise CommandError(f"--out {folder} must be a folder, for what is made of several goes there, and it is a file")
     if folder.suffix in (".png", ".mp4") and not folder.exists():
         raise CommandError(f"--out {folder} must be a folder, for what is made of several goes there")
-    stems = unique_stems(source.name for source in sources.all)
+    sets = [file_of_set(folder, save).stem for save in SETS]  # which no picture's JSON may be called
+    stems = unique_stems([*sets, *(source.name for source in sources.all)])[len(sets) :]
     return [folder / f"{stem}{_ending(source)}" for stem, source in zip(stems, sources.all, strict=True)]
 
 
@@ -88,11 +89,12 @@ def without_done(jobs: Sequence[Job], *, are_many: bool) -> list[Job]:
     return [job for job in jobs if state_of(job.target).exists() or not all(path.exists() for path in job.files)]
 
 
-def require_outputs(jobs: Sequence[Job], folder: Path | None, overwrite: bool) -> None:
+def require_outputs(jobs: Sequence[Job], sources: Sequence[Source], folder: Path | None, overwrite: bool) -> None:
     """Raise where what is to be written is there, could not be written, or is what is read; make the folders.
 
     Args:
         jobs: what is to be done.
+        sources: all that were named, done already or not.
         folder: of the results of many sources; None of one.
         overwrite: whether what is there is replaced.
     """
@@ -108,7 +110,12 @@ def require_outputs(jobs: Sequence[Job], folder: Path | None, overwrite: bool) -
             (folders if is_folder else files).extend(paths)
         if what and not is_picture:
             files += [lines_of(target), *([state_of(target)] if source.kind is Kind.VIDEO else [])]
-    read = [source.path for source, _, _ in jobs if source.path is not None]
+    states = [state for job in jobs if job.source.kind is Kind.VIDEO and (state := state_of(job.target)).exists()]
+    if states and not overwrite:
+        raise CommandError(
+            f"{in_words(states)} is there already, of an interrupted run: --resume goes on, --overwrite begins anew"
+        )
+    read = [source.path for source in sources if source.path is not None]
     require_new(dict.fromkeys(files), overwrite, read)
     _require_new_folders(folders, overwrite)
 

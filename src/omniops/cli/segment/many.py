@@ -9,20 +9,26 @@ from omniops.cli.common import CommandError
 from omniops.cli.errors import cause, exit_status, say
 from omniops.cli.segment.picture import Everything, Outcomes, segment_pictures
 from omniops.cli.segment.request import Request
-from omniops.cli.segment.sources import Kind
+from omniops.cli.segment.sources import Kind, Source
 
 _SIGNALS = 128
 """An exit status above is a signal's."""
 
 
-def segment_many(requests: Sequence[Request], everything: Everything | None, folder: Path) -> None:
-    """Segment the pictures, then the videos, with a model that is loaded once."""
+def segment_many(
+    requests: Sequence[Request], everything: Everything | None, folder: Path, sources: Sequence[Source]
+) -> None:
+    """Segment the pictures, then the videos, with a model that is loaded once.
+
+    ``sources`` are all that were named, those too that an earlier run has done.
+    """
+    names = [source.name for source in sources if source.kind is Kind.PICTURE]
     pictures = [request for request in requests if request.source.kind is Kind.PICTURE]
     outcomes = Outcomes()
     stopped: BaseException | None = None
     try:
         if pictures:
-            segment_pictures(pictures, everything, folder, outcomes)
+            segment_pictures(pictures, everything, folder, names, outcomes)
         for request in requests:
             if request.source.kind is Kind.VIDEO:
                 _segment_video(request, outcomes)

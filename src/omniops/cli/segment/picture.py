@@ -19,7 +19,7 @@ from omniops.cli.common import CommandError, Heartbeat, print_lines, progress
 from omniops.cli.errors import reason, say
 from omniops.cli.pictures import read_picture
 from omniops.cli.pipeline import OrderedOutput, map_ahead
-from omniops.cli.segment.files import files_of_picture, in_words
+from omniops.cli.segment.files import SETS, file_of_set, files_of_picture, in_words
 from omniops.cli.segment.model import device_and_dtype
 from omniops.cli.segment.prompts import Prompts, check_prompts, group_prompts
 from omniops.cli.segment.records import NOT_FINITE, Record, mask_record
@@ -127,9 +127,12 @@ def segment_picture(request: Request, everything: Everything | None) -> None:
 
 
 def segment_pictures(
-    requests: Sequence[Request], everything: Everything | None, folder: Path, outcomes: Outcomes
+    requests: Sequence[Request], everything: Everything | None, folder: Path, names: Sequence[str], outcomes: Outcomes
 ) -> None:
-    """Segment pictures; ``outcomes`` tells which failed, and the others are segmented all the same."""
+    """Segment pictures; ``outcomes`` tells which failed, and the others are segmented all the same.
+
+    ``names`` are of all pictures, those too that an earlier run has done.
+    """
     segmenter = _Segmenter(requests[0], everything)
     say(f"segmenting {len(requests)} pictures")
     of_sets: list[Annotations] = []
@@ -157,7 +160,7 @@ def segment_pictures(
                     heartbeat.beat(f"{number} of {len(requests)} pictures")
                     output.add((request, segmenter.try_to_segment(picture)))
     finally:
-        written = write_sets(requests[0], folder, of_sets) if outcomes.num_done else []
+        written = write_sets(requests[0], folder, of_sets, names) if outcomes.num_done else []
     seconds = perf_counter() - started
     speed = f"{outcomes.num_done} pictures in {digits(seconds)} s, {outcomes.num_done / seconds:.2f} pictures/s"
     random = ["The weights are random: these masks mean nothing."] if segmenter.random_weights else []
@@ -166,8 +169,11 @@ def segment_pictures(
 
 
 def _shown(request: Request) -> Path:
-    """The file that a line names of those that are written of a picture."""
-    return files_of_picture(request.out, request.save[0])[0]
+    """The file that a line names of those in which a picture is."""
+    of_itself = [save for save in request.save if save not in SETS]
+    if not of_itself:
+        return file_of_set(request.out.parent, request.save[0])
+    return files_of_picture(request.out, of_itself[0])[0]
 
 
 def _read(request: Request) -> _Picture:

@@ -41,6 +41,7 @@ def write_picture(
     height, width = pixels.shape[:2]
     shown = sort_by_area(records)
     annotations = None
+    needs_objects = any(save in SETS for save in request.save)
     for save in request.save:
         format = format_of(save)
         if format is not None:
@@ -55,11 +56,18 @@ def write_picture(
             mask_image(numbered_masks(shown), height, width).save(temporary, format="PNG")
     if Save.OVERLAY in request.save:
         _write_overlay(request, pixels, prompts, shown)
-    return None if is_one else annotations
+    return None if is_one or not needs_objects else annotations
 
 
-def write_sets(request: Request, folder: Path, pictures: Sequence[Annotations]) -> list[Path]:
-    """Write what is asked for of all pictures together; returns the files."""
+def write_sets(request: Request, folder: Path, pictures: Sequence[Annotations], names: Sequence[str]) -> list[Path]:
+    """Write what is asked for of all pictures together; returns the files.
+
+    Args:
+        request: for one of them.
+        folder: of the results.
+        pictures: the objects of each, for COCO.
+        names: of all pictures, those too that an earlier run has done.
+    """
     from omniops import annotations
 
     written = []
@@ -74,7 +82,7 @@ def write_sets(request: Request, folder: Path, pictures: Sequence[Annotations]) 
         elif save is Save.YOLO:
             path = folder / DATASET
             with writing(path, request.overwrite) as temporary:
-                temporary.write_text(annotations.to_yolo_dataset(categories, _common_folder(pictures, folder)))
+                temporary.write_text(annotations.to_yolo_dataset(categories, _common_folder(names, folder)))
             written.append(path)
     return written
 
@@ -139,9 +147,9 @@ def _relative_to(picture: Annotations, folder: Path) -> Annotations:
     return replace(picture, file_name=_path_from(folder, picture.file_name))
 
 
-def _common_folder(pictures: Sequence[Annotations], folder: Path) -> str:
+def _common_folder(names: Sequence[str], folder: Path) -> str:
     """The folder that all pictures are in, from that of the results on."""
-    paths = [os.path.abspath(picture.file_name) for picture in pictures]
+    paths = [os.path.abspath(name) for name in names]
     return _path_from(folder, os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ".")
 
 

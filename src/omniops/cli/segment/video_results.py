@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +88,8 @@ class VideoResults:
         self._records = Records(request.out.with_suffix(".json"), request.overwrite)
         self._by_frame: dict[int, list[Record]] = {}
         self._keeps_records = keeps_records
+        if request.overwrite and Save.LABELS in request.save:
+            _delete_pictures(labels_of(request.out))  # of a run before, which may have found more frames
         self.num_frames = 0
         """How many have records."""
 
@@ -186,3 +191,11 @@ class VideoResults:
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing(path, self._request.overwrite) as temporary:
             label_image(annotations).save(temporary, format="PNG")
+
+
+def _delete_pictures(folder: Path) -> None:
+    """The numbered ones."""
+    for path in folder.glob("*.png"):
+        if re.fullmatch(r"\d+", path.stem):
+            with suppress(OSError):
+                path.unlink()
