@@ -20,6 +20,7 @@ pytest.importorskip("av", reason="of the extra sam2")
 pytest.importorskip("flask", reason="of the extra server")
 
 from coco_dataset import dataset as dataset
+from segment_files import write_video
 from server.running import free_port
 
 from omniops.cli.app import COMMANDS
@@ -99,6 +100,35 @@ EXAMPLES = {
     ),
 }
 OF_THEIR_OWN = {"serve"}
+_MEANS_NOTHING = r"The weights are random: these masks mean nothing\."
+_LOADING = ("loading PyTorch", "loading SAM 2, tiny, with random weights: its masks mean nothing")
+SEGMENT = {
+    "many": Example(
+        "picture.png other.png",
+        (
+            r"(picture|other)\.png -> out/(picture|other)\.png: 1 object",
+            r"2 pictures in .+ s, .+ pictures/s, on .+",
+            _MEANS_NOTHING,
+            r"Wrote what was found to out",
+        ),
+        (*_LOADING, "segmenting 2 pictures"),
+    ),
+    "video": Example(
+        "v.mp4",
+        (r"6 of 6 frames in .+ s, .+ frames/s, on .+", _MEANS_NOTHING, r"Wrote out\.mp4 and out\.json"),
+        (*_LOADING, "following 1 object through 6 frames"),
+    ),
+    "live": Example(
+        "-",
+        (
+            r"6 frames in .+ s, .+ frames/s, 0 dropped, latency .+ s, on .+",
+            _MEANS_NOTHING,
+            r"Wrote out\.mp4 and out\.jsonl",
+        ),
+        (*_LOADING, "following stdin, 48 x 32, until Ctrl-C"),
+    ),
+}
+"""Whatever segment is given."""
 
 
 @pytest.fixture
@@ -110,13 +140,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-def _start(folder, *arguments, before=""):
+def _start(folder, *arguments, before="", stdin=subprocess.DEVNULL):
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("OMNIOPS_", "SAM2_"))}
     return subprocess.Popen(
         [sys.executable, "-c", before + MAIN, *arguments],
         cwd=folder,
         env={**keep, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -124,8 +154,8 @@ def _start(folder, *arguments, before=""):
     )
 
 
-def _run(folder, *arguments, before=""):
-    with _start(folder, *arguments, before=before) as process:
+def _run(folder, *arguments, before="", stdin=subprocess.DEVNULL):
+    with _start(folder, *arguments, before=before, stdin=stdin) as process:
         out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -159,6 +189,20 @@ def test_results_are_on_stdout_and_notes_on_stderr(command, folder, dataset):
     status, out, err = _run(folder / "quiet", *arguments, "--quiet", before=example.before)
     assert (status, err) == (0, "")
     _require(out, example.lines)
+
+
+@pytest.mark.parametrize("more", [(), ("--quiet",)])
+@pytest.mark.parametrize("given", SEGMENT)
+def test_of_segment_whatever_it_is_given(folder, given, more):
+    write_video(folder / "v.mp4")
+    example = SEGMENT[given]
+    out = "out" if given == "many" else "out.mp4"
+    prompt = ("--point", "20,10", "--random-weights", "--image-size", "64", "--device", "cpu", "--out", out)
+    with (folder / "v.mp4").open("rb") as stdin:
+        status, out, err = _run(folder, "segment", *example.arguments.split(), *prompt, *more, stdin=stdin)
+    assert status == 0, err
+    _require(out, example.lines)
+    _require(err, [] if more else [f"omniops: {note}" for note in example.notes])
 
 
 @pytest.mark.parametrize("more", [(), ("--quiet",)])
