@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Mapping
 from statistics import median
 from time import perf_counter
@@ -93,7 +94,7 @@ class _LiveVideo:
         self._predictor, self._frames = predictor, frames
         self._prompts, self._results, self._window = prompts, results, window
         self.num_frames = 0
-        self.latencies: list[float] = []
+        self.latencies: deque[float] = deque(maxlen=_NUM_LATENCIES)
         """Seconds from the arrival of each of the last frames to its masks."""
 
     def follow(self, max_frames: int | None) -> None:
@@ -109,7 +110,7 @@ class _LiveVideo:
                     _, numbers, logits = self._predictor.masks_on_frame(state, frame)
                 found = tracked_frame(state, frame, numbers, logits)
                 latency = self._frames.latency
-                self.latencies = [*self.latencies[1 - _NUM_LATENCIES :], latency]
+                self.latencies.append(latency)
                 found.time = self._frames.time(frame) - first_time
                 found.more = {"latency": latency}
                 files = self._results.files_of(found, self._frames[frame].copy())
