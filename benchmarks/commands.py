@@ -143,13 +143,9 @@ def time_video(name: str, clips: Sequence[Path], objects: int, options: Sequence
         told = next(found for _, line in lines if (found := re.match(r"(\d+) of \d+ frames in ([\d.]+) s", line)))
         counts.append(int(told[1]))
         seconds.append(float(told[2]))
-    steady = (counts[1] - counts[0]) / (seconds[1] - seconds[0])
-    return {
-        "what": name,
-        "count": counts,
-        "a second": [n / s for n, s in zip(counts, seconds, strict=True)],
-        "steady": steady,
-    }
+    steady = (counts[2] - counts[1]) / (seconds[2] - seconds[1])
+    speeds = [count / time for count, time in zip(counts, seconds, strict=True)]
+    return {"what": name, "count": counts[1:], "a second": speeds[1:], "steady": steady}
 
 
 def time_pictures(name: str, arguments: Sequence[str], folder: Path) -> dict[str, Any]:
