@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -81,6 +83,35 @@ def writing(path: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_numbered_pictures(folder: Path) -> Iterator[Path]:
+    """A folder to write 1.png, 2.png, ... to meanwhile, which are then in ``folder`` in place of those of a run before.
+
+    Where there is no such folder it is there with all of them or not at all. Raises CommandError as ``writing``.
+    """
+    temporary = folder.with_name(f".omniops-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with _errors_of_file(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if folder.is_dir():
+                delete_numbered_pictures(folder)
+                for path in temporary.iterdir():
+                    os.replace(path, folder / path.name)
+            else:
+                os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def delete_numbered_pictures(folder: Path) -> None:
+    """Delete 1.png, 2.png, ... of a run before, which may have found more."""
+    for path in folder.glob("*.png"):
+        if re.fullmatch(r"\d+", path.stem):
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_json(path: Path, value: Any, overwrite: bool, indent: int | None = None) -> None:

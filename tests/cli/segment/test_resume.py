@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,3 +191,21 @@ def test_labels_of_frames_that_a_run_before_has_found_are_deleted(omniops, loade
     command = (path, "--point", "1,2", "--save", "labels", "--overwrite", "--out", tmp_path / "out.mp4")
     assert run(omniops, *command).status == 0
     assert sorted(file.name for file in labels.iterdir()) == [*(f"0000{i}.png" for i in range(6)), "mine.png"]
+
+
+def test_a_folder_of_masks_is_whole_or_not_there(omniops, scripted, tmp_path, monkeypatch):
+    path, out = write_picture(tmp_path / "a.png"), tmp_path / "out.png"
+    command = (path, "--point", "1,2", "--point", "30,2#2", "--save", "masks", "--out", out)
+    write = Path.write_bytes
+
+    def killed(self, content):
+        if self.name == "2.png":
+            raise KeyboardInterrupt
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", killed)
+    assert run(omniops, *command).status == 130
+    monkeypatch.setattr(Path, "write_bytes", write)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+    assert run(omniops, *command, "--resume").status == 0
+    assert sorted(file.name for file in (tmp_path / "out-masks").iterdir()) == ["1.png", "2.png"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omniops.annotations.formats import Format
-from omniops.cli.common import CommandError
-from omniops.cli.outputs import write_json, writing
+from omniops.cli.outputs import write_json, writing, writing_numbered_pictures
 from omniops.cli.segment.files import DATASET, SETS, file_of_set, format_of, overlay_of
 from omniops.cli.segment.options import Save
 from omniops.cli.segment.prompts import Prompts
@@ -125,17 +122,13 @@ def _write_format(
     if not is_one and format in (Format.COCO, Format.COCO_POLYGONS):
         return
     stem = request.out.with_suffix("")
+    files = files_of(annotations, stem, format, pixels=pixels, categories=request.labels.categories)
     if format.is_folder:
         (folder,) = format.paths(stem)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CommandError(f"cannot write {folder}: {error.strerror}", status=1) from None
-        for path in folder.iterdir():  # of a run before, which may have found more objects
-            if request.overwrite and re.fullmatch(r"\d+\.png", path.name):
-                with suppress(OSError):
-                    path.unlink()
-    files = files_of(annotations, stem, format, pixels=pixels, categories=request.labels.categories)
+        with writing_numbered_pictures(folder) as temporary_folder:
+            for path, content in files:
+                (temporary_folder / path.name).write_bytes(content)
+        return
     for path, content in files:
         if not is_one and path.suffix == ".yaml":  # one for all
             continue

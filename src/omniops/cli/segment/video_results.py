@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +12,7 @@ from PIL import Image
 
 from omniops.annotations import Annotation, Annotations, group_by_frame, label_image, to_frame
 from omniops.cli.common import CommandError
-from omniops.cli.outputs import Records, writing
+from omniops.cli.outputs import Records, delete_numbered_pictures, writing
 from omniops.cli.pipeline import OrderedOutput
 from omniops.cli.segment.files import files_of_video, in_words, labels_of
 from omniops.cli.segment.options import Save
@@ -89,7 +86,7 @@ class VideoResults:
         self._by_frame: dict[int, list[Record]] = {}
         self._keeps_records = keeps_records
         if request.overwrite and Save.LABELS in request.save:
-            _delete_pictures(labels_of(request.out))  # of a run before, which may have found more frames
+            delete_numbered_pictures(labels_of(request.out))  # of a run before, which may have found more frames
         self.num_frames = 0
         """How many have records."""
 
@@ -191,11 +188,3 @@ class VideoResults:
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing(path, self._request.overwrite) as temporary:
             label_image(annotations).save(temporary, format="PNG")
-
-
-def _delete_pictures(folder: Path) -> None:
-    """The numbered ones."""
-    for path in folder.glob("*.png"):
-        if re.fullmatch(r"\d+", path.stem):
-            with suppress(OSError):
-                path.unlink()
