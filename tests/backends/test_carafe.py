@@ -206,6 +206,7 @@ def test_the_same_bits_every_run(backend, device):
         assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("s", "t"), [(2, 1), (1, 2), (2, 3)])
 def test_the_reference_is_differentiable_by_autograd(s, t):
     (features, masks, grad), sizes = problem(1, 2, 2, 3, 3, 2, s, t, torch.float64)

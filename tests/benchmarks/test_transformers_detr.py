@@ -30,6 +30,7 @@ def script(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_the_table_and_the_file(script, capsys, tmp_path):
     path = tmp_path / "f.json"
     with OperatorCalls() as calls:

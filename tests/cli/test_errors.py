@@ -179,6 +179,7 @@ def test_a_video_that_is_terminated_keeps_its_masks(long_video, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_video_that_is_killed_leaves_what_was_found(long_video, tmp_path):
     status, _ = _ended(long_video, tmp_path / "out.mp4", signal.SIGKILL)
     assert status == -signal.SIGKILL

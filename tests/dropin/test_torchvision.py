@@ -295,6 +295,7 @@ assert torch.equal(result, torch.full((1, 4, 3, 3), 2.0))
 """
 
 
+@pytest.mark.slow
 def test_it_may_come_before_the_import_of_torchvision():
     run = subprocess.run([sys.executable, "-c", BEFORE_THE_IMPORT], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

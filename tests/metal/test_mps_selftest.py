@@ -31,6 +31,7 @@ def test_results_are_the_cpus(name):
         assert selftest_stages.relative_error([value], [expected[result]]) < RESULT_TOLERANCES[dtype], result
 
 
+@pytest.mark.slow
 def test_a_picture_without_detections():
     model, dtype = MODELS["mask-rcnn"], torch.float32
     with mps_device(values=True) as device:

@@ -37,6 +37,7 @@ def run_connected_components(metal: str, group_size: int, patch: pytest.MonkeyPa
 within_and_across = pytest.mark.parametrize("group_size", [64, 1], ids=["within a group", "across groups"])
 
 
+@pytest.mark.slow
 @within_and_across
 def test_the_shipped_connected_components_pass(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run_connected_components(CONNECTED_COMPONENTS, group_size, monkeypatch)

@@ -151,6 +151,7 @@ def test_the_oldest_kind_leaves_when_there_are_too_many(operator):
     assert len(operator.kept) == MAX_KEPT
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_kinds(operator):
     x = torch.ones(3)
 

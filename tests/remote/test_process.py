@@ -85,6 +85,7 @@ def _in_forked_process(remote, opened):
     return [*messages, remote.process(), remote.scaled().item()]
 
 
+@pytest.mark.slow
 def test_a_forked_process_starts_one_of_its_own_and_leaves_the_parents_alone(shared):
     shared.set_value([1.0])
     opened = shared.open([1])

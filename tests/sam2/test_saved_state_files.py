@@ -203,6 +203,7 @@ def places(value, path=()):
         yield from places(inner, (*path, key))
 
 
+@pytest.mark.slow
 def test_whatever_the_description_says_the_network_takes_it_or_it_is_refused(predictor, clip, saved, tmp_path):
     with safe_open(saved, "pt") as file:
         content = json.loads(file.metadata()["state"])

@@ -201,6 +201,7 @@ def live(clip, first=0):
     return (clip[t] for t in range(first, COUNT))
 
 
+@pytest.mark.slow
 def test_a_live_video_goes_on_with_the_next_frames(predictor, clip, tmp_path):
     """Those that are kept can still be corrected, and a memory that is yet to be encoded is."""
     state = predictor.init_state(live(clip))
@@ -233,6 +234,7 @@ def test_a_live_video_that_no_propagation_has_begun(predictor, clip, tmp_path):
     assert_same(found, predictor.propagate_in_video(state, max_frame_num_to_track=3))
 
 
+@pytest.mark.slow
 def test_only_the_last_frames_of_a_live_video_are_in_the_file(predictor, clip, tmp_path):
     frames = [clip[t % COUNT] for t in range(25)]
     state = predictor.init_state(iter(frames))

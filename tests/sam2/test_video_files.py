@@ -263,6 +263,7 @@ print(len(video.decoded_frames), resident() - before, video.nbytes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux")
 def test_large_frames_take_the_memory_that_is_allowed_from_the_beginning_again(tmp_path):
     path = tmp_path / "video.mp4"

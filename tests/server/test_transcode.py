@@ -303,6 +303,7 @@ def write_hdr(path: Path, transfer: int, codes: list[tuple[int, int, int]]) -> P
     return path
 
 
+@pytest.mark.slow
 def test_hdr_is_mapped_to_the_range_of_sdr(tmp_path, out):
     """Of HLG: black, reference white at 75 %, which must stay below the highlights, and peak."""
     codes = [(64, 512, 512), (721, 512, 512), (940, 512, 512)]

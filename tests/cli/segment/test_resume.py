@@ -57,6 +57,7 @@ def test_an_interrupted_video_goes_on_as_if_nothing_had_happened(omniops, loaded
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_run_has_left_its_state(omniops, loaded, tmp_path, monkeypatch):
     """Nothing can be done after SIGKILL: what was written before is there."""
     path, out = write_video(tmp_path / "v.mp4"), tmp_path / "out.mp4"

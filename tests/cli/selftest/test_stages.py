@@ -364,6 +364,7 @@ _IN_SAM2 = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _IN_SAM2)
 def test_a_wrong_operator_of_sam2_is_named_with_its_stage(sam2_video, name):
     planted, operator, module, wrong = _IN_SAM2[name]
@@ -379,6 +380,7 @@ def test_a_wrong_operator_of_sam2_is_named_with_its_stage(sam2_video, name):
     assert wrong_ones == {operator}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "planted", "operator"),
     [

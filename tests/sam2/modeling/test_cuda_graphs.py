@@ -289,6 +289,7 @@ def model(version: str, dtype: torch.dtype, device: str) -> SAM2Base:
 CASES = [("2.0", torch.float32), ("2.1", torch.bfloat16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("version", "dtype"), CASES)
 def test_the_same_masks_by_graphs(
     version: str, dtype: torch.dtype, folder: Any, monkeypatch: pytest.MonkeyPatch
