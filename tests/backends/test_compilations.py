@@ -24,6 +24,7 @@ def compilations(operator, dtype, folder):
     return [int(line) for line in subprocess.check_output(command, env=environment, text=True).split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("operator", "dtype"),
     [

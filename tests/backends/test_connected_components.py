@@ -63,6 +63,7 @@ def assert_right(backend, device, mask, connectivity, layout=lambda mask: mask):
         assert not len(wrong), f"{name} are wrong at {wrong[0].tolist()} and {len(wrong) - 1} more"
 
 
+@pytest.mark.slow
 @BACKENDS
 @CONNECTIVITIES
 def test_adversarial_masks(backend, device, connectivity):

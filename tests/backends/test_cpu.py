@@ -360,6 +360,7 @@ def test_a_gradient_of_features_beyond_two_to_the_31(channels_last):
     assert out.count_nonzero() == grad.numel()
 
 
+@pytest.mark.slow
 def test_channels_beyond_two_to_the_31():
     channels = 2**16 + 1
     grad, features = untouched((1, channels, 256, 128)), untouched((1, channels, 256, 128))

@@ -268,6 +268,7 @@ def test_what_is_not_finite_in_the_map_stays_where_it_is_sampled(backend, device
     assert not expected["out"].isfinite().all()
 
 
+@pytest.mark.slow
 @backends_with("images c_out", (0, 6), (0.7, 260), (1.5, 6), (0, 260), (0.7, 6), (1.5, 260), quick=3)
 def test_columns_in_chunks(backend, device, images, c_out, monkeypatch):
     """Of a position, of parts of an image and of an image."""
@@ -333,6 +334,7 @@ def test_the_arguments_stay_as_they_are(backend, device, layout):
             assert result.data_ptr() != getattr(x, name).data_ptr()
 
 
+@pytest.mark.slow
 @backends_with(
     "layout masked",
     *(("contiguous", True), ("channels_last", False), ("contiguous", False), ("channels_last", True)),
@@ -359,6 +361,7 @@ def test_each_choice_of_gradients(backend, device, layout, masked):
                 assert torch.equal(gradient, expected[name]), name
 
 
+@pytest.mark.slow
 @BACKENDS
 @pytest.mark.filterwarnings("ignore:Deterministic behavior")
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -329,6 +329,7 @@ def test_what_is_not_finite_beside_a_map_is_not_sampled(backend, device):
     torch.testing.assert_close(out.cpu()[..., 4:8], expected[..., 4:8])
 
 
+@pytest.mark.slow
 @backends_with("dtype discrete", *product((torch.float32, torch.bfloat16), (False, True)))
 def test_each_choice_of_gradients(backend, device, dtype, discrete):
     case = uneven(backend, device)._replace(discrete=discrete)
@@ -356,6 +357,7 @@ def test_the_arguments_stay_as_they_are(backend, device, layout):
         assert torch.equal(tensor, getattr(before, name)), name
 
 
+@pytest.mark.slow
 @backends_with("layout", *LAYOUTS)
 def test_what_is_prepared_serves_other_tensors_and_holds_none(backend, device, layout):
     module, case = kernels(backend), uneven(backend, device)

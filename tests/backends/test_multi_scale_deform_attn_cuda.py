@@ -70,6 +70,7 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("deterministic")
 @DISCRETE
 @pytest.mark.parametrize(
@@ -125,6 +126,7 @@ def test_more_levels_than_a_kernel_knows(module, dtype, discrete):
     assert torch.equal(by_weights.nan_to_num(7), results[3].nan_to_num(7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype",
     [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.bfloat16))],

@@ -153,6 +153,7 @@ def test_a_training_step_in_bfloat16(image):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_training_learns(image):
     torch.manual_seed(0)
     model = detection.mask_rcnn_resnet50_fpn_carafe(num_classes=4, trainable_backbone_layers=0, **SMALL)

@@ -100,6 +100,7 @@ def test_another_architecture_names_what_is_missing_and_unexpected(openmmlab, tm
     assert "roi_head.mask_head.extra.3, ...)" in message
 
 
+@pytest.mark.slow
 def test_other_classes_name_the_heads(openmmlab, tmp_path):
     path = tmp_path / "three.pth"
     torch.save({"state_dict": openmmlab}, path)

@@ -159,6 +159,7 @@ def test_bfloat16_and_autocast(name):
     assert {output.dtype for output in floats(dict(outputs))} >= {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_compiled_and_exported_it_breaks_no_oftener():
     model, arguments = in_dtype("RT-DETR", torch.float32)
     decoder, decoder_inputs = model.model.decoder, {}

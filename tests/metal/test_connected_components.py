@@ -107,6 +107,7 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
     check(LAYOUTS[layout](noise(2, 1, 7, 37).to(dtype)), 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("connectivity", [pytest.param(4, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("group_size", [64, 1], ids=["within groups", "across groups"])
 def test_the_order_of_threads_changes_nothing(

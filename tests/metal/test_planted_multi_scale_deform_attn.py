@@ -42,6 +42,7 @@ def test_the_shipped_kernels_pass(case: MultiScaleDeformAttn, monkeypatch: pytes
     run_attention(ATTENTION, case, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [EIGHTS, ONES], ids=str)
 @pytest.mark.parametrize(
     ("old", "new", "error", "message"),

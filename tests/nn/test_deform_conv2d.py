@@ -325,6 +325,7 @@ def test_packs_learn(pack):
     assert module.conv_offset.weight.abs().max() > 0.01
 
 
+@pytest.mark.slow
 @PACKS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packs_under_autocast_and_compile(pack, dtype):

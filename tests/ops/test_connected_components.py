@@ -48,6 +48,7 @@ def test_opcheck(device, dtype, layout):
         torch.library.opcheck(torch.ops.omniops.connected_components.default, (mask, connectivity))
 
 
+@pytest.mark.slow
 @ON_DEVICES
 def test_compile_without_a_graph_break(device):
     def function(logits):
@@ -196,6 +197,7 @@ FUNCTIONS = pytest.mark.parametrize("function", [omniops.fill_holes, omniops.rem
 BEYOND_INT32 = (2**31 - 1, 2**31, 2**32 + 1, sys.maxsize)
 
 
+@pytest.mark.slow
 @ON_DEVICES
 @FUNCTIONS
 def test_areas_that_no_count_reaches(device, function):

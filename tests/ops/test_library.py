@@ -343,6 +343,7 @@ def arguments_of_kernels(name, device):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
 def test_what_is_prepared_holds_no_tensor(backend, name):
@@ -388,6 +389,7 @@ def test_wrong_arguments_raise_on_each_call_though_their_likes_passed(name):
             getattr(omniops, name)(*change(arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_does_not_grow_over_thousands_of_shapes(name):
     """By more than the kinds that are kept take, which are full before it is measured."""

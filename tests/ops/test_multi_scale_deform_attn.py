@@ -96,6 +96,7 @@ def test_the_method_discrete_takes_rt_detrv2s_pixel(device):
     assert not by_locations.any()
 
 
+@pytest.mark.slow
 @ON_DEVICES
 @pytest.mark.parametrize(("discrete", "flat"), [(False, True), (True, False)])
 def test_opcheck(device, discrete, flat):
@@ -227,6 +228,7 @@ def test_traced_by_torch_jit():
     assert all(map(torch.equal, found, torch.autograd.grad(expected, tensors, grad)))
 
 
+@pytest.mark.slow
 def test_compile_and_export_with_maps_of_dynamic_size():
     """The sizes of the levels are those of maps, as in a model."""
 

@@ -20,6 +20,7 @@ from omniops.sam2.mask_store import StoredMask
 from omniops.sam2.video_predictor import SAM2VideoPredictor
 
 
+@pytest.mark.slow
 def test_what_is_kept_does_not_grow_but_for_pointers(models, long_clip, monkeypatch):
     monkeypatch.setattr(frame_inference, "NUM_RECENT_FRAMES", 7)
     predictor = SAM2VideoPredictor(models()[1])
@@ -88,6 +89,7 @@ def stored_masks(state):
     return [output.pred_masks for output in outputs if isinstance(output.pred_masks, StoredMask)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deep", [False, True])
 def test_a_copied_state_goes_its_own_way(models, clip, long_clip, monkeypatch, deep):
     """With masks in memory and on disk, and with a prompt that comes after the propagation."""

@@ -46,6 +46,7 @@ def masks_of_file(predictor, folder, frame, **prompt):
     return {t: masks for t, _, masks in predictor.propagate_in_video(state, frame)}
 
 
+@pytest.mark.slow
 def test_the_masks_are_those_of_a_file(predictor, folder):
     state = predictor.init_state(picture(t) for t in range(20))
     predictor.add_new_points_or_box(state, 0, "first", **POINT)
@@ -111,6 +112,7 @@ def test_it_goes_on_where_it_was_broken_off(predictor):
     assert list(predictor.propagate_in_video(state)) == []
 
 
+@pytest.mark.slow
 def test_what_is_kept_does_not_grow(predictor):
     state = predictor.init_state(picture(t % 20) for t in range(45))
     predictor.add_new_points_or_box(state, 0, 1, **POINT)

@@ -285,6 +285,7 @@ def test_large_frames_take_the_memory_that_is_allowed_from_the_beginning_again(t
     assert grown <= allowed + 24 * 2**20  # what the decoder holds besides
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux")
 @pytest.mark.parametrize("size", [(32, 32), pytest.param((160, 128), marks=pytest.mark.slow)], ids=str)
 def test_many_small_frames_take_the_memory_that_is_counted(tmp_path, size):

@@ -137,6 +137,7 @@ def test_clearing_what_is_around_a_prompt(models, clip, monkeypatch):
     predictors.propagate_in_video(start_frame_idx=3, reverse=True)
 
 
+@pytest.mark.slow
 def test_objects_that_come_later_and_go(models, clip):
     predictors = PredictorPair(models(), clip)
     predictors.add_new_points_or_box(0, 1, points=[RED], labels=[1])
@@ -375,6 +376,7 @@ def test_a_model_on_the_cpu_leaves_accelerators_alone(models, clip, monkeypatch)
     assert len(tracked(models()[1], clip)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["small", "base-plus"])  # modeling/test_modules.py compares the encoder of large
 def test_the_other_sizes(twins, clip, size):
     predictors = PredictorPair(twins(size, image_size=SIDE), clip)

@@ -134,6 +134,7 @@ def assert_alike(found, expected):
             assert (mask != right).mean() <= 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("apply_postprocessing", "overlapping"),
     [

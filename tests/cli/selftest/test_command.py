@@ -37,6 +37,7 @@ def plant(monkeypatch):
     return replace
 
 
+@pytest.mark.slow
 def test_this_machine_passes(omniops):
     result = omniops("selftest", "--device", "cpu", "--only", "operators")
     assert result.status == 0

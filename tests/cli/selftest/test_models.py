@@ -59,6 +59,7 @@ def _is_silent(tensor):
     return tensor.is_floating_point() and tensor.numel() > 16 and tensor.float().std() < 1e-3 * tensor.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_every_model_is_right_on_this_machine(by_name, name, dtype):

@@ -397,6 +397,7 @@ def test_wrong_attention_to_memories_alone_is_named(sam2_video, dtype, planted, 
     assert wrong_ones == {"self_attn", "cross_attn_image"}
 
 
+@pytest.mark.slow
 def test_nan_is_found_where_it_begins(sam2_video):
     plant = "conv_transpose2d", lambda result: torch.where(result == result.max(), float("nan"), result)
     outcome = _wrong(sam2_video, *plant)
