@@ -19,6 +19,7 @@ def _is_command() -> bool:
 # In the command's process they are imported when they are asked for: its help and Ctrl-C need not wait for PyTorch.
 if TYPE_CHECKING or not _is_command():
     from omniops import nn
+    from omniops.decomposed import decompositions
     from omniops.dropin import disable, enable
     from omniops.nn import (
         CARAFE,
@@ -41,6 +42,7 @@ _MODULES = (  # in this order: functions have the names of files of modules
     "omniops.ops.connected_components",
     "omniops.ops.deform_conv2d",
     "omniops.ops.multi_scale_deform_attn",
+    "omniops.decomposed",
     "omniops.dropin",
     "omniops.nn",
 )
@@ -58,6 +60,7 @@ __all__ = [
     "carafe_downsample",
     "carafe_naive",
     "connected_components",
+    "decompositions",
     "deform_conv2d",
     "disable",
     "enable",
