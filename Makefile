@@ -48,8 +48,13 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/browser -m '$(MARKED)' $(TESTS)
 
-test-all:
+test-all: $(VENV)/runtimes
 	$(MAKE) test MARKED=slow
+
+# The runtimes of exported models: some hundred megabytes, which the other tests do without.
+$(VENV)/runtimes: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[runtimes]'
+	touch $@
 
 # Each dependency in the lowest version that pyproject.toml names, by pip's constraints.
 test-oldest: export PIP_CONSTRAINT = build/lowest.txt
