@@ -58,7 +58,7 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> T
     Returns:
         (B, heads, Q, D)
     """
-    query = query.expand(len(key), -1, -1, -1)
+    query = query.expand(key.shape[0], -1, -1, -1)  # not len(key), which torch.export takes for a constant
     if query.device.type != "mps":
         in_bfloat16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
         if (

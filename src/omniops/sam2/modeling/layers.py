@@ -71,7 +71,7 @@ class LayerNorm2d(nn.LayerNorm):
 def project_rows(module: nn.Module, rows: Tensor) -> Tensor:
     """``module(rows)`` of (N, C), none of whose linear layers sees a single row on MPS."""
     result: Tensor = module(devices.without_single_row(rows))
-    return result if len(result) == len(rows) else result[: len(rows)]
+    return result if result.shape[0] == rows.shape[0] else result[: rows.shape[0]]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

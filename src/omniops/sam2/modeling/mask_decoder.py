@@ -78,25 +78,37 @@ class MaskDecoder(nn.Module):
             high_res_features: (1 or B, C/8, S/4, S/4) and (1 or B, C/4, S/8, S/8).
             multimask_output: three masks, else one: where the mask meant for one is not stable, the best of the three.
         """
+        falls_back = self.dynamic_multimask_via_stability and not multimask_output and not self.training
+        chosen = slice(1 if multimask_output else 0, None if multimask_output or falls_back else 1)
+        found = self.decode(image_embeddings, image_pe, sparse_prompt_embeddings, high_res_features, chosen)
+        if not falls_back:
+            return found
+        masks, ious = self.choose_stable(found.low_res_masks, found.ious)
+        return Masks(masks, ious, found.sam_output_tokens[:, :1], found.object_score_logits)
+
+    def decode(
+        self,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        sparse_prompt_embeddings: Tensor,
+        high_res_features: tuple[Tensor, Tensor],
+        chosen: slice,
+    ) -> Masks:
+        """As ``forward``, the masks of those tokens: the first is for prompts that mean one thing."""
         own = torch.cat((self.obj_score_token.weight, self.iou_token.weight, self.mask_tokens.weight))
-        tokens = torch.cat((own.expand(len(sparse_prompt_embeddings), -1, -1), sparse_prompt_embeddings), dim=1)
+        tokens = torch.cat((own.expand(sparse_prompt_embeddings.shape[0], -1, -1), sparse_prompt_embeddings), dim=1)
         queries, keys = self.transformer(image_embeddings, image_pe, tokens)
         upscaled = self._upscale(keys.transpose(1, 2).unflatten(2, image_embeddings.shape[-2:]), high_res_features)
 
         ious = project_rows(self.iou_prediction_head, queries[:, _IOU])
         object_score_logits = project_rows(self.pred_obj_score_head, queries[:, _OBJ_SCORE])
-        falls_back = self.dynamic_multimask_via_stability and not multimask_output and not self.training
-        chosen = slice(1 if multimask_output else 0, None if multimask_output or falls_back else 1)
         mask_tokens = queries[:, _FIRST_MASK : _FIRST_MASK + self.num_mask_tokens][:, chosen]
         weights = torch.stack(
             [project_rows(mlp, mask_tokens[:, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps[chosen])],
             dim=1,
         )
-        masks, ious = _product(weights, upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:]), ious[:, chosen]
-        if falls_back:
-            masks, ious = self._choose_stable(masks, ious)
-            mask_tokens = mask_tokens[:, :1]
-        return Masks(masks, ious, mask_tokens, object_score_logits)
+        masks = _product(weights, upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        return Masks(masks, ious[:, chosen], mask_tokens, object_score_logits)
 
     def _upscale(self, x: Tensor, high_res_features: tuple[Tensor, Tensor]) -> Tensor:
         """(B, C, S/16, S/16) -> (B, C/8, S/4, S/4)."""
@@ -106,7 +118,7 @@ class MaskDecoder(nn.Module):
         upscaled: Tensor = second_activation(second_conv(x) + stride_4)
         return upscaled
 
-    def _choose_stable(self, masks: Tensor, ious: Tensor) -> tuple[Tensor, Tensor]:
+    def choose_stable(self, masks: Tensor, ious: Tensor) -> tuple[Tensor, Tensor]:
         """Of each prompt's four masks the first where it is stable, else the best of the others: (B, 1, ...), (B, 1).
 
         A mask's stability is the IoU of what is surely inside and of what is perhaps inside.
@@ -117,7 +129,7 @@ class MaskDecoder(nn.Module):
         stability = torch.where(perhaps > 0, surely / perhaps, 1.0)
         is_stable = stability >= self.dynamic_multimask_stability_thresh
         best = torch.where(is_stable, 0, 1 + ious[:, 1:].argmax(dim=1))
-        prompt = torch.arange(len(best), device=best.device)
+        prompt = torch.arange(best.shape[0], device=best.device)
         return masks[prompt, best][:, None], ious[prompt, best][:, None]
 
 

@@ -50,8 +50,8 @@ class PromptEncoder(nn.Module):
             coords: (B, P, 2), x and y in pixels of the resized image.
             labels: (B, P): 1 inside, 0 outside, 2 and 3 the corners of a box, -1 to ignore.
         """
-        coords = torch.cat((coords + 0.5, coords.new_zeros(len(coords), 1, 2)), dim=1)
-        labels = torch.cat((labels, labels.new_full((len(labels), 1), NOT_A_POINT)), dim=1)[..., None]
+        coords = torch.cat((coords + 0.5, coords.new_zeros(coords.shape[0], 1, 2)), dim=1)
+        labels = torch.cat((labels, labels.new_full((labels.shape[0], 1), NOT_A_POINT)), dim=1)[..., None]
         encoding = self.pe_layer(coords / self.image_size)
         embeddings: list[nn.Embedding] = [self.not_a_point_embed, *self.point_embeddings]
         by_label = torch.cat([embedding.weight for embedding in embeddings])
