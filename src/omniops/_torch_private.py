@@ -7,6 +7,8 @@ another says so. This file imports nothing of omniops, so that everything, ``omn
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,3 +89,25 @@ def cudnn_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     tells how much the attention to some of the keys counts beside that to others. Public functions do not give it."""
     attended, logsumexp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)
     return attended, logsumexp.reshape(attended.shape[:3])
+
+
+def compile_ahead_of_time(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write AOTInductor's package of a program, a .pt2 file: PyTorch's documentation has it, under this name alone."""
+    import torch._inductor  # which is loaded when it is first used
+
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def load_ahead_of_time(path: Path) -> Callable[..., Any]:
+    """AOTInductor's package as a function of what the module took, which has no other name either."""
+    import torch._inductor
+
+    loaded: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
+    return loaded
+
+
+def is_missing_compiler(error: BaseException) -> bool:
+    """Whether TorchInductor found no C++ compiler, for which it has errors of its own."""
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    return isinstance(error, InvalidCxxCompiler)

@@ -1,0 +1,40 @@
+"""AOTInductor: a .pt2 package of machine code, which PyTorch in C++ and in Python loads without omniops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from omniops import _torch_private
+from omniops.export.errors import ExportError
+from omniops.export.program import decompose
+from omniops.export.request import Request
+
+
+def write(program: ExportedProgram, request: Request, path: Path) -> None:
+    """Write ``path``, for the processor or the GPU that this machine has."""
+    try:
+        _torch_private.compile_ahead_of_time(decompose(program), path)
+    except Exception as error:
+        if _torch_private.is_missing_compiler(error):
+            raise ExportError(
+                "AOTInductor needs a C++ compiler, and none works here: install g++ or clang++, or name one in the "
+                "environment variable CXX"
+            ) from error
+        raise
+
+
+def load(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """What runs the file in this process."""
+    module = _torch_private.load_ahead_of_time(path)
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            found = module(*inputs)
+        return [found] if isinstance(found, Tensor) else list(found)
+
+    return run

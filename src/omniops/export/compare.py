@@ -1,0 +1,86 @@
+"""A file beside the module that it was written of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omniops.export.errors import ExportError
+from omniops.export.formats import FORMATS, Written
+
+
+def load(written: Written) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """A function that runs a file on the CPU: of its input tensors, in their order, it makes the output tensors.
+
+    Raises:
+        ImportError: where what runs the format is not installed.
+        ExportError: for Core ML, which this package does not run.
+
+    Example:
+        >>> from omniops import export
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run = export.load(export.write(nn.ReLU(), (torch.zeros(2),), f"{folder}/relu.pt"))
+        >>> run([torch.tensor([-1.0, 2.0])])
+        [tensor([0., 2.])]
+    """
+    described = FORMATS[written.format]
+    if described.runtime is None:
+        raise ExportError(f"{described.title} files are not run here: only Apple's systems run them")
+    if find_spec(described.runtime) is None:
+        raise ImportError(
+            f"{described.runtime}, which runs {described.title} files, is not installed: "
+            f"pip install {described.runtime}"
+        )
+    run: Callable[[Sequence[Tensor]], list[Tensor]] = import_module(f"omniops.export.{described.module}").load(
+        written.path
+    )
+    return run
+
+
+def largest_difference(written: Written, module: nn.Module, args: Sequence[Any]) -> float:
+    """How far the file's results are from the module's: the largest difference, relative to the largest result.
+
+    Of several output tensors it is the worst. Raises what ``load`` does, and ExportError where shapes or what is not a
+    number differ.
+
+    Example:
+        >>> from omniops import export
+        >>> model, args = nn.Linear(3, 2), (torch.rand(4, 3),)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     written = export.write(model, args, f"{folder}/linear.pt")
+        ...     print(export.largest_difference(written, model, args) < 1e-6)
+        True
+    """
+    run = load(written)
+    training = module.training
+    try:
+        with torch.no_grad():
+            expected = _tensors(module.eval()(*args))
+    finally:
+        module.train(training)
+    found = run([tensor.detach() for tensor in _tensors(args)])
+    differences = [0.0]
+    for spec, ours, theirs in zip(written.outputs, expected, found, strict=True):
+        if ours.shape != theirs.shape:
+            raise ExportError(f"{spec.name} has shape {tuple(theirs.shape)}, and the module's {tuple(ours.shape)}")
+        differences.append(_difference(ours.double(), theirs.double()))
+    return max(differences)
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    if ours.numel() == 0:
+        return 0.0
+    difference = (ours - theirs).abs().max() / ours.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float(difference) if bool(difference.isfinite()) else float("inf")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [tensor for part in values for tensor in _tensors(part)]

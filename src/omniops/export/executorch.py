@@ -1,0 +1,36 @@
+"""ExecuTorch: a .pte whose layers XNNPACK computes where it can, and ExecuTorch's portable kernels where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from omniops.export.program import decompose
+from omniops.export.request import Request
+
+
+def write(program: ExportedProgram, request: Request, path: Path) -> None:
+    """Write ``path``."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    edge = to_edge_transform_and_lower(decompose(program), partitioner=[XnnpackPartitioner()])
+    with path.open("wb") as file:
+        edge.to_executorch().write_to_file(file)
+
+
+def load(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """What runs the file on the CPU."""
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        found: list[Tensor] = method.execute([tensor.contiguous() for tensor in inputs])
+        return [tensor.clone() for tensor in found]
+
+    return run

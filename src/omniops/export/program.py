@@ -1,0 +1,156 @@
+"""A module as a program of PyTorch's exporter, which the formats are written of."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from omniops.decomposed import decompositions
+from omniops.export.errors import ExportError, shorten
+from omniops.formatting import dtype_name
+
+_NAMESPACE = "omniops"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or an output of a file.
+
+    Example:
+        >>> from omniops.export import TensorSpec
+        >>> print(TensorSpec("image", "float32", (None, 3, 64, 64)))
+        image float32 (*, 3, 64, 64)
+    """
+
+    name: str
+    dtype: str
+    """As PyTorch calls it, without "torch."."""
+    shape: tuple[int | None, ...]
+    """None where it may be any, or depends on what the inputs hold."""
+
+    def __str__(self) -> str:
+        sizes = ", ".join("*" if size is None else str(size) for size in self.shape)
+        return f"{self.name} {self.dtype} ({sizes}{',' if len(self.shape) == 1 else ''})"
+
+
+def trace(module: nn.Module, args: Sequence[Any], dynamic_shapes: Any) -> ExportedProgram:
+    """The module in evaluation mode as a program with omniops' operators in it.
+
+    Raises:
+        ExportError: where ``torch.export`` cannot trace it.
+    """
+    name = type(module).__name__
+    with _evaluating(module), torch.no_grad():
+        try:
+            program: ExportedProgram = torch.export.export(
+                module, tuple(args), dynamic_shapes=dynamic_shapes, strict=False
+            )
+            return program
+        except Exception as error:
+            raise ExportError(
+                f"torch.export cannot trace {name}, which every format needs; PyTorch says: {shorten(error)}"
+            ) from error
+
+
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """The program without omniops' operators; PyTorch's own stay as they are, as converters know many of them.
+
+    Raises:
+        ExportError: for one with connected components.
+    """
+    _require_expressible(program)
+    table = {operator: function for operator, function in decompositions().items() if operator.namespace == _NAMESPACE}
+    return program.run_decompositions(table)
+
+
+def _require_expressible(program: ExportedProgram) -> None:
+    """Raise ExportError for a program with an operator of omniops that is none of PyTorch's."""
+    operators = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    if torch.ops.omniops.connected_components.default in operators:
+        raise ExportError(
+            "the model calls omniops::connected_components (fill_holes and remove_small_components do), which takes as "
+            "many steps as the mask needs: ONNX has a loop for it, other formats have none. Export the model without "
+            "it, up to its logits for example, and call omniops.fill_holes on what the file returns"
+        )
+
+
+def inputs_of(program: ExportedProgram, names: Sequence[str] | None = None) -> tuple[TensorSpec, ...]:
+    """The tensors that the program takes, by the names given or its own."""
+    wanted = set(program.graph_signature.user_inputs)
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted]
+    return _specs([node for node in nodes if isinstance(node.meta["val"], Tensor)], names, "input_names")
+
+
+def outputs_of(program: ExportedProgram, names: Sequence[str] | None = None) -> tuple[TensorSpec, ...]:
+    """The tensors that the program returns, by the names given, or output, or output_0, output_1, ..."""
+    by_name = {node.name: node for node in program.graph.nodes}
+    nodes = [by_name[name] for name in program.graph_signature.user_outputs if isinstance(name, str)]
+    nodes = [node for node in nodes if isinstance(node.meta["val"], Tensor)]
+    if names is None:
+        names = ["output"] if len(nodes) == 1 else [f"output_{number}" for number in range(len(nodes))]
+    return _specs(nodes, names, "output_names")
+
+
+def parameter_names(module: nn.Module, args: Sequence[Any]) -> list[str] | None:
+    """What ``forward`` calls the tensors among ``args``; None where they have no names of their own there."""
+    try:
+        bound = inspect.signature(module.forward).bind(*args).arguments
+    except (TypeError, ValueError):
+        return None
+    values = list(bound.values())
+    if len(values) != len(args) or any(value is not arg for value, arg in zip(values, args, strict=True)):
+        return None
+    if not all(isinstance(value, Tensor | bool | int | float | str | None) for value in values):
+        return None
+    return [name for name, value in bound.items() if isinstance(value, Tensor)]
+
+
+def scriptable(program: ExportedProgram) -> torch.fx.GraphModule:
+    """The program as a module that takes and returns its tensors one by one, and that TorchScript compiles."""
+    module = program.module()
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target == "_guards_fn":  # which checks sizes, and is no part of the computation
+            graph.erase_node(node)
+        elif node.op == "call_function":  # TorchScript finds the overload itself
+            node.target = getattr(node.target, "overloadpacket", node.target)
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    (values,) = output.args
+    output.args = (values[0] if len(values) == 1 else tuple(values),)
+    graph.set_codegen(torch.fx.graph.CodeGen())  # flat inputs and outputs
+    return torch.fx.GraphModule(module, graph)
+
+
+def _specs(nodes: Sequence[Any], names: Sequence[str] | None, argument: str) -> tuple[TensorSpec, ...]:
+    if names is None:
+        names = [node.name for node in nodes]
+    if len(names) != len(nodes):
+        raise ValueError(f"{argument} must name {len(nodes)} tensors, got {len(names)} names: {', '.join(names)}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"{argument} must be different names, got {', '.join(names)}")
+    return tuple(
+        TensorSpec(
+            name,
+            dtype_name(node.meta["val"].dtype),
+            tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape),
+        )
+        for name, node in zip(names, nodes, strict=True)
+    )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
