@@ -11,7 +11,7 @@ import omniops as omniops_package
 from omniops.cli import app, common
 from omniops.formatting import digits
 
-COMMANDS = ("doctor", "selftest", "bench", "demo", "detect", "detect-eval", "segment", "serve")
+COMMANDS = ("doctor", "selftest", "bench", "demo", "detect", "detect-eval", "segment", "export", "serve")
 
 
 def test_help_names_every_command(omniops):

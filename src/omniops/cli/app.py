@@ -66,6 +66,11 @@ COMMANDS = {
         "segment",
         "Cut objects out of pictures, or follow them through videos and live video, with SAM 2.",
     ),
+    "export": Command(
+        "export.command",
+        "export",
+        "Write a model to a file for ONNX, OpenVINO, ExecuTorch, TorchScript, AOTInductor or Core ML.",
+    ),
     "serve": Command(
         "serve.command",
         "serve",

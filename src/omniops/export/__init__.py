@@ -6,7 +6,7 @@ installed. ``omniops export`` is the command for it.
 
 from omniops.export.compare import largest_difference, load
 from omniops.export.errors import ExportError
-from omniops.export.formats import FORMATS, Format, Written, write, write_part
+from omniops.export.formats import FORMATS, Format, Written, require_packages, write, write_part
 from omniops.export.parts import Part
 from omniops.export.program import TensorSpec
 
@@ -19,6 +19,7 @@ __all__ = [
     "Written",
     "largest_difference",
     "load",
+    "require_packages",
     "write",
     "write_part",
 ]
