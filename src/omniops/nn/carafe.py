@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omniops.backends import memory_format
 from omniops.ops import _checks
+from omniops.ops._torchscript import is_scripting, is_tracing, shape_of, sizes
 from omniops.ops.carafe import carafe, carafe_downsample
 
 
@@ -53,8 +54,9 @@ CARAFENaive = CARAFE
 class _Pack(nn.Module):
     """A reassembly that predicts its own masks: ``content_encoder`` from what ``channel_compressor`` makes of x."""
 
-    channel_compressor: nn.Conv2d
-    content_encoder: nn.Conv2d
+    if TYPE_CHECKING:  # TorchScript reads the annotations of a class, and knows no modules among them
+        channel_compressor: nn.Conv2d
+        content_encoder: nn.Conv2d
 
     def init_weights(self) -> None:
         """mmcv's initialisation: Xavier for the compressor, nearly equal weights in each predicted kernel."""
@@ -74,8 +76,9 @@ class _Pack(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The features, (N, C, H, W) -> the result, of as many channels."""
-        _checks.tensor(x=x)
-        _checks.four_dimensional(x=x)
+        if not is_scripting():
+            _checks.tensor(x=x)
+            _checks.four_dimensional(x=x)
         mask = self.content_encoder(self.channel_compressor(x))
         return self.feature_reassemble(x, self.kernel_normalizer(mask))
 
@@ -153,8 +156,10 @@ class CARAFEPack(_Pack):
         """(N, G*k*k*s*s, H, W) -> (N, G*k*k, H*s, W*s), each kernel's weights summing to one."""
         n, c, h, w = mask.shape
         s = self.scale_factor
-        # PyTorch's pixel_shuffle fails in the backward of an empty batch.
-        mask = F.pixel_shuffle(mask, s) if mask.numel() > 0 else mask.reshape(n, c // s**2, h * s, w * s)
+        if is_tracing() or mask.numel() > 0:
+            mask = F.pixel_shuffle(mask, s)
+        else:  # PyTorch's pixel_shuffle fails in the backward of an empty batch
+            mask = mask.reshape(n, c // (s * s), h * s, w * s)
         return _softmax(mask, self.up_group, self.up_kernel)
 
     def feature_reassemble(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -194,13 +199,18 @@ class CARAFEPacks(nn.ModuleDict):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H*s, W*s), with the factor s of the pack of C channels."""
-        _checks.tensor(x=x)
-        _checks.four_dimensional(x=x)
+        if not is_scripting():
+            _checks.tensor(x=x)
+            _checks.four_dimensional(x=x)
+        given = x.shape[1]
+        if not is_scripting() and is_tracing():
+            given = sizes(x)[1]
         for channels, pack in self.items():
-            if x.shape[1] == int(channels):
+            if given == int(channels):
                 result: Tensor = pack(x)
                 return result
-        raise ValueError(f"x must have {' or '.join(self)} channels, got shape {tuple(x.shape)}")
+        names = " or ".join(list(self.keys()))
+        raise ValueError(f"x must have {names} channels, got shape {shape_of(x)}")
 
 
 class CARAFEDownsamplePack(_Pack):
@@ -274,9 +284,9 @@ class CARAFEDownsamplePack(_Pack):
 def _softmax(mask: Tensor, group_size: int, kernel_size: int) -> Tensor:
     """Over each kernel of (N, G*k*k, H, W)."""
     # A softmax over an axis in the middle gives contiguous results, so channels_last takes it over the last axis.
-    channels_last = memory_format(mask) == torch.channels_last
+    channels_last = not mask.is_contiguous() and mask.is_contiguous(memory_format=torch.channels_last)
     kernels = (mask.permute(0, 2, 3, 1) if channels_last else mask).unflatten(
-        -1 if channels_last else 1, (group_size, kernel_size**2)
+        -1 if channels_last else 1, (group_size, kernel_size * kernel_size)
     )
     # The dtype is said because autocast would make it float32, which the reassembly would cast back.
     weights = F.softmax(kernels, dim=-1 if channels_last else 2, dtype=mask.dtype)

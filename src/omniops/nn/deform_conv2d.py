@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from omniops.ops import _checks
+from omniops.ops._torchscript import is_scripting
 from omniops.ops.deform_conv2d import deform_conv2d, modulated_deform_conv2d
 
 
@@ -39,7 +40,8 @@ class DeformConv2d(nn.Module):
         TypeError, ValueError: for an argument that no convolution can have.
     """
 
-    bias: Tensor | None
+    if TYPE_CHECKING:  # TorchScript reads the annotations of a class, but not those that are strings
+        bias: Tensor | None
 
     def __init__(
         self,
@@ -156,8 +158,9 @@ class _Pack(DeformConv2d):
                 nn.init.zeros_(parameter)
 
     def _predict(self, x: Tensor) -> Tensor:
-        _checks.tensor(x=x)
-        _checks.four_dimensional(x=x)
+        if not is_scripting():
+            _checks.tensor(x=x)
+            _checks.four_dimensional(x=x)
         if self.conv_offset is None:
             raise ValueError("x alone needs conv_offset, which is None here: give offset and mask too")
         predicted: Tensor = self.conv_offset(x)
@@ -254,7 +257,8 @@ class DeformConv2dPack(_Pack):
     # torchvision's module, which this is in all else, is called with offsets.
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(N, C, H, W) -> (N, C_out, H_out, W_out)."""
-        return super().forward(x, self._predict(x))
+        offset = self._predict(x)
+        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation)
 
 
 class ModulatedDeformConv2d(_Pack):
@@ -342,6 +346,9 @@ class ModulatedDeformConv2d(_Pack):
             offset: (N, D * kh * kw * 2, H_out, W_out), as for ``omniops.deform_conv2d``; with it comes the mask.
             mask: (N, D * kh * kw, H_out, W_out).
         """
+        return self._convolve(x, offset, mask)
+
+    def _convolve(self, x: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
         if offset is None and mask is None:
             predicted = self._predict(x)
             offsets = predicted.shape[1] // 3 * 2
@@ -370,7 +377,7 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(N, C, H, W) -> (N, C_out, H_out, W_out)."""
-        return super().forward(x)
+        return self._convolve(x, None, None)
 
 
 def _keep_missing_conv_offset(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import script_if_tracing
 
+from omniops.nn._torchscript import compiled_as
 from omniops.nn.carafe import CARAFEPack
 from omniops.ops import _checks
+from omniops.ops._torchscript import is_tracing
 
 
 class FPNCarafe(nn.Module):
@@ -52,7 +55,8 @@ class FPNCarafe(nn.Module):
         [torch.Size([8, 8]), torch.Size([4, 4]), torch.Size([2, 2])]
     """
 
-    extra_blocks: Callable[..., tuple[list[Tensor], list[str]]] | None
+    if TYPE_CHECKING:  # TorchScript reads the annotations of a class, but not those that are strings
+        extra_blocks: Callable[..., tuple[list[Tensor], list[str]]] | None
 
     def __init__(
         self,
@@ -104,15 +108,45 @@ class FPNCarafe(nn.Module):
         self.extra_blocks = extra_blocks
 
     def _pyramid(self, inputs: list[Tensor]) -> list[Tensor]:
+        return self._top_down(inputs)
+
+    def _top_down(self, inputs: list[Tensor]) -> list[Tensor]:
         laterals: list[Tensor] = []
         for level, lateral in enumerate(self.lateral_convs):
             # The first extra level is made from the last input, the others each from the one before.
             laterals.append(lateral(inputs[min(level, self._used - 1)] if level <= self._used else laterals[-1]))
         for level in range(len(laterals) - 1, 0, -1):
-            upsampled = self.upsample_modules[level - 1](laterals[level])
-            laterals[level - 1] = laterals[level - 1] + _fitted(upsampled, laterals[level - 1])
-        return [convolution(lateral) for convolution, lateral in zip(self.fpn_convs, laterals, strict=True)]
+            # TorchScript takes no module out of a list but by going through it.
+            for index, upsample in enumerate(self.upsample_modules):
+                if index == level - 1:
+                    laterals[index] = laterals[index] + _fit(upsample(laterals[level]), laterals[index])
+        results: list[Tensor] = []
+        for level, convolution in enumerate(self.fpn_convs):
+            results.append(convolution(laterals[level]))
+        return results
 
+    def _forward_dict(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``forward`` of a dict."""
+        names, inputs = list(x.keys()), list(x.values())
+        if len(inputs) != len(self.in_channels):
+            raise ValueError(f"x must have {len(self.in_channels)} maps, as in_channels has, got {len(inputs)}")
+        last = self.start_level + self._used
+        for level in range(self.start_level, last):
+            if inputs[level].dim() != 4 or inputs[level].shape[1] != self.in_channels[level]:
+                shape = f"(N, {self.in_channels[level]}, H, W)"
+                raise ValueError(f"x['{names[level]}'] must have shape {shape}, got {inputs[level].shape}")
+        results = self._pyramid(inputs[self.start_level : last])
+        names = names[self.start_level : last]
+        for level in range(self.num_outs - self._used):
+            names.append(f"extra{level}")
+        if self.extra_blocks is not None:
+            results, names = self.extra_blocks(results, inputs, names)
+        named: dict[str, Tensor] = {}
+        for index, name in enumerate(names):
+            named[name] = results[index]
+        return named
+
+    @compiled_as(_forward_dict)
     def forward(self, x: Mapping[str, Tensor] | Sequence[Tensor]) -> OrderedDict[str, Tensor] | tuple[Tensor, ...]:
         """Maps (N, C_l, H_l, W_l), finest first -> maps (N, out_channels, H_l, W_l), and those of the extra levels.
 
@@ -137,7 +171,7 @@ class FPNCarafe(nn.Module):
             called = f"x[{name!r}]" if isinstance(x, Mapping) else f"x[{name}]"
             _checks.tensor(**{called: tensor})
             _checks.four_dimensional(**{called: tensor})
-            if tensor.shape[1] != channels:
+            if not is_tracing() and tensor.shape[1] != channels:
                 raise ValueError(f"{called} must have {channels} channels, got shape {tuple(tensor.shape)}")
         results = self._pyramid(inputs[used])
         names = [*names[used], *(f"extra{level}" for level in range(self.num_outs - self._used))]
@@ -199,10 +233,11 @@ class PAFPNCarafe(FPNCarafe):
         self.pafpn_convs = nn.ModuleList(convolution() for _ in range(self._used - 1))
 
     def _pyramid(self, inputs: list[Tensor]) -> list[Tensor]:
-        results = super()._pyramid(inputs)
+        results = self._top_down(inputs)
         for level, downsample in enumerate(self.downsample_convs):
-            results[level + 1] = results[level + 1] + _fitted(downsample(results[level]), results[level + 1])
-        results[1:] = [conv(result) for conv, result in zip(self.pafpn_convs, results[1:], strict=True)]
+            results[level + 1] = results[level + 1] + _fit(downsample(results[level]), results[level + 1])
+        for level, convolution in enumerate(self.pafpn_convs):
+            results[level + 1] = convolution(results[level + 1])
         while len(results) < self.num_outs:
             results.append(F.max_pool2d(results[-1], 1, stride=2))
         return results
@@ -245,3 +280,7 @@ def _fitted(x: Tensor, like: Tensor) -> Tensor:
     if 0 <= x.shape[-2] - height <= 1 and 0 <= x.shape[-1] - width <= 1:
         return x[..., :height, :width]
     return F.interpolate(x, size=(height, width))
+
+
+_fit: Callable[[Tensor, Tensor], Tensor] = script_if_tracing(_fitted)
+"""A trace would keep what it does with the sizes that it sees."""

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from omniops.backends import accumulator
+from omniops.nn._torchscript import compiled_as
 from omniops.ops import _checks
+from omniops.ops._torchscript import Pairs, is_tracing, sizes, traced_sizes
 from omniops.ops.multi_scale_deform_attn import flat_sizes, multi_scale_deform_attn
-
-Pairs = list[tuple[int, int]]
-"""The height and width of each level."""
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -105,6 +104,32 @@ class MultiScaleDeformableAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
+    def _forward_without_kwargs(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        identity: Tensor | None = None,
+        query_pos: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        reference_points: Tensor | None = None,
+        spatial_shapes: Tensor | Pairs | None = None,
+        level_start_index: Tensor | None = None,
+    ) -> Tensor:
+        """``forward`` where nothing else is given."""
+        value = query if value is None else value
+        identity = query if identity is None else identity
+        if reference_points is None or spatial_shapes is None:
+            raise TypeError("reference_points and spatial_shapes must be given")
+        levels = _number_of(spatial_shapes)
+        if levels != self.num_levels:
+            raise ValueError(f"spatial_shapes must have num_levels = {self.num_levels} rows, got {levels}")
+        boxes = reference_points.shape[-1] == 4
+        return self._attend(
+            query, value, identity, query_pos, key_padding_mask, reference_points, boxes, spatial_shapes, spatial_shapes
+        )
+
+    @compiled_as(_forward_without_kwargs)
     def forward(
         self,
         query: Tensor,
@@ -144,8 +169,33 @@ class MultiScaleDeformableAttention(nn.Module):
         value = query if value is None else value
         identity = kwargs.get("residual") if identity is None else identity
         identity = query if identity is None else identity
+        if is_tracing() and reference_points is not None and spatial_shapes is not None:
+            # Checks would compare the sizes of tensors, which are tensors to a trace; the operator has its own.
+            levels: Tensor | Pairs = traced_sizes(spatial_shapes)
+            boxes = sizes(reference_points)[-1] == 4
+            return self._attend(
+                query, value, identity, query_pos, key_padding_mask, reference_points, boxes, levels, levels
+            )
         references = self._check(query, value, identity, query_pos, key_padding_mask, reference_points)
         pairs = self._pairs(spatial_shapes)
+        is_near = isinstance(spatial_shapes, Tensor) and spatial_shapes.device == query.device
+        levels = spatial_shapes if is_near and spatial_shapes is not None else pairs
+        boxes = references.shape[-1] == 4
+        return self._attend(query, value, identity, query_pos, key_padding_mask, references, boxes, pairs, levels)
+
+    def _attend(
+        self,
+        query: Tensor,
+        value: Tensor,
+        identity: Tensor,
+        query_pos: Tensor | None,
+        key_padding_mask: Tensor | None,
+        reference_points: Tensor,
+        boxes: bool,
+        spatial_shapes: Tensor | Pairs,
+        levels: Tensor | Pairs,
+    ) -> Tensor:
+        """The attention, with ``levels`` as another form of ``spatial_shapes``, to divide offsets by on the device."""
         query = query if query_pos is None else query + query_pos
         if not self.batch_first:
             query, value = query.transpose(0, 1), value.transpose(0, 1)
@@ -156,34 +206,22 @@ class MultiScaleDeformableAttention(nn.Module):
         dtype = accumulator(offsets)  # positions of half precision would be off by pixels
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, self.num_levels * self.num_points))
         weights = weights.softmax(-1, dtype=dtype).unflatten(-1, (self.num_levels, self.num_points))
-        result = multi_scale_deform_attn(
-            value.unflatten(-1, (self.num_heads, -1)),
-            pairs,
-            self._locations(offsets.to(dtype), references.to(dtype), spatial_shapes, pairs),
-            weights,
-        )
+        offsets, references = offsets.to(dtype), reference_points.to(dtype)[:, :, None, :, None]
+        if boxes:
+            locations = references[..., :2] + offsets / self.num_points * references[..., 2:] * 0.5
+        else:
+            locations = references + offsets / _sides_like(offsets, levels)[:, None]
+        result = multi_scale_deform_attn(value.unflatten(-1, (self.num_heads, -1)), spatial_shapes, locations, weights)
         result = self.output_proj(result)
         added: Tensor = self.dropout(result if self.batch_first else result.transpose(0, 1)) + identity
         return added
 
-    def _locations(self, offsets: Tensor, reference_points: Tensor, spatial_shapes: Any, pairs: Pairs) -> Tensor:
-        """(N, Q, M, L, P, 2), (N, Q, L, 2 or 4) -> (N, Q, M, L, P, 2), x and y from 0 to 1."""
-        references = reference_points[:, :, None, :, None]
-        if reference_points.shape[-1] == 4:
-            return references[..., :2] + offsets / self.num_points * references[..., 2:] * 0.5
-        if isinstance(spatial_shapes, Tensor) and spatial_shapes.device == offsets.device:
-            sizes = spatial_shapes.flip(1).to(offsets.dtype)
-        else:  # filled on the device: a copy from the host would wait for it
-            sides = [offsets.new_full((1,), side) for height, width in pairs for side in (width, height)]
-            sizes = torch.cat(sides).view(-1, 2)
-        return references + offsets / sizes[:, None]
-
-    def _pairs(self, spatial_shapes: Any) -> Pairs:
+    def _pairs(self, spatial_shapes: Any) -> list[tuple[int, int]]:
         """The heights and widths, read back from a tensor once as long as the same one is given."""
-        sizes = flat_sizes(spatial_shapes)
-        if len(sizes) != 2 * self.num_levels:
-            raise ValueError(f"spatial_shapes must have num_levels = {self.num_levels} rows, got {len(sizes) // 2}")
-        return list(zip(sizes[::2], sizes[1::2], strict=True))
+        sides = flat_sizes(spatial_shapes)
+        if len(sides) != 2 * self.num_levels:
+            raise ValueError(f"spatial_shapes must have num_levels = {self.num_levels} rows, got {len(sides) // 2}")
+        return list(zip(sides[::2], sides[1::2], strict=True))
 
     def _check(self, query: Tensor, value: Tensor, identity: Any, query_pos: Any, mask: Any, references: Any) -> Tensor:
         """Returns the reference points."""
@@ -217,6 +255,20 @@ class MultiScaleDeformableAttention(nn.Module):
         """The sizes, as they are given."""
         names = ("embed_dims", "num_heads", "num_levels", "num_points", "batch_first")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+def _number_of(levels: Tensor | Pairs) -> int:
+    return levels.shape[0] if isinstance(levels, Tensor) else len(levels)
+
+
+def _sides_like(offsets: Tensor, levels: Tensor | Pairs) -> Tensor:
+    """(L, 2), the width and height of each level, of the dtype and on the device of ``offsets``."""
+    if isinstance(levels, Tensor):
+        return levels.flip(1).to(offsets)
+    sides: list[Tensor] = []
+    for height, width in levels:  # filled on the device: a copy from the host would wait for it
+        sides += [offsets.new_full((1,), width), offsets.new_full((1,), height)]
+    return torch.cat(sides).view(-1, 2)
 
 
 def _is_expandable(shape: Sequence[int], to: Sequence[int]) -> bool:

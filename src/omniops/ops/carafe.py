@@ -21,6 +21,7 @@ from torch import Tensor
 
 from omniops.ops import _checks
 from omniops.ops._library import Result, below_autograd, call, define, differentiate, without_autocast
+from omniops.ops._torchscript import is_scripting
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:

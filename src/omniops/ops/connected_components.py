@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from omniops.backends import as_signed
-from omniops.ops import _checks
+from omniops.ops import _checks, _torchscript
 from omniops.ops._library import Result, define
-
-_FILLED, _REMOVED = 0.1, -0.1
-"""The logits of what was filled, as sam2's fill_holes_in_mask_scores sets them, and of what was removed."""
+from omniops.ops._torchscript import is_scripting, is_tracing
 
 
 def connected_components(mask: Tensor, connectivity: int = 8) -> tuple[Tensor, Tensor]:
@@ -40,6 +38,9 @@ def connected_components(mask: Tensor, connectivity: int = 8) -> tuple[Tensor, T
         >>> counts[0, 0].tolist()
         [[2, 2, 0, 0], [0, 0, 0, 2], [0, 0, 0, 2]]
     """
+    if is_scripting():  # TorchScript compiles nothing below
+        scripted: tuple[Tensor, Tensor] = torch.ops.omniops.connected_components(mask, connectivity)
+        return scripted
     _checks.tensor(mask=mask)
     (connectivity,) = _checks.an_int(connectivity=connectivity)
     _check_connectivity(connectivity)
@@ -68,15 +69,20 @@ def fill_holes(mask_logits: Tensor, max_area: int) -> Tensor:
         >>> omniops.fill_holes(logits, max_area=8)[1].tolist()
         [5.0, 0.10000000149011612, 5.0]
     """
-    _checks.tensor(mask_logits=mask_logits)
-    (max_area,) = _checks.integer(max_area=max_area)
-    if not mask_logits.is_floating_point():
-        raise TypeError(
-            f"mask_logits must be of a floating dtype, got {_checks.dtype_name(mask_logits)}: pass the logits, "
-            "or fill the holes of a mask by ~remove_small_components(mask == 0, max_area + 1)"
-        )
-    _checks.alike(mask_logits=mask_logits)
-    return torch.where(_small("mask_logits", mask_logits <= 0, max_area), _FILLED, mask_logits)
+    if is_scripting():
+        _torchscript.check_area("max_area", max_area)
+        _torchscript.check_floating("mask_logits", mask_logits)
+    else:
+        _checks.tensor(mask_logits=mask_logits)
+        (max_area,) = _checks.integer(max_area=max_area)
+        if not mask_logits.is_floating_point():
+            raise TypeError(
+                f"mask_logits must be of a floating dtype, got {_checks.dtype_name(mask_logits)}: pass the logits, "
+                "or fill the holes of a mask by ~remove_small_components(mask == 0, max_area + 1)"
+            )
+        _checks.alike(mask_logits=mask_logits)
+    # The logit that sam2's fill_holes_in_mask_scores sets.
+    return torch.where(_small("mask_logits", mask_logits <= 0, max_area), 0.1, mask_logits)
 
 
 def remove_small_components(mask: Tensor, min_area: int) -> Tensor:
@@ -100,12 +106,24 @@ def remove_small_components(mask: Tensor, min_area: int) -> Tensor:
         >>> omniops.remove_small_components(mask, min_area=2).tolist()
         [[1, 1, 0, 0], [1, 1, 0, 0]]
     """
-    _checks.tensor(mask=mask)
-    (min_area,) = _checks.integer(min_area=min_area)
+    if is_scripting():
+        _torchscript.check_area("min_area", min_area)
+    else:
+        _checks.tensor(mask=mask)
+        (min_area,) = _checks.integer(min_area=min_area)
     if mask.is_floating_point():
-        _checks.alike(mask=mask)
-        return torch.where(_small("mask", mask > 0, min_area - 1), _REMOVED, mask)
-    _check_integers("mask", mask)
+        if is_scripting():
+            _torchscript.check_floating("mask", mask)
+        else:
+            _checks.alike(mask=mask)
+        return torch.where(_small("mask", mask > 0, min_area - 1), -0.1, mask)
+    if is_scripting():
+        _torchscript.check_integers("mask", mask)
+    else:
+        _check_integers("mask", mask)
+    if is_scripting() or is_tracing():  # TorchScript compiles nothing below
+        # It has no view of another dtype, and PyTorch fills no integers of more than 8 bits without a sign.
+        return mask.to(torch.int64).masked_fill(_small("mask", mask != 0, min_area - 1), 0).to(mask.dtype)
     if mask.dtype == torch.bool:  # torch.compile cannot view it as another dtype in torch 2.7 to 2.11
         return mask & ~_small("mask", mask, min_area - 1)
     integers = as_signed(mask)
@@ -115,11 +133,12 @@ def remove_small_components(mask: Tensor, min_area: int) -> Tensor:
 def _small(name: str, foreground: Tensor, max_area: int) -> Tensor:
     """The pixels of components of at most ``max_area`` pixels; foreground: (..., H, W)."""
     if foreground.dim() < 2:
-        raise ValueError(f"{name} must have at least 2 dimensions (..., H, W), got shape {tuple(foreground.shape)}")
+        shape = _torchscript.shape_of(foreground)
+        raise ValueError(f"{name} must have at least 2 dimensions (..., H, W), got shape {shape}")
     masks = foreground[None] if foreground.dim() == 2 else foreground.flatten(0, -3)
     areas = connected_components(masks[:, None])[1].view(foreground.shape)
-    # No area is larger than int32, and a larger number would wrap around where it meets one.
-    return foreground & (areas <= min(max_area, 2**31 - 1))
+    # No area is larger than int32, whose largest number this is, and a larger one would wrap around where it meets it.
+    return foreground & (areas <= min(max_area, 2147483647))
 
 
 def _check_integers(name: str, value: Tensor) -> None:

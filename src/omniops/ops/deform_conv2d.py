@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omniops.backends.reference import deform_conv2d as reference
-from omniops.ops import _checks
+from omniops.ops import _checks, _torchscript
 from omniops.ops._library import Result, below_autograd, call, define, differentiate, reference_gradients
+from omniops.ops._torchscript import is_scripting, is_tracing
 
 
 def deform_conv2d(

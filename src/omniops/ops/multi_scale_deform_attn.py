@@ -26,8 +26,9 @@ from torch import Tensor
 from omniops._torch_private import version_of
 from omniops.backends import accumulator
 from omniops.backends.reference import multi_scale_deform_attn as reference
-from omniops.ops import _checks
+from omniops.ops import _checks, _torchscript
 from omniops.ops._library import Result, below_autograd, call, define, differentiate, reference_gradients
+from omniops.ops._torchscript import Numbers, Pairs, is_scripting, is_tracing
 
 METHODS = ("default", "discrete")
 
