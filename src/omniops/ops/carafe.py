@@ -50,6 +50,9 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
         >>> omniops.carafe(features, masks, kernel_size=5, group_size=1, scale_factor=2).shape
         torch.Size([1, 8, 8, 8])
     """
+    if is_scripting():  # TorchScript compiles nothing below
+        scripted: Tensor = torch.ops.omniops.carafe(features, masks, kernel_size, group_size, scale_factor, 1)
+        return scripted
     _checks.tensor(features=features, masks=masks)
     sizes = _checks.integer(kernel_size=kernel_size, group_size=group_size, scale_factor=scale_factor)
     result: Tensor = call(_carafe, features, masks, *sizes, 1)
@@ -85,6 +88,9 @@ def carafe_downsample(features: Tensor, masks: Tensor, kernel_size: int, group_s
         >>> omniops.carafe_downsample(features, masks, kernel_size=5, group_size=1, stride=2).shape
         torch.Size([1, 8, 3, 2])
     """
+    if is_scripting():
+        scripted: Tensor = torch.ops.omniops.carafe(features, masks, kernel_size, group_size, 1, stride)
+        return scripted
     _checks.tensor(features=features, masks=masks)
     kernel_size, group_size, stride = _checks.integer(kernel_size=kernel_size, group_size=group_size, stride=stride)
     result: Tensor = call(_carafe, features, masks, kernel_size, group_size, 1, stride)

@@ -81,7 +81,14 @@ def deform_conv2d(
         >>> omniops.deform_conv2d(x, offset, weight, padding=1, mask=mask).shape
         torch.Size([1, 6, 8, 8])
     """
-    _checks.tensor(input=input, offset=offset, weight=weight, **_checks.not_none(bias=bias, mask=mask))
+    if is_scripting():  # TorchScript compiles nothing below
+        strides, dilations = _torchscript.pair(stride), _torchscript.pair(dilation)
+        input, paddings = _torchscript.padded(input, weight, padding, strides, dilations)
+        scripted: Tensor = torch.ops.omniops.deform_conv2d(
+            input, offset, weight, bias, mask, strides, paddings, dilations
+        )
+        return scripted
+    _check_tensors(input, offset, weight, bias, mask)
     strides, dilations = _checks.pair("stride", stride), _checks.pair("dilation", dilation)
     if isinstance(padding, str):
         input, paddings = _named_padding(input, weight, padding, strides, dilations)
@@ -132,20 +139,35 @@ def modulated_deform_conv2d(
         >>> omniops.modulated_deform_conv2d(x, offset, mask, weight, padding=1).shape
         torch.Size([1, 6, 8, 8])
     """
-    _checks.tensor(input=input, offset=offset, mask=mask, weight=weight)
-    groups, deform_groups = _checks.integer(groups=groups, deform_groups=deform_groups)
-    _checks.four_dimensional(input=input, offset=offset, weight=weight)
+    if not is_scripting():
+        _checks.tensor(input=input, offset=offset, mask=mask, weight=weight)
+        groups, deform_groups = _checks.integer(groups=groups, deform_groups=deform_groups)
+        _checks.four_dimensional(input=input, offset=offset, weight=weight)
+    if not is_tracing():  # to which sizes are tensors
+        _check_groups(input, offset, weight, groups, deform_groups)
+    return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+
+
+def _check_tensors(input: Any, offset: Any, weight: Any, bias: Any, mask: Any) -> None:
+    _checks.tensor(input=input, offset=offset, weight=weight)
+    if bias is not None:
+        _checks.tensor(bias=bias)
+    if mask is not None:
+        _checks.tensor(mask=mask)
+
+
+def _check_groups(input: Tensor, offset: Tensor, weight: Tensor, groups: int, deform_groups: int) -> None:
+    """Raise ValueError where the numbers of groups are not those of the shapes."""
     if weight.shape[1] * groups != input.shape[1]:
         raise ValueError(
             f"weight must have shape (C_out, C / groups, kh, kw) with groups {groups} and the {input.shape[1]} "
-            f"channels of input, got {tuple(weight.shape)}"
+            f"channels of input, got {_torchscript.shape_of(weight)}"
         )
     taps = weight.shape[2] * weight.shape[3]
     if offset.shape[1] != deform_groups * 2 * taps:
         raise ValueError(
             f"offset must have deform_groups * kh * kw * 2 = {deform_groups * 2 * taps} channels, got {offset.shape[1]}"
         )
-    return deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
 
 
 def _named_padding(
@@ -160,7 +182,8 @@ def _named_padding(
     _check_numbers(stride, (0, 0), dilation)
     if tuple(stride) != (1, 1):
         raise ValueError(f"stride must be 1 with padding='same', got {tuple(stride)}")
-    height, width = (dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1))
+    kernel_size = _torchscript.sizes(weight)[2:] if is_tracing() else weight.shape[2:]
+    height, width = (dilation[i] * (kernel_size[i] - 1) for i in (0, 1))
     if height % 2 or width % 2:
         # A sample between the last pixel and such a zero is what it is between that pixel and the outside.
         input = F.pad(input, (0, width % 2, 0, height % 2))

@@ -35,10 +35,10 @@ METHODS = ("default", "discrete")
 
 def multi_scale_deform_attn(
     value: Tensor,
-    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    spatial_shapes: Tensor | Pairs,
     sampling_locations: Tensor,
     attention_weights: Tensor,
-    points_per_level: Sequence[int] | None = None,
+    points_per_level: Numbers | None = None,
     method: str = "default",
 ) -> Tensor:
     """Sample each level of a pyramid at some points for each query, and sum the samples weighted.
@@ -80,9 +80,18 @@ def multi_scale_deform_attn(
         >>> multi_scale_deform_attn(value, [(8, 8), (4, 4)], locations, weights).shape
         torch.Size([1, 5, 32])
     """
+    if is_scripting():  # TorchScript compiles nothing below
+        scripted: Tensor = _torchscript.multi_scale_deform_attn(
+            value, spatial_shapes, sampling_locations, attention_weights, points_per_level, method
+        )
+        return scripted
     _checks.tensor(value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
-    if method not in METHODS:
-        raise ValueError(f"method must be 'default' or 'discrete', got {method!r}")
+    _check_method(method)
+    if is_tracing():
+        sizes_of_levels = _torchscript.traced_sizes(spatial_shapes)
+        return _torchscript.traced_multi_scale_deform_attn(
+            value, sizes_of_levels, sampling_locations, attention_weights, points_per_level, method
+        )
     sizes = flat_sizes(spatial_shapes)
     if points_per_level is None:
         points = points_of_levels(len(sizes) // 2, sampling_locations, attention_weights)
@@ -164,6 +173,11 @@ def points_of_levels(levels: int, sampling_locations: Tensor, attention_weights:
         )
     # While torch.jit traces, a size is a tensor.
     return _checks.ints("attention_weights.shape", shape[4:]) * levels
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method must be 'default' or 'discrete', got {method!r}")
 
 
 def _check_points(attention_weights: Tensor) -> None:
