@@ -215,19 +215,6 @@ def test_compile_without_a_graph_break(device):
         )
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore:.*torch.jit.trace:FutureWarning", "ignore::torch.jit.TracerWarning"
-)
-def test_traced_by_torch_jit():
-    *tensors, grad = problem(requires_grad=True)
-    traced = torch.jit.trace(call, tensors)
-    assert "omniops::multi_scale_deform_attn" in str(traced.graph)
-    result, expected = traced(*tensors), call(*tensors)
-    assert torch.equal(result, expected)
-    found = torch.autograd.grad(result, tensors, grad)
-    assert all(map(torch.equal, found, torch.autograd.grad(expected, tensors, grad)))
-
-
 @pytest.mark.slow
 def test_compile_and_export_with_maps_of_dynamic_size():
     """The sizes of the levels are those of maps, as in a model."""

@@ -1,0 +1,51 @@
+"""What TorchScript's results are held against, for tests/ops and tests/nn."""
+
+import io
+
+import torch
+from torch import Tensor
+
+IGNORED = (
+    "error",
+    r"ignore:`?torch\.jit\.\w+`? is (deprecated|not supported):FutureWarning",
+    r"ignore:`?torch\.jit\.\w+`? is (deprecated|not supported):DeprecationWarning",
+)
+"""All warnings are errors, those of a trace too, but that TorchScript itself is old."""
+
+
+def reloaded(compiled):
+    """Saved and loaded."""
+    file = io.BytesIO()
+    torch.jit.save(compiled, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+def assert_as_eager(compiled, eager, calls, parameters=None):
+    """The same results and gradients, as compiled and as loaded from its file, at the sizes of each of several calls.
+
+    What is called first is profiled, and what comes later runs as PyTorch optimised it for that.
+    """
+    for function in (compiled, reloaded(compiled)):
+        assert_alike(function, eager, calls, parameters)
+
+
+def assert_alike(function, eager, calls, parameters=None):
+    """The same results and gradients at the sizes of each of several calls; ``parameters`` by name, of eager."""
+    parameters = parameters or {}
+    own = dict(function.named_parameters()) if parameters else {}
+    assert own.keys() == parameters.keys()
+    for args in (*calls, *calls):
+        expected = _results_and_gradients(eager, args, parameters.values())
+        found = _results_and_gradients(function, args, [own[name] for name in parameters])
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def _results_and_gradients(function, args, parameters):
+    results = function(*args)
+    results = results.values() if isinstance(results, dict) else [results] if isinstance(results, Tensor) else results
+    results = list(results)
+    losses = [(x.double() * torch.linspace(0.5, 1, x.numel()).view_as(x)).sum() for x in results if x.requires_grad]
+    inputs = [tensor for tensor in (*args, *parameters) if isinstance(tensor, Tensor) and tensor.requires_grad]
+    gradients = torch.autograd.grad(sum(losses), inputs, allow_unused=True) if losses else ()
+    return [*results, *(gradient for gradient in gradients if gradient is not None)]
