@@ -70,8 +70,9 @@ def _taps(features: Tensor, kernel_size: int, scale_factor: int, stride: int, he
     if stride == 1:  # enlarged once for all
         padded = _enlarged(padded, s)
         return [padded[:, :, u * s : u * s + height, v * s : v * s + width] for u, v in taps]
-    y, x = (height // s - 1) * stride + 1, (width // s - 1) * stride + 1
-    return [_enlarged(padded[:, :, u : u + y : stride, v : v + x : stride], s) for u, v in taps]
+    # One centre every stride pixels, of all that lie in the map.
+    h, w = features.shape[2:]
+    return [_enlarged(padded[:, :, u : u + h : stride, v : v + w : stride], s) for u, v in taps]
 
 
 def _enlarged(tensor: Tensor, scale_factor: int) -> Tensor:
