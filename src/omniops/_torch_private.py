@@ -8,11 +8,14 @@ another says so. This file imports nothing of omniops, so that everything, ``omn
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.autograd import forward_ad
+from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 from torch.nn.modules.utils import _pair
 
 are_functorch_transforms_active = torch._C._are_functorch_transforms_active
@@ -32,9 +35,53 @@ other packages of DCNv2 with them. torch.nn has no public name for it."""
 
 
 def in_forward_mode() -> bool:
-    """Whether forward-mode differentiation is on. An operator without a derivative for it is taken for a constant
-    there, and nothing public tells the operator."""
+    """Whether forward-mode differentiation is on. Only tensors can be asked in public whether they take part, each by
+    a call that takes longer."""
     return bool(forward_ad._current_level >= 0)
+
+
+def forward_mode(enabled: bool) -> AbstractContextManager[Any]:
+    """Forward-mode differentiation on or off within a level of it, as torch.set_grad_enabled has it for the reverse
+    mode. torch.autograd.forward_ad has no public name for it."""
+    context: AbstractContextManager[Any] = forward_ad._set_fwd_grad_enabled(enabled)
+    return context
+
+
+def at_one_level(name: str, **methods: Callable[..., Any]) -> Callable[..., Any]:
+    """What applies an autograd.Function of that name, with forward, setup_context and backward, in the kernel of a key
+    for autograd, which each transform of torch.func calls with tensors of its own level, as it does C++ kernels.
+    The public ``apply`` is for code above the dispatcher: it would start with the transforms anew."""
+    function: Any = FunctionMeta(
+        name, (_SingleLevelFunction,), {key: staticmethod(method) for key, method in methods.items()}
+    )
+
+    def apply(*args: Any) -> Any:
+        with enable_single_level_autograd_function():
+            return function.apply(*args)
+
+    return apply
+
+
+def without_dead_wrappers(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tensors, without what a transform of torch.func that has ended wrapped around them, as vjp does around those
+    that its function keeps. C++ kernels get them so; what asks a tensor in Python gets the wrapper's answer."""
+    unwrapped: tuple[Any, ...] = unwrap_dead_wrappers(tensors)
+    return unwrapped
+
+
+def schema_of(operator: Any) -> Any:
+    """The arguments and results of an operator with their names and types. torch.library takes them as a string."""
+    return operator._schema
+
+
+def register_sharding(operator: Any, shardings: Callable[..., Any]) -> None:
+    """torch.distributed.tensor.experimental.register_sharding, with all arguments told apart where DTensor keeps what
+    it found out for a call: the public function does not have it look at lists, and is not final. Imports DTensor."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.experimental import register_sharding
+
+    register_sharding(operator)(shardings)
+    DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[operator].static_argnum = 0
 
 
 def operator_names() -> list[str]:
@@ -111,3 +158,9 @@ def is_missing_compiler(error: BaseException) -> bool:
     from torch._inductor.exc import InvalidCxxCompiler
 
     return isinstance(error, InvalidCxxCompiler)
+
+
+def opset_of(evaluator: Any) -> int:
+    """The version of ONNX's operators that torch.onnx.export writes, of what evaluates a translation of it (onnxscript
+    has ``evaluator.default()`` for that). A translation is told of no version."""
+    return int(evaluator.opset.version)

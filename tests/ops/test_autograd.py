@@ -223,9 +223,9 @@ def test_in_deterministic_mode(problem, device):
     assert_close(first, expected)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.filterwarnings("error:There is a performance drop:UserWarning")
 def test_a_jacobian_by_a_batch_of_gradients(problem):
-    """PyTorch runs the backward operators for one after the other."""
+    """PyTorch runs the backward operators for all of them at once."""
     wide = problem.to(torch.float64)
     result = wide.function(*wide.tensors)
     batch = torch.stack((wide.grad, wide.grad.sin()))

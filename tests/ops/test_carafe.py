@@ -151,19 +151,6 @@ def test_the_tags_are_kept():
         assert {torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order} <= set(tags)
 
 
-@pytest.mark.parametrize("operator", ["carafe", "carafe_backward"])
-def test_forward_mode_differentiation_is_refused(operator):
-    features, masks, grad = problem()
-    first, *others = {"carafe": (features, masks), "carafe_backward": (grad, features, masks, 3, 6)}[operator]
-    function = lambda x: getattr(torch.ops.omniops, operator)(x, *others, 3, 2, 2, 1)  # noqa: E731
-    message = f"omniops::{operator} has no forward-mode derivative"
-    with pytest.raises(NotImplementedError, match=message):
-        torch.func.jvp(function, (first,), (torch.ones_like(first),))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
-        function(torch.autograd.forward_ad.make_dual(first, torch.ones_like(first)))
-    function(first)
-
-
 @ON_DEVICES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_backward_within_autocast_is_the_same_bits_as_outside(device, dtype):

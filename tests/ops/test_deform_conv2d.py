@@ -194,19 +194,6 @@ def test_the_tags_are_kept():
         assert {torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order} <= set(tags)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_forward_mode_differentiation_is_refused(operator):
-    *tensors, grad = problem()
-    first, *others = operator_of(tensors, grad)[operator]
-    function = lambda x: getattr(torch.ops.omniops, operator)(x, *others)  # noqa: E731
-    message = f"omniops::{operator} has no forward-mode derivative"
-    with pytest.raises(NotImplementedError, match=message):
-        torch.func.jvp(function, (first,), (torch.ones_like(first),))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
-        function(torch.autograd.forward_ad.make_dual(first, torch.ones_like(first)))
-    function(first)
-
-
 @ON_DEVICES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_backward_within_autocast_is_the_same_bits_as_outside(device, dtype):

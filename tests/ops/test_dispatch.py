@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import omniops
 
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-OF_VMAP = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
 
 def names_of(problem):
@@ -158,9 +157,8 @@ def test_fake_tensors_are_what_real_ones_would_be(problem, device, layout):
         assert one.stride() == other.stride()
 
 
-@OF_VMAP
 def test_transforms_of_functions(problem):
-    """vmap runs a slice after the other; what would differentiate raises, as forward mode does."""
+    """Of functions that are not differentiated: test_transforms.py has those that are."""
     wide = problem.to(torch.float64)
     tensors = [x.detach() for x in wide.tensors]
     expected = wide.function(*tensors)
@@ -180,23 +178,6 @@ def test_transforms_of_functions(problem):
     torch.vmap(wide.function)(*leaves).backward(torch.stack((wide.grad, wide.grad)))
     for x, by in zip(leaves, wide.gradients()[1:], strict=True):
         torch.testing.assert_close(x.grad[0], by)
-
-
-@OF_VMAP
-def test_transforms_that_differentiate_say_what_to_use(problem):
-    loss = lambda *tensors: problem.function(*tensors).sum()  # noqa: E731
-    message = f"omniops::{problem.name} has no derivative for the transforms of torch.func .*: use torch.autograd.grad"
-    tensors = [x.detach() for x in problem.tensors]
-    for transform in (
-        torch.func.grad(loss),
-        torch.func.jacrev(problem.function),
-        lambda *inputs: torch.func.vjp(problem.function, *inputs),
-        torch.func.grad(lambda *inputs: torch.vmap(loss)(*(x[None] for x in inputs)).sum()),
-        torch.func.functionalize(torch.func.grad(loss)),
-    ):
-        with pytest.raises(NotImplementedError, match=message):
-            transform(*tensors)
-    assert torch.equal(problem.function(*tensors), problem.gradients()[0])
 
 
 def test_modules_are_called_with_other_parameters():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,10 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from omniops import _torch_private
 from omniops.backends import BACKENDS, empty, prepared
-from omniops.ops import _flops
+from omniops.ops import _batch, _flops
+from omniops.ops._batch import PLAIN, Batch
 
 _LIBRARY = torch.library.Library("omniops", "DEF")
 
@@ -38,6 +42,12 @@ Cast = Callable[..., "tuple[Any, ...]"]
 """What makes of autocast's dtype and an operator's arguments those that it is called with."""
 
 
+Tangents = Callable[[Sequence[Any], Sequence["Tensor | None"]], "Sequence[Tensor | None]"]
+"""The forward-mode derivative of an operator, in operations that are differentiable in their turn.
+
+Called with its arguments and with the tangent of each, None for zero, it gives the tangent of each result."""
+
+
 class Result(NamedTuple):
     """What one result of an operator is like: device and memory format are those of ``like``, and the dtype too."""
 
@@ -54,6 +64,7 @@ def define(
     results: Callable[..., Sequence[Result]],
     flops: Callable[..., int],
     autocast: Cast | bool = False,
+    batch: Batch = PLAIN,
 ) -> Any:
     """Define ``omniops::<schema>`` with its kernels and fake kernel, and return the operator.
 
@@ -66,6 +77,7 @@ def define(
             counts: as for PyTorch's convolutions two for each product that is summed, and no others.
         autocast: whether autocast casts the operator's arguments, or how. It does not those of operators that compute
             gradients: a backward has the dtypes of its forward.
+        batch: where not every tensor has the batch as its first axis, or not every result is wanted.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -81,6 +93,7 @@ def define(
     for device_type, key in AUTOCAST_KEYS.items():
         _LIBRARY.impl(name, under_autocast(operator, device_type, autocast), key)
     _flops.register(operator, flops)
+    _batch.register(operator, batch, _LIBRARY)
     return operator
 
 
@@ -96,11 +109,6 @@ def _kernel(
     lock = Lock()
 
     def run_checked(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        if _torch_private.in_forward_mode():
-            raise NotImplementedError(
-                f"omniops::{name} has no forward-mode derivative, and PyTorch would take it for zero: "
-                f"use reverse mode (torch.autograd.grad), or call it outside of forward-mode differentiation"
-            )
         kind = _kind(args)
         run = kept.get(kind)
         return prepare_and_run(kind, args) if run is None else run(*args)
@@ -151,28 +159,84 @@ def _kind(args: tuple[Any, ...]) -> Any:
         return None
 
 
-def differentiate(operator: Any, function: type[torch.autograd.Function]) -> None:
-    """Make ``function`` the derivative of an operator, under the dispatcher's keys for autograd.
+class Derivative(torch.autograd.Function):
+    """The derivative of an operator, for autograd.
 
-    Its ``forward(ctx, keyset, *args)`` gets the operator's arguments after what ``below_autograd`` asks for, and its
-    ``backward`` returns a gradient for each of all these. (torch.library.register_autograd does the same with several
-    layers of Python more, which take longer than the kernels of a small map.)
+    ``forward(ctx, keyset, *args)`` gets the operator's arguments after what ``below_autograd`` asks for, and
+    ``backward`` returns a gradient for each of all these.
     """
-    name = operator.name()
+
+    @staticmethod
+    def keep(ctx: Any, *args: Any) -> None:
+        """Keep of the operator's arguments what the backward needs."""
+        raise NotImplementedError
+
+
+def differentiate(operator: Any, function: type[Derivative], tangents: Tangents) -> None:
+    """Make ``function`` and ``tangents`` the derivatives of an operator, under the dispatcher's keys for autograd.
+
+    torch.library.register_autograd does the same with several layers of Python more, which take longer than the kernels
+    of a small map.
+    """
+    apply_at_one_level = _at_one_level(operator, function)
 
     def autograd(keyset: Any, *args: Any) -> Any:
+        transformed = _torch_private.are_functorch_transforms_active()
+        if transformed or _torch_private.in_forward_mode():
+            primals, given = _unpacked(args)
+            if any(tangent is not None for tangent in given):
+                # A graph keeps the duals, whose tangents its backward goes on with; the function has no rule for them.
+                with nullcontext() if transformed else _torch_private.forward_mode(False):
+                    results = in_reverse_mode(keyset, transformed, args)
+                return _with_tangents(results, tangents(primals, given))
+        return in_reverse_mode(keyset, transformed, args)
+
+    def in_reverse_mode(keyset: Any, transformed: bool, args: tuple[Any, ...]) -> Any:
         if torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
-                    if _torch_private.are_functorch_transforms_active():
-                        raise NotImplementedError(
-                            f"{name} has no derivative for the transforms of torch.func (grad, vjp, jacrev, ...): "
-                            f"use torch.autograd.grad or Tensor.backward"
-                        )
-                    return function.apply(keyset, *args)
+                    return (apply_at_one_level if transformed else function.apply)(keyset, *args)
         return below_autograd(operator, keyset, *args)
 
-    _LIBRARY.impl(name.partition("::")[2], autograd, "Autograd", with_keyset=True)
+    _LIBRARY.impl(operator.name().partition("::")[2], autograd, "Autograd", with_keyset=True)
+
+
+_LEVEL = 0
+"""Of forward mode: PyTorch has no other, and what torch.compile traces does not ask for one."""
+
+
+def _unpacked(args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Tensor | None]]:
+    """The primals and the tangents of the arguments, None for those that have no tangent."""
+    pairs = [forward_ad.unpack_dual(arg, level=_LEVEL) if isinstance(arg, Tensor) else (arg, None) for arg in args]
+    primals, tangents = zip(*pairs, strict=True)
+    return primals, tangents
+
+
+def _with_tangents(results: Any, tangents: Sequence[Tensor | None]) -> Any:
+    if isinstance(results, Tensor):
+        (tangent,) = tangents
+        return _dual(results, tangent)
+    return tuple(_dual(result, tangent) for result, tangent in zip(results, tangents, strict=True))
+
+
+def _dual(primal: Any, tangent: Tensor | None) -> Any:
+    return primal if tangent is None else forward_ad.make_dual(primal, tangent, level=_LEVEL)
+
+
+def _at_one_level(operator: Any, function: type[Derivative]) -> Callable[..., Any]:
+    """What applies the same derivative at one level of the transforms of torch.func."""
+
+    def forward(keyset: Any, *args: Any) -> Any:
+        # The transforms around this one are run in here, where both modes are off.
+        with torch.enable_grad(), _torch_private.forward_mode(True):
+            return below_autograd(operator, keyset, *args)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        function.keep(ctx, *inputs[1:])
+
+    return _torch_private.at_one_level(
+        function.__name__, forward=forward, setup_context=setup_context, backward=function.backward
+    )
 
 
 def below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
@@ -188,11 +252,15 @@ def call(operator: Any, *args: Any) -> Any:
     """Call an operator, past the keys for autograd where no argument asks for a graph.
 
     These keys' kernel is Python, and every list among the arguments is converted on the way to it and on from it: the
-    guard costs less. (torch.compile, which runs neither, cannot trace the guard, and the transforms of torch.func have
-    wrapped the arguments, so that these cannot say.)
+    guard costs less. (torch.compile, which runs neither, cannot trace the guard, and the transforms of torch.func and
+    forward mode have wrapped the arguments, so that these cannot say.)
     """
-    asked = torch.is_grad_enabled() and any(map(_requires_grad, args))
-    if asked or torch.compiler.is_compiling() or _torch_private.are_functorch_transforms_active():
+    if (
+        (torch.is_grad_enabled() and any(map(_requires_grad, args)))
+        or _torch_private.in_forward_mode()
+        or torch.compiler.is_compiling()
+        or _torch_private.are_functorch_transforms_active()
+    ):
         return operator(*args)
     with _torch_private.BelowAutograd():
         return operator(*args)
@@ -200,6 +268,25 @@ def call(operator: Any, *args: Any) -> Any:
 
 def _requires_grad(argument: Any) -> bool:
     return isinstance(argument, Tensor) and argument.requires_grad
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """What a function saved for its backward, of which ``call`` can see what asks for a graph."""
+    saved: tuple[Any, ...] = ctx.saved_tensors
+    return _torch_private.without_dead_wrappers(saved) if torch.is_grad_enabled() else saved
+
+
+def reference_tangents(
+    kernel: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """The tangents of an operator's results, by forward mode through its kernel in plain PyTorch."""
+    results = kernel(*map(_dual, primals, tangents))
+    return _unpacked([results] if isinstance(results, Tensor) else results)[1]
+
+
+def total(terms: Sequence[Tensor]) -> Tensor | None:
+    """The sum of the terms; None, which stands for zero, where there are none."""
+    return functools.reduce(torch.add, terms) if terms else None
 
 
 def reference_gradients(
@@ -213,29 +300,38 @@ def reference_gradients(
         wanted: for each of these whether its gradient is.
         cotangents: of the kernel's results; None for one that takes no part.
     """
-    saved = ctx.saved_tensors
+    saved = saved_tensors(ctx)
+    indices = [i for i, (tensor, want) in enumerate(zip(saved, wanted, strict=True)) if want and tensor is not None]
+    given = [cotangent is not None for cotangent in cotangents]
+    if not indices or not any(given):
+        return [None] * len(saved)
+
+    def of_wanted(*tensors: Any) -> tuple[Tensor, ...]:
+        """The results that have a cotangent, of the tensors whose gradient is wanted."""
+        replaced = dict(zip(indices, tensors, strict=True))
+        results = kernel(*(replaced.get(i, tensor) for i, tensor in enumerate(saved)))
+        return tuple(itertools.compress(results, given))
+
+    chosen, by_results = [saved[i] for i in indices], tuple(itertools.compress(cotangents, given))
     with torch.enable_grad(), without_autocast(saved[0]):
-        # A view of its own for each, so that only the paths through this kernel are followed.
-        tensors: list[Any] = [value if value is None else value.view_as(value) for value in saved]
-        pairs = [
-            (result, cotangent)
-            for result, cotangent in zip(kernel(*tensors), cotangents, strict=True)
-            if cotangent is not None and result.requires_grad
-        ]
-        if not pairs:
-            return [None] * len(tensors)
-        indices = [
-            i for i, (tensor, want) in enumerate(zip(tensors, wanted, strict=True)) if want and tensor is not None
-        ]
-        found = torch.autograd.grad(
-            [result for result, _ in pairs],
-            [tensors[i] for i in indices],
-            [cotangent for _, cotangent in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
+        if _torch_private.are_functorch_transforms_active() or not all(x.requires_grad for x in chosen):
+            found = torch.func.vjp(of_wanted, *chosen)[1](by_results)
+        else:
+            # A view of its own for each, so that only the paths through this kernel are followed.
+            views = [x.view_as(x) for x in chosen]
+            found = _gradients(of_wanted(*views), views, by_results)
     gradients = dict(zip(indices, found, strict=True))
-    return [gradients.get(i) for i in range(len(tensors))]
+    return [gradients.get(i) for i in range(len(saved))]
+
+
+def _gradients(
+    results: Sequence[Tensor], tensors: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    pairs = [pair for pair in zip(results, cotangents, strict=True) if pair[0].requires_grad]
+    if not pairs:
+        return [None] * len(tensors)
+    outputs, grad_outputs = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, tensors, grad_outputs, create_graph=True, allow_unused=True)
 
 
 def _one_or_all(tensors: Iterable[Tensor]) -> Tensor | tuple[Tensor, ...]:

@@ -14,13 +14,25 @@ derivatives. So the derivative of each is made of them again, and gradients of a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from omniops.ops import _checks
-from omniops.ops._library import Result, below_autograd, call, define, differentiate, without_autocast
+from omniops.ops._batch import Batch
+from omniops.ops._library import (
+    Derivative,
+    Result,
+    below_autograd,
+    call,
+    define,
+    differentiate,
+    saved_tensors,
+    total,
+    without_autocast,
+)
 from omniops.ops._torchscript import is_scripting
 
 
@@ -196,26 +208,32 @@ _carafe_backward = define(
     file="carafe",
     results=_backward_results,
     flops=_backward_flops,
+    batch=Batch(wanted=lambda grad, features, masks, *_: (masks is not None, features is not None)),
 )
 """The gradients of features and masks. The former is of no elements without masks, the latter without features."""
 
 
-class CARAFEFunction(torch.autograd.Function):
+class CARAFEFunction(Derivative):
     """The derivative of carafe, for autograd."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, features: Tensor, masks: Tensor, *numbers: int) -> Tensor:
-        """Run the operator, and keep of features and masks what the gradient of the other needs."""
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Tensor:
+        """Run the operator."""
+        CARAFEFunction.keep(ctx, *args)
+        result: Tensor = below_autograd(_carafe, keyset, *args)
+        return result
+
+    @staticmethod
+    def keep(ctx: Any, features: Tensor, masks: Tensor, *numbers: int) -> None:
+        """Keep of features and masks what the gradient of the other needs."""
         _, needs_features, needs_masks, *_ = ctx.needs_input_grad
         ctx.save_for_backward(features if needs_masks else None, masks if needs_features else None)
         ctx.numbers = *features.shape[2:], *numbers
-        result: Tensor = below_autograd(_carafe, keyset, features, masks, *numbers)
-        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Give the gradients of features and masks."""
-        features, masks = ctx.saved_tensors
+        features, masks = saved_tensors(ctx)
         by_features, by_masks = call(_carafe_backward, grad, features, masks, *ctx.numbers)
         return (
             None,
@@ -225,7 +243,7 @@ class CARAFEFunction(torch.autograd.Function):
         )
 
 
-class CARAFEBackwardFunction(torch.autograd.Function):
+class CARAFEBackwardFunction(Derivative):
     """The derivative of carafe_backward, for autograd.
 
     Its cotangents are one of features and one of masks. In each term of the form one of them stands in its place, and
@@ -233,20 +251,23 @@ class CARAFEBackwardFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, keyset: Any, grad: Tensor, features: Tensor | None, masks: Tensor | None, *numbers: int
-    ) -> tuple[Tensor, Tensor]:
-        """Run the operator, and keep its tensors."""
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        """Run the operator."""
+        CARAFEBackwardFunction.keep(ctx, *args)
+        result: tuple[Tensor, Tensor] = below_autograd(_carafe_backward, keyset, *args)
+        return result
+
+    @staticmethod
+    def keep(ctx: Any, grad: Tensor, features: Tensor | None, masks: Tensor | None, *numbers: int) -> None:
+        """Keep all tensors."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, features, masks)
         ctx.numbers = numbers
-        result: tuple[Tensor, Tensor] = below_autograd(_carafe_backward, keyset, grad, features, masks, *numbers)
-        return result
 
     @staticmethod
     def backward(ctx: Any, by_features: Tensor | None, by_masks: Tensor | None) -> tuple[Any, ...]:
         """Give the gradients of grad, features and masks."""
-        grad, features, masks = ctx.saved_tensors
+        grad, features, masks = saved_tensors(ctx)
         needs_grad, needs_features, needs_masks = ctx.needs_input_grad[1:4]
         # What has no elements stands for a gradient that nobody asked for.
         by_features, by_masks = (None if masks is None else by_features), (None if features is None else by_masks)
@@ -268,5 +289,29 @@ class CARAFEBackwardFunction(torch.autograd.Function):
         return None, gradient, second[0] if needs_features else None, second[1] if needs_masks else None, *(None,) * 6
 
 
-differentiate(_carafe, CARAFEFunction)
-differentiate(_carafe_backward, CARAFEBackwardFunction)
+def _tangents(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """One term for each factor of the products."""
+    features, masks, *numbers = primals
+    by_features, by_masks, *_ = tangents
+    pairs = (by_features, masks), (features, by_masks)
+    terms = [_carafe(one, other, *numbers) for one, other in pairs if one is not None and other is not None]
+    return [total(terms)]
+
+
+def _backward_tangents(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """As of carafe, for each of the two gradients."""
+    grad, features, masks, *numbers = primals
+    by_grad, by_features, by_masks, *_ = tangents
+    terms: tuple[list[Tensor], list[Tensor]] = [], []
+    for one, others in ((by_grad, (features, masks)), (grad, (by_features, by_masks))):
+        if one is not None and any(other is not None for other in others):
+            found = _carafe_backward(one, *others, *numbers)
+            # A gradient is of no elements without the other's tensor.
+            for gradient, given, factor in zip(terms, found, reversed(others), strict=True):
+                if factor is not None:
+                    gradient.append(given)
+    return [total(terms[0]), total(terms[1])]
+
+
+differentiate(_carafe, CARAFEFunction, _tangents)
+differentiate(_carafe_backward, CARAFEBackwardFunction, _backward_tangents)

@@ -126,6 +126,8 @@ def remove_small_components(mask: Tensor, min_area: int) -> Tensor:
         return mask.to(torch.int64).masked_fill(_small("mask", mask != 0, min_area - 1), 0).to(mask.dtype)
     if mask.dtype == torch.bool:  # torch.compile cannot view it as another dtype in torch 2.7 to 2.11
         return mask & ~_small("mask", mask, min_area - 1)
+    if mask.dtype not in (torch.uint16, torch.uint32, torch.uint64):  # which PyTorch has no ``where`` for
+        return torch.where(_small("mask", mask != 0, min_area - 1), 0, mask)
     integers = as_signed(mask)
     return torch.where(_small("mask", integers != 0, min_area - 1), 0, integers).view(mask.dtype)
 

@@ -25,7 +25,19 @@ from torch import Tensor
 
 from omniops.backends.reference import deform_conv2d as reference
 from omniops.ops import _checks, _torchscript
-from omniops.ops._library import Result, below_autograd, call, define, differentiate, reference_gradients
+from omniops.ops._batch import Batch
+from omniops.ops._library import (
+    Derivative,
+    Result,
+    below_autograd,
+    call,
+    define,
+    differentiate,
+    reference_gradients,
+    reference_tangents,
+    saved_tensors,
+    total,
+)
 from omniops.ops._torchscript import is_scripting, is_tracing
 
 
@@ -324,6 +336,7 @@ _deform_conv2d = define(
     results=_forward_results,
     flops=_flops,
     autocast=True,
+    batch=Batch(shared=("weight", "bias")),
 )
 _deform_conv2d_backward = define(
     "deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
@@ -331,61 +344,68 @@ _deform_conv2d_backward = define(
     file="deform_conv2d",
     results=_backward_results,
     flops=_backward_flops,
+    batch=Batch(shared=("weight",), sums=(2, 3), wanted=lambda *args: args[-1]),
 )
 """The gradients of input, offset, weight, bias and mask; those that output_mask is False for are of no elements."""
 
 
-class DeformConv2dFunction(torch.autograd.Function):
+class DeformConv2dFunction(Derivative):
     """The derivative of deform_conv2d, for autograd."""
 
     @staticmethod
-    def forward(
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Tensor:
+        """Run the operator."""
+        DeformConv2dFunction.keep(ctx, *args)
+        result: Tensor = below_autograd(_deform_conv2d, keyset, *args)
+        return result
+
+    @staticmethod
+    def keep(
         ctx: Any,
-        keyset: Any,
         input: Tensor,
         offset: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         mask: Tensor | None,
         *numbers: Sequence[int],
-    ) -> Tensor:
-        """Run the operator, and keep its tensors but the bias."""
+    ) -> None:
+        """Keep all tensors but the bias."""
         ctx.save_for_backward(input, offset, weight, mask)
         ctx.numbers = numbers
-        result: Tensor = below_autograd(_deform_conv2d, keyset, input, offset, weight, bias, mask, *numbers)
-        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Give the gradients of input, offset, weight, bias and mask."""
         wanted = ctx.needs_input_grad[1:6]
-        gradients = call(_deform_conv2d_backward, grad, *ctx.saved_tensors, *ctx.numbers, wanted)
+        gradients = call(_deform_conv2d_backward, grad, *saved_tensors(ctx), *ctx.numbers, wanted)
         gradients = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
         return None, *gradients, None, None, None
 
 
-class DeformConv2dBackwardFunction(torch.autograd.Function):
+class DeformConv2dBackwardFunction(Derivative):
     """The derivative of deform_conv2d_backward: autograd's, of its reference kernel."""
 
     @staticmethod
-    def forward(
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+        """Run the operator."""
+        DeformConv2dBackwardFunction.keep(ctx, *args)
+        results: tuple[Tensor, ...] = below_autograd(_deform_conv2d_backward, keyset, *args)
+        return results
+
+    @staticmethod
+    def keep(
         ctx: Any,
-        keyset: Any,
         grad: Tensor,
         input: Tensor,
         offset: Tensor,
         weight: Tensor,
         mask: Tensor | None,
         *numbers: Sequence[int],
-    ) -> tuple[Tensor, ...]:
-        """Run the operator, and keep its tensors."""
+    ) -> None:
+        """Keep all tensors."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, input, offset, weight, mask)
         ctx.numbers = numbers
-        results: tuple[Tensor, ...] = below_autograd(
-            _deform_conv2d_backward, keyset, grad, input, offset, weight, mask, *numbers
-        )
-        return results
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
@@ -398,5 +418,28 @@ class DeformConv2dBackwardFunction(torch.autograd.Function):
         return None, *found, *(None,) * len(ctx.numbers)
 
 
-differentiate(_deform_conv2d, DeformConv2dFunction)
-differentiate(_deform_conv2d_backward, DeformConv2dBackwardFunction)
+def _tangents(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The result is linear in each tensor but the offset, whose term is the reference kernel's."""
+    input, offset, weight, _, mask, *numbers = primals
+    by_input, by_offset, by_weight, by_bias, by_mask, *_ = tangents
+    terms = []
+    if by_input is not None:
+        terms.append(_deform_conv2d(by_input, offset, weight, None, mask, *numbers))
+    if by_weight is not None:
+        terms.append(_deform_conv2d(input, offset, by_weight, by_bias, mask, *numbers))
+    elif by_bias is not None:
+        terms.append(by_bias[:, None, None].expand(len(offset), -1, *offset.shape[2:]))
+    if by_mask is not None:
+        terms.append(_deform_conv2d(input, offset, weight, None, by_mask, *numbers))
+    if by_offset is not None:
+        of_offset = [None, by_offset, *[None] * (len(primals) - 2)]
+        terms += [x for x in reference_tangents(reference.deform_conv2d, primals, of_offset) if x is not None]
+    return [total(terms)]
+
+
+def _backward_tangents(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    return reference_tangents(reference.deform_conv2d_backward, primals, tangents)
+
+
+differentiate(_deform_conv2d, DeformConv2dFunction, _tangents)
+differentiate(_deform_conv2d_backward, DeformConv2dBackwardFunction, _backward_tangents)

@@ -27,7 +27,19 @@ from omniops._torch_private import version_of
 from omniops.backends import accumulator
 from omniops.backends.reference import multi_scale_deform_attn as reference
 from omniops.ops import _checks, _torchscript
-from omniops.ops._library import Result, below_autograd, call, define, differentiate, reference_gradients
+from omniops.ops._batch import Batch
+from omniops.ops._library import (
+    Derivative,
+    Result,
+    below_autograd,
+    call,
+    define,
+    differentiate,
+    reference_gradients,
+    reference_tangents,
+    saved_tensors,
+    total,
+)
 from omniops.ops._torchscript import Numbers, Pairs, is_scripting, is_tracing
 
 METHODS = ("default", "discrete")
@@ -319,35 +331,38 @@ _multi_scale_deform_attn_backward = define(
     file="multi_scale_deform_attn",
     results=_backward_results,
     flops=_backward_flops,
+    batch=Batch(wanted=lambda *args: args[-1]),
 )
 """The gradients of value, sampling_locations and attention_weights; those not in output_mask are of no elements."""
 
 
-class MultiScaleDeformableAttnFunction(torch.autograd.Function):
+class MultiScaleDeformableAttnFunction(Derivative):
     """The derivative of multi_scale_deform_attn, for autograd."""
 
     @staticmethod
-    def forward(
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Tensor:
+        """Run the operator."""
+        MultiScaleDeformableAttnFunction.keep(ctx, *args)
+        result: Tensor = below_autograd(_multi_scale_deform_attn, keyset, *args)
+        return result
+
+    @staticmethod
+    def keep(
         ctx: Any,
-        keyset: Any,
         value: Tensor,
         spatial_shapes: Sequence[int],
         sampling_locations: Tensor,
         attention_weights: Tensor,
         *numbers: Any,
-    ) -> Tensor:
-        """Run the operator, and keep its tensors."""
+    ) -> None:
+        """Keep all tensors."""
         ctx.save_for_backward(value, sampling_locations, attention_weights)
         ctx.numbers = spatial_shapes, *numbers
-        result: Tensor = below_autograd(
-            _multi_scale_deform_attn, keyset, value, spatial_shapes, sampling_locations, attention_weights, *numbers
-        )
-        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Give the gradients of value, sampling_locations and attention_weights."""
-        value, locations, weights = ctx.saved_tensors
+        value, locations, weights = saved_tensors(ctx)
         spatial_shapes, points_per_level, discrete = ctx.numbers
         _, needs_value, _, needs_locations, needs_weights, _, _ = ctx.needs_input_grad
         wanted = needs_value, needs_locations, needs_weights
@@ -359,29 +374,30 @@ class MultiScaleDeformableAttnFunction(torch.autograd.Function):
         return None, by_value, None, by_locations, by_weights, None, None
 
 
-class MultiScaleDeformableAttnBackwardFunction(torch.autograd.Function):
+class MultiScaleDeformableAttnBackwardFunction(Derivative):
     """The derivative of multi_scale_deform_attn_backward: autograd's, of its reference kernel."""
 
     @staticmethod
-    def forward(
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+        """Run the operator."""
+        MultiScaleDeformableAttnBackwardFunction.keep(ctx, *args)
+        results: tuple[Tensor, ...] = below_autograd(_multi_scale_deform_attn_backward, keyset, *args)
+        return results
+
+    @staticmethod
+    def keep(
         ctx: Any,
-        keyset: Any,
         grad: Tensor,
         value: Tensor,
         spatial_shapes: Sequence[int],
         sampling_locations: Tensor,
         attention_weights: Tensor,
         *numbers: Any,
-    ) -> tuple[Tensor, ...]:
-        """Run the operator, and keep its tensors."""
+    ) -> None:
+        """Keep all tensors."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, value, sampling_locations, attention_weights)
         ctx.numbers = spatial_shapes, *numbers
-        results: tuple[Tensor, ...] = below_autograd(
-            _multi_scale_deform_attn_backward,
-            keyset, grad, value, spatial_shapes, sampling_locations, attention_weights, *numbers,
-        )  # fmt: skip
-        return results
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
@@ -397,5 +413,25 @@ class MultiScaleDeformableAttnBackwardFunction(torch.autograd.Function):
         return None, by_grad, by_value, None, by_locations, by_weights, *(None,) * len(numbers)
 
 
-differentiate(_multi_scale_deform_attn, MultiScaleDeformableAttnFunction)
-differentiate(_multi_scale_deform_attn_backward, MultiScaleDeformableAttnBackwardFunction)
+def _tangents(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The result is linear in value and in the weights; the term of the locations is the reference kernel's."""
+    value, spatial_shapes, locations, weights, *numbers = primals
+    by_value, _, by_locations, by_weights, *_ = tangents
+    terms = []
+    if by_value is not None:
+        terms.append(_multi_scale_deform_attn(by_value, spatial_shapes, locations, weights, *numbers))
+    if by_weights is not None:
+        terms.append(_multi_scale_deform_attn(value, spatial_shapes, locations, by_weights, *numbers))
+    if by_locations is not None:
+        of_locations = [None, None, by_locations, *[None] * (len(primals) - 3)]
+        found = reference_tangents(reference.multi_scale_deform_attn, primals, of_locations)
+        terms += [x for x in found if x is not None]
+    return [total(terms)]
+
+
+def _backward_tangents(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    return reference_tangents(reference.multi_scale_deform_attn_backward, primals, tangents)
+
+
+differentiate(_multi_scale_deform_attn, MultiScaleDeformableAttnFunction, _tangents)
+differentiate(_multi_scale_deform_attn_backward, MultiScaleDeformableAttnBackwardFunction, _backward_tangents)
