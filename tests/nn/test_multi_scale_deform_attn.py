@@ -198,7 +198,7 @@ def test_positions_and_weights_are_not_of_half_precision(dtype, tolerance, autoc
     )
     with torch.autocast("cpu", dtype, enabled=autocast):
         found = module(**inputs)
-        value, _, locations, weights = calls.pop()
+        value, _, locations, weights, _ = calls.pop()
         assert (value.dtype, locations.dtype, weights.dtype) == (dtype, torch.float32, torch.float32)
         assert (weights.flatten(3).sum(-1) - 1).abs().max() < 1e-6
         query = inputs["query"] + inputs["query_pos"]

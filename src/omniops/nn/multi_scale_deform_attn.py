@@ -202,16 +202,25 @@ class MultiScaleDeformableAttention(nn.Module):
         value = self.value_proj(value)
         if key_padding_mask is not None:
             value = value.masked_fill(key_padding_mask.to(torch.bool)[..., None], 0.0)
-        offsets = self.sampling_offsets(query).unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
+        # The points of all levels follow each other, so that nothing has more than five axes, which is Core ML's limit.
+        points = self.num_levels * self.num_points
+        offsets = self.sampling_offsets(query).unflatten(-1, (self.num_heads, points, 2))
         dtype = accumulator(offsets)  # positions of half precision would be off by pixels
-        weights = self.attention_weights(query).unflatten(-1, (self.num_heads, self.num_levels * self.num_points))
-        weights = weights.softmax(-1, dtype=dtype).unflatten(-1, (self.num_levels, self.num_points))
-        offsets, references = offsets.to(dtype), reference_points.to(dtype)[:, :, None, :, None]
+        weights = self.attention_weights(query).unflatten(-1, (self.num_heads, points)).softmax(-1, dtype=dtype)
+        offsets = offsets.to(dtype)
+        references = reference_points.to(dtype).expand(-1, -1, self.num_levels, -1)[:, :, :, None]
+        references = references.expand(-1, -1, -1, self.num_points, -1).flatten(2, 3)[:, :, None]
         if boxes:
             locations = references[..., :2] + offsets / self.num_points * references[..., 2:] * 0.5
         else:
-            locations = references + offsets / _sides_like(offsets, levels)[:, None]
-        result = multi_scale_deform_attn(value.unflatten(-1, (self.num_heads, -1)), spatial_shapes, locations, weights)
+            locations = references + offsets / _sides_like(offsets, levels).repeat_interleave(self.num_points, 0)
+        result = multi_scale_deform_attn(
+            value.unflatten(-1, (self.num_heads, -1)),
+            spatial_shapes,
+            locations,
+            weights,
+            [self.num_points] * self.num_levels,
+        )
         result = self.output_proj(result)
         added: Tensor = self.dropout(result if self.batch_first else result.transpose(0, 1)) + identity
         return added
