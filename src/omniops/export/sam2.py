@@ -86,7 +86,7 @@ class MaskDecoderPart(nn.Module):
         super().__init__()
         self.prompt_encoder, self.mask_decoder = model.sam_prompt_encoder, model.sam_mask_decoder
         self.obj_ptr_proj, self.no_obj_ptr = model.obj_ptr_proj, model.no_obj_ptr
-        self.register_buffer("image_pe", model.sam_prompt_encoder.get_dense_pe().detach())
+        self.register_buffer("image_pe", model.sam_prompt_encoder.get_dense_pe().detach().contiguous())
 
     def half(self) -> MaskDecoderPart:
         """With the encoding of positions in float32: in float16 coordinates would have steps of half a pixel."""
@@ -145,8 +145,8 @@ class MemoryAttentionPart(nn.Module):
         self.obj_ptr_tpos_proj = model.obj_ptr_tpos_proj
         curr_pos = model.image_encoder.neck.position_encoding(side, side, model.device)
         memory_pos = model.memory_encoder.position_encoding(side, side, model.device)
-        self.register_buffer("curr_pos", curr_pos.flatten(2).transpose(1, 2) * _CURR_POS_SCALE)
-        self.register_buffer("memory_pos", memory_pos.flatten(2).transpose(1, 2))
+        self.register_buffer("curr_pos", _to_rows(curr_pos) * _CURR_POS_SCALE)
+        self.register_buffer("memory_pos", _to_rows(memory_pos))
         self.register_buffer("maskmem_tpos_enc", model.maskmem_tpos_enc.detach()[:, 0])
         self.side = side
 
@@ -221,6 +221,11 @@ def _fused(lateral: nn.Conv2d, then: nn.Conv2d) -> nn.Conv2d:
         fused.weight.copy_((outer @ lateral.weight.flatten(1))[..., None, None])
         fused.bias.copy_(outer @ lateral.bias + then.bias)
     return fused.eval()
+
+
+def _to_rows(maps: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H * W, C), contiguous: ExecuTorch 1.5 takes the strides of others for those of a constant."""
+    return maps.flatten(2).transpose(1, 2).contiguous()
 
 
 def _for_each(prompts: Tensor, maps: Tensor) -> Tensor:
