@@ -1,6 +1,6 @@
 """Core ML: an .mlpackage, made on any system, which runs on Apple's.
 
-coremltools knows some operators by another name than PyTorch's exporter, which ``_rename`` gives them.
+Operators of PyTorch that coremltools does not know are decomposed here, or get the name of one that does the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def write(program: ExportedProgram, request: Request, path: Path) -> None:
 
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
             model = coremltools.convert(
-                _rename(decompose(program)),
+                _translated(decompose(program)),
                 minimum_deployment_target=coremltools.target.iOS17,
                 compute_precision=coremltools.precision.FLOAT16 if request.half else coremltools.precision.FLOAT32,
                 skip_model_load=True,
@@ -46,18 +46,37 @@ def write(program: ExportedProgram, request: Request, path: Path) -> None:
         logger.setLevel(level)
 
 
-def _rename(program: ExportedProgram) -> ExportedProgram:
+def _translated(program: ExportedProgram) -> ExportedProgram:
+    """The program in operators that coremltools knows, as far as PyTorch has decompositions into them."""
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
+
+    aten = torch.ops.aten
+    unknown_overloads = (aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf)
+    table = {
+        operator: function
+        for operator, function in torch.export.default_decompositions().items()
+        if operator.name().partition("::")[2].partition(".")[0] not in _TORCH_OPS_REGISTRY.name_to_func_mapping
+        or operator in unknown_overloads
+    }
+    program = program.run_decompositions(table)
+    _rename(program)
+    return program
+
+
+def _rename(program: ExportedProgram) -> None:
     aten = torch.ops.aten
     of_booleans = {
         aten.bitwise_and.Tensor: aten.logical_and.default,
         aten.bitwise_or.Tensor: aten.logical_or.default,
         aten.bitwise_not.default: aten.logical_not.default,
     }
-    for node in program.graph.nodes:
+    for node in list(program.graph.nodes):
         value = node.meta.get("val")
-        if node.op == "call_function" and getattr(value, "dtype", None) is torch.bool:
+        if node.target is aten.alias.default:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+        elif node.op == "call_function" and getattr(value, "dtype", None) is torch.bool:
             node.target = of_booleans.get(node.target, node.target)
-    return program
 
 
 def _require_ranks(spec: Any) -> None:

@@ -60,7 +60,7 @@ FORMATS = {
     "executorch": Format("ExecuTorch", ".pte", "executorch", ("executorch",), "executorch", "executorch", False, False),
     "torchscript": Format("TorchScript", ".pt", "torchscript", (), "torch", "torch", True, False),
     "aoti": Format("AOTInductor", ".pt2", "aoti", (), "torch", "torch", True, False),
-    "coreml": Format("Core ML", ".mlpackage", "coreml", ("coremltools",), "coremltools", None, True, True),
+    "coreml": Format("Core ML", ".mlpackage", "coreml", ("coremltools",), "coremltools", None, False, True),
 }
 """By their names."""
 
@@ -108,7 +108,7 @@ def write(
             (ExecuTorch), .pt (TorchScript), .pt2 (AOTInductor), .mlpackage (Core ML, a folder).
         format: a name of ``FORMATS``; the one of the path's ending, if None.
         dynamic_shapes: of each argument the dimensions that may have other sizes, as ``torch.export.export`` takes
-            them: ``({0: torch.export.Dim.AUTO},)``. ExecuTorch's files have the example's.
+            them: ``({0: torch.export.Dim.AUTO},)``. Files for ExecuTorch and Core ML have the example's.
         input_names, output_names: of the tensors; those of ``forward``, and output or output_0, output_1, ..., if None.
             ExecuTorch, TorchScript and AOTInductor know positions alone.
         opset_version: of ONNX alone, from 18 on; 20 if None. From 19 on it has deformable convolution.

@@ -49,10 +49,7 @@ def trace(module: nn.Module, args: Sequence[Any], dynamic_shapes: Any) -> Export
     name = type(module).__name__
     with _evaluating(module), torch.no_grad():
         try:
-            program: ExportedProgram = torch.export.export(
-                module, tuple(args), dynamic_shapes=dynamic_shapes, strict=False
-            )
-            return program
+            return torch.export.export(module, tuple(args), dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:
             raise ExportError(
                 f"torch.export cannot trace {name}, which every format needs; PyTorch says: {shorten(error)}"
