@@ -42,10 +42,16 @@ def assert_alike(function, eager, calls, parameters=None):
 
 
 def _results_and_gradients(function, args, parameters):
-    results = function(*args)
-    results = results.values() if isinstance(results, dict) else [results] if isinstance(results, Tensor) else results
-    results = list(results)
+    results = tensors_of(function(*args))
     losses = [(x.double() * torch.linspace(0.5, 1, x.numel()).view_as(x)).sum() for x in results if x.requires_grad]
-    inputs = [tensor for tensor in (*args, *parameters) if isinstance(tensor, Tensor) and tensor.requires_grad]
+    inputs = [tensor for tensor in (*tensors_of(args), *parameters) if tensor.requires_grad]
     gradients = torch.autograd.grad(sum(losses), inputs, allow_unused=True) if losses else ()
     return [*results, *(gradient for gradient in gradients if gradient is not None)]
+
+
+def tensors_of(value):
+    """The tensors in what a function takes or gives, one after another."""
+    if isinstance(value, Tensor):
+        return (value,)
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return tuple(tensor for one in values for tensor in tensors_of(one))

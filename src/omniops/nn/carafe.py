@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omniops.ops import _checks
-from omniops.ops._torchscript import is_scripting, is_tracing, shape_of, sizes
+from omniops.ops._torchscript import check_four_dimensional, is_scripting, is_tracing, shape_of, sizes
 from omniops.ops.carafe import carafe, carafe_downsample
 
 
@@ -78,7 +78,7 @@ class _Pack(nn.Module):
         """The features, (N, C, H, W) -> the result, of as many channels."""
         if not is_scripting():
             _checks.tensor(x=x)
-            _checks.four_dimensional(x=x)
+        check_four_dimensional("x", x)
         mask = self.content_encoder(self.channel_compressor(x))
         return self.feature_reassemble(x, self.kernel_normalizer(mask))
 
@@ -201,7 +201,7 @@ class CARAFEPacks(nn.ModuleDict):
         """(N, C, H, W) -> (N, C, H*s, W*s), with the factor s of the pack of C channels."""
         if not is_scripting():
             _checks.tensor(x=x)
-            _checks.four_dimensional(x=x)
+        check_four_dimensional("x", x)
         given = x.shape[1]
         if not is_scripting() and is_tracing():
             given = sizes(x)[1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from omniops.ops import _checks
-from omniops.ops._torchscript import is_scripting
+from omniops.ops._torchscript import check_four_dimensional, is_scripting
 from omniops.ops.deform_conv2d import deform_conv2d, modulated_deform_conv2d
 
 
@@ -160,7 +160,7 @@ class _Pack(DeformConv2d):
     def _predict(self, x: Tensor) -> Tensor:
         if not is_scripting():
             _checks.tensor(x=x)
-            _checks.four_dimensional(x=x)
+        check_four_dimensional("x", x)
         if self.conv_offset is None:
             raise ValueError("x alone needs conv_offset, which is None here: give offset and mask too")
         predicted: Tensor = self.conv_offset(x)

@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.jit import (
-    TracerWarning,  # type: ignore[attr-defined]
-    script_if_tracing,
-)
+from torch.jit import TracerWarning, script_if_tracing  # type: ignore[attr-defined]
 from torch.jit import is_scripting as is_scripting  # type: ignore[attr-defined]
 from torch.jit import is_tracing as is_tracing  # type: ignore[attr-defined]
 
@@ -65,6 +62,12 @@ def padded(
     if height % 2 != 0 or width % 2 != 0:
         input = F.pad(input, [0, width % 2, 0, height % 2])
     return input, [height // 2, width // 2]
+
+
+def check_four_dimensional(name: str, value: Tensor) -> None:
+    """Raise ValueError for a tensor that is not (N, C, H, W)."""
+    if value.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions (N, C, H, W), got shape {shape_of(value)}")
 
 
 def check_area(name: str, area: int) -> None:
