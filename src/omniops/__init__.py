@@ -18,7 +18,7 @@ def _is_command() -> bool:
 
 # In the command's process they are imported when they are asked for: its help and Ctrl-C need not wait for PyTorch.
 if TYPE_CHECKING or not _is_command():
-    from omniops import nn
+    from omniops import nn, onnx
     from omniops.decomposed import decompositions
     from omniops.dropin import disable, enable
     from omniops.nn import (
@@ -68,6 +68,7 @@ __all__ = [
     "modulated_deform_conv2d",
     "multi_scale_deform_attn",
     "nn",
+    "onnx",
     "remove_small_components",
 ]
 
@@ -83,8 +84,8 @@ else:
 
             globals()[name] = version("omniops")
             return globals()[name]
-        if name == "nn":
-            return import_module("omniops.nn")
+        if name in ("nn", "onnx"):
+            return import_module(f"omniops.{name}")
         if name in __all__:
             for module in map(import_module, _MODULES):
                 if name in vars(module):
