@@ -22,23 +22,26 @@ def reloaded(compiled):
 
 
 def assert_as_eager(compiled, eager, calls, parameters=None):
-    """The same results and gradients, as compiled and as loaded from its file, at the sizes of each of several calls.
+    """The same results and gradients, as compiled and as loaded from its file."""
+    assert_alike([compiled, reloaded(compiled)], eager, calls, parameters)
 
-    What is called first is profiled, and what comes later runs as PyTorch optimised it for that.
+
+def assert_alike(functions, eager, calls, parameters=None):
+    """The same results and gradients at the sizes of each of several calls.
+
+    What is called first is profiled, and what comes later runs as PyTorch optimised it for that: each is called again.
+
+    Args:
+        parameters: those of eager, by name.
     """
-    for function in (compiled, reloaded(compiled)):
-        assert_alike(function, eager, calls, parameters)
-
-
-def assert_alike(function, eager, calls, parameters=None):
-    """The same results and gradients at the sizes of each of several calls; ``parameters`` by name, of eager."""
     parameters = parameters or {}
-    own = dict(function.named_parameters()) if parameters else {}
-    assert own.keys() == parameters.keys()
-    for args in (*calls, *calls):
-        expected = _results_and_gradients(eager, args, parameters.values())
-        found = _results_and_gradients(function, args, [own[name] for name in parameters])
-        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    expected = [_results_and_gradients(eager, args, parameters.values()) for args in calls]
+    for function in functions:
+        own = dict(function.named_parameters()) if parameters else {}
+        assert own.keys() == parameters.keys()
+        for args, results in (*zip(calls, expected, strict=True), *zip(calls, expected, strict=True)):
+            found = _results_and_gradients(function, args, [own[name] for name in parameters])
+            torch.testing.assert_close(found, results, rtol=0, atol=0, equal_nan=True)
 
 
 def _results_and_gradients(function, args, parameters):

@@ -212,7 +212,7 @@ def test_a_trace_takes_lists_of_maps():
     neck, calls = case("FPNCarafe", torch.float32)
     calls = [[list(named.values())] for (named,) in calls]
     traced = torch.jit.trace(neck, (calls[0][0],))
-    assert_alike(traced, neck, calls)
+    assert_alike([traced], neck, calls)
 
 
 def test_script_and_trace_leave_a_module_as_it_was():
@@ -221,7 +221,7 @@ def test_script_and_trace_leave_a_module_as_it_was():
     torch.jit.script(module)
     torch.jit.trace(OfTensors(module, calls[0]), tuple(calls[0]))
     assert repr(module) == repr(before)
-    assert_alike(module, before, calls, dict(before.named_parameters()))
+    assert_alike([module], before, calls, dict(before.named_parameters()))
 
 
 def test_forward_has_the_signature_of_python():
