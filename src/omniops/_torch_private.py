@@ -37,7 +37,8 @@ other packages of DCNv2 with them. torch.nn has no public name for it."""
 def in_forward_mode() -> bool:
     """Whether forward-mode differentiation is on. Only tensors can be asked in public whether they take part, each by
     a call that takes longer."""
-    return bool(forward_ad._current_level >= 0)
+    level: int = forward_ad._current_level
+    return level >= 0
 
 
 def forward_mode(enabled: bool) -> AbstractContextManager[Any]:
@@ -75,13 +76,23 @@ def schema_of(operator: Any) -> Any:
 
 
 def register_sharding(operator: Any, shardings: Callable[..., Any]) -> None:
-    """torch.distributed.tensor.experimental.register_sharding, with all arguments told apart where DTensor keeps what
-    it found out for a call: the public function does not have it look at lists, and is not final. Imports DTensor."""
+    """torch.distributed.tensor.experimental.register_sharding at the first call with a DTensor: in PyTorch 2.7 that
+    module takes a second to import, of the rest of DTensor one hundredth. And it leaves lists out of what DTensor tells
+    calls apart by, from whose first it knows what to do in the next ones."""
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.experimental import register_sharding
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 
-    register_sharding(operator)(shardings)
-    DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[operator].static_argnum = 0
+    propagator = DTensor._op_dispatcher.sharding_propagator
+
+    def at_first_call(op_schema: Any) -> Any:
+        from torch.distributed.tensor.experimental import register_sharding
+
+        register_sharding(operator)(shardings)
+        propagator.op_to_schema_info[operator] = every_argument
+        return propagator.op_strategy_funcs[operator](op_schema)
+
+    every_argument = RuntimeSchemaInfo(static_argnum=0, needs_pytree=True)
+    propagator.register_op_strategy(operator, at_first_call, every_argument)
 
 
 def operator_names() -> list[str]:
