@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from omniops.export.errors import ExportError
 from omniops.export.formats import FORMATS, Written
+from omniops.export.program import evaluating
 
 
 def load(written: Written) -> Callable[[Sequence[Tensor]], list[Tensor]]:
@@ -57,12 +58,8 @@ def largest_difference(written: Written, module: nn.Module, args: Sequence[Any])
         True
     """
     run = load(written)
-    training = module.training
-    try:
-        with torch.no_grad():
-            expected = _tensors(module.eval()(*args))
-    finally:
-        module.train(training)
+    with evaluating(module), torch.no_grad():
+        expected = _tensors(module(*args))
     found = run([tensor.detach() for tensor in _tensors(args)])
     differences = [0.0]
     for spec, ours, theirs in zip(written.outputs, expected, found, strict=True):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -17,9 +19,24 @@ def write(program: ExportedProgram, request: Request, path: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
+    program = _with_contiguous_constants(program)
     edge = to_edge_transform_and_lower(decompose(program), partitioner=[XnnpackPartitioner()])
     with path.open("wb") as file:
         edge.to_executorch().write_to_file(file)
+
+
+def _with_contiguous_constants(program: ExportedProgram) -> ExportedProgram:
+    """The program, traced again where a weight is not contiguous, whose strides ExecuTorch 1.5 takes for others."""
+    values = (*program.state_dict.values(), *program.constants.values())
+    if all(not isinstance(value, Tensor) or value.is_contiguous() for value in values):
+        return program
+    assert program.example_inputs is not None
+    args, kwargs = program.example_inputs
+    module = copy.deepcopy(program.module())
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = tensor.data.contiguous()
+        return torch.export.export(module, args, kwargs, strict=False)
 
 
 def load(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,8 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from omniops.export import files
@@ -21,6 +18,7 @@ from omniops.export.errors import ExportError, shorten
 from omniops.export.parts import Part
 from omniops.export.program import TensorSpec, inputs_of, outputs_of, parameter_names, trace
 from omniops.export.request import Request
+from omniops.export.wrapped import prepare
 
 FIRST_OPSET = 18
 """Of ONNX, that PyTorch's exporter writes."""
@@ -146,8 +144,7 @@ def write(
     files.require_new(path, FORMATS[name].suffix, overwrite)
     if input_names is None:
         input_names = parameter_names(module, args)
-    if half and not FORMATS[name].has_half:
-        module, dynamic_shapes = _InHalf(module), _by_position(module, args, dynamic_shapes)
+    module, args, dynamic_shapes = prepare(module, args, dynamic_shapes, half and not FORMATS[name].has_half)
     program = trace(module, args, dynamic_shapes)
     return _write_program(program, path, name, input_names, output_names, opset_version, half, overwrite)
 
@@ -235,31 +232,3 @@ def _write_program(
         except Exception as error:
             raise ExportError(f"{FORMATS[format].title} cannot take the model: {shorten(error)}") from error
     return Written(path, format, inputs, outputs)
-
-
-def _by_position(module: nn.Module, args: Sequence[Any], dynamic_shapes: Any) -> Any:
-    """What ``_InHalf`` takes for it, whose arguments have no names."""
-    if isinstance(dynamic_shapes, dict):
-        names = inspect.signature(module.forward).bind(*args).arguments
-        dynamic_shapes = tuple(dynamic_shapes.get(name) for name in names)
-    return None if dynamic_shapes is None else (tuple(dynamic_shapes),)
-
-
-class _InHalf(nn.Module):
-    """A copy of a module with weights in float16, that takes and returns what the module does."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = copy.deepcopy(module).half()
-
-    def forward(self, *args: Any) -> Any:
-        found = self.module(*(_cast(arg, torch.float32, torch.float16) for arg in args))
-        if isinstance(found, Tensor):
-            return _cast(found, torch.float16, torch.float32)
-        if isinstance(found, dict):
-            return {key: _cast(value, torch.float16, torch.float32) for key, value in found.items()}
-        return tuple(_cast(value, torch.float16, torch.float32) for value in found)
-
-
-def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
-    return value.to(after) if isinstance(value, Tensor) and value.dtype == before else value

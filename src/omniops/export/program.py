@@ -47,7 +47,7 @@ def trace(module: nn.Module, args: Sequence[Any], dynamic_shapes: Any) -> Export
         ExportError: where ``torch.export`` cannot trace it.
     """
     name = type(module).__name__
-    with _evaluating(module), torch.no_grad():
+    with evaluating(module), torch.no_grad():
         try:
             return torch.export.export(module, tuple(args), dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:
@@ -143,7 +143,8 @@ def _specs(nodes: Sequence[Any], names: Sequence[str] | None, argument: str) -> 
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode meanwhile, and then of each part the mode that it was in."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

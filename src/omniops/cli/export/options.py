@@ -78,7 +78,7 @@ FixedOption = Annotated[
     bool,
     typer.Option(
         "--fixed-sizes",
-        help="All sizes are those of one example; some runtimes want that. Those of ExecuTorch and Core ML are so anyway.",
+        help="All sizes are those of one example; some runtimes want that. For ExecuTorch and Core ML they are anyway.",
     ),
 ]
 OpsetOption = Annotated[

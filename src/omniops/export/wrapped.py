@@ -1,0 +1,60 @@
+"""A module that takes tensors alone, and the same in float16: what a file of it takes and returns."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def prepare(
+    module: nn.Module, args: Sequence[Any], dynamic_shapes: Any, half: bool
+) -> tuple[nn.Module, tuple[Any, ...], Any]:
+    """The module, arguments and dynamic shapes to trace: without arguments that are numbers, which files do not take."""
+    is_fixed = [arg is None or isinstance(arg, bool | int | float | str) for arg in args]
+    if not half and not any(is_fixed):
+        return module, tuple(args), dynamic_shapes
+    if isinstance(dynamic_shapes, dict):
+        names = inspect.signature(module.forward).bind(*args).arguments
+        dynamic_shapes = [dynamic_shapes.get(name) for name in names]
+    if dynamic_shapes is not None:
+        pairs = zip(dynamic_shapes, is_fixed, strict=True)
+        dynamic_shapes = (tuple(shape for shape, fixed in pairs if not fixed),)  # of the one argument *args
+    wrapped = _Wrapped(module, args, is_fixed, half)
+    return wrapped, tuple(arg for arg, fixed in zip(args, is_fixed, strict=True) if not fixed), dynamic_shapes
+
+
+class _Wrapped(nn.Module):
+    """A module with some of its arguments as they were; in half a copy with weights in float16.
+
+    It takes and returns the dtypes that the module does.
+    """
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], is_fixed: Sequence[bool], half: bool) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module).half() if half else module
+        self.fixed = {position: args[position] for position, fixed in enumerate(is_fixed) if fixed}
+        self.count, self.half_precision = len(args), half
+
+    def forward(self, *args: Any) -> Any:
+        """Of the arguments that are not fixed."""
+        given = iter(args)
+        values = [self.fixed[position] if position in self.fixed else next(given) for position in range(self.count)]
+        if not self.half_precision:
+            return self.module(*values)
+        return _cast(self.module(*_cast(values, torch.float32, torch.float16)), torch.float16, torch.float32)
+
+
+def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(after) if value.dtype == before else value
+    if isinstance(value, dict):
+        return {key: _cast(part, before, after) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        parts = [_cast(part, before, after) for part in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    return value
