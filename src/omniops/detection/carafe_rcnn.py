@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from operator import index
 from os import PathLike
@@ -72,9 +71,9 @@ class Backbone(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> five maps (N, 256, H/4, W/4), ... (N, 256, H/64, W/64)."""
-        maps: OrderedDict[str, Tensor] = self.fpn(self.body(x))
+        maps: dict[str, Tensor] = self.fpn(self.body(x))
         return maps
 
 

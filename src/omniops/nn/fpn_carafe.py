@@ -29,6 +29,9 @@ class FPNCarafe(nn.Module):
     upsampled map that is one pixel too large is cropped, as MMDetection does, and one of any other size, which
     MMDetection refuses or crops, is resized to the nearest pixels, as torchvision does.
 
+    ``torch.jit.script`` compiles it with dicts alone, as torchvision's, also in torchvision's detectors;
+    ``torch.jit.trace`` takes lists too.
+
     Where MMDetection takes the configurations ``norm_cfg`` and ``act_cfg`` this takes torchvision's callables; its
     other kinds of upsampling, and its ``order`` with the activation first, are not offered.
 

@@ -34,6 +34,8 @@ class MultiScaleDeformableAttention(nn.Module):
     (N, Q, embed_dims) and returns what here is added to ``identity``: ``batch_first=True``, ``dropout=0.0`` and a call
     with ``identity=query.new_zeros(())`` give the same.
 
+    ``torch.jit.script`` compiles it without ``**kwargs``, and with ``spatial_shapes`` a tensor or a list of tuples.
+
     Args:
         embed_dims: the channels of queries and values.
         num_heads: M, which divides ``embed_dims`` and the channels of the projected value.

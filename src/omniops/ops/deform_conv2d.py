@@ -54,7 +54,8 @@ def deform_conv2d(
     """Convolve with taps moved by ``offset`` and weighted by ``mask``: ``torchvision.ops.deform_conv2d``.
 
     mmcv's function of the same name has other arguments, in the order (input, offset, weight, stride, padding,
-    dilation, groups, deform_groups): give these by name, the numbers of groups not at all.
+    dilation, groups, deform_groups): give these by name, the numbers of groups not at all. In TorchScript two numbers
+    are a tuple.
 
     Differentiable in every tensor, to any order; beyond the first order memory grows with the batch, to some hundreds
     of times the input for 3x3 taps. At infinite offsets the gradient of the offset is 0 (on CPUs torchvision's is NaN).
