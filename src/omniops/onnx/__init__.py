@@ -13,31 +13,33 @@ import torch
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What ``torch.onnx.export`` writes for the operators of omniops, in standard ONNX, for any opset from 18 on.
+    """What ``torch.onnx.export`` writes for the operators of omniops: standard ONNX, with dynamic batch and sizes.
 
-    deform_conv2d becomes ``DeformConv``, which opset 19 brought; for opset 18 it is made of ``GridSample`` and
-    ``MatMul``, which compute the same. multi_scale_deform_attn becomes a ``GridSample`` for each level, carafe and
-    carafe_downsample a ``MatMul`` for each row of their kernel, and connected_components, which fill_holes and
-    remove_small_components call, a ``Loop``. Batch and sizes may be dynamic. float16 and bfloat16 are computed in
-    float32, as omniops does. The operators of backward passes are not translated.
+    ``deform_conv2d`` becomes ``DeformConv``; opset 18, which has none, gets ``GridSample`` and ``MatMul``, which
+    compute the same. ``multi_scale_deform_attn`` becomes a ``GridSample`` for each level, ``carafe`` and
+    ``carafe_downsample`` a ``MatMul`` for each row of the kernel, and ``connected_components``, which ``fill_holes``
+    and ``remove_small_components`` call, a ``Loop``. float16 and bfloat16 are computed in float32, as omniops does.
 
-    It needs onnx and onnxscript: ``pip install 'omniops[export]'``.
+    PyTorch writes opsets from 16 on where it can convert the rest of the model, and otherwise says that it writes 18.
+    Backward passes are not translated. Beside ``GridSample`` the rounding of positions differs by some 1e-5 pixels in a
+    map of a hundred. It needs onnx and onnxscript: ``pip install 'omniops[export]'``.
 
     Returns:
-        The table for the argument ``custom_translation_table`` of ``torch.onnx.export``, a new one.
+        A new table, for the argument ``custom_translation_table``.
 
     Raises:
         ImportError: without onnxscript.
+        ValueError: while exporting, for dynamic channels, kernels, heads or numbers of points; only batch, queries,
+            sizes of maps and of levels may be dynamic.
 
     Example:
-        >>> model = omniops.CARAFEPack(channels=8, scale_factor=2).eval()
-        >>> program = torch.onnx.export(  # needs: onnxscript
-        ...     model,
-        ...     (torch.randn(1, 8, 6, 6),),
-        ...     dynamo=True,
-        ...     verbose=False,
-        ...     custom_translation_table=omniops.onnx.translations(),
+        >>> import onnx
+        >>> model, x = omniops.DeformConv2dPack(4, 6, kernel_size=3, padding=1).eval(), torch.randn(1, 4, 8, 8)
+        >>> program = torch.onnx.export(
+        ...     model, (x,), dynamo=True, verbose=False, custom_translation_table=omniops.onnx.translations()
         ... )
+        >>> [node.op_type for node in program.model_proto.graph.node]
+        ['Conv', 'DeformConv']
     """
     try:
         import onnxscript  # noqa: F401
@@ -45,8 +47,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         raise ImportError(
             "omniops.onnx.translations needs onnx and onnxscript: pip install 'omniops[export]'"
         ) from error
-    names = ("carafe", "connected_components", "deform_conv2d", "multi_scale_deform_attn")
-    import_module("omniops.ops")
-    return {
-        getattr(torch.ops.omniops, name).default: getattr(import_module(f"{__name__}.{name}"), name) for name in names
-    }
+    table = {}
+    for name in ("carafe", "connected_components", "deform_conv2d", "multi_scale_deform_attn"):
+        import_module(f"omniops.ops.{name}")  # registers the operator
+        table[getattr(torch.ops.omniops, name).default] = getattr(import_module(f"omniops.onnx.{name}"), name)
+    return table

@@ -26,6 +26,9 @@ from omniops.onnx._graph import (
     size,
 )
 
+_OPSETS = range(19, 26)
+"""Those with ``DeformConv``, up to the newest that onnxscript converts to: of a newer one PyTorch makes 18."""
+
 
 def deform_conv2d(
     input: Any,
@@ -38,7 +41,7 @@ def deform_conv2d(
     dilation: Sequence[int],
 ) -> Any:
     """(N, C, H, W) -> (N, C_out, H_out, W_out)."""
-    if opset_of(evaluator.default()) < 19:
+    if opset_of(evaluator.default()) not in _OPSETS:
         return _by_grid_sample(input, offset, weight, bias, mask, stride, padding, dilation)
     kernel_size = [known_size("weight", weight, axis) for axis in (2, 3)]
     result = opset19.DeformConv(
