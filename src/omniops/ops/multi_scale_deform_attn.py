@@ -69,7 +69,7 @@ def multi_scale_deform_attn(
             (L, 2) of integers. Of a tensor on a GPU the numbers have to be read back, which waits for the GPU: once, as
             long as the same tensor is given and PyTorch has not changed it, and at each call if it is one of inference
             mode. What is written to it through ``.data`` or by another library goes unseen. ``torch.compile`` and
-            ``torch.export`` cannot trace the reading; ``torch.jit`` reads at each call. In TorchScript pairs are tuples.
+            ``torch.export`` cannot trace the reading; ``torch.jit`` reads at each call. Pairs are tuples there.
         sampling_locations: (N, Q, M, L, P, 2), x and y, of the dtype of ``value``, or float32 beside half precision;
             the map reaches from 0 to 1. With ``points_per_level`` (N, Q, M, K, 2), those of the first level first.
         attention_weights: (N, Q, M, L, P), or (N, Q, M, K), of the dtype of ``value``, or float32 beside half
