@@ -274,6 +274,55 @@ def test_floating_point_operations_are_counted(problem):
     assert counter.get_total_flops() == 3 * problem.flops
 
 
+class Upsampled(torch.nn.Module):
+    """A module in which two others call operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = omniops.CARAFEPack(4, 2)
+        self.convolution = omniops.ModulatedDeformConv2d(4, 3, 3, padding=1)
+
+    def forward(self, x):
+        return self.convolution(self.up(x))
+
+
+OF_UPSAMPLED = {"carafe": 2 * (10 * 12) * 4 * 25, "deform_conv2d": 2 * (10 * 12) * 4 * 3 * 9}
+"""For one map of 5 x 6."""
+
+
+def counts_of(counter, module):
+    """Of our operators alone."""
+    counts = {str(packet): number for packet, number in counter.get_flop_counts()[module].items()}
+    return {packet.removeprefix("omniops."): number for packet, number in counts.items() if "omniops." in packet}
+
+
+def test_floating_point_operations_are_counted_by_module():
+    module, x = Upsampled(), torch.randn(2, 4, 5, 6)
+    with FlopCounterMode(display=False) as counter:
+        module(x).sum().backward()
+    expected = {name: 2 * number for name, number in OF_UPSAMPLED.items()}
+    carafe, convolution = expected["carafe"], expected["deform_conv2d"]
+    # The map asks for no gradient: of CARAFE's two the masks alone have one.
+    assert counts_of(counter, "Upsampled.up") == {"carafe": carafe, "carafe_backward": carafe}
+    assert counts_of(counter, "Upsampled.convolution") == {
+        "deform_conv2d": convolution,
+        "deform_conv2d_backward": 2 * convolution,
+    }
+    total = counts_of(counter, "Global")
+    assert total == counts_of(counter, "Upsampled")
+    assert sum(total.values()) == 2 * carafe + 3 * convolution
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(x)
+    assert counts_of(counter, "Upsampled") == expected
+
+
+def test_floating_point_operations_under_vmap_are_those_of_all_slices(problem):
+    tensors = [torch.stack([x, x, x]) for x in problem.tensors]
+    with FlopCounterMode(display=False) as counter:
+        torch.vmap(problem.function)(*tensors)
+    assert counter.get_total_flops() == 3 * problem.flops
+
+
 def test_a_convolution_counts_as_pytorchs():
     x, weight = torch.randn(2, 4, 5, 6), torch.randn(6, 4, 3, 2)
     offset, mask = torch.randn(2, 12, 3, 3), torch.rand(2, 6, 3, 3)
@@ -301,3 +350,24 @@ def test_the_profiler_has_the_operators_names(problem):
     assert backward.input_shapes[0] == list(problem.grad.shape)
     assert NODES[problem.name] in events
     assert any(key.endswith(f"evaluate_function: {NODES[problem.name]}") for key in events)
+
+
+def test_the_profiler_has_the_names_where_no_graph_is_asked_for(problem):
+    """The call goes past autograd there, on to the kernel."""
+    for context in (torch.no_grad, torch.inference_mode):
+        with (
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler,
+            context(),
+        ):
+            problem.function(*problem.tensors)
+        (event,) = [event for event in profiler.events() if event.name.startswith("omniops::")]
+        assert event.name == f"omniops::{problem.name}"
+        assert event.input_shapes[0] == list(problem.tensors[0].shape)
+        assert event.cpu_children  # what the kernel does is below it
+
+
+def test_the_profiler_has_the_names_of_what_has_no_derivative():
+    masks = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        omniops.connected_components(masks)
+    assert "omniops::connected_components" in [event.name for event in profiler.events()]
