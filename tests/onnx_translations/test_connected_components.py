@@ -55,8 +55,7 @@ def test_nodes(export):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("connectivity", [4, 8])
-@pytest.mark.parametrize("opset_version", [18, 20, 25])
+@pytest.mark.parametrize(("connectivity", "opset_version"), [(4, 20), (8, 18), (8, 25)])
 def test_runs(assert_runs_alike, randn, connectivity, opset_version):
     cases = [spiral(33), spiral(64).flip(2, 3), spiral(31).mT, stairs(20), stairs(20).flip(3)]
     cases += [randn(3, 1, 40, 57) > level for level in (-0.3, 0, 0.3)]
@@ -71,9 +70,8 @@ def test_runs(assert_runs_alike, randn, connectivity, opset_version):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
-def test_integers_run(assert_runs_alike, randn, dtype):
-    case = (3 * randn(2, 1, 9, 8)).abs().to(dtype)
+def test_integers_run(assert_runs_alike, randn):
+    case = (3 * randn(2, 1, 9, 8)).to(torch.int16)
     assert_runs_alike(Components(8), (case,), tolerance=1e-9, dynamic_shapes=(MASKS,))
 
 

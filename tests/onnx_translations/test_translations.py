@@ -34,8 +34,8 @@ class Operators(nn.Module):
     def __init__(self):
         super().__init__()
         self.convolution = omniops.ModulatedDeformConv2dPack(4, 4, 3, padding=1)
-        self.up = omniops.CARAFEPack(4, 2, compressed_channels=4)
-        self.down = omniops.CARAFEDownsamplePack(4, 2, compressed_channels=4)
+        self.up = omniops.CARAFEPack(4, 2, up_kernel=3, compressed_channels=4)
+        self.down = omniops.CARAFEDownsamplePack(4, 2, kernel_size=3, compressed_channels=4)
         self.attention = omniops.MultiScaleDeformableAttention(4, 2, 1, 2, batch_first=True)
         nn.init.normal_(self.convolution.conv_offset.weight)
         nn.init.normal_(self.attention.sampling_offsets.weight)
@@ -49,15 +49,14 @@ class Operators(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opset_version", [18, 20])
-def test_decomposed_programs_run(run, randn, opset_version):
+def test_decomposed_programs_run(run, randn):
     """Without the table, after omniops.decompositions()."""
     import onnx
 
     model, dynamic = Operators().eval(), torch.export.Dim.DYNAMIC
     program = torch.export.export(model, (randn(2, 4, 6, 5),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
     program = program.run_decompositions(omniops.decompositions())
-    exported = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset_version)
+    exported = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=18)
     onnx.checker.check_model(exported.model_proto, full_check=True)
     assert {node.domain for node in exported.model.graph.all_nodes()} == {""}
     call = run(exported)
