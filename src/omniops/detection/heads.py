@@ -33,11 +33,12 @@ class AnchorGenerator(nn.Module):
 
     def forward(self, images: ImageList, features: list[Tensor]) -> list[Tensor]:
         """Maps (N, C, H_l, W_l) -> for each image the same anchors, float32 (sum of H_l*W_l*3, 4)."""
-        anchors = torch.cat([_anchors(level, stride) for level, stride in zip(features, STRIDES, strict=True)])
+        anchors = torch.cat([anchors_of(level, stride) for level, stride in zip(features, STRIDES, strict=True)])
         return [anchors] * len(images.image_sizes)
 
 
-def _anchors(level: Tensor, stride: int) -> Tensor:
+def anchors_of(level: Tensor, stride: int) -> Tensor:
+    """A map (N, C, H, W) of that stride -> its anchors, float32 (H * W * 3, 4)."""
     height, width = level.shape[-2:]
     across, down = (stride * torch.arange(size, device=level.device).float() for size in (width, height))
     y, x = torch.meshgrid(down, across, indexing="ij")
