@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def trace(module: nn.Module, args: Sequence[Any], dynamic_shapes: Any) -> Export
         ExportError: where ``torch.export`` cannot trace it.
     """
     name = type(module).__name__
-    with evaluating(module), torch.no_grad():
+    with evaluating(module), torch.no_grad(), _quiet("torch.fx.experimental.symbolic_shapes"):
         try:
             return torch.export.export(module, tuple(args), dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:
@@ -109,22 +110,6 @@ def parameter_names(module: nn.Module, args: Sequence[Any]) -> list[str] | None:
     return [name for name, value in bound.items() if isinstance(value, Tensor)]
 
 
-def scriptable(program: ExportedProgram) -> torch.fx.GraphModule:
-    """The program as a module that takes and returns its tensors one by one, and that TorchScript compiles."""
-    module = program.module()
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.target == "_guards_fn":  # which checks sizes, and is no part of the computation
-            graph.erase_node(node)
-        elif node.op == "call_function":  # TorchScript finds the overload itself
-            node.target = getattr(node.target, "overloadpacket", node.target)
-    (output,) = (node for node in graph.nodes if node.op == "output")
-    (values,) = output.args
-    output.args = (values[0] if len(values) == 1 else tuple(values),)
-    graph.set_codegen(torch.fx.graph.CodeGen())  # flat inputs and outputs
-    return torch.fx.GraphModule(module, graph)
-
-
 def _specs(nodes: Sequence[Any], names: Sequence[str] | None, argument: str) -> tuple[TensorSpec, ...]:
     if names is None:
         names = [node.name for node in nodes]
@@ -140,6 +125,17 @@ def _specs(nodes: Sequence[Any], names: Sequence[str] | None, argument: str) -> 
         )
         for name, node in zip(names, nodes, strict=True)
     )
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Without its warnings, which say again what is raised."""
+    level = logging.getLogger(logger).level
+    logging.getLogger(logger).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).setLevel(level)
 
 
 @contextmanager

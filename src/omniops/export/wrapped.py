@@ -14,7 +14,7 @@ from torch import Tensor, nn
 def prepare(
     module: nn.Module, args: Sequence[Any], dynamic_shapes: Any, half: bool
 ) -> tuple[nn.Module, tuple[Any, ...], Any]:
-    """The module, arguments and dynamic shapes to trace: without arguments that are numbers, which files do not take."""
+    """What is traced: the module, its arguments but for numbers, which files do not take, and their dynamic shapes."""
     is_fixed = [arg is None or isinstance(arg, bool | int | float | str) for arg in args]
     if not half and not any(is_fixed):
         return module, tuple(args), dynamic_shapes

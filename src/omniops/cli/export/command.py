@@ -81,7 +81,7 @@ def export(
         jobs = [_user_job(model, out, name, fixed, options)]
     else:
         if is_detector(model):
-            parts = detector_parts(model, weights, random_weights)
+            parts = detector_parts(model, weights, random_weights, fixed)
         else:
             parts = sam2_parts(model, part and part.value, random_weights, image_size, fixed)
         targets = [out / f"{found.name}{FORMATS[name].suffix}" if is_folder else out for found in parts]
@@ -188,12 +188,10 @@ def _require_new(paths: list[Path], overwrite: bool) -> None:
     """As of every command; Core ML's files are folders."""
     from omniops.export.files import names_of
 
-    for path in paths:
-        if path.suffix.lower() == ".mlpackage" and path.is_dir():
-            if not overwrite:
-                raise CommandError(f"{path} is there already: --overwrite replaces what is there")
-        else:
-            require_new(names_of(path), overwrite)
+    folders = [path for path in paths if path.suffix.lower() == ".mlpackage" and path.is_dir()]
+    if folders and not overwrite:
+        raise CommandError(f"{folders[0]} is there already: --overwrite replaces what is there")
+    require_new([name for path in paths if path not in folders for name in names_of(path)], overwrite)
 
 
 def _size(path: Path) -> str:

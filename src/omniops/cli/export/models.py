@@ -33,7 +33,7 @@ def require_sam2_model(model: str) -> None:
         )
 
 
-def detector_parts(name: str, weights: str | None, random_weights: bool) -> list[Part]:
+def detector_parts(name: str, weights: str | None, random_weights: bool, fixed: bool) -> list[Part]:
     """A detector, which is one part."""
     require_weights(weights, random_weights, "shows how it is exported")
     require_detection()
@@ -43,7 +43,7 @@ def detector_parts(name: str, weights: str | None, random_weights: bool) -> list
 
     model, _, arguments = identify(Model(name), weights)
     detector = load_detector(model, weights, torch.device("cpu"), **arguments)
-    return [detection.part(detector)]
+    return detection.parts(detector, dynamic=not fixed)
 
 
 def sam2_parts(model: str, part: str | None, random_weights: bool, image_size: int | None, fixed: bool) -> list[Part]:
