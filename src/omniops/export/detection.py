@@ -178,7 +178,7 @@ class DetectorPart(nn.Module):
         numbers = ((sizes.resized + (_MULTIPLE - 1)) / _MULTIPLE).floor().long()
         padded = []
         for axis in (0, 1):
-            number = numbers[axis].item()
+            number: int = numbers[axis].item()  # type: ignore[assignment]
             torch._check(number >= 1)
             torch._check(number <= self.max_size // _MULTIPLE + 1)
             padded.append(number * _MULTIPLE)  # by which every level is known to have a whole number of pixels
@@ -230,7 +230,10 @@ class DetectorPart(nn.Module):
         of_rows = _sampling(image.shape[1], boxes[:, 1], boxes[:, 3], masks.shape[1])
         of_columns = _sampling(image.shape[2], boxes[:, 0], boxes[:, 2], masks.shape[2])
         pasted = (of_rows @ masks @ of_columns.transpose(1, 2))[:, None]
-        return pasted if self.mask_threshold is None else torch.ge(pasted, self.mask_threshold)
+        if self.mask_threshold is None:
+            return pasted
+        mask: Tensor = pasted >= self.mask_threshold
+        return mask
 
 
 def _taps(count: int, sizes: _Sizes, axis: int, border: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
