@@ -220,7 +220,8 @@ class DetectorPart(nn.Module):
         """(N, S, S), the probabilities in each box."""
         pooled = _pooled(maps, boxes, self.mask_size).to(self.dtype)
         logits = self.mask_predictor(self.mask_head(pooled)).float()
-        return logits[torch.arange(labels.shape[0]), labels].sigmoid()
+        probabilities: Tensor = logits[torch.arange(labels.shape[0]), labels].sigmoid()
+        return probabilities
 
     def _paste(self, masks: Tensor, boxes: Tensor, image: Tensor) -> Tensor:
         """As ``paste_masks``, for all at once: (N, 1, H, W).
