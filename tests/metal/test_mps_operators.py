@@ -128,6 +128,54 @@ def test_multi_scale_deform_attn(rules, queries, method, dtype, wide):
     differentiate(result, value, locations, weights)
 
 
+def test_transforms_of_torch_func(rules):
+    """Gradients of each sample, also by what all of them share, and forward mode by what is linear or an offset.
+
+    Forward mode through plain PyTorch cannot run here: on the device "meta" PyTorch makes zeros of float64 for it.
+    """
+    attention = LEVELS[2:], sum(height * width for height, width in LEVELS[2:])
+    input, offset, mask, weight, bias = (x.detach() for x in deformable(DEFORMABLE[2], torch.float32, LAYOUTS[0]))
+    for function, leaves, shared, forward in (
+        (
+            lambda features, masks: omniops.carafe(features, masks, 5, 1, 2),
+            (leaf(1, 256, 64, 64, dtype=torch.float16), leaf(1, 25, 128, 128, dtype=torch.float16)),
+            (),
+            (0, 1),
+        ),
+        (
+            lambda input, offset, weight, bias, mask: omniops.deform_conv2d(input, offset, weight, bias, 1, 1, 1, mask),
+            (input, offset, weight, bias, mask),
+            (2, 3),
+            (0, 1, 2, 3, 4),
+        ),
+        (
+            lambda *tensors: omniops.multi_scale_deform_attn(tensors[0], attention[0], *tensors[1:]),
+            (
+                leaf(1, attention[1], 8, 32, dtype=torch.float32),
+                leaf(1, 300, 8, 2, 4, 2, dtype=torch.float32),
+                leaf(1, 300, 8, 2, 4, dtype=torch.float32),
+            ),
+            (),
+            (0, 2),
+        ),
+    ):
+        plain = [x.detach() for x in leaves]
+        positions = tuple(range(len(plain)))
+        gradients = torch.func.grad(lambda *tensors, function=function: function(*tensors).sum(), positions)
+        in_dims = tuple(None if i in shared else 0 for i in positions)
+        for dims in (in_dims, (0,) * len(plain)):
+            batch = [x if dim is None else x.expand(3, *x.shape) for x, dim in zip(plain, dims, strict=True)]
+            for found, x in zip(torch.vmap(gradients, dims)(*batch), plain, strict=True):
+                assert (found.shape, found.dtype) == ((3, *x.shape), x.dtype)
+        for i in forward:
+
+            def by_one(x, i=i, function=function, plain=plain):
+                return function(*plain[:i], x, *plain[i + 1 :])
+
+            result, tangent = torch.func.jvp(by_one, (plain[i],), (plain[i],))
+            assert (tangent.shape, tangent.dtype) == (result.shape, result.dtype)
+
+
 def test_multi_scale_deform_attn_with_points_of_each_level(rules):
     # Of transposed tensors, as models have them, and one gradient at a time.
     value = leaf(2, 8, 32, PIXELS, dtype=torch.float16)

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.utils._pytree import tree_leaves
 
 import omniops
+from omniops.backends.reference import deform_conv2d as reference
 
 
 @dataclass
@@ -347,8 +348,33 @@ def test_dtypes_and_layouts(case, device, dtype):
     assert [x.dtype for x in gradients] == [x.dtype for x in moved.tensors]
 
 
-def test_samples_without_an_image_and_maps_of_none(case):
-    """A batch of no elements within each of several, and of several where there are none."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_tangent_of_an_offset_is_the_reference_kernels(dtype):
+    """Also on pixels, where the derivative is the one to the right, around the map, and at infinite offsets."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 4, 4, 5), (2, 2, 3, 3), (2, 18, 4, 5), (2, 36, 4, 5)
+    input, weight, mask, tangent = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    offset = (torch.randint(-24, 24, shapes[3], generator=generator) / 4).to(dtype)
+    offset.view(-1)[::37], offset.view(-1)[::41] = torch.inf, -torch.inf
+    numbers = (1, 1), (1, 1), (1, 1)
+    wide = [x.double() for x in (input, weight, mask)]
+    for with_mask in (True, False):
+
+        def function(offset, with_mask=with_mask):
+            return omniops.deform_conv2d(input, offset, weight, None, *numbers, mask if with_mask else None)
+
+        def oracle(offset, with_mask=with_mask):
+            return reference.deform_conv2d(wide[0], offset, wide[1], None, wide[2] if with_mask else None, *numbers)
+
+        _, found = jvp(function, (offset,), (tangent,))
+        _, expected = jvp(oracle, (offset.double(),), (tangent.double(),))
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+        assert found.dtype == dtype
+        assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_samples_without_an_image(case):
+    """A batch of no elements within each of several."""
     empty = [x if i in case.shared else x[:0] for i, x in enumerate(case.tensors)]
     in_dims = tuple(None if i in case.shared else 0 for i in case.all)
     inputs = [x if dim is None else torch.stack([x, x]) for x, dim in zip(empty, in_dims, strict=True)]

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omniops.backends import accumulated
 from omniops.backends.reference import deform_conv2d as reference
 from omniops.ops import _checks, _torchscript
 from omniops.ops._batch import Batch
@@ -95,18 +96,10 @@ def deform_conv2d(
         torch.Size([1, 6, 8, 8])
     """
     if is_scripting():  # TorchScript compiles nothing below
-        strides, dilations = _torchscript.pair(stride), _torchscript.pair(dilation)
-        input, paddings = _torchscript.padded(input, weight, padding, strides, dilations)
-        scripted: Tensor = torch.ops.omniops.deform_conv2d(
-            input, offset, weight, bias, mask, strides, paddings, dilations
-        )
-        return scripted
+        return _torchscript.convolve(input, offset, weight, bias, stride, padding, dilation, mask)
     _check_tensors(input, offset, weight, bias, mask)
     strides, dilations = _checks.pair("stride", stride), _checks.pair("dilation", dilation)
-    if isinstance(padding, str):
-        input, paddings = _named_padding(input, weight, padding, strides, dilations)
-    else:
-        paddings = _checks.pair("padding", padding)
+    input, paddings = _padded(input, weight, padding, strides, dilations)
     result: Tensor = call(_deform_conv2d, input, offset, weight, bias, mask, strides, paddings, dilations)
     return result
 
@@ -183,10 +176,12 @@ def _check_groups(input: Tensor, offset: Tensor, weight: Tensor, groups: int, de
         )
 
 
-def _named_padding(
-    input: Tensor, weight: Tensor, padding: str, stride: Sequence[int], dilation: Sequence[int]
+def _padded(
+    input: Tensor, weight: Tensor, padding: Any, stride: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Tensor, list[int]]:
-    """The padding "valid" or "same" as a number for each axis, and the input, with the zeros that only one side has."""
+    """The padding as a number for each axis, and the input, with the zeros of "same" that only one side has."""
+    if not isinstance(padding, str):
+        return input, _checks.pair("padding", padding)
     if padding not in ("valid", "same"):
         raise ValueError(f"padding must be 'valid', 'same', an int or two, got {padding!r}")
     if padding == "valid":
@@ -420,7 +415,7 @@ class DeformConv2dBackwardFunction(Derivative):
 
 
 def _tangents(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The result is linear in each tensor but the offset, whose term is the reference kernel's."""
+    """The result is linear in each tensor but the offset."""
     input, offset, weight, _, mask, *numbers = primals
     by_input, by_offset, by_weight, by_bias, by_mask, *_ = tangents
     terms = []
@@ -433,9 +428,27 @@ def _tangents(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> list
     if by_mask is not None:
         terms.append(_deform_conv2d(input, offset, weight, None, by_mask, *numbers))
     if by_offset is not None:
-        of_offset = [None, by_offset, *[None] * (len(primals) - 2)]
-        terms += [x for x in reference_tangents(reference.deform_conv2d, primals, of_offset) if x is not None]
+        terms.append(_tangent_of_offset(input, offset, weight, mask, numbers, by_offset))
     return [total(terms)]
+
+
+def _tangent_of_offset(
+    input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, numbers: Sequence[Any], by_offset: Tensor
+) -> Tensor:
+    """Between two rows a sample's derivative by y is that in the lower row less that in the upper one; alike for x.
+
+    Half precision would round these before the difference.
+    """
+    wide, kernels = accumulated(input), accumulated(weight)
+    positions, moves = (accumulated(x).unflatten(1, (-1, 2)).unbind(2) for x in (offset, by_offset))
+    terms = []
+    for axis in (0, 1):
+        factors = moves[axis] if mask is None else moves[axis] * accumulated(mask)
+        for step, signed in ((1, factors), (0, -factors)):
+            pair = list(positions)
+            pair[axis] = positions[axis].floor() + step
+            terms.append(_deform_conv2d(wide, torch.stack(pair, 2).flatten(1, 2), kernels, None, signed, *numbers))
+    return sum(terms[1:], terms[0]).to(input.dtype)
 
 
 def _backward_tangents(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
