@@ -33,7 +33,7 @@ def write(program: ExportedProgram, request: Request, path: Path) -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
             model = coremltools.convert(
                 _translated(decompose(program)),
-                minimum_deployment_target=coremltools.target.iOS17,
+                minimum_deployment_target=coremltools.target.iOS15,  # from the next on inputs in half are float16
                 compute_precision=coremltools.precision.FLOAT16 if request.half else coremltools.precision.FLOAT32,
                 skip_model_load=True,
             )
@@ -52,11 +52,11 @@ def _translated(program: ExportedProgram) -> ExportedProgram:
 
     aten = torch.ops.aten
     unknown_overloads = (aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf)
+    known = set(_TORCH_OPS_REGISTRY.name_to_func_mapping)
     table = {
         operator: function
         for operator, function in torch.export.default_decompositions().items()
-        if operator.name().partition("::")[2].partition(".")[0] not in _TORCH_OPS_REGISTRY.name_to_func_mapping
-        or operator in unknown_overloads
+        if operator.name().partition("::")[2].partition(".")[0] not in known or operator in unknown_overloads
     }
     program = program.run_decompositions(table)
     _rename(program)

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from omniops.export import onnx_file
 from omniops.export.errors import ExportError, shorten
-from omniops.export.program import decompose
+from omniops.export.program import decompose, inputs_of
 from omniops.export.request import Request
 
 _OPSET = 18
@@ -31,6 +31,9 @@ def write(program: ExportedProgram, request: Request, path: Path) -> None:
 
     try:
         model = openvino.convert_model(decompose(program))
+        shapes = [[-1 if size is None else size for size in spec.shape] for spec in inputs_of(program)]
+        # It takes all sizes for dynamic where a module does with any.
+        model.reshape({number: openvino.PartialShape(shape) for number, shape in enumerate(shapes)})
     except openvino.frontend.OpConversionFailure as error:
         model = _by_onnx(program, request, path, error)
     for value, name in zip(model.inputs, request.input_names, strict=True):
