@@ -64,6 +64,23 @@ def padded(
     return input, [height // 2, width // 2]
 
 
+def convolve(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int] | str,
+    dilation: int | tuple[int, int],
+    mask: Tensor | None,
+) -> Tensor:
+    """``deform_conv2d``, called with two numbers for each."""
+    strides, dilations = pair(stride), pair(dilation)
+    input, paddings = padded(input, weight, padding, strides, dilations)
+    result: Tensor = torch.ops.omniops.deform_conv2d(input, offset, weight, bias, mask, strides, paddings, dilations)
+    return result
+
+
 def check_four_dimensional(name: str, value: Tensor) -> None:
     """Raise ValueError for a tensor that is not (N, C, H, W)."""
     if value.dim() != 4:
@@ -88,7 +105,7 @@ def check_integers(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be bool or of an integer dtype of 8 to 64 bits")
 
 
-def multi_scale_deform_attn(
+def attend(
     value: Tensor,
     spatial_shapes: Tensor | Pairs,
     sampling_locations: Tensor,
@@ -96,7 +113,7 @@ def multi_scale_deform_attn(
     points_per_level: Numbers | None,
     method: str,
 ) -> Tensor:
-    """The operator, called with the sizes as numbers, which of a tensor are read at each call."""
+    """``multi_scale_deform_attn``, called with the sizes as numbers, which of a tensor are read at each call."""
     if method != "default" and method != "discrete":
         raise ValueError(f"method must be 'default' or 'discrete', got '{method}'")
     sizes: list[int] = []
@@ -135,5 +152,17 @@ def traced_sizes(spatial_shapes: Tensor | Pairs) -> Tensor:
     return torch.cat([torch.full((1,), side, dtype=torch.int64) for side in sides]).view(-1, 2)
 
 
-traced_multi_scale_deform_attn: Callable[..., Tensor] = script_if_tracing(multi_scale_deform_attn)
-"""As compiled in a trace too, which would keep the numbers that it sees for good."""
+_attend_if_tracing: Callable[..., Tensor] = script_if_tracing(attend)
+
+
+def attend_traced(
+    value: Tensor,
+    spatial_shapes: Tensor | Pairs,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    points_per_level: Numbers | None,
+    method: str,
+) -> Tensor:
+    """As ``attend`` is compiled, in a trace, which would keep the numbers that it sees for good."""
+    sizes_of_levels = traced_sizes(spatial_shapes)
+    return _attend_if_tracing(value, sizes_of_levels, sampling_locations, attention_weights, points_per_level, method)

@@ -26,7 +26,7 @@ from torch import Tensor
 from omniops._torch_private import version_of
 from omniops.backends import accumulator
 from omniops.backends.reference import multi_scale_deform_attn as reference
-from omniops.ops import _checks, _torchscript
+from omniops.ops import _checks
 from omniops.ops._batch import Batch
 from omniops.ops._library import (
     Derivative,
@@ -40,7 +40,7 @@ from omniops.ops._library import (
     saved_tensors,
     total,
 )
-from omniops.ops._torchscript import Numbers, Pairs, is_scripting, is_tracing
+from omniops.ops._torchscript import Numbers, Pairs, attend, attend_traced, is_scripting, is_tracing
 
 METHODS = ("default", "discrete")
 
@@ -93,23 +93,13 @@ def multi_scale_deform_attn(
         torch.Size([1, 5, 32])
     """
     if is_scripting():  # TorchScript compiles nothing below
-        scripted: Tensor = _torchscript.multi_scale_deform_attn(
-            value, spatial_shapes, sampling_locations, attention_weights, points_per_level, method
-        )
-        return scripted
+        return attend(value, spatial_shapes, sampling_locations, attention_weights, points_per_level, method)
     _checks.tensor(value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
     _check_method(method)
     if is_tracing():
-        sizes_of_levels = _torchscript.traced_sizes(spatial_shapes)
-        return _torchscript.traced_multi_scale_deform_attn(
-            value, sizes_of_levels, sampling_locations, attention_weights, points_per_level, method
-        )
+        return attend_traced(value, spatial_shapes, sampling_locations, attention_weights, points_per_level, method)
     sizes = flat_sizes(spatial_shapes)
-    if points_per_level is None:
-        points = points_of_levels(len(sizes) // 2, sampling_locations, attention_weights)
-    else:
-        points = _points(points_per_level)
-        _check_points(attention_weights)
+    points = _points(points_per_level, len(sizes) // 2, sampling_locations, attention_weights)
     result: Tensor = call(
         _multi_scale_deform_attn, value, sizes, sampling_locations, attention_weights, points, method == "discrete"
     )
@@ -162,12 +152,18 @@ def _numbers(spatial_shapes: Tensor) -> list[int]:
     return _checks.ints("spatial_shapes", [side for pair in spatial_shapes.tolist() for side in pair])
 
 
-def _points(points_per_level: Sequence[int]) -> list[int]:
+def _points(
+    points_per_level: Sequence[int] | None, levels: int, sampling_locations: Tensor, attention_weights: Tensor
+) -> list[int]:
+    if points_per_level is None:
+        return points_of_levels(levels, sampling_locations, attention_weights)
     try:
         points = list(points_per_level)
     except TypeError:
         raise TypeError(f"points_per_level must be numbers, one for each level, got {points_per_level!r}") from None
-    return _checks.ints("points_per_level", points)
+    points = _checks.ints("points_per_level", points)
+    _check_points(attention_weights)
+    return points
 
 
 def points_of_levels(levels: int, sampling_locations: Tensor, attention_weights: Tensor) -> list[int]:
