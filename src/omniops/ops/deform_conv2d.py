@@ -448,7 +448,8 @@ def _tangent_of_offset(
             pair = list(positions)
             pair[axis] = positions[axis].floor() + step
             terms.append(_deform_conv2d(wide, torch.stack(pair, 2).flatten(1, 2), kernels, None, signed, *numbers))
-    return sum(terms[1:], terms[0]).to(input.dtype)
+    tangent: Tensor = sum(terms[1:], terms[0]).to(input.dtype)
+    return tangent
 
 
 def _backward_tangents(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
