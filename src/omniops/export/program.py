@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +51,16 @@ def trace(module: nn.Module, args: Sequence[Any], dynamic_shapes: Any) -> Export
     """
     name = type(module).__name__
     with evaluating(module), torch.no_grad(), _quiet("torch.fx.experimental.symbolic_shapes"):
+        said = io.StringIO()
         try:
-            return torch.export.export(module, tuple(args), dynamic_shapes=dynamic_shapes, strict=False)
+            with redirect_stderr(said):  # where it prints the graph so far before it raises
+                program = torch.export.export(module, tuple(args), dynamic_shapes=dynamic_shapes, strict=False)
         except Exception as error:
             raise ExportError(
                 f"torch.export cannot trace {name}, which every format needs; PyTorch says: {shorten(error)}"
             ) from error
+    print(said.getvalue(), end="", file=sys.stderr)
+    return program
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
