@@ -6,12 +6,16 @@ import pytest
 import torch
 from tiny_detectors import build
 
+from omniops import export
 from omniops.export import detection
 
 SIZES = ((90, 120), (33, 200), (150, 101))
 """The first is exported. The others are made smaller or larger, and padded to other numbers of pixels."""
 TOLERANCE = 1e-4
-HALF_TOLERANCE = 2e-2
+HALF_TOLERANCE = 5e-3
+"""Of masks, whose pixels are taken from features in float16; boxes and scores agree ten times better."""
+OPENVINO_TOLERANCE = 1e-3
+"""It has float32 for float64: a pixel of a resized image may differ by one of 255."""
 
 
 def small_detector(masks, **settings):
@@ -132,3 +136,57 @@ def test_a_model_that_cannot_be_written_is_refused(model):
         detection.parts(small_detector(False).half())
     with pytest.raises(ValueError, match="model must be in evaluation mode"):
         detection.parts(small_detector(False).train())
+
+
+def written_and_loaded(part, path, **options):
+    return export.load(export.write_part(part, path, **options))
+
+
+@pytest.mark.slow
+def test_onnx_files_take_images_of_any_size(model, part, tmp_path):
+    run = written_and_loaded(part, tmp_path / "detector.onnx")
+    for size in SIZES:
+        check(model, part, run, image_of(size))
+
+
+@pytest.mark.slow
+def test_openvino_files_take_images_of_any_size(tmp_path):
+    model = small_detector(True)
+    (part,) = detection.parts(model, size=SIZES[0])
+    run = written_and_loaded(part, tmp_path / "detector.xml")
+    for size in SIZES:
+        check(model, part, run, image_of(size), OPENVINO_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_aoti_files_take_images_of_one_size(tmp_path):
+    model = small_detector(False)
+    (part,) = detection.parts(model, dynamic=False, size=SIZES[0])
+    run = written_and_loaded(part, tmp_path / "detector.pt2")
+    check(model, part, run, image_of(SIZES[0]))
+
+
+@pytest.mark.slow
+def test_aoti_refuses_images_of_any_size(tmp_path):
+    (part,) = detection.parts(small_detector(False), size=SIZES[0])
+    with pytest.raises(export.ExportError, match="write the model for one size"):
+        export.write_part(part, tmp_path / "detector.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_torchscript_files_take_images_of_any_size(tmp_path):
+    model = small_detector(True)
+    (part,) = detection.parts(model, size=SIZES[0])
+    run = written_and_loaded(part, tmp_path / "detector.pt")
+    for size in SIZES:
+        check(model, part, run, image_of(size))
+
+
+@pytest.mark.slow
+def test_onnx_files_find_nothing_and_compute_in_float16(tmp_path):
+    """Of the exported size: where boxes overlap as much as is allowed, half precision may keep others of them."""
+    model = small_detector(True, box_score_thresh=0.05)
+    (part,) = detection.parts(model, size=SIZES[0])
+    run = written_and_loaded(part, tmp_path / "half.onnx", half=True)
+    check(model, part, run, image_of(SIZES[0]), HALF_TOLERANCE)

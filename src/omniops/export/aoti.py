@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from omniops.export.request import Request
 
 def write(program: ExportedProgram, request: Request, path: Path) -> None:
     """Write ``path``, for the processor or the GPU that this machine has."""
+    _require_known_maps(program)
     try:
         _torch_private.compile_ahead_of_time(decompose(program), path)
     except Exception as error:
@@ -26,6 +28,19 @@ def write(program: ExportedProgram, request: Request, path: Path) -> None:
                 "environment variable CXX"
             ) from error
         raise
+
+
+def _require_known_maps(program: ExportedProgram) -> None:
+    """Raise ExportError for convolutions of maps whose size is computed: with PyTorch 2.15 they come out wrong."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "__name__", "").startswith("conv"):
+            sizes = node.args[0].meta["val"].shape[2:]
+            if any(re.search(r"\bu\d+\b", str(size)) for size in sizes):  # as PyTorch calls what is computed
+                raise ExportError(
+                    "AOTInductor computes convolutions wrongly where the size of a map is computed on the way, as "
+                    "detectors that take images of any size do: write the model for one size, with "
+                    "dynamic_shapes=None, detection.parts(model, dynamic=False, size=(H, W)) or --fixed-sizes"
+                )
 
 
 def load(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:

@@ -162,14 +162,16 @@ class DetectorPart(nn.Module):
         height, width = self._padded_size(image, sizes)
         above, below, of_above, of_below = _taps(height, sizes, 0, border=True)
         left, right, of_left, of_right = _taps(width, sizes, 1, border=False)
-        values = (image * 255).round().clamp(0, 255).int()
+        values = (image[None] * 255).round().clamp(0, 255).int()
         # OpenCV's arithmetic, as ``resize_bilinear`` has it; whole numbers are divided where that shifts bits.
-        rows = _divided(values[:, :, left] * of_left + values[:, :, right] * of_right, 2**4)
-        sums = _divided(rows[:, above] * of_above[:, None], 2**16) + _divided(rows[:, below] * of_below[:, None], 2**16)
+        rows = _divided(values[..., left] * of_left + values[..., right] * of_right, 2**4)
+        sums = _divided(rows[:, :, above] * of_above[:, None], 2**16) + _divided(
+            rows[:, :, below] * of_below[:, None], 2**16
+        )
         resized = _divided(sums + 2, 2**2).float()
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
         is_image = (torch.arange(height) < sizes.resized[0])[:, None] & (torch.arange(width) < sizes.resized[1])
-        return torch.where(is_image, (resized - mean) / std, 0.0)[None]
+        return torch.where(is_image, (resized - mean) / std, 0.0)
 
     def _padded_size(self, image: Tensor, sizes: _Sizes) -> tuple[int, int]:
         if not any(isinstance(size, torch.SymInt) for size in image.shape):
