@@ -40,7 +40,8 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
     """Upsample by content-aware reassembly, as ``mmcv.ops.carafe``.
 
     Each result is a weighted sum of the ``kernel_size`` x ``kernel_size`` features around the one it lies in, with
-    weights of its own: ``masks``, usually softmax-normalised over the kernel. Differentiable in both to any order.
+    weights of its own: ``masks``, usually softmax-normalised over the kernel. Differentiable in both to any order, in
+    reverse and forward mode and under the transforms of ``torch.func``.
 
     Args:
         features: (N, C, H, W), float64, float32, float16 or bfloat16, in any memory layout.

@@ -58,8 +58,9 @@ def deform_conv2d(
     dilation, groups, deform_groups): give these by name, the numbers of groups not at all. In TorchScript two numbers
     are a tuple.
 
-    Differentiable in every tensor, to any order; beyond the first order memory grows with the batch, to some hundreds
-    of times the input for 3x3 taps. At infinite offsets the gradient of the offset is 0 (on CPUs torchvision's is NaN).
+    Differentiable in every tensor, to any order, in reverse and forward mode and under the transforms of
+    ``torch.func``; beyond the first order memory grows with the batch, to some hundreds of times the input for 3x3
+    taps. At infinite offsets the gradient of the offset is 0 (on CPUs torchvision's is NaN).
     On NVIDIA GPUs the gradient of ``input`` is summed in any order, in a fixed one under
     ``torch.use_deterministic_algorithms(True)``.
 

@@ -59,8 +59,9 @@ def multi_scale_deform_attn(
     ``MultiScaleDeformableAttention`` of transformers compute; with ``points_per_level`` what
     ``multi_scale_deformable_attention_v2`` of RT-DETRv2 and D-FINE does.
 
-    Differentiable in every floating tensor, to any order. On NVIDIA GPUs the gradient of ``value`` is summed in any
-    order, in a fixed one under ``torch.use_deterministic_algorithms(True)``.
+    Differentiable in every floating tensor, to any order, in reverse and forward mode and under the transforms of
+    ``torch.func``. On NVIDIA GPUs the gradient of ``value`` is summed in any order, in a fixed one under
+    ``torch.use_deterministic_algorithms(True)``.
 
     Args:
         value: (N, S, M, D), float64, float32, float16 or bfloat16: the S pixels of all levels, each level row by row,
