@@ -36,7 +36,8 @@ def _with_contiguous_constants(program: ExportedProgram) -> ExportedProgram:
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.contiguous()
-        return torch.export.export(module, args, kwargs, strict=False)
+        traced: ExportedProgram = torch.export.export(module, args, kwargs, strict=False)
+        return traced
 
 
 def load(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:

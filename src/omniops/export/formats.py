@@ -179,7 +179,12 @@ def write_part(
 
 
 def require_packages(format: str) -> None:
-    """Raise ImportError where a package that writes the format is not installed; says how to install it."""
+    """Raise ImportError where a package that writes the format is not installed; says how to install it.
+
+    Example:
+        >>> from omniops import export
+        >>> export.require_packages("torchscript")
+    """
     for package in FORMATS[format].packages:
         if find_spec(package) is None:
             raise ImportError(

@@ -54,7 +54,9 @@ def trace(module: nn.Module, args: Sequence[Any], dynamic_shapes: Any) -> Export
         said = io.StringIO()
         try:
             with redirect_stderr(said):  # where it prints the graph so far before it raises
-                program = torch.export.export(module, tuple(args), dynamic_shapes=dynamic_shapes, strict=False)
+                program: ExportedProgram = torch.export.export(
+                    module, tuple(args), dynamic_shapes=dynamic_shapes, strict=False
+                )
         except Exception as error:
             raise ExportError(
                 f"torch.export cannot trace {name}, which every format needs; PyTorch says: {shorten(error)}"
