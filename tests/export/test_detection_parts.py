@@ -93,6 +93,14 @@ def test_the_part_resizes_in_the_detectors_arithmetic(model, part):
         assert torch.equal(part.module._batch(image, part.module._sizes(image)), expected.tensors)
 
 
+def test_a_part_of_one_size_finds_the_same(model):
+    for settings in ({}, {"box_score_thresh": 0.3}):
+        model = small_detector(model.roi_heads.has_mask(), **settings)
+        (part,) = detection.parts(model, dynamic=False, size=SIZES[0])
+        assert part.dynamic_shapes is None
+        check(model, part, run_module(part), image_of(SIZES[0]), 1e-6)
+
+
 def test_masks_are_pasted_as_the_detector_does():
     model = small_detector(True, mask_threshold=0.5, box_score_thresh=0.05)
     (part,) = detection.parts(model)
@@ -160,7 +168,7 @@ def test_openvino_files_take_images_of_any_size(tmp_path):
 
 @pytest.mark.slow
 def test_aoti_files_take_images_of_one_size(tmp_path):
-    model = small_detector(False)
+    model = small_detector(True)
     (part,) = detection.parts(model, dynamic=False, size=SIZES[0])
     run = written_and_loaded(part, tmp_path / "detector.pt2")
     check(model, part, run, image_of(SIZES[0]))

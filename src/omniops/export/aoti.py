@@ -31,14 +31,14 @@ def write(program: ExportedProgram, request: Request, path: Path) -> None:
 
 
 def _require_known_maps(program: ExportedProgram) -> None:
-    """Raise ExportError for convolutions of maps whose size is computed: with PyTorch 2.15 they come out wrong."""
+    """Raise ExportError for convolutions of maps whose size or number is computed: with PyTorch 2.15 they are wrong."""
     for node in program.graph.nodes:
         if node.op == "call_function" and getattr(node.target, "__name__", "").startswith("conv"):
-            sizes = node.args[0].meta["val"].shape[2:]
+            sizes = node.args[0].meta["val"].shape
             if any(re.search(r"\bu\d+\b", str(size)) for size in sizes):  # as PyTorch calls what is computed
                 raise ExportError(
-                    "AOTInductor computes convolutions wrongly where the size of a map is computed on the way, as "
-                    "detectors that take images of any size do: write the model for one size, with "
+                    "AOTInductor computes convolutions wrongly where the size or the number of maps is computed on "
+                    "the way, as in detectors that take images of any size: write the model for one size, with "
                     "dynamic_shapes=None, detection.parts(model, dynamic=False, size=(H, W)) or --fixed-sizes"
                 )
 

@@ -60,7 +60,7 @@ def parts(model: CARAFERCNN, *, dynamic: bool = True, size: tuple[int, int] = (4
     return [
         Part(
             "mask_rcnn" if has_masks else "faster_rcnn",
-            DetectorPart(model).eval(),
+            DetectorPart(model, dynamic).eval(),
             (torch.rand(3, *size),),
             ("image",),
             ("boxes", "labels", "scores", *(("masks",) if has_masks else ())),
@@ -106,10 +106,13 @@ class DetectorPart(nn.Module):
 
     Args:
         model: of ``omniops.detection``.
+        is_dynamic: whether images may be of any size. Else masks are computed of as many boxes as there may be at most:
+            convolutions of a number that is known beforehand are what AOTInductor computes right.
     """
 
-    def __init__(self, model: CARAFERCNN) -> None:
+    def __init__(self, model: CARAFERCNN, is_dynamic: bool) -> None:
         super().__init__()
+        self.is_dynamic = is_dynamic
         transform, rpn, heads = model.transform, model.rpn, model.roi_heads
         self.transform = transform
         self.min_size, self.max_size = transform.min_size[-1], transform.max_size
@@ -143,13 +146,15 @@ class DetectorPart(nn.Module):
         boxes, labels, scores = self._detections(maps, proposals, sizes)
         if not self.has_masks:
             return boxes, labels, scores
-        # The first is of a box without pixels: not every runtime takes an empty batch.
-        some_boxes = torch.cat((boxes.new_zeros(1, 4), boxes))
-        some_labels = torch.cat((labels.new_zeros(1), labels))
+        # Those of boxes without pixels come first: not every runtime takes an empty batch, or one of any number.
+        count = boxes.shape[0]
+        missing = 1 if self.is_dynamic else self.detections_per_img - count
+        some_boxes = torch.cat((boxes.new_zeros(missing, 4), boxes))
+        some_labels = torch.cat((labels.new_zeros(missing), labels))
         masks = self._masks(maps, some_boxes, some_labels)
         scale = sizes.scale.float()
         pasted = self._paste(masks, some_boxes / scale, image)
-        return boxes / scale, labels, scores, pasted[1:]
+        return boxes / scale, labels, scores, pasted[missing:]
 
     def _sizes(self, image: Tensor) -> _Sizes:
         """As ``Transform.resize`` chooses them."""
