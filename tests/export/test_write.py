@@ -300,6 +300,7 @@ def test_a_missing_compiler_is_said_with_the_way_out(tmp_path, monkeypatch):
     assert _names(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_importing_it_imports_no_other_package():
     code = (
         "import sys; import omniops.export; "
