@@ -3,6 +3,8 @@
 This folder is not named onnx: where that package is not installed, ``import onnx`` would find the folder.
 """
 
+from functools import wraps
+
 import pytest
 import torch
 
@@ -26,6 +28,29 @@ def export():
         return program
 
     return export
+
+
+@pytest.fixture(scope="session")
+def has_deform_conv():
+    """Whether translations are made for the opset asked for: PyTorch 2.7 makes all for 18, and converts them."""
+    pytest.importorskip("onnxscript", reason="onnxscript makes the graphs: pip install 'omniops[export]'")
+    from onnxscript import evaluator
+
+    import omniops
+    from omniops._torch_private import opset_of
+
+    table, operator, seen = omniops.onnx.translations(), torch.ops.omniops.carafe.default, []
+    translation = table[operator]
+
+    @wraps(translation)
+    def recording(*arguments):
+        seen.append(opset_of(evaluator.default()))
+        return translation(*arguments)
+
+    model, inputs = omniops.CARAFE(1, 1, 1).eval(), (torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
+    options = {"dynamo": True, "verbose": False, "opset_version": 20}
+    torch.onnx.export(model, inputs, custom_translation_table={operator: recording}, **options)
+    return seen == [20]
 
 
 @pytest.fixture(scope="session")

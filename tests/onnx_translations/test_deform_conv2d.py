@@ -36,14 +36,17 @@ def node_types(program):
     return [node.op_type for node in program.model_proto.graph.node]
 
 
-@pytest.mark.parametrize(("opset_version", "native"), [(18, False), (20, True)])
-def test_nodes(export, randn, opset_version, native):
+@pytest.mark.parametrize("opset_version", [18, 20])
+def test_nodes(export, randn, has_deform_conv, opset_version):
     pack = predicting(omniops.DeformConv2dPack(4, 6, 3, padding=1), randn)
     types = node_types(export(pack, randn(1, 4, 5, 6), opset_version=opset_version))
+    native = has_deform_conv and opset_version == 20
     assert types == ["Conv", "DeformConv"] if native else {"GridSample", "MatMul"} < set(types)
 
 
-def test_attributes(export, randn):
+def test_attributes(export, randn, has_deform_conv):
+    if not has_deform_conv:
+        pytest.skip("this PyTorch makes translations for opset 18 alone, which has no DeformConv")
     convolution = Convolution(randn, 8, 2, (3, 2), True, stride=(2, 1), padding=(1, 2), dilation=(1, 3))
     program = export(convolution, randn(2, 8, 7, 9), randn(2, 4 * 12, 4, 10), randn(2, 4 * 6, 4, 10))
     (node,) = program.model_proto.graph.node
@@ -54,7 +57,9 @@ def test_attributes(export, randn):
     }  # fmt: skip
 
 
-def test_half_precision_is_computed_in_float32(export, randn):
+def test_half_precision_is_computed_in_float32(export, randn, has_deform_conv):
+    if not has_deform_conv:
+        pytest.skip("this PyTorch makes translations for opset 18 alone, which has no DeformConv")
     convolution = Convolution(randn, 4, 1, (1, 1), False, dtype=torch.bfloat16)
     inputs = randn(1, 4, 5, 5, dtype=torch.bfloat16), randn(1, 2, 5, 5, dtype=torch.bfloat16)
     types = node_types(export(convolution, *inputs))
