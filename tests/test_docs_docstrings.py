@@ -26,6 +26,10 @@ MODULES = (
     "omniops.sam2",
     "omniops.sam2.training",
     "omniops.device",
+    "omniops.export",
+    "omniops.export.detection",
+    "omniops.export.sam2",
+    "omniops.onnx",
 )
 # What device.py has for the other modules.
 INTERNAL = {"exclusively", "without_single_row"}

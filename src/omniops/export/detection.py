@@ -17,6 +17,8 @@ from omniops.detection import CARAFERCNN
 from omniops.detection.heads import STRIDES, anchors_of
 from omniops.export.parts import Part
 
+__all__ = ["parts"]
+
 _MULTIPLE = STRIDES[-1]
 """Images are padded to multiples of the coarsest stride, so that every level has an exact size."""
 _WEIGHT = 2048

@@ -73,7 +73,8 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     """
     _require_expressible(program)
     table = {operator: function for operator, function in decompositions().items() if operator.namespace == _NAMESPACE}
-    return program.run_decompositions(table)
+    decomposed: ExportedProgram = program.run_decompositions(table)
+    return decomposed
 
 
 def _require_expressible(program: ExportedProgram) -> None:

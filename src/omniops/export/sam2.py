@@ -21,6 +21,8 @@ from omniops.sam2.modeling.fpn_neck import FpnNeck
 from omniops.sam2.modeling.position_encoding import PositionEmbeddingRandom, get_1d_sine_pe
 from omniops.sam2.modeling.sam2 import HIDDEN_DIM, MEM_DIM, SAM2Base, normalize
 
+__all__ = ["parts"]
+
 _CURR_POS_SCALE = 0.1
 
 
