@@ -29,6 +29,9 @@ kernels have it as at::AutoDispatchBelowADInplaceOrView; Python has no public na
 AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 """The dispatch keys behind those for autograd, for ``OpOverload.redispatch``."""
 
+check = torch._check
+"""What torch.export takes for true of a number that depends on data. PyTorch's documentation has it under this name."""
+
 as_pair = _pair
 """A number twice, or a pair as it is: what the modules of torch.nn make of stride, padding and dilation, and those of
 other packages of DCNv2 with them. torch.nn has no public name for it."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torchvision.ops import nms, roi_align
 
+from omniops import _torch_private
 from omniops.detection import CARAFERCNN
 from omniops.detection.heads import STRIDES, anchors_of
 from omniops.export.parts import Part
@@ -188,8 +189,8 @@ class DetectorPart(nn.Module):
         padded = []
         for axis in (0, 1):
             number: int = numbers[axis].item()  # type: ignore[assignment]
-            torch._check(number >= 1)
-            torch._check(number <= self.max_size // _MULTIPLE + 1)
+            _torch_private.check(number >= 1)
+            _torch_private.check(number <= self.max_size // _MULTIPLE + 1)
             padded.append(number * _MULTIPLE)  # by which every level is known to have a whole number of pixels
         return padded[0], padded[1]
 

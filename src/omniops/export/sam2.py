@@ -199,6 +199,8 @@ class MemoryEncoderPart(nn.Module):
         high_res = F.interpolate(low_res_masks.float(), scale_factor=4.0, mode="bilinear", align_corners=False)
         binary = is_mask_from_pts[:, None, None, None] > 0
         mask_for_mem = torch.where(binary, (high_res > 0).float(), high_res.sigmoid())
+        # OpenVINO's CPU adds what one picture gives to several objects' masks in the picture's shape.
+        pix_feat = _for_each(low_res_masks, pix_feat)
         memory = self.memory_encoder(pix_feat.to(dtype), (mask_for_mem * self.scale + self.bias).to(dtype))
         if self.no_obj_embed_spatial is not None:
             is_hidden = (object_score_logits <= 0)[..., None, None]
