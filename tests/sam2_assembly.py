@@ -92,3 +92,36 @@ def track(run: Run, frames: list[np.ndarray], coords: list[list[float]], labels:
     masks, pointer, score = best_of_three(run("mask_decoder", image_embed, *high_res_feats, *none))
     (memory,) = run("memory_encoder", pix_feat, masks, score, np.zeros(1, np.float32))
     return {"pred_masks": masks, "obj_ptr": pointer, "object_score_logits": score, "maskmem_features": memory}
+
+
+def inputs_of(name: str, count: int, number: int) -> tuple[torch.Tensor, ...]:
+    """Inputs for ``count`` pictures, prompts or objects, with ``number`` points or memories each."""
+    torch.manual_seed(1)
+    side = SIDE // 16
+    low_res = torch.randn(count, 1, SIDE // 4, SIDE // 4) * 8
+    flags = torch.arange(count) % 2.0
+    return {
+        "image_encoder": lambda: (torch.rand(count, 3, SIDE, SIDE),),
+        "mask_decoder": lambda: (
+            torch.randn(1, 256, side, side),
+            torch.randn(1, 32, SIDE // 4, SIDE // 4),
+            torch.randn(1, 64, SIDE // 8, SIDE // 8),
+            torch.rand(count, number, 2) * SIDE,
+            torch.arange(count * number).reshape(count, number) % 5 - 1,
+            low_res,
+            flags,
+        ),
+        "memory_attention": lambda: (
+            torch.randn(1, 256, side, side),
+            torch.randn(number, count, 64, side, side),
+            torch.arange(number) % 7,
+            torch.randn(number + 1, count, 256),
+            torch.arange(number + 1) / 15,
+        ),
+        "memory_encoder": lambda: (
+            torch.randn(1, 256, side, side),
+            low_res,
+            torch.linspace(-1, 1, count)[:, None],
+            flags,
+        ),
+    }[name]()

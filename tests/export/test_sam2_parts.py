@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from clips import HEIGHT, WIDTH, write_clip
-from sam2_assembly import SIDE, Run, predict, small_model, track
+from sam2_assembly import SIDE, Run, inputs_of, predict, small_model, track
 
 from omniops import export
 from omniops.export import sam2
@@ -87,39 +87,6 @@ def check_second_frame(run: Run, second_frame, tolerance):
         assert difference(found[name], expected[name]) <= tolerance, name
     # It is kept in bfloat16, which has 8 bits.
     assert difference(found["maskmem_features"], expected["maskmem_features"]) <= max(tolerance, 2**-8)
-
-
-def inputs_of(name: str, count: int, number: int) -> tuple[torch.Tensor, ...]:
-    """Inputs for ``count`` pictures, prompts or objects, with ``number`` points or memories each."""
-    torch.manual_seed(1)
-    side = SIDE // 16
-    low_res = torch.randn(count, 1, SIDE // 4, SIDE // 4) * 8
-    flags = torch.arange(count) % 2.0
-    return {
-        "image_encoder": lambda: (torch.rand(count, 3, SIDE, SIDE),),
-        "mask_decoder": lambda: (
-            torch.randn(1, 256, side, side),
-            torch.randn(1, 32, SIDE // 4, SIDE // 4),
-            torch.randn(1, 64, SIDE // 8, SIDE // 8),
-            torch.rand(count, number, 2) * SIDE,
-            torch.arange(count * number).reshape(count, number) % 5 - 1,
-            low_res,
-            flags,
-        ),
-        "memory_attention": lambda: (
-            torch.randn(1, 256, side, side),
-            torch.randn(number, count, 64, side, side),
-            torch.arange(number) % 7,
-            torch.randn(number + 1, count, 256),
-            torch.arange(number + 1) / 15,
-        ),
-        "memory_encoder": lambda: (
-            torch.randn(1, 256, side, side),
-            low_res,
-            torch.linspace(-1, 1, count)[:, None],
-            flags,
-        ),
-    }[name]()
 
 
 def check_part(part: Part, run, inputs: Sequence[torch.Tensor], tolerance: float):

@@ -151,6 +151,17 @@ def test_wrong_arguments_are_named(tmp_path):
         export.write(Affine(), (torch.rand(4, 3),), tmp_path / "a.pte", dynamic_shapes=({0: Dim("n")},))
     with pytest.raises(ValueError, match="opset_version must be 18 or later, which PyTorch's exporter writes; got 17"):
         export.write(Affine(), (torch.rand(4, 3),), tmp_path / "a.onnx", opset_version=17)
+    with pytest.raises(ValueError, match="dynamic_shapes must have an entry for each of 2 args, got 1"):
+        export.write(Affine(), (torch.rand(4, 3), 2.0), path, dynamic_shapes=({0: Dim("n")},))
+    with pytest.raises(ValueError, match=r"format must be one of onnx, openvino, .*; got 'tensorrt'"):
+        export.require_packages("tensorrt")
+
+
+@pytest.mark.slow
+def test_an_opset_that_pytorch_does_not_write_is_said(tmp_path):
+    with pytest.raises(export.ExportError, match="writes no opset 99 of this model: it wrote"):
+        export.write(nn.ReLU(), (torch.rand(3),), tmp_path / "a.onnx", opset_version=99)
+    assert _names(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 installed. ``omniops export`` is the command for it.
 """
 
-from omniops.export.compare import largest_difference, load
+from omniops.export.compare import largest_difference, load, require_runtime
 from omniops.export.errors import ExportError
 from omniops.export.formats import FORMATS, Format, Written, require_packages, write, write_part
 from omniops.export.parts import Part
@@ -20,6 +20,7 @@ __all__ = [
     "largest_difference",
     "load",
     "require_packages",
+    "require_runtime",
     "write",
     "write_part",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch.export import ExportedProgram
 
 from omniops import _torch_private
 from omniops.export.errors import ExportError
-from omniops.export.program import decompose
+from omniops.export.program import decompose, has_computed_sizes
 from omniops.export.request import Request
 
 
@@ -32,15 +31,17 @@ def write(program: ExportedProgram, request: Request, path: Path) -> None:
 
 def _require_known_maps(program: ExportedProgram) -> None:
     """Raise ExportError for convolutions of maps whose size or number is computed: with PyTorch 2.15 they are wrong."""
-    for node in program.graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "__name__", "").startswith("conv"):
-            sizes = node.args[0].meta["val"].shape
-            if any(re.search(r"\bu\d+\b", str(size)) for size in sizes):  # as PyTorch calls what is computed
-                raise ExportError(
-                    "AOTInductor computes convolutions wrongly where the size or the number of maps is computed on "
-                    "the way, as in detectors that take images of any size: write the model for one size, with "
-                    "dynamic_shapes=None, detection.parts(model, dynamic=False, size=(H, W)) or --fixed-sizes"
-                )
+    convolutions = [
+        node
+        for node in program.graph.nodes
+        if node.op == "call_function" and getattr(node.target, "__name__", "").startswith("conv")
+    ]
+    if any(has_computed_sizes(node.args[0].meta["val"]) for node in convolutions):
+        raise ExportError(
+            "AOTInductor computes convolutions wrongly where the size or the number of maps is computed on the way, as "
+            "in detectors that take images of any size: write the model for one size, with dynamic_shapes=None, "
+            "detection.parts(model, dynamic=False, size=(H, W)) or --fixed-sizes"
+        )
 
 
 def load(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:

@@ -29,7 +29,20 @@ def load(written: Written) -> Callable[[Sequence[Tensor]], list[Tensor]]:
         >>> run([torch.tensor([-1.0, 2.0])])
         [tensor([0., 2.])]
     """
-    described = FORMATS[written.format]
+    require_runtime(written.format)
+    module = import_module(f"omniops.export.{FORMATS[written.format].module}")
+    run: Callable[[Sequence[Tensor]], list[Tensor]] = module.load(written.path)
+    return run
+
+
+def require_runtime(format: str) -> None:
+    """Raise, as ``load`` does, where files of a format cannot be run.
+
+    Example:
+        >>> from omniops import export
+        >>> export.require_runtime("torchscript")
+    """
+    described = FORMATS[format]
     if described.runtime is None:
         raise ExportError(f"{described.title} files are not run here: only Apple's systems run them")
     if find_spec(described.runtime) is None:
@@ -37,17 +50,13 @@ def load(written: Written) -> Callable[[Sequence[Tensor]], list[Tensor]]:
             f"{described.runtime}, which runs {described.title} files, is not installed: "
             f"pip install {described.runtime}"
         )
-    run: Callable[[Sequence[Tensor]], list[Tensor]] = import_module(f"omniops.export.{described.module}").load(
-        written.path
-    )
-    return run
 
 
 def largest_difference(written: Written, module: nn.Module, args: Sequence[Any]) -> float:
     """How far the file's results are from the module's: the largest difference, relative to the largest result.
 
-    Of several output tensors it is the worst. Raises what ``load`` does, and ExportError where shapes or what is not a
-    number differ.
+    Of several output tensors it is the worst, and infinite where a result is not a finite number. Raises what ``load``
+    does, and ExportError where shapes differ.
 
     Example:
         >>> from omniops import export

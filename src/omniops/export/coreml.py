@@ -16,7 +16,7 @@ import torch
 from torch.export import ExportedProgram
 
 from omniops.export.errors import ExportError
-from omniops.export.program import decompose
+from omniops.export.program import decompose, require_known_sizes
 from omniops.export.request import Request
 
 _MOST_AXES = 5
@@ -24,6 +24,7 @@ _MOST_AXES = 5
 
 def write(program: ExportedProgram, request: Request, path: Path) -> None:
     """Write the folder ``path``; it computes in float16 in half, else in float32, and takes and gives float32."""
+    require_known_sizes(program, "Core ML")
     logger = logging.getLogger("coremltools")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns of every PyTorch that it was not tested with

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from omniops.export.program import decompose
+from omniops.export.program import decompose, require_known_sizes
 from omniops.export.request import Request
 
 
@@ -19,6 +19,7 @@ def write(program: ExportedProgram, request: Request, path: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
+    require_known_sizes(program, "ExecuTorch")
     program = _with_contiguous_constants(program)
     edge = to_edge_transform_and_lower(decompose(program), partitioner=[XnnpackPartitioner()])
     with path.open("wb") as file:

@@ -46,15 +46,16 @@ def writing(path: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield folder / path.name
         written = sorted(folder.iterdir(), key=lambda entry: entry.name == path.name)
+        for target in (path.parent / entry.name for entry in written):
+            if not overwrite and os.path.lexists(target):
+                raise FileExistsError(f"cannot write {target}: meanwhile it is there")
         for entry in written:
-            _move(entry, path.parent / entry.name, overwrite)
+            _move(entry, path.parent / entry.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _move(entry: Path, target: Path, overwrite: bool) -> None:
-    if not overwrite and os.path.lexists(target):
-        raise FileExistsError(f"cannot write {target}: meanwhile it is there")
+def _move(entry: Path, target: Path) -> None:
     if target.is_dir() and not target.is_symlink():  # a folder is not replaced by a renamed one
         os.rename(target, entry.with_name("replaced"))
     os.replace(entry, target)

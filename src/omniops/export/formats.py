@@ -144,8 +144,9 @@ def write(
     files.require_new(path, FORMATS[name].suffix, overwrite)
     if input_names is None:
         input_names = parameter_names(module, args)
+    title = type(module).__name__
     module, args, dynamic_shapes = prepare(module, args, dynamic_shapes, half and not FORMATS[name].has_half)
-    program = trace(module, args, dynamic_shapes)
+    program = trace(module, args, dynamic_shapes, title)
     return _write_program(program, path, name, input_names, output_names, opset_version, half, overwrite)
 
 
@@ -174,17 +175,21 @@ def write_part(
     require_packages(name)
     files.require_new(path, FORMATS[name].suffix, overwrite)
     written = part.half() if half and not FORMATS[name].has_half else part
-    program = trace(written.module, written.args, written.dynamic_shapes if FORMATS[name].is_dynamic else None)
+    dynamic_shapes = written.dynamic_shapes if FORMATS[name].is_dynamic else None
+    program = trace(written.module, written.args, dynamic_shapes, part.name)
     return _write_program(program, path, name, part.input_names, part.output_names, opset_version, half, overwrite)
 
 
 def require_packages(format: str) -> None:
     """Raise ImportError where a package that writes the format is not installed; says how to install it.
 
+    Raises ValueError for an unknown format.
+
     Example:
         >>> from omniops import export
         >>> export.require_packages("torchscript")
     """
+    _require_format(format)
     for package in FORMATS[format].packages:
         if find_spec(package) is None:
             raise ImportError(
@@ -197,9 +202,13 @@ def _choose(format: str | None, path: Path) -> tuple[str, Path]:
     name = suffixes.get(path.suffix.lower()) if format is None else format
     if name is None:
         raise ValueError(f"path must end with {', '.join(suffixes)}, or format be named; got {str(path)!r}")
+    _require_format(name)
+    return name, path
+
+
+def _require_format(name: str) -> None:
     if name not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {name!r}")
-    return name, path
 
 
 def _require_possible(format: str, dynamic_shapes: Any, opset_version: int | None) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from omniops.export.errors import ExportError
 from omniops.export.request import Request
 from omniops.onnx import translations
 
@@ -31,6 +32,12 @@ def write(program: ExportedProgram, request: Request, path: Path) -> None:
         verbose=False,
     )
     assert onnx_program is not None
+    found = onnx_program.model.opset_imports[""]
+    if request.opset_version not in (None, found):
+        raise ExportError(
+            f"PyTorch's exporter writes no opset {request.opset_version} of this model: it wrote {found}, which "
+            f"opset_version={found} asks for"
+        )
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     onnx_program.save(path, external_data=size > _MOST_BYTES)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from omniops.decomposed import decompositions
 from omniops.export.errors import ExportError, shorten
@@ -43,13 +44,12 @@ class TensorSpec:
         return f"{self.name} {self.dtype} ({sizes}{',' if len(self.shape) == 1 else ''})"
 
 
-def trace(module: nn.Module, args: Sequence[Any], dynamic_shapes: Any) -> ExportedProgram:
-    """The module in evaluation mode as a program with omniops' operators in it.
+def trace(module: nn.Module, args: Sequence[Any], dynamic_shapes: Any, name: str) -> ExportedProgram:
+    """The module in evaluation mode as a program with omniops' operators in it; ``name`` is what errors call it.
 
     Raises:
         ExportError: where ``torch.export`` cannot trace it.
     """
-    name = type(module).__name__
     with evaluating(module), torch.no_grad(), _quiet("torch.fx.experimental.symbolic_shapes"):
         said = io.StringIO()
         try:
@@ -85,6 +85,21 @@ def _require_expressible(program: ExportedProgram) -> None:
             "the model calls omniops::connected_components (fill_holes and remove_small_components do), which takes as "
             "many steps as the mask needs: ONNX has a loop for it, other formats have none. Export the model without "
             "it, up to its logits for example, and call omniops.fill_holes on what the file returns"
+        )
+
+
+def has_computed_sizes(value: Any) -> bool:
+    """Whether a size of the tensor depends on what the inputs hold."""
+    return isinstance(value, Tensor) and bool(free_unbacked_symbols(value))
+
+
+def require_known_sizes(program: ExportedProgram, title: str) -> None:
+    """Raise ExportError for a program with such a tensor, in a format that has no place for it."""
+    if any(has_computed_sizes(node.meta.get("val")) for node in program.graph.nodes):
+        raise ExportError(
+            f"{title} takes no tensors whose size depends on what the inputs hold, as on how many objects a detector "
+            "finds: write the model as ONNX, OpenVINO or TorchScript, or what comes before that (a detector's "
+            "backbone, for example) by itself"
         )
 
 

@@ -22,6 +22,10 @@ def prepare(
         names = inspect.signature(module.forward).bind(*args).arguments
         dynamic_shapes = [dynamic_shapes.get(name) for name in names]
     if dynamic_shapes is not None:
+        if len(dynamic_shapes) != len(args):
+            raise ValueError(
+                f"dynamic_shapes must have an entry for each of {len(args)} args, got {len(dynamic_shapes)}"
+            )
         pairs = zip(dynamic_shapes, is_fixed, strict=True)
         dynamic_shapes = (tuple(shape for shape, fixed in pairs if not fixed),)  # of the one argument *args
     wrapped = _Wrapped(module, args, is_fixed, half)

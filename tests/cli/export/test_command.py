@@ -185,6 +185,7 @@ def test_what_is_wrong_with_a_function_is_said(fails, tmp_path, model, status, w
             ("hiera", "--out", "a.pt", "--part", "mask-decoder"),
             "hiera is no model: detectors are mask-rcnn-r50-carafe and",
         ),
+        (("tiny", "--random-weights", "--out", "a.onnx"), "--out must be a folder, for all parts of SAM 2, or one be"),
         (
             ("tiny", "--out", "a", "--format", "aoti", "--image-size", "33"),
             "--image-size must be a positive multiple of 32",
@@ -206,6 +207,15 @@ def test_a_missing_package_is_named(fails, monkeypatch):
     monkeypatch.setattr(export.formats, "find_spec", lambda module: None)
     line = fails("export", "exported_module:fixed", "--out", "a.onnx", status=1)
     assert line.endswith("format 'onnx' needs onnx, which is not installed: pip install 'omniops[export]'")
+
+
+def test_what_check_needs_is_asked_for_before_the_work(fails, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.formats, "find_spec", lambda module: True)
+    monkeypatch.setattr(export.compare, "find_spec", lambda module: None)
+    line = fails("export", "exported_module:fixed", "--out", "a.onnx", "--check", status=1)
+    assert line.endswith("onnxruntime, which runs ONNX files, is not installed: pip install onnxruntime")
+    line = fails("export", "exported_module:fixed", "--out", "a.mlpackage", "--check", status=1)
+    assert line.endswith("Core ML files are not run here: only Apple's systems run them")
 
 
 def test_debug_has_the_traceback_of_the_function(omniops):
@@ -231,6 +241,22 @@ def test_models_are_known_by_name(omniops, monkeypatch, model, arguments, output
     assert wrote.startswith("Wrote m.pt, ")
     assert output in " ".join(specs)
     assert float(difference.split()[6]) < 1e-4
+
+
+@pytest.mark.slow
+def test_sam2_in_openvino_as_readme_has_it(omniops, tmp_path):
+    pytest.importorskip("openvino", reason="needs openvino, of the extra runtimes")
+    arguments = ("tiny", "--random-weights", "--format", "openvino", "--out", "sam2-tiny", "--image-size", "64")
+    result = omniops("export", *arguments, "--check")
+    assert result.status == 0
+    parts = ("image_encoder", "mask_decoder", "memory_attention", "memory_encoder")
+    assert {path.name for path in (tmp_path / "sam2-tiny").iterdir()} == {
+        f"{part}.{ending}" for part in parts for ending in ("xml", "bin")
+    }
+    assert "point_labels: int64 (B, P): 1 on the object" in result.out
+    differences = [float(line.split()[6]) for line in result.out.splitlines() if "differs from PyTorch" in line]
+    assert len(differences) == 4
+    assert max(differences) < 1e-4
 
 
 def test_parts_are_files_in_a_folder(omniops, fails, tmp_path, monkeypatch):

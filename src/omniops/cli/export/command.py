@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,6 @@ from omniops.cli.outputs import OverwriteOption, require_new
 
 if TYPE_CHECKING:
     from omniops.export import Part, Written
-
-_FIRST_OPSET = 18
 
 
 def export(
@@ -70,11 +69,14 @@ def export(
     say("loading PyTorch")
     from omniops.export import FORMATS
 
-    name = _format_of(out, format, {described.suffix: name for name, described in FORMATS.items()})
+    suffixes = {described.suffix: name for name, described in FORMATS.items()}
+    name = _format_of(out, format, suffixes)
     is_folder = part is None and not user_function.is_user_function(model) and not is_detector(model)
     if not is_folder:
         _require_new([out], overwrite)
-    _require_writable_format(name)
+    elif out.suffix.lower() in suffixes:
+        raise CommandError(f"--out must be a folder, for all parts of SAM 2, or one be named by --part; got {out}")
+    _require_writable_format(name, opset, check)
     fixed = fixed_sizes or not FORMATS[name].is_dynamic
     options = {"half": half, "opset_version": opset, "overwrite": overwrite}
     if user_function.is_user_function(model):
@@ -99,6 +101,8 @@ class _Job:
     write: Callable[[], Written]
     module: Any
     args: tuple[Any, ...]
+    description: str = ""
+    """What its inputs and outputs mean."""
 
 
 def _user_job(model: str, out: Path, format: str, fixed: bool, options: dict[str, Any]) -> _Job:
@@ -112,7 +116,8 @@ def _user_job(model: str, out: Path, format: str, fixed: bool, options: dict[str
 def _part_job(part: Part, target: Path, format: str, options: dict[str, Any]) -> _Job:
     from omniops.export import write_part
 
-    return _Job(target, lambda: write_part(part, target, format, **options), part.module, part.args)
+    write = partial(write_part, part, target, format, **options)
+    return _Job(target, write, part.module, part.args, part.description)
 
 
 def _run(job: _Job, check: bool) -> None:
@@ -125,7 +130,7 @@ def _run(job: _Job, check: bool) -> None:
         lines = [f"Wrote {written.path}, {_size(written.path)}"]
         lines += [f"  takes   {spec}" for spec in written.inputs]
         lines += [f"  returns {spec}" for spec in written.outputs]
-        print_lines(*lines)
+        print_lines(*lines, *(f"  {line}" for line in job.description.splitlines()))
         if check:
             difference = largest_difference(written, job.module, job.args)
             print_lines(f"  differs from PyTorch by at most {difference:.1e} of the largest result")
@@ -156,13 +161,8 @@ def _require_options(
         raise CommandError(f"--random-weights are of a detector or SAM 2, and {model} is a function of yours")
     if (part is not None or image_size is not None) and (is_user or is_detector(model)):
         raise CommandError("--part and --image-size are of SAM 2")
-    if opset is not None and opset < _FIRST_OPSET:
-        raise CommandError(
-            f"--opset must be {_FIRST_OPSET} or later, got {opset}: PyTorch writes no earlier one, and onnx's "
-            "version_converter may make one of the file"
-        )
-    if opset is not None and format not in (None, FormatName.ONNX):
-        raise CommandError(f"--opset is of ONNX, and --format is {format.value if format else ''}")
+    if opset is not None and format is not None and format != FormatName.ONNX:
+        raise CommandError(f"--opset is of ONNX, and --format is {format.value}")
 
 
 def _format_of(out: Path, format: FormatName | None, suffixes: dict[str, str]) -> str:
@@ -175,12 +175,20 @@ def _format_of(out: Path, format: FormatName | None, suffixes: dict[str, str]) -
     return name
 
 
-def _require_writable_format(format: str) -> None:
-    from omniops.export import require_packages
+def _require_writable_format(format: str, opset: int | None, check: bool) -> None:
+    from omniops.export import ExportError, require_packages, require_runtime
+    from omniops.export.formats import FIRST_OPSET
 
+    if opset is not None and opset < FIRST_OPSET:
+        raise CommandError(
+            f"--opset must be {FIRST_OPSET} or later, got {opset}: PyTorch writes no earlier one, and onnx's "
+            "version_converter may make one of the file"
+        )
     try:
         require_packages(format)
-    except ImportError as error:
+        if check:
+            require_runtime(format)
+    except (ExportError, ImportError) as error:
         raise CommandError(str(error), status=1) from None
 
 
