@@ -98,6 +98,15 @@ EXAMPLES = {
         (r".*cut\.png.*", r".+"),  # tests/cli/segment has the words
         (r".+",),
     ),
+    "export": Example(
+        "tiny --random-weights --image-size 64 --part memory-encoder --out encoder.pt",
+        (r"Wrote encoder\.pt, [\d.]+ MB", r"  takes   pix_feat float32 .*", r"  .*"),
+        (
+            "loading PyTorch",
+            "loading SAM 2, tiny, with random weights: its masks mean nothing",
+            "writing encoder.pt",
+        ),
+    ),
 }
 OF_THEIR_OWN = {"serve"}
 _MEANS_NOTHING = r"The weights are random: these masks mean nothing\."
