@@ -8,6 +8,7 @@ VENV := .venv
 # What pytest runs, or all; those that take long by themselves.
 TESTS := tests
 MARKED := not slow
+IGNORED := tests/browser
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 ASKED_FOR := $(PYTHON) $(TORCH)
@@ -46,10 +47,12 @@ demo: $(INSTALLED)
 	$(BIN)/omniops demo --out demo/demo.png --overwrite
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/browser -m '$(MARKED)' $(TESTS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(addprefix --ignore ,$(IGNORED)) -m '$(MARKED)' $(TESTS)
 
+# A process for each file that runs exported models: a worker died with several runtimes in it, and pytest-xdist then waits for good.
 test-all: $(VENV)/runtimes
-	$(MAKE) test MARKED=slow
+	$(MAKE) test MARKED=slow IGNORED='tests/browser tests/export'
+	printf '%s\n' tests/export/test_*.py | OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/python -m pytest -m slow
 
 # The runtimes of exported models: some hundred megabytes, which the other tests do without.
 $(VENV)/runtimes: $(INSTALLED)
