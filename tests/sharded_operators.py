@@ -25,15 +25,18 @@ SHARED = {"deform_conv2d": (2, 3)}
 """The positions of weight and bias."""
 
 
-def check(rank: int, world_size: int, store: str) -> None:
+def check(rank: int, world_size: int, store: str, device: str) -> None:
     """Of the whole batch each process computes a part, once, and all parts are what one process computes."""
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    group = "nccl" if device == "cuda" else "gloo"
+    distributed.init_process_group(group, init_method=f"file://{store}", rank=rank, world_size=world_size)
     try:
-        mesh = init_device_mesh("cpu", (world_size,))
+        mesh = init_device_mesh(device, (world_size,))
         for make in PROBLEMS:
-            check_gradients(make(), mesh)
-            check_gradients(of_one_image(make()), mesh, sharded=world_size == 1)
-            check_other_placements(make(), mesh)
+            check_gradients(make().to(device), mesh)
+            check_gradients(of_one_image(make().to(device)), mesh, sharded=world_size == 1)
+            check_other_placements(make().to(device), mesh)
         check_second_derivatives(mesh)
         check_components(mesh)
         check_training(mesh)
@@ -90,7 +93,7 @@ def check_other_placements(problem, mesh):
 
 def check_second_derivatives(mesh):
     """Of CARAFE, whose derivatives are operators of any order."""
-    problem = PROBLEMS[0]()
+    problem = PROBLEMS[0]().to(mesh.device_type)
     leaves = leaves_of(problem, mesh)
 
     def second(tensors):
@@ -101,7 +104,7 @@ def check_second_derivatives(mesh):
 
 
 def check_components(mesh):
-    masks = torch.rand(3, 1, 6, 7, generator=torch.Generator().manual_seed(0)) > 0.5
+    masks = torch.rand(3, 1, 6, 7, generator=torch.Generator().manual_seed(0)).to(mesh.device_type) > 0.5
     found = omniops.connected_components(distribute_tensor(masks, mesh, [Shard(0)]))
     for one, other in zip(found, omniops.connected_components(masks), strict=True):
         assert one.placements == (Shard(0),)
@@ -114,8 +117,8 @@ def check_components(mesh):
 def check_training(mesh):
     """A module whose parameters every process has: their gradients are sums over the batch."""
     torch.manual_seed(0)
-    module = omniops.DeformConv2d(4, 3, 3, padding=1)
-    tensors = torch.randn(4, 4, 5, 6), torch.randn(4, 18, 5, 6)
+    module = omniops.DeformConv2d(4, 3, 3, padding=1).to(mesh.device_type)
+    tensors = [torch.randn(shape).to(mesh.device_type) for shape in ((4, 4, 5, 6), (4, 18, 5, 6))]
     module(*tensors).sin().sum().backward()
     expected = [parameter.grad.clone() for parameter in module.parameters()]
     module.zero_grad()
@@ -128,4 +131,4 @@ def check_training(mesh):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    check(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    check(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import distributed
 
 pytestmark = pytest.mark.skipif(
@@ -15,15 +16,19 @@ pytestmark = pytest.mark.skipif(
 def test_one_process_computes_what_it_would_without_dtensors(tmp_path):
     from sharded_operators import check
 
-    check(0, 1, str(tmp_path / "store"))
+    check(0, 1, str(tmp_path / "store"), "cpu")
 
 
 @pytest.mark.slow
-def test_processes_compute_parts_of_the_batch(tmp_path):
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))],
+)
+def test_processes_compute_parts_of_the_batch(device, tmp_path):
     script = Path(__file__).parents[1] / "sharded_operators.py"
     processes = [
         subprocess.Popen(
-            [sys.executable, script, str(rank), "2", tmp_path / "store"],
+            [sys.executable, script, str(rank), "2", tmp_path / "store", device],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -33,13 +33,16 @@ class Step(nn.Module):
         return image + torch.stack(of_clips).mean()
 
 
-def batch():
+def batch(device):
     """Two pictures, and a clip for each process."""
     generator = torch.Generator().manual_seed(0)
     targets = torch.zeros(2, SIDE, SIDE)
     targets[0, 8:40, 8:40] = targets[1, 20:60, 16:48] = 1
-    clips = [(torch.randn(3, 3, SIDE, SIDE, generator=generator), mask.expand(3, 1, -1, -1)) for mask in targets]
-    return torch.randn(2, 3, SIDE, SIDE, generator=generator), targets, clips
+    clips = [
+        (torch.randn(3, 3, SIDE, SIDE, generator=generator).to(device), mask.expand(3, 1, -1, -1).to(device))
+        for mask in targets
+    ]
+    return torch.randn(2, 3, SIDE, SIDE, generator=generator).to(device), targets.to(device), clips
 
 
 def descend(step, *inputs):
@@ -49,10 +52,14 @@ def descend(step, *inputs):
     optimizer.step()
 
 
-def run_process(kind, rank, store, path):
+def run_process(kind, device, rank, store, path):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    step = parallel = Step()
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        torch.backends.cudnn.allow_tf32 = False
+    group = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(group, init_method=f"file://{store}", rank=rank, world_size=2)
+    step = parallel = Step().to(device)
     model = step.model
     if kind == "fsdp":
         fully_shard_step(step)
@@ -60,7 +67,7 @@ def run_process(kind, rank, store, path):
         assert sum(parameter.to_local().numel() for parameter in model.parameters()) < 0.6 * whole
     else:
         parallel = nn.parallel.DistributedDataParallel(step, find_unused_parameters=True)
-    images, targets, clips = batch()
+    images, targets, clips = batch(device)
     one = slice(rank, rank + 1)
     descend(parallel, images[one], targets[one], clips[one])
     save_checkpoint(model, path)
@@ -71,9 +78,15 @@ def run_process(kind, rank, store, path):
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_give_the_weights_of_one(kind, tmp_path):
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))],
+)
+def test_two_processes_give_the_weights_of_one(kind, device, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     path = tmp_path / "trained.pt"
-    command = [sys.executable, __file__, kind]  # not forked: threads of PyTorch that ran before would be missing there
+    # Not forked: threads of PyTorch that ran before would be missing there.
+    command = [sys.executable, __file__, kind, device]
     processes = [
         subprocess.Popen(
             [*command, str(rank), tmp_path / "store", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -86,10 +99,10 @@ def test_two_processes_give_the_weights_of_one(kind, tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
-    step = Step()
+    step = Step().to(device)
     before = {name: weight.clone() for name, weight in step.model.state_dict().items()}
-    descend(step, *batch())
-    expected, found = step.model.state_dict(), load(path, "cpu", "float32", image_size=SIDE).state_dict()
+    descend(step, *batch(device))
+    expected, found = step.model.state_dict(), load(path, device, "float32", image_size=SIDE).state_dict()
     largest = max((weight - before[name]).abs().max() for name, weight in expected.items())
     assert largest > 0.1
     for name, weight in expected.items():
@@ -109,4 +122,4 @@ def test_sharding_says_what_it_needs():
 
 
 if __name__ == "__main__":
-    run_process(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    run_process(*sys.argv[1:3], int(sys.argv[3]), *sys.argv[4:])
