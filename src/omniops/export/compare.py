@@ -16,7 +16,9 @@ from omniops.export.program import evaluating
 
 
 def load(written: Written) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """A function that runs a file on the CPU: of its input tensors, in their order, it makes the output tensors.
+    """A function that runs a file: of its input tensors, in their order, it makes the output tensors.
+
+    It runs on the CPU, but TorchScript and AOTInductor on the device of the module that they were written of.
 
     Raises:
         ImportError: where what runs the format is not installed.
@@ -69,12 +71,15 @@ def largest_difference(written: Written, module: nn.Module, args: Sequence[Any])
     run = load(written)
     with evaluating(module), torch.no_grad():
         expected = _tensors(module(*args))
-    found = run([tensor.detach() for tensor in _tensors(args)])
+    given = [
+        tensor.detach() if FORMATS[written.format].has_device else tensor.detach().cpu() for tensor in _tensors(args)
+    ]
+    found = run(given)
     differences = [0.0]
     for spec, ours, theirs in zip(written.outputs, expected, found, strict=True):
         if ours.shape != theirs.shape:
             raise ExportError(f"{spec.name} has shape {tuple(theirs.shape)}, and the module's {tuple(ours.shape)}")
-        differences.append(_difference(ours.double(), theirs.double()))
+        differences.append(_difference(ours.cpu().double(), theirs.cpu().double()))
     return max(differences)
 
 

@@ -18,7 +18,7 @@ from omniops.export.errors import ExportError, shorten
 from omniops.export.parts import Part
 from omniops.export.program import TensorSpec, inputs_of, outputs_of, parameter_names, trace
 from omniops.export.request import Request
-from omniops.export.wrapped import prepare
+from omniops.export.wrapped import on_cpu, prepare
 
 FIRST_OPSET = 18
 """Of ONNX, that PyTorch's exporter writes."""
@@ -41,24 +41,28 @@ class Format:
     packages: tuple[str, ...]
     """What has to be installed to write it, by the names that are imported."""
     install: str
-    """What ``pip install`` takes for that."""
+    """What ``pip install`` takes for that; nothing, where PyTorch does."""
     runtime: str | None
     """What has to be installed to run it from Python; None where this package does not run it."""
-    is_dynamic: bool
+    is_dynamic: bool = False
     """Whether sizes of inputs may be others than the example's."""
-    has_half: bool
+    has_half: bool = False
     """Whether the format itself makes weights float16; of the others the module is."""
+    has_device: bool = False
+    """Whether files run on the module's device; the others are of no device, and made of a copy on the CPU."""
 
 
 FORMATS = {
     "onnx": Format(
-        "ONNX", ".onnx", "onnx_file", ("onnx", "onnxscript"), "'omniops[export]'", "onnxruntime", True, False
+        "ONNX", ".onnx", "onnx_file", ("onnx", "onnxscript"), "'omniops[export]'", "onnxruntime", is_dynamic=True
     ),
-    "openvino": Format("OpenVINO", ".xml", "openvino", ("openvino",), "openvino", "openvino", True, True),
-    "executorch": Format("ExecuTorch", ".pte", "executorch", ("executorch",), "executorch", "executorch", False, False),
-    "torchscript": Format("TorchScript", ".pt", "torchscript", (), "torch", "torch", True, False),
-    "aoti": Format("AOTInductor", ".pt2", "aoti", (), "torch", "torch", True, False),
-    "coreml": Format("Core ML", ".mlpackage", "coreml", ("coremltools",), "coremltools", None, False, True),
+    "openvino": Format(
+        "OpenVINO", ".xml", "openvino", ("openvino",), "openvino", "openvino", is_dynamic=True, has_half=True
+    ),
+    "executorch": Format("ExecuTorch", ".pte", "executorch", ("executorch",), "executorch", "executorch"),
+    "torchscript": Format("TorchScript", ".pt", "torchscript", (), "", "torch", is_dynamic=True, has_device=True),
+    "aoti": Format("AOTInductor", ".pt2", "aoti", (), "", "torch", is_dynamic=True, has_device=True),
+    "coreml": Format("Core ML", ".mlpackage", "coreml", ("coremltools",), "coremltools", None, has_half=True),
 }
 """By their names."""
 
@@ -100,7 +104,8 @@ def write(
     ``torch.export`` traces. The file is there whole or not at all.
 
     Args:
-        module: what is written. Its weights are in the file.
+        module: what is written. Its weights are in the file. Files of TorchScript and AOTInductor run on its device;
+            for the other formats a copy of it is moved to the CPU.
         args: what it is called with; sizes, dtypes and values that are no tensors are taken from here.
         path: where to. It ends as the format's files do: .onnx, .xml (OpenVINO, with a .bin beside it), .pte
             (ExecuTorch), .pt (TorchScript), .pt2 (AOTInductor), .mlpackage (Core ML, a folder).
@@ -146,6 +151,8 @@ def write(
         input_names = parameter_names(module, args)
     title = type(module).__name__
     module, args, dynamic_shapes = prepare(module, args, dynamic_shapes, half and not FORMATS[name].has_half)
+    if not FORMATS[name].has_device:
+        module, args = on_cpu(module, args)
     program = trace(module, args, dynamic_shapes, title)
     return _write_program(program, path, name, input_names, output_names, opset_version, half, overwrite)
 

@@ -36,7 +36,7 @@ def write(program: ExportedProgram, request: Request, path: Path) -> None:
 
 
 def load(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """What runs the file on the CPU."""
+    """What runs the file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = torch.jit.load(str(path))

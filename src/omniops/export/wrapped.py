@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,13 @@ def prepare(
     return wrapped, tuple(arg for arg, fixed in zip(args, is_fixed, strict=True) if not fixed), dynamic_shapes
 
 
+def on_cpu(module: nn.Module, args: Sequence[Any]) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The module and its arguments on the CPU: a copy, where it is on another device."""
+    if not all(tensor.is_cpu for tensor in (*module.parameters(), *module.buffers())):
+        module = copy.deepcopy(module).cpu()
+    return module, tuple(_mapped(Tensor.cpu, arg) for arg in args)
+
+
 class _Wrapped(nn.Module):
     """A module with some of its arguments as they were; in half a copy with weights in float16.
 
@@ -50,15 +57,24 @@ class _Wrapped(nn.Module):
         values = [self.fixed[position] if position in self.fixed else next(given) for position in range(self.count)]
         if not self.half_precision:
             return self.module(*values)
-        return _cast(self.module(*_cast(values, torch.float32, torch.float16)), torch.float16, torch.float32)
+        return _mapped(_widened, self.module(*_mapped(_halved, values)))
 
 
-def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
+def _halved(tensor: Tensor) -> Tensor:
+    return tensor.half() if tensor.dtype == torch.float32 else tensor
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A value with what a function makes of each tensor in it."""
     if isinstance(value, Tensor):
-        return value.to(after) if value.dtype == before else value
+        return function(value)
     if isinstance(value, dict):
-        return {key: _cast(part, before, after) for key, part in value.items()}
+        return {key: _mapped(function, part) for key, part in value.items()}
     if isinstance(value, tuple | list):
-        parts = [_cast(part, before, after) for part in value]
+        parts = [_mapped(function, part) for part in value]
         return parts if isinstance(value, list) else tuple(parts)
     return value
