@@ -128,6 +128,25 @@ def test_multi_scale_deform_attn(rules, queries, method, dtype, wide):
     differentiate(result, value, locations, weights)
 
 
+def test_second_derivatives(rules):
+    """Those of deformable convolution and attention are plain PyTorch's, of several images and of one."""
+    small = (2, 16, 20, 24, 16, 1, 1), (2, 16, 20, 24, 16, 2, 2), (1, 8, 9, 9, 8, 1, 1)
+    cases = [
+        (lambda input, offset, mask, *others: omniops.deform_conv2d(input, offset, *others, 1, 1, 1, mask), tensors)
+        for tensors in (deformable(shape, torch.float32, torch.contiguous_format) for shape in small)
+    ]
+    attention = (
+        leaf(*shape, dtype=torch.float32) for shape in ((2, PIXELS, 8, 32), (2, 30, 8, 4, 4, 2), (2, 30, 8, 4, 4))
+    )
+    upsampling = (leaf(*shape, dtype=torch.float32) for shape in ((1, 256, 64, 64), (1, 25, 128, 128)))
+    cases.append((lambda value, *points: omniops.multi_scale_deform_attn(value, LEVELS, *points), tuple(attention)))
+    cases.append((lambda *tensors: omniops.carafe(*tensors, 5, 1, 2), tuple(upsampling)))
+    for function, leaves in cases:
+        first = torch.autograd.grad(function(*leaves).sin().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(x.sin().sum() for x in first), leaves)
+        assert [x.shape for x in second] == [x.shape for x in leaves]
+
+
 def test_transforms_of_torch_func(rules):
     """Gradients of each sample, also by what all of them share, and forward mode by what is linear or an offset.
 

@@ -46,13 +46,18 @@ def deform_conv2d(
     out: Tensor | None = None
     for tap, corners, factor in _taps(input, offset, mask, weight.shape[2:], stride, padding, dilation):
         columns = (_interpolated(input, corners) * factor).flatten(1, 2).unflatten(1, (groups, -1))
-        product = torch.matmul(kernels[..., tap], columns)
+        product = _product(kernels[..., tap], columns)
         out = product if out is None else out + product
     assert out is not None
     out = out.flatten(1, 2).unflatten(2, offset.shape[2:])
     if bias is not None:
         out = out + accumulated(bias)[:, None, None]
     return finish(out, input)
+
+
+def _product(kernels: Tensor, columns: Tensor) -> Tensor:
+    """(g, o, c), (n, g, c, p) -> (n, g, o, p); of a copy for each image, as MPS reads what is expanded wrongly."""
+    return torch.matmul(kernels.expand(len(columns), -1, -1, -1).contiguous(), columns)
 
 
 def deform_conv2d_backward_data(
@@ -72,7 +77,7 @@ def deform_conv2d_backward_data(
     by_input = grads.new_zeros(input.flatten(2).shape).unflatten(1, (offset.shape[1] // (2 * kernels.shape[-1]), -1))
     by_offset, by_mask = [], []
     for tap, corners, factor in _taps(input, offset, mask, weight.shape[2:], stride, padding, dilation):
-        by_column = torch.matmul(kernels[..., tap].mT, grads).flatten(1, 2)
+        by_column = _product(kernels[..., tap].mT, grads).flatten(1, 2)
         by_column = by_column.unflatten(1, by_input.shape[1:3])
         by_sample = by_column * factor
         by_y, by_x = torch.zeros_like(factor), torch.zeros_like(factor)
