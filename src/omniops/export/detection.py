@@ -16,7 +16,7 @@ from torchvision.ops import nms, roi_align
 from omniops import _torch_private
 from omniops.detection import CARAFERCNN
 from omniops.detection.heads import STRIDES, anchors_of
-from omniops.export.parts import Part
+from omniops.export.parts import Part, require_exportable
 
 __all__ = ["parts"]
 
@@ -49,14 +49,7 @@ def parts(model: CARAFERCNN, *, dynamic: bool = True, size: tuple[int, int] = (4
     """
     if not isinstance(model, CARAFERCNN):
         raise TypeError(f"model must be a detector of omniops.detection, got {type(model).__name__}")
-    parameter = next(model.parameters())
-    if {each.dtype for each in model.parameters()} != {torch.float32} or parameter.device.type != "cpu":
-        raise ValueError(
-            f"model must be in float32 on the CPU, got {parameter.dtype} on {parameter.device}: call "
-            "model.float().cpu(), and take Part.half() for float16"
-        )
-    if model.training:
-        raise ValueError("model must be in evaluation mode: call model.eval()")
+    require_exportable(model)
     has_masks = model.roi_heads.has_mask()
     boolean = model.transform.mask_threshold is not None
     masks = _MASKS.format(what="bool" if boolean else "float32", meaning="the mask" if boolean else "probabilities")

@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 DynamicShapes = tuple[dict[int, Any], ...]
@@ -40,3 +41,15 @@ class Part:
     def half(self) -> Part:
         """The part with weights in float16, of a copy of the module: its inputs and outputs are what they were."""
         return replace(self, module=copy.deepcopy(self.module).half())
+
+
+def require_exportable(model: nn.Module) -> None:
+    """Raise ValueError for a model that is not in evaluation mode, or not in float32 on the CPU."""
+    parameter = next(model.parameters())
+    if {each.dtype for each in model.parameters()} != {torch.float32} or parameter.device.type != "cpu":
+        raise ValueError(
+            f"model must be in float32 on the CPU, got {parameter.dtype} on {parameter.device}: call "
+            "model.float().cpu(), and take Part.half() for float16"
+        )
+    if model.training:
+        raise ValueError("model must be in evaluation mode: call model.eval()")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
-from omniops.export.parts import DynamicShapes, Part
+from omniops.export.parts import DynamicShapes, Part, require_exportable
 from omniops.sam2.modeling.fpn_neck import FpnNeck
 from omniops.sam2.modeling.position_encoding import PositionEmbeddingRandom, get_1d_sine_pe
 from omniops.sam2.modeling.sam2 import HIDDEN_DIM, MEM_DIM, SAM2Base, normalize
@@ -49,13 +49,7 @@ def parts(model: SAM2Base, *, dynamic: bool = True) -> list[Part]:
     """
     if not isinstance(model, SAM2Base):
         raise TypeError(f"model must be a network of omniops.sam2.load or build_sam2, got {type(model).__name__}")
-    if {parameter.dtype for parameter in model.parameters()} != {torch.float32} or model.device.type != "cpu":
-        raise ValueError(
-            f"model must be in float32 on the CPU, got {model.dtype} on {model.device}: load it with "
-            'load(..., "cpu", "float32"), and take Part.half() for float16'
-        )
-    if model.training:
-        raise ValueError("model must be in evaluation mode: call model.eval()")
+    require_exportable(model)
     return [make(model, dynamic) for make in (_image_encoder, _mask_decoder, _memory_attention, _memory_encoder)]
 
 
