@@ -17,7 +17,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     ``deform_conv2d`` becomes ``DeformConv``; opset 18, which has none, gets ``GridSample`` and ``MatMul``, which
     compute the same. ``multi_scale_deform_attn`` becomes a ``GridSample`` for each level, ``carafe`` and
-    ``carafe_downsample`` a ``MatMul`` for each row of the kernel, and ``connected_components``, which ``fill_holes``
+    ``carafe_downsample`` one ``MatMul``, and ``connected_components``, which ``fill_holes``
     and ``remove_small_components`` call, a ``Loop``. float16 and bfloat16 are computed in float32, as omniops does.
 
     PyTorch writes opsets from 16 on where it can convert the rest of the model, and otherwise says that it writes 18.

@@ -66,6 +66,11 @@ def product_of(a: Any, b: Any) -> Any:
     return a * b if isinstance(a, int) and isinstance(b, int) else op.Mul(ints([a]), ints([b]))
 
 
+def quotient_of(a: Any, b: int) -> Any:
+    """Of a number, or a value of one integer, rounded down; neither is negative."""
+    return a // b if isinstance(a, int) else op.Div(ints([a]), ints([b]))
+
+
 def grid_sample(maps: Any, grid: Any) -> Any:
     """Samples of maps, (B, C, H, W), at positions, (B, Y, X, 2), where -1 and 1 are the edges: (B, C, Y, X)."""
     # What is clipped lies outside of the map all the same; infinite positions become finite.
