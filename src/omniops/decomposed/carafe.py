@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import add
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,8 @@ def carafe(
     (n, c, *_), s = features.shape, scale_factor
     y, x = ((size - 1) // stride + 1 for size in features.shape[2:])
     tile = max(TILE, kernel_size)  # so that a tile sees pixels of its own and of the next tile alone
-    tiles = (x + tile - 1) // tile
-    if not isinstance(tiles, int):
+    tiles: Any = (x + tile - 1) // tile
+    if isinstance(tiles, torch.SymInt):
         tiles = tiles + 1  # torch.export takes a size of 1 in the example for a size that is always 1
     seen = _seen(accumulated(features), kernel_size, stride, tile, tiles)
     weights = _weights(accumulated(masks), kernel_size, group_size, s, stride, tile, tiles, y)
