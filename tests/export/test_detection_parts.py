@@ -144,6 +144,8 @@ def test_a_model_that_cannot_be_written_is_refused(model):
         detection.parts(small_detector(False).half())
     with pytest.raises(ValueError, match="model must be in evaluation mode"):
         detection.parts(small_detector(False).train())
+    with pytest.raises(ValueError, match=r"size must be a height and a width of at least 2 pixels, got \(1, 64\)"):
+        detection.parts(model, size=(1, 64))
 
 
 def written_and_loaded(part, path, **options):

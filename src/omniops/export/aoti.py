@@ -40,7 +40,7 @@ def _require_known_maps(program: ExportedProgram) -> None:
         raise ExportError(
             "AOTInductor computes convolutions wrongly where the size or the number of maps is computed on the way, as "
             "in detectors that take images of any size: write the model for one size, with dynamic_shapes=None, "
-            "detection.parts(model, dynamic=False, size=(H, W)) or --fixed-sizes"
+            "detection.parts(model, dynamic=False, size=(H, W)) or omniops export --size H W"
         )
 
 

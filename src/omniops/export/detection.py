@@ -32,11 +32,11 @@ def parts(model: CARAFERCNN, *, dynamic: bool = True, size: tuple[int, int] = (4
     Args:
         model: of ``omniops.detection``, in float32 on the CPU; ``Part.half`` gives it in float16.
         dynamic: whether images may be of any size; else they are of ``size``.
-        size: (H, W) of the image that it is exported with.
+        size: (H, W) of the image that it is exported with, from 2 pixels on.
 
     Raises:
         TypeError: for a model that is none of ``omniops.detection``.
-        ValueError: for one in another dtype, on another device, or in training mode.
+        ValueError: for one in another dtype, on another device, or in training mode; for another size.
 
     Example:
         >>> from omniops.export import detection
@@ -50,6 +50,8 @@ def parts(model: CARAFERCNN, *, dynamic: bool = True, size: tuple[int, int] = (4
     if not isinstance(model, CARAFERCNN):
         raise TypeError(f"model must be a detector of omniops.detection, got {type(model).__name__}")
     require_exportable(model)
+    if len(size) != 2 or min(size) < 2:
+        raise ValueError(f"size must be a height and a width of at least 2 pixels, got {tuple(size)}")
     has_masks = model.roi_heads.has_mask()
     boolean = model.transform.mask_threshold is not None
     masks = _MASKS.format(what="bool" if boolean else "float32", meaning="the mask" if boolean else "probabilities")

@@ -168,17 +168,21 @@ def test_what_is_wrong_with_a_function_is_said(fails, tmp_path, model, status, w
             ("exported_module:fixed", "--out", "a.engine"),
             "--format is missing, and a.engine ends with none of .onnx, .xml",
         ),
-        (("exported_module:fixed", "--out", "a.pt", "--format", "aoti"), "path must be a name that ends with .pt2"),
-        (("exported_module:fixed", "--out", "a.onnx", "--opset", "17"), "--opset must be 18 or later, got 17: PyTorch"),
-        (("exported_module:fixed", "--out", "a.pt", "--opset", "19"), "opset_version is of ONNX, and must be None"),
         (
-            ("exported_module:fixed", "--out", "a.pt", "--format", "torchscript", "--opset", "19"),
-            "--opset is of ONNX, and --format is torchscript",
+            ("exported_module:fixed", "--out", "a.pt", "--format", "aoti"),
+            "--out must be a name that ends with .pt2 for",
         ),
+        (("exported_module:fixed", "--out", "a.onnx", "--opset", "17"), "--opset must be 18 or later, got 17: PyTorch"),
+        (("exported_module:fixed", "--out", "a.pt", "--opset", "19"), "--opset is of ONNX, and the format is torch"),
         (("exported_module:fixed", "--out", "a.pt", "--random-weights"), "--random-weights are of a detector or SAM 2"),
         (("exported_module:fixed", "--out", "a.pt", "--weights", "coco"), "--weights are of a detector"),
         (("exported_module:fixed", "--out", "a.pt", "--part", "mask-decoder"), "--part and --image-size are of SAM 2"),
         (("faster-rcnn-r50-carafe", "--out", "a.pt", "--image-size", "64"), "--part and --image-size are of SAM 2"),
+        (("tiny", "--out", "a.pt", "--size", "64", "64"), "--size is of a detector; SAM 2 has --image-size"),
+        (
+            ("faster-rcnn-r50-carafe", "--random-weights", "--out", "a.pt", "--size", "0", "64"),
+            "--size must be a height and a width of at least 2 pixels, got 0 64",
+        ),
         (("faster-rcnn-r50-carafe", "--out", "a.pt"), "no weights: --weights coco fetches those that OpenMMLab"),
         (("tiny", "--out", "a.pt", "--weights", "coco"), "--weights are of a detector; SAM 2 is named by its"),
         (
@@ -229,7 +233,8 @@ def test_debug_has_the_traceback_of_the_function(omniops):
     ("model", "arguments", "output"),
     [
         ("tiny", ("--part", "memory-encoder", "--image-size", "64"), "maskmem_features float32"),
-        ("faster-rcnn-r50-carafe", (), "boxes float32 (*, 4)"),
+        ("faster-rcnn-r50-carafe", (), "image float32 (3, *, *)"),
+        ("faster-rcnn-r50-carafe", ("--size", "48", "70"), "image float32 (3, 48, 70)"),
     ],
 )
 def test_models_are_known_by_name(omniops, monkeypatch, model, arguments, output):

@@ -25,6 +25,7 @@ from omniops.cli.export.options import (
     PartName,
     PartOption,
     RandomWeightsOption,
+    SizeOption,
     WeightsOption,
 )
 from omniops.cli.outputs import OverwriteOption, require_new
@@ -41,6 +42,7 @@ def export(
     random_weights: RandomWeightsOption = False,
     part: PartOption = None,
     image_size: ImageSizeOption = None,
+    size: SizeOption = None,
     fixed_sizes: FixedOption = False,
     opset: OpsetOption = None,
     half: HalfOption = False,
@@ -65,7 +67,7 @@ def export(
 
     Example: omniops export my_models:upsampler --out upsampler.pte
     """
-    _require_options(model, weights, random_weights, part, image_size, opset, format)
+    _require_options(model, weights, random_weights, part, image_size, size)
     say("loading PyTorch")
     from omniops.export import FORMATS
 
@@ -73,6 +75,9 @@ def export(
     name = _format_of(out, format, suffixes)
     is_folder = part is None and not user_function.is_user_function(model) and not is_detector(model)
     if not is_folder:
+        suffix = FORMATS[name].suffix
+        if out.suffix.lower() != suffix or out.name.lower() == suffix:
+            raise CommandError(f"--out must be a name that ends with {suffix} for the format {name}, got {out}")
         _require_new([out], overwrite)
     elif out.suffix.lower() in suffixes:
         raise CommandError(f"--out must be a folder, for all parts of SAM 2, or one be named by --part; got {out}")
@@ -83,7 +88,7 @@ def export(
         jobs = [_user_job(model, out, name, fixed, options)]
     else:
         if is_detector(model):
-            parts = detector_parts(model, weights, random_weights, fixed)
+            parts = detector_parts(model, weights, random_weights, fixed, size)
         else:
             parts = sam2_parts(model, part and part.value, random_weights, image_size, fixed)
         targets = [out / f"{found.name}{FORMATS[name].suffix}" if is_folder else out for found in parts]
@@ -148,10 +153,9 @@ def _require_options(
     random_weights: bool,
     part: PartName | None,
     image_size: int | None,
-    opset: int | None,
-    format: FormatName | None,
+    size: tuple[int, int] | None,
 ) -> None:
-    """Raise for options that are not of the model or the format."""
+    """Raise for options that are not of the model."""
     is_user = user_function.is_user_function(model)
     if weights is not None and not is_detector(model):
         raise CommandError(
@@ -161,8 +165,8 @@ def _require_options(
         raise CommandError(f"--random-weights are of a detector or SAM 2, and {model} is a function of yours")
     if (part is not None or image_size is not None) and (is_user or is_detector(model)):
         raise CommandError("--part and --image-size are of SAM 2")
-    if opset is not None and format is not None and format != FormatName.ONNX:
-        raise CommandError(f"--opset is of ONNX, and --format is {format.value}")
+    if size is not None and not is_detector(model):
+        raise CommandError("--size is of a detector; SAM 2 has --image-size, and a function gives an example itself")
 
 
 def _format_of(out: Path, format: FormatName | None, suffixes: dict[str, str]) -> str:
@@ -179,6 +183,8 @@ def _require_writable_format(format: str, opset: int | None, check: bool) -> Non
     from omniops.export import ExportError, require_packages, require_runtime
     from omniops.export.formats import FIRST_OPSET
 
+    if opset is not None and format != "onnx":
+        raise CommandError(f"--opset is of ONNX, and the format is {format}")
     if opset is not None and opset < FIRST_OPSET:
         raise CommandError(
             f"--opset must be {FIRST_OPSET} or later, got {opset}: PyTorch writes no earlier one, and onnx's "

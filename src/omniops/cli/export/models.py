@@ -33,8 +33,12 @@ def require_sam2_model(model: str) -> None:
         )
 
 
-def detector_parts(name: str, weights: str | None, random_weights: bool, fixed: bool) -> list[Part]:
-    """A detector, which is one part."""
+def detector_parts(
+    name: str, weights: str | None, random_weights: bool, fixed: bool, size: tuple[int, int] | None
+) -> list[Part]:
+    """A detector, which is one part, of images of any size unless one is given."""
+    if size is not None and min(size) < 2:
+        raise CommandError(f"--size must be a height and a width of at least 2 pixels, got {size[0]} {size[1]}")
     require_weights(weights, random_weights, "shows how it is exported")
     require_detection()
     import torch
@@ -43,6 +47,8 @@ def detector_parts(name: str, weights: str | None, random_weights: bool, fixed: 
 
     model, _, arguments = identify(Model(name), weights)
     detector = load_detector(model, weights, torch.device("cpu"), **arguments)
+    if size is not None:
+        return detection.parts(detector, dynamic=False, size=size)
     return detection.parts(detector, dynamic=not fixed)
 
 

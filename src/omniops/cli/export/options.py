@@ -74,6 +74,15 @@ ImageSizeOption = Annotated[
         show_default="1024, as the model was trained",
     ),
 ]
+SizeOption = Annotated[
+    tuple[int, int] | None,
+    typer.Option(
+        "--size",
+        metavar="H W",
+        help="Of a detector: the height and width of images, of which the file then takes no others.",
+        show_default="any; 480 640 with --fixed-sizes",
+    ),
+]
 FixedOption = Annotated[
     bool,
     typer.Option(
