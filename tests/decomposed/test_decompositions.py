@@ -132,6 +132,28 @@ def test_a_program_of_any_batch_and_size_keeps_no_operator_of_ours():
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_any_batch():
+    """The backward operators are in the graph that is decomposed."""
+
+    class Gradients(nn.Module):
+        def forward(self, grad, input, offset, weight, mask):
+            return torch.ops.omniops.deform_conv2d_backward(
+                grad, input, offset, weight, mask, [1, 1], [1, 1], [1, 1], [True, True, True, False, True]
+            )
+
+    def inputs(n):
+        return randn(n, 2, 4, 5), randn(n, 4, 4, 5), randn(n, 18, 4, 5), randn(2, 4, 3, 3), randn(n, 9, 4, 5)
+
+    any_batch = {0: torch.export.Dim.DYNAMIC}
+    shapes = (any_batch, any_batch, any_batch, None, any_batch)
+    program = torch.export.export(Gradients(), inputs(3), dynamic_shapes=shapes)
+    program = program.run_decompositions(omniops.decompositions())
+    assert not any("omniops" in target for target in targets(program))
+    for n in (3, 2, 5):
+        for found, expected in zip(program.module()(*inputs(n)), Gradients()(*inputs(n)), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_graph_with_gradients_keeps_no_operator_of_ours():
     model = Upsample().eval()

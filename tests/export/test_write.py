@@ -56,6 +56,28 @@ def test_torchscript_has_every_operator_of_any_size(program, tmp_path):
     assert _names(tmp_path) == ["all.pt"]
 
 
+class Downsample(nn.Module):
+    """CARAFE with stride 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks = nn.Conv2d(2, 25, 3, stride=3, padding=1)
+
+    def forward(self, features):
+        return omniops.carafe_downsample(features, self.masks(features), 5, 1, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(3, 21), (20, 3), (6, 7)])
+def test_carafe_takes_other_sizes_than_an_example_of_one_row_or_tile(tmp_path, size):
+    """torch.export makes a constant of a computed size that is 1 in the example."""
+    module, any_size = Downsample().eval(), Dim.DYNAMIC
+    shapes = ({0: any_size, 2: any_size, 3: any_size},)
+    written = export.write(module, (torch.randn(2, 2, *size),), tmp_path / "down.pt", dynamic_shapes=shapes)
+    for other in ((1, 2, 5, 8), (3, 2, 20, 33), (2, 2, 3, 2), (2, 2, 2, 70), (2, 2, 27, 48)):
+        assert export.largest_difference(written, module, (torch.randn(other),)) < 1e-5
+
+
 @pytest.mark.slow
 def test_a_torchscript_file_needs_no_omniops(program, tmp_path):
     path = tmp_path / "all.pt"

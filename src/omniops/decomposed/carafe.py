@@ -1,14 +1,14 @@
 """CARAFE in core ATen; ``omniops.ops.carafe`` has the formula.
 
-Forward, all that T centres beside each other give is one matrix product: they see k rows of L = (T - 1) * t + k pixels,
-and a pixel has zero weight in the results of those centres that do not see it. The letters are the reference kernel's,
-with tiles of T centres:
+Forward, the results of T centres beside each other, a tile, are one matrix product. With stride t a tile sees k rows of
+L = (T - 1) * t + k pixels, and a pixel has zero weight in the results of those of its centres that do not see it. The
+other letters are the reference kernel's:
 
-    (n, y*tile*g, c, k*L) x (n, y*tile*g, k*L, s*T*s) -> (n, y*tile*g, c, s*T*s)
+    (n*y*tiles*g, c, k*L) x (n*y*tiles*g, k*L, s*T*s) -> (n*y*tiles*g, c, s*T*s)
 
-That is some two times the products that are needed (k 5, T 8), in the operation that every runtime is fastest at. A sum
-of k*k products of maps takes 2.5 to 5 times as long in AOTInductor, ExecuTorch and OpenVINO. No tensor has more than
-five axes, which is Core ML's limit.
+That is L / k times the products that are needed (2.4 for k 5 and t 1), in the operation that every runtime is fastest
+at: a sum of k*k products of maps takes 2.5 to 5 times as long in AOTInductor, ExecuTorch and OpenVINO. No tensor has
+more than five axes, which is Core ML's limit. A pixel that is infinite or NaN makes NaN of all results of its tile.
 
 Backward, a tap sees one pixel of the padded features from each centre, ``_enlarged`` to the centre's block of s x s
 results. The gradient of the features goes the other way: the sums over the blocks, set apart by the stride, where the
@@ -17,6 +17,7 @@ tap lies.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Any
@@ -27,63 +28,97 @@ from torch import Tensor
 
 from omniops.backends import accumulated
 
-TILE = 8
-"""Of centres, at least. Twice as many take as long: the products are fewer and larger, and more of them zero."""
+
+@dataclass(frozen=True)
+class Tile:
+    """Centres beside each other, and what they see of a row of pixels."""
+
+    kernel_size: int
+    scale_factor: int
+    stride: int
+
+    @property
+    def centres(self) -> int:
+        """T: 8, of which twice as many take the same time, or k, so that two pitches hold what a tile sees."""
+        return max(8, self.kernel_size)
+
+    @property
+    def pitch(self) -> int:
+        """From the first pixel that a tile sees to that of the next."""
+        return self.centres * self.stride
+
+    @property
+    def length(self) -> int:
+        """L, the pixels that it sees of a row."""
+        return (self.centres - 1) * self.stride + self.kernel_size
+
+    @property
+    def width(self) -> int:
+        """T*s, the results in a row."""
+        return self.centres * self.scale_factor
+
+    @property
+    def results(self) -> int:
+        """s*T*s."""
+        return self.scale_factor * self.width
+
+    def band(self, device: torch.device | None = None) -> Tensor:
+        """(L*s*T*s): of the weight of each pixel in each result the index in (k, s, T, s), flattened.
+
+        For a pixel that the centre does not see it is k*s*T*s, where a zero is.
+        """
+        pixels, centres = torch.arange(self.length, device=device), torch.arange(self.centres, device=device)
+        columns = (pixels[:, None] - self.stride * centres)[:, None, :, None]  # v = pixel - stride * centre
+        results = torch.arange(self.results, device=device).reshape(self.scale_factor, self.centres, self.scale_factor)
+        is_seen = (columns >= 0) & (columns < self.kernel_size)
+        return torch.where(is_seen, columns * self.results + results, self.kernel_size * self.results).flatten()
 
 
 def carafe(
     features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int, stride: int
 ) -> Tensor:
     """(N, C, H, W), (N, G*k*k, H*s/t, W*s/t) -> (N, C, H*s/t, W*s/t)."""
-    (n, c, *_), s = features.shape, scale_factor
+    (n, c, *_), s, tile = features.shape, scale_factor, Tile(kernel_size, scale_factor, stride)
     y, x = ((size - 1) // stride + 1 for size in features.shape[2:])
-    tile = max(TILE, kernel_size)  # so that a tile sees pixels of its own and of the next tile alone
-    tiles: Any = (x + tile - 1) // tile
-    if isinstance(tiles, torch.SymInt):
-        tiles = tiles + 1  # torch.export takes a size of 1 in the example for a size that is always 1
-    seen = _seen(accumulated(features), kernel_size, stride, tile, tiles)
-    weights = _weights(accumulated(masks), kernel_size, group_size, s, stride, tile, tiles, y)
+    rows: Any = y
+    tiles: Any = (x + tile.centres - 1) // tile.centres
+    if isinstance(rows, torch.SymInt) or isinstance(tiles, torch.SymInt):
+        # Empty ones behind the last, so that there is never one: of a size that is 1 in the example torch.export makes
+        # a constant.
+        rows, tiles = rows + 1, tiles + 1
+    seen = _seen(accumulated(features), tile, rows, tiles)
+    weights = _weights(accumulated(masks), tile, group_size, rows, tiles)
     results = torch.bmm(seen.reshape(weights.shape[0], c // group_size, weights.shape[1]), weights)
     # (n, y, tiles, C, s, T*s) -> (n, C, y, s, tiles, T*s), in two steps
-    rows = results.reshape(n * y, tiles, c, s, tile * s).permute(0, 2, 3, 1, 4)
-    maps = rows.reshape(n, y, c, s * tiles * tile * s).transpose(1, 2).reshape(n, c, y * s, tiles * tile * s)
-    return maps[..., : x * s].to(features.dtype)
+    split = results.reshape(n * rows, tiles, c, s, tile.width).permute(0, 2, 3, 1, 4)
+    maps = split.reshape(n, rows, c, s * tiles * tile.width).transpose(1, 2)
+    return maps.reshape(n, c, rows * s, tiles * tile.width)[:, :, : y * s, : x * s].to(features.dtype)
 
 
-def _seen(features: Tensor, k: int, stride: int, tile: int, tiles: int) -> Tensor:
+def _seen(features: Tensor, tile: Tile, rows: int, tiles: int) -> Tensor:
     """(N, C, H, W) -> (n, y, tiles, C, k*L)."""
-    n, c, height, width = features.shape
-    pad, pitch, length = k // 2, tile * stride, (tile - 1) * stride + k
-    padded = F.pad(features, (pad, (tiles + 1) * pitch - width - pad, pad, pad))
-    split = padded.reshape(n * c, height + 2 * pad, tiles + 1, pitch)
-    if length > pitch:
-        windows = torch.cat([split[:, :, :-1], split[:, :, 1:, : length - pitch]], 3)
-    else:
-        windows = split[:, :, :-1, :length]
-    windows = windows.reshape(n, c, (height + 2 * pad) * tiles, length).transpose(1, 2)
-    windows = windows.reshape(n, height + 2 * pad, tiles, c, length)
-    return torch.cat([windows[:, u : u + height : stride] for u in range(k)], 4)
+    (n, c, height, width), k = features.shape, tile.kernel_size
+    pad, height_seen = k // 2, rows * tile.stride + k - 1
+    after = (tiles + 1) * tile.pitch - width - pad, height_seen - height - pad
+    split = F.pad(features, (pad, after[0], pad, after[1])).reshape(n * c, height_seen, tiles + 1, tile.pitch)
+    windows = split[:, :, :-1, : tile.length]
+    if tile.length > tile.pitch:
+        windows = torch.cat([windows, split[:, :, 1:, : tile.length - tile.pitch]], 3)
+    windows = windows.reshape(n, c, height_seen * tiles, tile.length).transpose(1, 2)
+    windows = windows.reshape(n, height_seen, tiles, c, tile.length)
+    return torch.cat([windows[:, u : u + rows * tile.stride : tile.stride] for u in range(k)], 4)
 
 
-def _weights(masks: Tensor, k: int, group_size: int, s: int, stride: int, tile: int, tiles: int, y: int) -> Tensor:
+def _weights(masks: Tensor, tile: Tile, group_size: int, rows: int, tiles: int) -> Tensor:
     """(N, G*k*k, y*s, x*s) -> (n*y*tiles*g, k*L, s*T*s)."""
-    n, channels = masks.shape[:2]
-    padded = F.pad(masks, (0, tiles * tile * s - masks.shape[3]))
+    (n, channels, height, width), k, s = masks.shape, tile.kernel_size, tile.scale_factor
+    padded = F.pad(masks, (0, tiles * tile.width - width, 0, rows * s - height))
     # (n, G*k*k, y, s, tiles, T*s) -> (n, y, tiles, G*k*k, s, T*s), in two steps
-    split = padded.reshape(n * channels * y, s, tiles, tile * s).transpose(1, 2)
-    by_tile = split.reshape(n, channels, y * tiles, s * tile * s).transpose(1, 2)
-    rows = by_tile.reshape(n * y * tiles * group_size, k, k * s * tile * s)
-    weights = F.pad(rows, (0, 1)).index_select(2, band(k, s, stride, tile, masks.device))
-    return weights.reshape(n * y * tiles * group_size, k * ((tile - 1) * stride + k), s * tile * s)
-
-
-def band(k: int, s: int, stride: int, tile: int, device: torch.device) -> Tensor:
-    """(L*s*T*s): of each pixel of a row and each result the index of its weight among (k, s*T*s), k*s*T*s for zero."""
-    pixels, centres = torch.arange((tile - 1) * stride + k, device=device), torch.arange(tile, device=device)
-    columns = (pixels[:, None] - stride * centres)[:, None, :, None]  # of the kernel by which a centre sees a pixel
-    results = torch.arange(s * tile * s, device=device).reshape(s, tile, s)
-    inside = (columns >= 0) & (columns < k)
-    return torch.where(inside, columns * (s * tile * s) + results, k * s * tile * s).flatten()
+    split = padded.reshape(n * channels * rows, s, tiles, tile.width).transpose(1, 2)
+    by_tile = split.reshape(n, channels, rows * tiles, tile.results).transpose(1, 2)
+    taps = by_tile.reshape(n * rows * tiles * group_size, k, k * tile.results)
+    weights = F.pad(taps, (0, 1)).index_select(2, tile.band(masks.device))
+    return weights.reshape(n * rows * tiles * group_size, k * tile.length, tile.results)
 
 
 def carafe_backward(

@@ -57,7 +57,7 @@ def deform_conv2d(
 
 def _product(kernels: Tensor, columns: Tensor) -> Tensor:
     """(g, o, c), (n, g, c, p) -> (n, g, o, p); of a copy for each image, as MPS reads what is expanded wrongly."""
-    return torch.matmul(kernels.expand(len(columns), -1, -1, -1).contiguous(), columns)
+    return torch.matmul(kernels.expand(columns.shape[0], -1, -1, -1).contiguous(), columns)
 
 
 def deform_conv2d_backward_data(
