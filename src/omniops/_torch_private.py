@@ -17,6 +17,7 @@ from torch._functorch.utils import enable_single_level_autograd_function, unwrap
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionMeta, _SingleLevelFunction
 from torch.nn.modules.utils import _pair
+from torch.utils import _pytree
 
 are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 """Whether grad, vmap or another transform of torch.func is around the call: they hide which tensors want gradients, and
@@ -35,6 +36,17 @@ check = torch._check
 as_pair = _pair
 """A number twice, or a pair as it is: what the modules of torch.nn make of stride, padding and dilation, and those of
 other packages of DCNv2 with them. torch.nn has no public name for it."""
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Those of nested tuples, named tuples, lists, dicts and what else PyTorch takes apart, in their order: what
+    torch.export does with arguments has no public name."""
+    return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """The same with what the function makes of each tensor."""
+    return _pytree.tree_map_only(torch.Tensor, function, value)
 
 
 def in_forward_mode() -> bool:

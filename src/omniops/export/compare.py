@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omniops._torch_private import tensors_in
 from omniops.export.errors import ExportError
-from omniops.export.formats import FORMATS, Written
+from omniops.export.formats import FORMATS, Written, require_format
 from omniops.export.program import evaluating
 
 
@@ -44,6 +45,7 @@ def require_runtime(format: str) -> None:
         >>> from omniops import export
         >>> export.require_runtime("torchscript")
     """
+    require_format(format)
     described = FORMATS[format]
     if described.runtime is None:
         raise ExportError(f"{described.title} files are not run here: only Apple's systems run them")
@@ -70,11 +72,9 @@ def largest_difference(written: Written, module: nn.Module, args: Sequence[Any])
     """
     run = load(written)
     with evaluating(module), torch.no_grad():
-        expected = _tensors(module(*args))
-    given = [
-        tensor.detach() if FORMATS[written.format].has_device else tensor.detach().cpu() for tensor in _tensors(args)
-    ]
-    found = run(given)
+        expected = tensors_in(module(*args))
+    given = [tensor.detach() for tensor in tensors_in(args)]
+    found = run(given if FORMATS[written.format].has_device else [tensor.cpu() for tensor in given])
     differences = [0.0]
     for spec, ours, theirs in zip(written.outputs, expected, found, strict=True):
         if ours.shape != theirs.shape:
@@ -88,10 +88,3 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
         return 0.0
     difference = (ours - theirs).abs().max() / ours.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     return float(difference) if bool(difference.isfinite()) else float("inf")
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
-    return [tensor for part in values for tensor in _tensors(part)]

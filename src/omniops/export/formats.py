@@ -18,7 +18,7 @@ from omniops.export.errors import ExportError, shorten
 from omniops.export.parts import Part
 from omniops.export.program import TensorSpec, inputs_of, outputs_of, parameter_names, trace
 from omniops.export.request import Request
-from omniops.export.wrapped import on_cpu, prepare
+from omniops.export.wrapped import placed, prepare
 
 FIRST_OPSET = 18
 """Of ONNX, that PyTorch's exporter writes."""
@@ -41,7 +41,7 @@ class Format:
     packages: tuple[str, ...]
     """What has to be installed to write it, by the names that are imported."""
     install: str
-    """What ``pip install`` takes for that; nothing, where PyTorch does."""
+    """What ``pip install`` takes for that; empty where PyTorch itself writes it."""
     runtime: str | None
     """What has to be installed to run it from Python; None where this package does not run it."""
     is_dynamic: bool = False
@@ -123,11 +123,12 @@ def write(
         What was written, with the names, dtypes and shapes of inputs and outputs.
 
     Raises:
-        ValueError: for an unknown format, another ending of the path, another number of names than of tensors, or
-            an opset before 18.
-        TypeError: for a module that is none.
+        ValueError: for an unknown format, another ending of the path, another number of names than of tensors, a
+            dimension that a tensor has not, an opset that is not written, or a module without values.
+        TypeError: for a module or an opset that is none.
         ImportError: where a package of the format is not installed.
-        FileExistsError: where there is such a file.
+        FileExistsError, FileNotFoundError, PermissionError: where there is such a file, no such folder, or no right to
+            write there.
         ExportError: where the module cannot be traced or the format cannot express it: connected components
             (``omniops.fill_holes``) have no place but in ONNX.
 
@@ -151,8 +152,7 @@ def write(
         input_names = parameter_names(module, args)
     title = type(module).__name__
     module, args, dynamic_shapes = prepare(module, args, dynamic_shapes, half and not FORMATS[name].has_half)
-    if not FORMATS[name].has_device:
-        module, args = on_cpu(module, args)
+    module, args = placed(module, args, FORMATS[name].has_device)
     program = trace(module, args, dynamic_shapes, title)
     return _write_program(program, path, name, input_names, output_names, opset_version, half, overwrite)
 
@@ -183,7 +183,8 @@ def write_part(
     files.require_new(path, FORMATS[name].suffix, overwrite)
     written = part.half() if half and not FORMATS[name].has_half else part
     dynamic_shapes = written.dynamic_shapes if FORMATS[name].is_dynamic else None
-    program = trace(written.module, written.args, dynamic_shapes, part.name)
+    module, args = placed(written.module, written.args, FORMATS[name].has_device)
+    program = trace(module, args, dynamic_shapes, part.name)
     return _write_program(program, path, name, part.input_names, part.output_names, opset_version, half, overwrite)
 
 
@@ -196,7 +197,7 @@ def require_packages(format: str) -> None:
         >>> from omniops import export
         >>> export.require_packages("torchscript")
     """
-    _require_format(format)
+    require_format(format)
     for package in FORMATS[format].packages:
         if find_spec(package) is None:
             raise ImportError(
@@ -209,11 +210,12 @@ def _choose(format: str | None, path: Path) -> tuple[str, Path]:
     name = suffixes.get(path.suffix.lower()) if format is None else format
     if name is None:
         raise ValueError(f"path must end with {', '.join(suffixes)}, or format be named; got {str(path)!r}")
-    _require_format(name)
+    require_format(name)
     return name, path
 
 
-def _require_format(name: str) -> None:
+def require_format(name: str) -> None:
+    """Raise ValueError for the name of no format."""
     if name not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {name!r}")
 

@@ -45,11 +45,11 @@ class Part:
 
 def require_exportable(model: nn.Module) -> None:
     """Raise ValueError for a model that is not in evaluation mode, or not in float32 on the CPU."""
-    parameter = next(model.parameters())
-    if {each.dtype for each in model.parameters()} != {torch.float32} or parameter.device.type != "cpu":
-        raise ValueError(
-            f"model must be in float32 on the CPU, got {parameter.dtype} on {parameter.device}: call "
-            "model.float().cpu(), and take Part.half() for float16"
-        )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            raise ValueError(
+                f"model must be in float32 on the CPU, got {parameter.dtype} on {parameter.device} ({name}): load it "
+                "so, or call model.float().cpu(), and take Part.half() for float16"
+            )
     if model.training:
         raise ValueError("model must be in evaluation mode: call model.eval()")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from omniops import _torch_private
 
 
 def prepare(
@@ -32,11 +34,21 @@ def prepare(
     return wrapped, tuple(arg for arg, fixed in zip(args, is_fixed, strict=True) if not fixed), dynamic_shapes
 
 
-def on_cpu(module: nn.Module, args: Sequence[Any]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """The module and its arguments on the CPU: a copy, where it is on another device."""
-    if not all(tensor.is_cpu for tensor in (*module.parameters(), *module.buffers())):
-        module = copy.deepcopy(module).cpu()
-    return module, tuple(_mapped(Tensor.cpu, arg) for arg in args)
+def placed(module: nn.Module, args: Sequence[Any], has_device: bool) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The module and its arguments where a file is written of them: a copy on the CPU, if the format has no device.
+
+    Raises:
+        ValueError: for a module or arguments without values.
+    """
+    named = *module.named_parameters(), *module.named_buffers(), *(("args", x) for x in _torch_private.tensors_in(args))
+    for name, tensor in named:
+        if tensor.is_meta:
+            raise ValueError(
+                f"module and args must have values, and {name} is on the device meta: load the weights first"
+            )
+    if has_device or all(tensor.is_cpu for _, tensor in named):
+        return module, tuple(args)
+    return copy.deepcopy(module).cpu(), _torch_private.map_tensors(Tensor.cpu, tuple(args))
 
 
 class _Wrapped(nn.Module):
@@ -57,7 +69,7 @@ class _Wrapped(nn.Module):
         values = [self.fixed[position] if position in self.fixed else next(given) for position in range(self.count)]
         if not self.half_precision:
             return self.module(*values)
-        return _mapped(_widened, self.module(*_mapped(_halved, values)))
+        return _torch_private.map_tensors(_widened, self.module(*_torch_private.map_tensors(_halved, values)))
 
 
 def _halved(tensor: Tensor) -> Tensor:
@@ -66,15 +78,3 @@ def _halved(tensor: Tensor) -> Tensor:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 else tensor
-
-
-def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """A value with what a function makes of each tensor in it."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _mapped(function, part) for key, part in value.items()}
-    if isinstance(value, tuple | list):
-        parts = [_mapped(function, part) for part in value]
-        return parts if isinstance(value, list) else tuple(parts)
-    return value

@@ -425,7 +425,7 @@ def _tangents(primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> list
     if by_weight is not None:
         terms.append(_deform_conv2d(input, offset, by_weight, by_bias, mask, *numbers))
     elif by_bias is not None:
-        terms.append(by_bias[:, None, None].expand(len(offset), -1, *offset.shape[2:]))
+        terms.append(by_bias[:, None, None].expand(offset.shape[0], -1, *offset.shape[2:]))
     if by_mask is not None:
         terms.append(_deform_conv2d(input, offset, weight, None, by_mask, *numbers))
     if by_offset is not None:
