@@ -42,3 +42,9 @@ def test_other_files_are_of_no_device(half, tmp_path):
         assert all(tensor.is_cpu for tensor in export.load(written)(args))
         assert export.largest_difference(written, model, on_gpu(args)) < (5e-3 if half else 1e-4)
     assert all(parameter.is_cuda for parameter in model.parameters())
+
+
+def test_a_part_too(tmp_path):
+    part = export.Part("relu", torch.nn.ReLU(), (torch.randn(2, 3).cuda(),), ("x",), ("y",), None, "")
+    written = export.write_part(part, tmp_path / "relu.onnx")
+    assert export.largest_difference(written, part.module, part.args) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -177,13 +178,24 @@ def test_wrong_arguments_are_named(tmp_path):
         export.write(Affine(), (torch.rand(4, 3), 2.0), path, dynamic_shapes=({0: Dim("n")},))
     with pytest.raises(ValueError, match=r"format must be one of onnx, openvino, .*; got 'tensorrt'"):
         export.require_packages("tensorrt")
+    with pytest.raises(ValueError, match=r"format must be one of onnx, openvino, .*; got 'tensorrt'"):
+        export.require_runtime("tensorrt")
+    with pytest.raises(TypeError, match="opset_version must be a number, got str"):
+        export.write(Affine(), (torch.rand(4, 3),), tmp_path / "a.onnx", opset_version="20")
+    for shapes in (({0: Dim.AUTO, 2: Dim.AUTO},), {"x": {-1: Dim.AUTO}}):
+        with pytest.raises(ValueError, match=r"dimensions from 0 to 1 of argument 0, of shape \(4, 3\); got (2|-1)$"):
+            export.write(Affine(), (torch.rand(4, 3),), path, dynamic_shapes=shapes)
+    with pytest.raises(ValueError, match=r"must have values, and linear\.weight is on the device meta: load"):
+        export.write(Affine().to("meta"), (torch.rand(4, 3),), path)
 
 
 @pytest.mark.slow
-def test_an_opset_that_pytorch_does_not_write_is_said(tmp_path):
+def test_an_opset_that_pytorch_does_not_write_is_said(tmp_path, capfd, caplog):
     with pytest.raises(export.ExportError, match="writes no opset 99 of this model: it wrote"):
         export.write(nn.ReLU(), (torch.rand(3),), tmp_path / "a.onnx", opset_version=99)
     assert _names(tmp_path) == []
+    assert capfd.readouterr().err == ""
+    assert not [record for record in caplog.records if record.name.startswith("onnxscript")]
 
 
 @pytest.mark.parametrize(
@@ -262,6 +274,23 @@ def test_what_came_meanwhile_stays(tmp_path):
     assert (tmp_path / "a").read_text() == "theirs"
 
 
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Sum(nn.Module):
+    def forward(self, pair):
+        return pair.first + pair.second
+
+
+def test_named_tuples_stay_what_they_are(tmp_path):
+    args = (Pair(torch.rand(2), torch.rand(2)),)
+    written = export.write(Sum(), args, tmp_path / "sum.pt", half=True)
+    assert len(written.inputs) == 2
+    assert export.largest_difference(written, Sum(), args) < 1e-3
+
+
 class Branching(nn.Module):
     def forward(self, x):
         return x * 2 if x.sum() > 0 else x
@@ -277,11 +306,12 @@ class Guarded(nn.Module):
 @pytest.mark.parametrize(("module", "name"), [(Branching(), "Branching"), (Guarded(), "Guarded")])
 def test_what_cannot_be_traced_is_said_in_one_line(module, name, tmp_path):
     with pytest.raises(
-        export.ExportError, match=f"^torch.export cannot trace {name}, which every format needs"
+        export.ExportError,
+        match=rf"^torch\.export cannot trace {name}, which every format needs, at \S*test_write\.py:\d+",
     ) as caught:
         export.write(module, (torch.rand(3),), tmp_path / "a.pt")
     assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 450
+    assert len(str(caught.value)) < 500
     assert caught.value.__cause__ is not None
     assert _names(tmp_path) == []
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from omniops.export.program import decompose, require_known_sizes
+from omniops.export.program import decompose, quiet, require_known_sizes
 from omniops.export.request import Request
 
 
 def write(program: ExportedProgram, request: Request, path: Path) -> None:
     """Write ``path``."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
+    with quiet("torch.utils._pytree"):  # of an enumeration of torchao's
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
 
     require_known_sizes(program, "ExecuTorch")
     program = _with_contiguous_constants(program)

@@ -228,6 +228,8 @@ def _require_possible(format: str, dynamic_shapes: Any, opset_version: int | Non
         )
     if opset_version is not None and format != "onnx":
         raise ValueError(f"opset_version is of ONNX, and must be None for format {format!r}; got {opset_version}")
+    if opset_version is not None and (isinstance(opset_version, bool) or not isinstance(opset_version, int)):
+        raise TypeError(f"opset_version must be a number, got {type(opset_version).__name__}")
     if opset_version is not None and opset_version < FIRST_OPSET:
         raise ValueError(
             f"opset_version must be {FIRST_OPSET} or later, which PyTorch's exporter writes; got {opset_version}"

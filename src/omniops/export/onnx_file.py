@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from omniops.export.errors import ExportError
+from omniops.export.program import quiet
 from omniops.export.request import Request
 from omniops.onnx import translations
 
@@ -22,21 +23,22 @@ _MOST_BYTES = 2**31 - 2**24
 
 def write(program: ExportedProgram, request: Request, path: Path) -> None:
     """Write ``path``, and ``path``.data beside it where the weights are 2 GB or more."""
-    onnx_program = torch.onnx.export(
-        program,
-        dynamo=True,
-        input_names=request.input_names,
-        output_names=request.output_names,
-        opset_version=request.opset_version or _OPSET,
-        custom_translation_table=translations(),
-        verbose=False,
-    )
+    with quiet("onnxscript.version_converter"):
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=request.input_names,
+            output_names=request.output_names,
+            opset_version=request.opset_version or _OPSET,
+            custom_translation_table=translations(),
+            verbose=False,
+        )
     assert onnx_program is not None
     found = onnx_program.model.opset_imports[""]
     if request.opset_version not in (None, found):
         raise ExportError(
-            f"PyTorch's exporter writes no opset {request.opset_version} of this model: it wrote {found}, which "
-            f"opset_version={found} asks for"
+            f"PyTorch's exporter writes no opset {request.opset_version} of this model: it wrote {found} instead. Ask "
+            f"for that, or for {_OPSET}, which is what is written where none is asked for"
         )
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     onnx_program.save(path, external_data=size > _MOST_BYTES)

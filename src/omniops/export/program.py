@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 
 from omniops.decomposed import decompositions
-from omniops.export.errors import ExportError, shorten
+from omniops.export.errors import ExportError, line_of_model, shorten
 from omniops.formatting import dtype_name
 
 _NAMESPACE = "omniops"
@@ -50,7 +50,7 @@ def trace(module: nn.Module, args: Sequence[Any], dynamic_shapes: Any, name: str
     Raises:
         ExportError: where ``torch.export`` cannot trace it.
     """
-    with evaluating(module), torch.no_grad(), _quiet("torch.fx.experimental.symbolic_shapes"):
+    with evaluating(module), torch.no_grad(), quiet("torch.fx.experimental.symbolic_shapes"):
         said = io.StringIO()
         try:
             with redirect_stderr(said):  # where it prints the graph so far before it raises
@@ -58,8 +58,13 @@ def trace(module: nn.Module, args: Sequence[Any], dynamic_shapes: Any, name: str
                     module, tuple(args), dynamic_shapes=dynamic_shapes, strict=False
                 )
         except Exception as error:
+            line = line_of_model(error)
+            advice = ""
+            if isinstance(error, GuardOnDataDependentSymNode):
+                advice = ", where it decides by what a tensor holds: compute both ways and choose by torch.where"
             raise ExportError(
-                f"torch.export cannot trace {name}, which every format needs; PyTorch says: {shorten(error)}"
+                f"torch.export cannot trace {name}, which every format needs{f', at {line}' if line else ''}{advice}; "
+                f"PyTorch says: {shorten(error)}"
             ) from error
     print(said.getvalue(), end="", file=sys.stderr)
     return program
@@ -152,10 +157,10 @@ def _specs(nodes: Sequence[Any], names: Sequence[str] | None, argument: str) -> 
 
 
 @contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """Without its warnings, which say again what is raised."""
+def quiet(logger: str) -> Iterator[None]:
+    """Without its warnings: they say again what is raised, or nothing that the caller could change."""
     level = logging.getLogger(logger).level
-    logging.getLogger(logger).setLevel(logging.ERROR)
+    logging.getLogger(logger).setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -18,20 +18,33 @@ def prepare(
 ) -> tuple[nn.Module, tuple[Any, ...], Any]:
     """What is traced: the module, its arguments but for numbers, which files do not take, and their dynamic shapes."""
     is_fixed = [arg is None or isinstance(arg, bool | int | float | str) for arg in args]
-    if not half and not any(is_fixed):
-        return module, tuple(args), dynamic_shapes
     if isinstance(dynamic_shapes, dict):
         names = inspect.signature(module.forward).bind(*args).arguments
-        dynamic_shapes = [dynamic_shapes.get(name) for name in names]
+        of_args = [dynamic_shapes.get(name) for name in names]
+    else:
+        of_args = [None] * len(args) if dynamic_shapes is None else list(dynamic_shapes)
+    _require_dimensions(args, of_args)
+    if not half and not any(is_fixed):
+        return module, tuple(args), dynamic_shapes
     if dynamic_shapes is not None:
-        if len(dynamic_shapes) != len(args):
-            raise ValueError(
-                f"dynamic_shapes must have an entry for each of {len(args)} args, got {len(dynamic_shapes)}"
-            )
-        pairs = zip(dynamic_shapes, is_fixed, strict=True)
+        if len(of_args) != len(args):
+            raise ValueError(f"dynamic_shapes must have an entry for each of {len(args)} args, got {len(of_args)}")
+        pairs = zip(of_args, is_fixed, strict=True)
         dynamic_shapes = (tuple(shape for shape, fixed in pairs if not fixed),)  # of the one argument *args
     wrapped = _Wrapped(module, args, is_fixed, half)
     return wrapped, tuple(arg for arg, fixed in zip(args, is_fixed, strict=True) if not fixed), dynamic_shapes
+
+
+def _require_dimensions(args: Sequence[Any], dynamic_shapes: Sequence[Any]) -> None:
+    """Raise ValueError for a dimension that a tensor has not, which torch.export passes over."""
+    for number, (arg, shape) in enumerate(zip(args, dynamic_shapes, strict=False)):
+        if isinstance(arg, Tensor) and isinstance(shape, dict):
+            beyond = [dimension for dimension in shape if dimension not in range(arg.dim())]
+            if beyond:
+                raise ValueError(
+                    f"dynamic_shapes must name dimensions from 0 to {arg.dim() - 1} of argument {number}, of shape "
+                    f"{tuple(arg.shape)}; got {beyond[0]}"
+                )
 
 
 def placed(module: nn.Module, args: Sequence[Any], has_device: bool) -> tuple[nn.Module, tuple[Any, ...]]:

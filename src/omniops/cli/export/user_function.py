@@ -37,7 +37,8 @@ def call(model: str) -> UserModel:
     module = _import(name, model)
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise CommandError(f"{model}: {module.__name__} has no function {function_name}")
+        found = "" if function is None else f", but a {type(function).__name__} of that name"
+        raise CommandError(f"{model}: {module.__name__} has no function {function_name}{found}")
     try:
         value = function()
     except Exception as error:
