@@ -52,15 +52,22 @@ class Attention(nn.Module):
         return self.attention(query, value=value, reference_points=reference_points, spatial_shapes=[(4, 4), (2, 2)])
 
 
-class FilledHoles(nn.Module):
-    """A convolution's masks without holes."""
+class Points(nn.Module):
+    """RT-DETRv2's attention to the nearest pixels, of points that are given, all levels' in one axis."""
 
-    def __init__(self):
+    def forward(self, value, locations, weights):
+        return omniops.multi_scale_deform_attn(value, [(4, 4), (2, 2)], locations, weights, [3, 3], method="discrete")
+
+
+class Cleaned(nn.Module):
+    """A convolution's masks without holes or small components."""
+
+    def __init__(self, function):
         super().__init__()
-        self.conv = nn.Conv2d(4, 1, 1)
+        self.conv, self.function = nn.Conv2d(4, 1, 1), function
 
     def forward(self, x):
-        return omniops.fill_holes(self.conv(x), max_area=3)
+        return self.function(self.conv(x), 3)
 
 
 class Pyramid(nn.Module):
@@ -81,7 +88,8 @@ def levels(n, height, width):
 def of_pictures(module):
     """With pictures of another number and size than the example's."""
     dynamic = ({0: ANY, 2: ANY, 3: ANY},)
-    return Part("", module.eval(), (torch.randn(2, 4, 6, 7),), ("x",), ("y",), dynamic, ""), (torch.randn(3, 4, 9, 8),)
+    part = Part("", module.eval(), (torch.randn(2, 4, 6, 7),), ("x",), ("y",), dynamic, "")
+    return part, (torch.randn(3, 4, 9, 17),)  # of CARAFE, three tiles where the example is one
 
 
 def of_levels(neck):
@@ -101,8 +109,17 @@ def of_queries():
     return Part("", Attention().eval(), inputs(2, 5), names, ("y",), dynamic, ""), inputs(3, 7)
 
 
-def deform_conv2d_pack():
-    module = omniops.ModulatedDeformConv2dPack(4, 6, 3, padding=1, groups=2, deform_groups=2)
+def of_points():
+    def inputs(n, queries):
+        return torch.randn(n, 20, 2, 8), torch.rand(n, queries, 2, 6, 2), torch.rand(n, queries, 2, 6)
+
+    dynamic = ({0: ANY}, {0: ANY, 1: ANY}, {0: ANY, 1: ANY})
+    names = ("value", "locations", "weights")
+    return Part("", Points(), inputs(2, 5), names, ("y",), dynamic, ""), inputs(3, 7)
+
+
+def deform_conv2d_pack(pack):
+    module = pack(4, 6, 3, padding=1, groups=2, deform_groups=2)
     nn.init.normal_(module.conv_offset.weight, std=0.3)
     return of_pictures(module)
 
@@ -121,11 +138,14 @@ def of_detector(build, dynamic=True):
 CASES = {
     "CARAFEPack": lambda: of_pictures(omniops.CARAFEPack(4, 2, up_group=2, compressed_channels=4)),
     "CARAFEDownsamplePack": lambda: of_pictures(omniops.CARAFEDownsamplePack(4, 2, compressed_channels=4)),
-    "ModulatedDeformConv2dPack": deform_conv2d_pack,
+    "DeformConv2dPack": partial(deform_conv2d_pack, omniops.DeformConv2dPack),
+    "ModulatedDeformConv2dPack": partial(deform_conv2d_pack, omniops.ModulatedDeformConv2dPack),
     "MultiScaleDeformableAttention": of_queries,
+    'multi_scale_deform_attn(method="discrete")': of_points,
     "FPNCarafe": lambda: of_levels(FPNCarafe),
     "PAFPNCarafe": lambda: of_levels(PAFPNCarafe),
-    "fill_holes": lambda: of_pictures(FilledHoles()),
+    "fill_holes": lambda: of_pictures(Cleaned(omniops.fill_holes)),
+    "remove_small_components": lambda: of_pictures(Cleaned(omniops.remove_small_components)),
     "faster_rcnn_resnet50_fpn_carafe": partial(of_detector, tiny_detectors.faster_rcnn),
     "mask_rcnn_resnet50_fpn_carafe": partial(of_detector, tiny_detectors.mask_rcnn),
     "SAM 2 image_encoder": lambda: of_sam2("image_encoder"),
