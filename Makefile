@@ -51,10 +51,10 @@ test: $(INSTALLED)
 
 # A process for each file that runs exported models, the longest first: a worker died with several runtimes in it, and pytest-xdist then
 # waits for good.
-OF_EXPORTS := tests/export/test_table.py $(filter-out %/test_table.py,$(wildcard tests/export/test_*.py))
+EXPORT_TESTS := tests/export/test_table.py $(filter-out %/test_table.py,$(wildcard tests/export/test_*.py))
 test-all: $(VENV)/runtimes
 	$(MAKE) test MARKED=slow IGNORED='tests/browser tests/export'
-	printf '%s\n' $(OF_EXPORTS) | OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/python -m pytest -m slow
+	printf '%s\n' $(EXPORT_TESTS) | OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(BIN)/python -m pytest -m slow
 
 # The runtimes of exported models: some hundred megabytes, which the other tests do without.
 $(VENV)/runtimes: $(INSTALLED)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,8 +251,26 @@ def test_models_are_known_by_name(omniops, monkeypatch, model, arguments, output
     assert float(difference.split()[6]) < 1e-4
 
 
+README = Path(__file__).parents[3] / "README.md"
+
+
 @pytest.mark.slow
-def test_sam2_in_openvino_as_readme_has_it(omniops, tmp_path):
+@pytest.mark.skipif(not README.exists(), reason="README.md is not beside the tests")
+def test_readme_s_line_runs_as_printed(omniops, tmp_path):
+    pytest.importorskip("onnxscript", reason="needs onnxscript, of the extra export")
+    (line,) = re.findall(r"^    omniops (export .*)  #", README.read_text(encoding="utf-8"), re.MULTILINE)
+    result = omniops(*line.split())
+    assert (result.status, result.err) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "sam2-tiny").iterdir()) == [
+        "image_encoder.onnx",
+        "mask_decoder.onnx",
+        "memory_attention.onnx",
+        "memory_encoder.onnx",
+    ]
+
+
+@pytest.mark.slow
+def test_sam2_in_openvino(omniops, tmp_path):
     pytest.importorskip("openvino", reason="needs openvino, of the extra runtimes")
     arguments = ("tiny", "--random-weights", "--format", "openvino", "--out", "sam2-tiny", "--image-size", "64")
     result = omniops("export", *arguments, "--check")
