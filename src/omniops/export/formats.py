@@ -16,7 +16,14 @@ from torch.export import ExportedProgram
 from omniops.export import files
 from omniops.export.errors import ExportError, shorten
 from omniops.export.parts import Part
-from omniops.export.program import TensorSpec, inputs_of, outputs_of, parameter_names, trace
+from omniops.export.program import (
+    TensorSpec,
+    inputs_of,
+    outputs_of,
+    parameter_names,
+    trace,
+    without_torchvisions_warning,
+)
 from omniops.export.request import Request
 from omniops.export.wrapped import placed, prepare
 
@@ -249,7 +256,7 @@ def _write_program(
     inputs, outputs = inputs_of(program, input_names), outputs_of(program, output_names)
     names = [spec.name for spec in inputs], [spec.name for spec in outputs]
     writer = import_module(f"omniops.export.{FORMATS[format].module}")
-    with files.writing(path, overwrite) as temporary:
+    with files.writing(path, overwrite) as temporary, without_torchvisions_warning():
         try:
             writer.write(program, Request(*names, half, opset_version), temporary)
         except (ExportError, OSError):

@@ -6,6 +6,7 @@ import inspect
 import io
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -50,7 +51,12 @@ def trace(module: nn.Module, args: Sequence[Any], dynamic_shapes: Any, name: str
     Raises:
         ExportError: where ``torch.export`` cannot trace it.
     """
-    with evaluating(module), torch.no_grad(), quiet("torch.fx.experimental.symbolic_shapes"):
+    with (
+        evaluating(module),
+        torch.no_grad(),
+        quiet("torch.fx.experimental.symbolic_shapes"),
+        without_torchvisions_warning(),
+    ):
         said = io.StringIO()
         try:
             with redirect_stderr(said):  # where it prints the graph so far before it raises
@@ -165,6 +171,14 @@ def quiet(logger: str) -> Iterator[None]:
         yield
     finally:
         logging.getLogger(logger).setLevel(level)
+
+
+@contextmanager
+def without_torchvisions_warning() -> Iterator[None]:
+    """torchvision says how many boxes are left by a function that PyTorch 2.15 calls deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`create_unbacked_symint` is deprecated", category=FutureWarning)
+        yield
 
 
 @contextmanager
