@@ -142,6 +142,7 @@ CASES = {
 }  # fmt: skip
 """How each module is made, and its arguments; in a name the class stands first."""
 NO_MODULES = {"UpsamplingReport", "replace_upsampling"}
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "PAFPNCarafe" else ()) for name in CASES]
 DTYPES = (torch.float32, torch.float16)
 
 
@@ -171,7 +172,7 @@ def test_every_module_is_among_them():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_script(name, dtype):
     module, calls = case(name, dtype)
     assert_as_eager(torch.jit.script(module), module, calls, dict(module.named_parameters()))
@@ -201,7 +202,7 @@ def _traceable(args):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_trace(name, dtype):
     module, calls = case(name, dtype)
     module, calls = OfTensors(module, calls[0]), [tensors_of(_traceable(args)) for args in calls]
