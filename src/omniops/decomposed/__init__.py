@@ -34,7 +34,7 @@ def decompositions() -> dict[Any, Any]:
 
     Sampling is PyTorch's ``grid_sample``: positions differ from the operators' own by the rounding of coordinates from
     -1 to 1, some 1e-5 pixels in a map of a hundred, and one that is not a number gives 0 or a number instead of none.
-    CARAFE is a product with a band matrix: an infinite pixel makes NaN of all results within some eight pixels of it.
+    CARAFE is a product of tiles, eight pixels wide: an infinite pixel makes NaN of all results in those that see it.
 
     Returns:
         A new table, ``torch.export.default_decompositions()`` with omniops' operators and their gradients.

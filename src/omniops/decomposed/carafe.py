@@ -39,7 +39,7 @@ class Tile:
 
     @property
     def centres(self) -> int:
-        """T: 8, of which twice as many take the same time, or k, so that two pitches hold what a tile sees."""
+        """T: 8, as 16 take the same time, or k where that is more, so that two pitches hold what a tile sees."""
         return max(8, self.kernel_size)
 
     @property

@@ -19,7 +19,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     compute the same. ``multi_scale_deform_attn`` becomes a ``GridSample`` for each level, ``carafe`` and
     ``carafe_downsample`` one ``MatMul``, and ``connected_components``, which ``fill_holes`` and
     ``remove_small_components`` call, a ``Loop``. float16 and bfloat16 are computed in float32, as omniops does. An
-    infinite pixel makes NaN of all of CARAFE's results within eight pixels of it, as zero times it is.
+    infinite pixel makes NaN of all results in the tiles of CARAFE that see it, which are eight pixels wide.
 
     PyTorch writes opsets from 16 on where it can convert the rest of the model, and otherwise says that it writes 18.
     PyTorch 2.7 makes translations for opset 18 and converts them to later ones, so that there is no ``DeformConv``.
