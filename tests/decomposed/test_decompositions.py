@@ -132,6 +132,15 @@ def test_a_program_of_any_batch_and_size_keeps_no_operator_of_ours():
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_an_infinite_pixel_stays_in_its_tiles():
+    features, masks = randn(1, 2, 9, 32), randn(1, 25, 18, 64)
+    features[0, 1, 4, 20] = torch.inf
+    finite = omniops.decompositions()[OPERATORS.carafe.default](features, masks, 5, 1, 2, 1).isfinite()
+    expected = torch.ones(1, 2, 18, 64, dtype=torch.bool)
+    expected[0, 1, 4:14, 32:48] = False  # five rows of the third tile's eight centres
+    assert torch.equal(finite, expected)
+
+
 def test_gradients_of_any_batch():
     """The backward operators are in the graph that is decomposed."""
 
