@@ -17,7 +17,7 @@ def require_new(path: Path, suffix: str, overwrite: bool) -> None:
         ValueError: for a name that does not end with ``suffix``.
         FileNotFoundError, FileExistsError, PermissionError: what the file system says, or will say.
     """
-    if path.suffix.lower() != suffix or path.name.lower() == suffix:
+    if not is_named(path, suffix):
         raise ValueError(f"path must be a name that ends with {suffix}, got {str(path)!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: {path.parent} is no folder that is there")
@@ -28,6 +28,11 @@ def require_new(path: Path, suffix: str, overwrite: bool) -> None:
         raise FileExistsError(f"cannot write {path}: it is a folder")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"cannot write {path}: permission denied")
+
+
+def is_named(path: Path, suffix: str) -> bool:
+    """Whether it is a name that ends with ``suffix``, and not that alone."""
+    return path.suffix.lower() == suffix and path.name.lower() != suffix
 
 
 def names_of(path: Path) -> list[Path]:

@@ -70,13 +70,14 @@ def export(
     _require_options(model, weights, random_weights, part, image_size, size)
     say("loading PyTorch")
     from omniops.export import FORMATS
+    from omniops.export.files import is_named
 
     suffixes = {described.suffix: name for name, described in FORMATS.items()}
     name = _format_of(out, format, suffixes)
     is_folder = part is None and not user_function.is_user_function(model) and not is_detector(model)
     if not is_folder:
         suffix = FORMATS[name].suffix
-        if out.suffix.lower() != suffix or out.name.lower() == suffix:
+        if not is_named(out, suffix):
             raise CommandError(f"--out must be a name that ends with {suffix} for the format {name}, got {out}")
         _require_new([out], overwrite)
     elif out.suffix.lower() in suffixes:
